@@ -1,0 +1,97 @@
+//! Addresses as newtypes, and inclusive ranges of them.
+
+use std::fmt;
+
+macro_rules! address {
+    ($(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub struct $name(pub u64);
+
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, concat!(stringify!($name), "({:#x})"), self.0)
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "{:#x}", self.0)
+            }
+        }
+
+        impl From<u64> for $name {
+            fn from(value: u64) -> Self {
+                Self(value)
+            }
+        }
+    };
+}
+
+address! {
+    /// An I/O virtual address, in bytes: what a device puts on the bus.
+    Iova
+}
+address! {
+    /// A guest-physical address, in bytes.
+    Gpa
+}
+
+/// Addresses `first..=last`. Never empty, and able to reach the last byte of the 64-bit space.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Span {
+    /// Lowest address.
+    pub first: u64,
+    /// Highest address.
+    pub last: u64,
+}
+
+impl Span {
+    /// All 64-bit addresses.
+    pub const ALL: Self = Self { first: 0, last: u64::MAX };
+
+    /// `first..=last`, unless that is empty.
+    #[must_use]
+    pub const fn new(first: u64, last: u64) -> Option<Self> {
+        if first <= last { Some(Self { first, last }) } else { None }
+    }
+
+    /// `2^size_log2` bytes from `first`; cut at the end of the 64-bit space.
+    #[must_use]
+    pub const fn of_log2(first: u64, size_log2: u8) -> Self {
+        let mask = if size_log2 >= 64 { u64::MAX } else { (1 << size_log2) - 1 };
+        Self { first, last: first.saturating_add(mask) }
+    }
+
+    /// Whether `address` lies within.
+    #[must_use]
+    pub const fn contains(self, address: u64) -> bool {
+        self.first <= address && address <= self.last
+    }
+
+    /// What both have in common.
+    #[must_use]
+    pub const fn intersection(self, other: Self) -> Option<Self> {
+        let first = if self.first > other.first { self.first } else { other.first };
+        let last = if self.last < other.last { self.last } else { other.last };
+        Self::new(first, last)
+    }
+
+    /// Bytes, minus one: the whole 64-bit space is expressible.
+    #[must_use]
+    pub const fn length_minus_one(self) -> u64 {
+        self.last - self.first
+    }
+}
+
+impl fmt::Debug for Span {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl fmt::Display for Span {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}..={:#x}", self.first, self.last)
+    }
+}

@@ -1,0 +1,8 @@
+//! Page tables for any vIOMMU, on any IOMMU.
+
+mod address;
+mod attributes;
+pub mod table;
+
+pub use address::{Gpa, Iova, Span};
+pub use attributes::{Access, Attributes, MemoryType};

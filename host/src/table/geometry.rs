@@ -1,0 +1,314 @@
+//! The shape of tables: levels, index bits, address fields. Checked once, so that the walk can rely on it.
+
+use std::fmt;
+
+/// Bits `entry_lsb .. entry_lsb + width` of an entry are bits `address_lsb .. address_lsb + width` of an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// Lowest bit in the entry.
+    pub entry_lsb: u8,
+    /// Lowest bit in the address.
+    pub address_lsb: u8,
+    /// Number of bits.
+    pub width: u8,
+}
+
+/// If `entry & mask == value`, the bits of `address` carry the output address and all others are the pattern.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Shape {
+    /// Bits that decide; none of them is an address bit.
+    pub mask: u64,
+    /// Their value.
+    pub value: u64,
+    /// Where the address is.
+    pub address: Vec<Segment>,
+}
+
+/// How hardware marks an entry: `entry & mask == value` means marked; `mask` zero means that there is no such mark.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Mark {
+    /// The bits of the mark.
+    pub mask: u64,
+    /// Their value when marked.
+    pub value: u64,
+}
+
+/// One kind of table.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Level {
+    /// As the architecture counts it; for messages.
+    pub number: i8,
+    /// Lowest IOVA bit that selects an entry.
+    pub index_lsb: u8,
+    /// Number of IOVA bits that select an entry.
+    pub index_bits: u8,
+    /// Tried in order; an entry that matches none is all pattern.
+    pub shapes: Vec<Shape>,
+    /// Bit `n`: leaves of `2^n` bytes can be made here.
+    pub leaf_sizes: u64,
+    /// What a builder writes into an unused slot.
+    pub absent: u64,
+    /// Accessed mark of a leaf.
+    pub accessed: Mark,
+    /// Dirty mark of a leaf.
+    pub dirty: Mark,
+}
+
+impl Level {
+    /// Number of entries of a whole table.
+    #[must_use]
+    pub const fn entries(&self) -> u64 {
+        1 << self.index_bits
+    }
+
+    /// One IOVA bit above the highest that selects an entry.
+    #[must_use]
+    pub const fn top_bit(&self) -> u8 {
+        self.index_lsb + self.index_bits
+    }
+}
+
+/// Order of an entry's bytes in memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ByteOrder {
+    /// Least significant byte first.
+    #[default]
+    Little,
+    /// Most significant byte first.
+    Big,
+}
+
+/// A table that IOVAs `first..=last` are walked from.
+///
+/// Roots with the same `setting`, `address` and `level` are one table with several windows (x86's canonical halves).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Root {
+    /// The setting that holds the address.
+    pub setting: String,
+    /// Lowest IOVA, as people read it.
+    pub first: u64,
+    /// Highest IOVA.
+    pub last: u64,
+    /// IOVA bits that play no part.
+    pub ignored: u64,
+    /// Address of the table.
+    pub address: u64,
+    /// Index into the levels.
+    pub level: u8,
+    /// The format's own word for the entries of this table.
+    pub inherited: u64,
+}
+
+/// The shape of all tables of one address space.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Geometry {
+    /// Sorted by `first`, not overlapping.
+    pub roots: Vec<Root>,
+    /// Kinds of table.
+    pub levels: Vec<Level>,
+    /// 4 or 8.
+    pub entry_bytes: u8,
+    /// Order of an entry's bytes.
+    pub order: ByteOrder,
+    /// Addresses are below `2^output_bits`.
+    pub output_bits: u8,
+    /// All requests count as privileged.
+    pub privileged: bool,
+}
+
+/// A geometry that no table can have: what a plugin must never answer.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("nonsense geometry: {0}")]
+pub struct Nonsense(pub String);
+
+/// Most kinds of table in one geometry.
+pub const MAX_LEVELS: usize = 32;
+/// Most roots in one geometry.
+pub const MAX_ROOTS: usize = 8;
+/// Most shapes of one kind of table.
+pub const MAX_SHAPES: usize = 8;
+/// Most index bits of a root table.
+pub const MAX_ROOT_INDEX_BITS: u8 = 18;
+/// Most index bits of any other table.
+pub const MAX_INDEX_BITS: u8 = 16;
+
+fn refuse<T>(reason: impl fmt::Display) -> Result<T, Nonsense> {
+    Err(Nonsense(reason.to_string()))
+}
+
+impl Geometry {
+    /// Checks everything that the engine relies on.
+    ///
+    /// # Errors
+    /// [`Nonsense`] with what is wrong, in words.
+    pub fn check(&self) -> Result<(), Nonsense> {
+        if self.entry_bytes != 4 && self.entry_bytes != 8 {
+            return refuse(format_args!("entries of {} bytes; there are 4 and 8", self.entry_bytes));
+        }
+        if !(12..=64).contains(&self.output_bits) {
+            return refuse(format_args!("output addresses of {} bits; there are 12 to 64", self.output_bits));
+        }
+        if self.levels.is_empty() || self.levels.len() > MAX_LEVELS {
+            return refuse(format_args!("{} kinds of table; there are 1 to {MAX_LEVELS}", self.levels.len()));
+        }
+        if self.roots.len() > MAX_ROOTS {
+            return refuse(format_args!("{} roots; at most {MAX_ROOTS}", self.roots.len()));
+        }
+        for (index, level) in self.levels.iter().enumerate() {
+            self.check_level(level).map_err(|Nonsense(reason)| Nonsense(format!("level kind {index}: {reason}")))?;
+        }
+        for (index, root) in self.roots.iter().enumerate() {
+            self.check_root(index, root).map_err(|Nonsense(reason)| Nonsense(format!("root {index}: {reason}")))?;
+        }
+        Ok(())
+    }
+
+    fn check_level(&self, level: &Level) -> Result<(), Nonsense> {
+        let bits = self.entry_bytes * 8;
+        let is_root = self.roots.iter().any(|root| self.levels.get(usize::from(root.level)) == Some(level));
+        let most = if is_root { MAX_ROOT_INDEX_BITS } else { MAX_INDEX_BITS };
+        if level.index_bits == 0 || level.index_bits > most {
+            return refuse(format_args!("{} index bits; there are 1 to {most}", level.index_bits));
+        }
+        if level.index_lsb < 8 || u16::from(level.index_lsb) + u16::from(level.index_bits) > 64 {
+            return refuse(format_args!("index bits from {} to {}", level.index_lsb, u16::from(level.index_lsb) + u16::from(level.index_bits)));
+        }
+        if level.shapes.len() > MAX_SHAPES {
+            return refuse(format_args!("{} shapes; at most {MAX_SHAPES}", level.shapes.len()));
+        }
+        let width = if bits == 64 { u64::MAX } else { (1 << bits) - 1 };
+        if level.absent & !width != 0 {
+            return refuse("the absent entry has more bits than an entry");
+        }
+        if level.leaf_sizes & 0xff != 0 {
+            return refuse("leaves smaller than 256 bytes");
+        }
+        for shape in &level.shapes {
+            check_shape(shape, bits)?;
+        }
+        Ok(())
+    }
+
+    fn check_root(&self, index: usize, root: &Root) -> Result<(), Nonsense> {
+        let Some(level) = self.levels.get(usize::from(root.level)) else {
+            return refuse(format_args!("level kind {} of {}", root.level, self.levels.len()));
+        };
+        if root.first > root.last {
+            return refuse(format_args!("empty range {:#x}..={:#x}", root.first, root.last));
+        }
+        let top = level.top_bit();
+        if top < 64 && (root.first >> top) != (root.last >> top) {
+            return refuse(format_args!("range {:#x}..={:#x} is wider than its table of {top} bits", root.first, root.last));
+        }
+        // Ignored bits are above the walked ones; within the range they are constant, so that comparing without them is sound.
+        if top < 64 && root.ignored & ((1 << top) - 1) != 0 || top >= 64 && root.ignored != 0 {
+            return refuse(format_args!("ignored bits {:#x} take part in the walk", root.ignored));
+        }
+        if index > 0 && self.roots[index - 1].last >= root.first {
+            return refuse("roots overlap or are not sorted");
+        }
+        let overlap = self.roots[..index].iter().any(|other| {
+            let ignored = root.ignored | other.ignored;
+            ignored != 0 && root.first & !ignored <= other.last & !ignored && other.first & !ignored <= root.last & !ignored
+        });
+        if overlap {
+            return refuse("roots overlap when ignored bits are left out");
+        }
+        if root.address % u64::from(self.entry_bytes) != 0 || self.output_bits < 64 && root.address >> self.output_bits != 0 {
+            return refuse(format_args!("table at {:#x}", root.address));
+        }
+        Ok(())
+    }
+
+    /// Bytes of a whole table of kind `level`.
+    #[must_use]
+    pub fn table_bytes(&self, level: u8) -> u64 {
+        self.levels[usize::from(level)].entries() * u64::from(self.entry_bytes)
+    }
+}
+
+fn check_shape(shape: &Shape, bits: u8) -> Result<(), Nonsense> {
+    if shape.value & !shape.mask != 0 {
+        return refuse("a shape's value has bits outside its mask");
+    }
+    if shape.address.len() > 8 {
+        return refuse(format_args!("{} address segments; at most 8", shape.address.len()));
+    }
+    let (mut in_entry, mut in_address) = (0_u64, 0_u64);
+    for segment in &shape.address {
+        let end = |lsb: u8| u16::from(lsb) + u16::from(segment.width);
+        if segment.width == 0 || end(segment.entry_lsb) > u16::from(bits) || end(segment.address_lsb) > 64 {
+            return refuse(format_args!("segment {segment:?}"));
+        }
+        let ones = u64::MAX >> (64 - segment.width);
+        let (entry, address) = (ones << segment.entry_lsb, ones << segment.address_lsb);
+        if entry & in_entry != 0 || address & in_address != 0 {
+            return refuse("address segments overlap");
+        }
+        in_entry |= entry;
+        in_address |= address;
+    }
+    if shape.mask & in_entry != 0 {
+        return refuse("a shape is decided by address bits");
+    }
+    Ok(())
+}
+
+/// An address field, ready for use: one mask for the bits that stay in place, and the segments that move.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct AddressField {
+    /// Address bits in the entry.
+    pub(crate) entry_mask: u64,
+    /// Address bits that can be expressed.
+    pub(crate) address_mask: u64,
+    /// Bits that stand in the entry where they stand in the address.
+    pub(crate) in_place: u64,
+    /// The others.
+    pub(crate) moved: Vec<Segment>,
+}
+
+impl AddressField {
+    /// From checked segments.
+    #[must_use]
+    pub fn new(segments: &[Segment]) -> Self {
+        let mut field = Self::default();
+        for segment in segments {
+            let ones = u64::MAX >> (64 - segment.width);
+            field.entry_mask |= ones << segment.entry_lsb;
+            field.address_mask |= ones << segment.address_lsb;
+            if segment.entry_lsb == segment.address_lsb {
+                field.in_place |= ones << segment.entry_lsb;
+            } else {
+                field.moved.push(*segment);
+            }
+        }
+        field
+    }
+
+    /// The address in `entry`.
+    #[inline]
+    #[must_use]
+    pub fn extract(&self, entry: u64) -> u64 {
+        self.moved.iter().fold(entry & self.in_place, |address, segment| {
+            address | (entry >> segment.entry_lsb & u64::MAX >> (64 - segment.width)) << segment.address_lsb
+        })
+    }
+
+    /// The entry bits for `address`; none if it has bits that the field cannot carry.
+    #[inline]
+    #[must_use]
+    pub fn insert(&self, address: u64) -> Option<u64> {
+        if address & !self.address_mask != 0 {
+            return None;
+        }
+        Some(self.moved.iter().fold(address & self.in_place, |entry, segment| {
+            entry | (address >> segment.address_lsb & u64::MAX >> (64 - segment.width)) << segment.entry_lsb
+        }))
+    }
+
+    /// Whether the address stands in the entry as it is.
+    #[must_use]
+    pub fn is_in_place(&self) -> bool {
+        self.moved.is_empty()
+    }
+}

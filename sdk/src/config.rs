@@ -1,0 +1,142 @@
+//! Table configurations: a format's name and its settings.
+
+/// One address space in guest memory: a table format's name and its settings.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TableConfig {
+    /// Full name, such as `intel-vtd/first-stage`.
+    pub format: String,
+    /// Settings, the addresses of the roots among them.
+    pub settings: Settings,
+}
+
+impl TableConfig {
+    /// A configuration of the format called `format`.
+    #[must_use]
+    pub fn new(format: &str, settings: &[(&str, u64)]) -> Self {
+        Self { format: format.to_owned(), settings: settings.iter().map(|&(name, value)| (name.to_owned(), value)).collect() }
+    }
+}
+
+/// Named numbers, in the order given.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Settings(Vec<(String, u64)>);
+
+impl Settings {
+    /// The value of `name`, if given.
+    #[must_use]
+    pub fn get(&self, name: &str) -> Option<u64> {
+        self.0.iter().find(|(n, _)| n == name).map(|&(_, value)| value)
+    }
+
+    /// The value of `name`, or `default`.
+    #[must_use]
+    pub fn or(&self, name: &str, default: u64) -> u64 {
+        self.get(name).unwrap_or(default)
+    }
+
+    /// A setting that is 0 or 1.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for any other value.
+    pub fn flag(&self, name: &'static str, default: bool) -> Result<bool, Error> {
+        match self.or(name, u64::from(default)) {
+            0 => Ok(false),
+            1 => Ok(true),
+            value => Err(Error::invalid(name, value, "", "must be 0 or 1")),
+        }
+    }
+
+    /// A setting that has one of the values listed.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for any other value.
+    pub fn one_of(&self, name: &'static str, default: u64, allowed: &[u64], section: &'static str) -> Result<u64, Error> {
+        let value = self.or(name, default);
+        if allowed.contains(&value) {
+            return Ok(value);
+        }
+        let list: Vec<String> = allowed.iter().map(u64::to_string).collect();
+        Err(Error::invalid(name, value, section, &format!("must be one of {}", list.join(", "))))
+    }
+
+    /// A setting that lies in `first..=last`.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for any other value.
+    pub fn within(&self, name: &'static str, default: u64, first: u64, last: u64, section: &'static str) -> Result<u64, Error> {
+        let value = self.or(name, default);
+        if (first..=last).contains(&value) {
+            return Ok(value);
+        }
+        Err(Error::invalid(name, value, section, &format!("must be {first} to {last}")))
+    }
+
+    /// Refuses a setting that is not among `known`.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] with the first unknown name.
+    pub fn only(&self, known: &[&str]) -> Result<(), Error> {
+        match self.0.iter().find(|(name, _)| !known.contains(&name.as_str())) {
+            Some((name, value)) => Err(Error::invalid(name, *value, "", &format!("no such setting; there are {}", known.join(", ")))),
+            None => Ok(()),
+        }
+    }
+
+    /// Sets `name`, replacing an earlier value.
+    pub fn set(&mut self, name: &str, value: u64) {
+        match self.0.iter_mut().find(|(n, _)| n == name) {
+            Some(slot) => slot.1 = value,
+            None => self.0.push((name.to_owned(), value)),
+        }
+    }
+
+    /// Sets `name` unless it has a value already.
+    pub fn set_default(&mut self, name: &str, value: u64) {
+        if self.get(name).is_none() {
+            self.set(name, value);
+        }
+    }
+
+    /// Names and values in order.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, u64)> {
+        self.0.iter().map(|(name, value)| (name.as_str(), *value))
+    }
+}
+
+impl FromIterator<(String, u64)> for Settings {
+    fn from_iter<T: IntoIterator<Item = (String, u64)>>(settings: T) -> Self {
+        Self(settings.into_iter().collect())
+    }
+}
+
+/// Why a plugin cannot answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Error {
+    /// A feature that exists in the architecture and not in this plugin.
+    Unsupported(String),
+    /// A register, setting or field with a value that makes no sense.
+    Invalid(Invalid),
+    /// Guest memory at this address could not be read.
+    Unreadable(u64),
+}
+
+/// A value that makes no sense, and where the specification says so.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Invalid {
+    /// Name of the register, setting or field.
+    pub field: String,
+    /// Its value.
+    pub value: u64,
+    /// Document and section; may be empty.
+    pub section: String,
+    /// One sentence in lower case without a full stop.
+    pub reason: String,
+}
+
+impl Error {
+    /// An [`Error::Invalid`].
+    #[must_use]
+    pub fn invalid(field: &str, value: u64, section: &str, reason: &str) -> Self {
+        Self::Invalid(Invalid { field: field.to_owned(), value, section: section.to_owned(), reason: reason.to_owned() })
+    }
+}

@@ -1,0 +1,340 @@
+//! The bridge between the traits and the component's exports. Used by [`export_plugin!`](crate::export_plugin) only.
+
+#[allow(missing_docs, missing_debug_implementations, unsafe_code, clippy::all, clippy::pedantic, clippy::undocumented_unsafe_blocks, clippy::multiple_unsafe_ops_per_block, clippy::unwrap_used, unreachable_pub)]
+mod bindings {
+    wit_bindgen::generate!({
+        path: "../wit/0.1.0",
+        world: "plugin",
+        pub_export_macro: true,
+        export_macro_name: "export_bindings",
+        default_bindings_module: "stagecraft_sdk::export",
+        generate_all,
+    });
+}
+
+pub use bindings::exports::stagecraft::format::{detect, table};
+pub use bindings::stagecraft::format::{guest_memory, log, types};
+#[doc(hidden)]
+pub use bindings::*;
+
+use crate::{
+    Attributes, Blocked, ByteOrder, Error, Format, GuestMemory, Meaning, Need, Outcome, Registers, Requester, Settings, Severity, TableConfig, Unit,
+};
+
+/// [`GuestMemory`] through the component's import.
+#[derive(Debug)]
+pub struct Imported;
+
+impl GuestMemory for Imported {
+    fn read(&mut self, address: u64, length: u32) -> Result<Vec<u8>, Error> {
+        guest_memory::read(address, length).ok_or(Error::Unreadable(address))
+    }
+
+    fn read_through(&mut self, table: &TableConfig, address: u64, length: u32) -> Result<Vec<u8>, Error> {
+        guest_memory::read_through(&config_out(table), address, length).ok_or(Error::Unreadable(address))
+    }
+}
+
+/// Makes a panic say its text through `log` before it traps.
+pub fn install_panic_hook() {
+    static ONCE: std::sync::Once = std::sync::Once::new();
+    ONCE.call_once(|| std::panic::set_hook(Box::new(|panic| log::write(log::Level::Panic, &panic.to_string()))));
+}
+
+fn named_in(list: Vec<types::Named>) -> impl Iterator<Item = (String, u64)> {
+    list.into_iter().map(|named| (named.name, named.value))
+}
+
+fn settings_out(settings: &Settings) -> Vec<types::Named> {
+    settings.iter().map(|(name, value)| types::Named { name: name.to_owned(), value }).collect()
+}
+
+fn config_in(config: types::TableConfig) -> TableConfig {
+    TableConfig { format: config.format, settings: named_in(config.settings).collect() }
+}
+
+fn config_out(config: &TableConfig) -> types::TableConfig {
+    types::TableConfig { format: config.format.clone(), settings: settings_out(&config.settings) }
+}
+
+fn error_out(error: Error) -> types::Error {
+    match error {
+        Error::Unsupported(what) => types::Error::Unsupported(what),
+        Error::Unreadable(address) => types::Error::Unreadable(address),
+        Error::Invalid(crate::Invalid { field, value, section, reason }) => {
+            types::Error::Invalid(types::InvalidField { field, value, section, reason })
+        }
+    }
+}
+
+fn meaning_out(meaning: Meaning) -> types::Meaning {
+    let (word, inherited) = meaning.pack();
+    types::Meaning { word, inherited }
+}
+
+fn mark_out(mark: crate::Mark) -> types::Mark {
+    types::Mark { mask: mark.mask, value: mark.value }
+}
+
+/// `detect.lookup` of unit `U`.
+///
+/// # Errors
+/// As [`Unit::lookup`].
+pub fn lookup<U: Unit>(registers: Vec<types::Named>, requester: detect::Requester) -> Result<detect::Outcome, types::Error> {
+    install_panic_hook();
+    let registers: Registers = named_in(registers).collect();
+    let requester = Requester { id: requester.id, pasid: requester.pasid };
+    match U::lookup(&registers, requester, &mut Imported).map_err(error_out)? {
+        Outcome::Bypass => Ok(detect::Outcome::Bypass),
+        Outcome::Blocked(Blocked { event, section, reason }) => Ok(detect::Outcome::Blocked(detect::Blocked { event, section, reason })),
+        Outcome::Tables(tables) => Ok(detect::Outcome::Tables(tables.iter().map(config_out).collect())),
+    }
+}
+
+/// `detect.pasids` of unit `U`.
+///
+/// # Errors
+/// As [`Unit::pasids`].
+pub fn pasids<U: Unit>(registers: Vec<types::Named>, id: u64) -> Result<Vec<u32>, types::Error> {
+    install_panic_hook();
+    U::pasids(&named_in(registers).collect(), id, &mut Imported).map_err(error_out)
+}
+
+/// `detect.offers` of unit `U`.
+///
+/// # Errors
+/// As [`Unit::offers`].
+pub fn offers<U: Unit>(kind: u32, info: &[u8]) -> Result<Vec<detect::Offer>, types::Error> {
+    install_panic_hook();
+    let offer = |offer: crate::Offer| detect::Offer {
+        format: offer.format,
+        limits: offer.limits.into_iter().map(|(name, value)| types::Named { name, value }).collect(),
+    };
+    Ok(U::offers(kind, info).map_err(error_out)?.into_iter().map(offer).collect())
+}
+
+/// `detect.bind-data` of unit `U`.
+///
+/// # Errors
+/// As [`Unit::bind_data`].
+pub fn bind_data<U: Unit>(table: types::TableConfig, context_address: u64) -> Result<detect::Binding, types::Error> {
+    install_panic_hook();
+    let crate::Binding { kind, data, context } = U::bind_data(&config_in(table), context_address).map_err(error_out)?;
+    Ok(detect::Binding { kind, data, context })
+}
+
+/// An open format, its type forgotten: what the component's resource holds.
+pub trait Opened {
+    /// See [`Format::geometry`].
+    fn geometry(&self) -> table::Geometry;
+    /// See [`Format::decode`].
+    fn decode(&self, level: u8, inherited: u64, pattern: u64) -> types::Meaning;
+    /// See [`Format::decode_entry`].
+    fn decode_entry(&self, level: u8, inherited: u64, entry: u64) -> types::Meaning;
+    /// See [`Format::explain`].
+    fn explain(&self, level: u8, inherited: u64, pattern: u64) -> Vec<types::Finding>;
+    /// See [`Format::encode_leaf`].
+    fn encode_leaf(&self, level: u8, size_log2: u8, attributes: u64) -> Option<table::Encoded>;
+    /// See [`Format::encode_table`].
+    fn encode_table(&self, level: u8, next: u8) -> Option<u64>;
+}
+
+impl std::fmt::Debug for dyn Opened {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Opened")
+    }
+}
+
+impl<F: Format> Opened for F {
+    fn geometry(&self) -> table::Geometry {
+        let geometry = Format::geometry(self);
+        let root = |root: crate::Root| types::Root {
+            setting: root.setting.to_owned(),
+            first: root.first,
+            last: root.last,
+            ignored: root.ignored,
+            address: root.address,
+            level: root.level,
+            inherited: root.inherited,
+        };
+        let segment = |s: crate::Segment| types::Segment { entry_lsb: s.entry_lsb, address_lsb: s.address_lsb, width: s.width };
+        let shape = |s: crate::Shape| types::Shape { mask: s.mask, value: s.value, address: s.address.into_iter().map(segment).collect() };
+        let level = |level: crate::Level| types::Level {
+            number: level.number,
+            index_lsb: level.index_lsb,
+            index_bits: level.index_bits,
+            shapes: level.shapes.into_iter().map(shape).collect(),
+            leaf_sizes: level.leaf_sizes,
+            absent: level.absent,
+            accessed: mark_out(level.accessed),
+            dirty: mark_out(level.dirty),
+        };
+        table::Geometry {
+            roots: geometry.roots.into_iter().map(root).collect(),
+            levels: geometry.levels.into_iter().map(level).collect(),
+            entry_bytes: geometry.entry_bytes,
+            order: match geometry.order {
+                ByteOrder::Little => types::ByteOrder::Little,
+                ByteOrder::Big => types::ByteOrder::Big,
+            },
+            output_bits: geometry.output_bits,
+            privileged: geometry.privileged,
+        }
+    }
+
+    fn decode(&self, level: u8, inherited: u64, pattern: u64) -> types::Meaning {
+        meaning_out(Format::decode(self, level, inherited, pattern))
+    }
+
+    fn decode_entry(&self, level: u8, inherited: u64, entry: u64) -> types::Meaning {
+        meaning_out(Format::decode_entry(self, level, inherited, entry))
+    }
+
+    fn explain(&self, level: u8, inherited: u64, pattern: u64) -> Vec<types::Finding> {
+        let finding = |finding: crate::Finding| types::Finding {
+            severity: match finding.severity {
+                Severity::Error => types::Severity::Error,
+                Severity::Warning => types::Severity::Warning,
+                Severity::Info => types::Severity::Info,
+            },
+            kind: fault_kind_out(finding.kind),
+            bits: finding.bits,
+            section: finding.section.to_owned(),
+            reason: finding.reason,
+        };
+        Format::explain(self, level, inherited, pattern).into_iter().map(finding).collect()
+    }
+
+    fn encode_leaf(&self, level: u8, size_log2: u8, attributes: u64) -> Option<table::Encoded> {
+        let encoded = Format::encode_leaf(self, level, size_log2, Attributes::unpack(attributes))?;
+        Some(table::Encoded { pattern: encoded.pattern, attributes: encoded.attributes.pack() })
+    }
+
+    fn encode_table(&self, level: u8, next: u8) -> Option<u64> {
+        Format::encode_table(self, level, next)
+    }
+}
+
+fn fault_kind_out(kind: crate::FaultKind) -> types::FaultKind {
+    use crate::FaultKind as From;
+    match kind {
+        From::Translation => types::FaultKind::Translation,
+        From::Permission => types::FaultKind::Permission,
+        From::AccessFlag => types::FaultKind::AccessFlag,
+        From::AddressSize => types::FaultKind::AddressSize,
+        From::Reserved => types::FaultKind::Reserved,
+        From::Misaligned => types::FaultKind::Misaligned,
+        From::Unreadable => types::FaultKind::Unreadable,
+        From::Configuration => types::FaultKind::Configuration,
+    }
+}
+
+/// Opens format `F` if `config` names it; the name of the format that is not there otherwise.
+pub fn open_if<F: Format + 'static>(config: &TableConfig) -> Option<Result<Box<dyn Opened>, types::Error>> {
+    (config.format == F::NAME).then(|| match F::open(&config.settings) {
+        Ok(format) => Ok(Box::new(format) as Box<dyn Opened>),
+        Err(error) => Err(error_out(error)),
+    })
+}
+
+/// Suggests settings for format `F` if `format` names it.
+pub fn suggest_if<F: Format>(format: &str, settings: &Settings, need: &table::Need) -> Option<Result<Vec<types::Named>, types::Error>> {
+    (format == F::NAME).then(|| {
+        let need = Need {
+            last_low: need.last_low,
+            first_high: need.first_high,
+            last_address: need.last_address,
+            alignment_log2: need.alignment_log2,
+        };
+        F::suggest(settings, &need).map(|settings| settings_out(&settings)).map_err(error_out)
+    })
+}
+
+/// See [`export_plugin!`](crate::export_plugin).
+#[must_use]
+pub fn table_config(config: types::TableConfig) -> TableConfig {
+    install_panic_hook();
+    config_in(config)
+}
+
+/// See [`export_plugin!`](crate::export_plugin).
+#[must_use]
+pub fn settings(settings: Vec<types::Named>) -> Settings {
+    install_panic_hook();
+    named_in(settings).collect()
+}
+
+/// See [`export_plugin!`](crate::export_plugin).
+#[must_use]
+pub fn no_such_format(name: &str) -> types::Error {
+    types::Error::Unsupported(format!("this plugin has no table format `{name}`"))
+}
+
+/// Makes the crate a plugin: exports the unit and the formats, and carries the manifest in a custom section.
+///
+/// ```ignore
+/// stagecraft_sdk::export_plugin! {
+///     manifest: "../manifest.json",
+///     unit: MyUnit,
+///     formats: [FirstStage, SecondStage],
+/// }
+/// ```
+#[macro_export]
+macro_rules! export_plugin {
+    (manifest: $manifest:literal, unit: $unit:ty, formats: [$($format:ty),+ $(,)?] $(,)?) => {
+        #[cfg(target_arch = "wasm32")]
+        #[allow(unsafe_code, missing_docs, missing_debug_implementations, clippy::undocumented_unsafe_blocks)]
+        mod stagecraft_exports {
+            use super::*;
+            use $crate::export::{self, detect, table, types};
+
+            // A custom section of the module, read by the host before it compiles anything.
+            #[used]
+            #[unsafe(link_section = "stagecraft:manifest")]
+            static MANIFEST: [u8; include_bytes!($manifest).len()] = *include_bytes!($manifest);
+
+            struct Plugin;
+            struct Resource(Box<dyn export::Opened>);
+
+            impl detect::Guest for Plugin {
+                fn lookup(registers: Vec<types::Named>, requester: detect::Requester) -> Result<detect::Outcome, types::Error> {
+                    export::lookup::<$unit>(registers, requester)
+                }
+                fn pasids(registers: Vec<types::Named>, id: u64) -> Result<Vec<u32>, types::Error> {
+                    export::pasids::<$unit>(registers, id)
+                }
+                fn offers(kind: u32, info: Vec<u8>) -> Result<Vec<detect::Offer>, types::Error> {
+                    export::offers::<$unit>(kind, &info)
+                }
+                fn bind_data(table: types::TableConfig, context_address: u64) -> Result<detect::Binding, types::Error> {
+                    export::bind_data::<$unit>(table, context_address)
+                }
+            }
+
+            impl table::Guest for Plugin {
+                type Format = Resource;
+                fn suggest(format: String, settings: Vec<types::Named>, need: table::Need) -> Result<Vec<types::Named>, types::Error> {
+                    let settings = export::settings(settings);
+                    $(if let Some(answer) = export::suggest_if::<$format>(&format, &settings, &need) { return answer; })+
+                    Err(export::no_such_format(&format))
+                }
+            }
+
+            impl table::GuestFormat for Resource {
+                fn open(config: types::TableConfig) -> Result<table::Format, types::Error> {
+                    let config = export::table_config(config);
+                    $(if let Some(answer) = export::open_if::<$format>(&config) { return answer.map(|opened| table::Format::new(Resource(opened))); })+
+                    Err(export::no_such_format(&config.format))
+                }
+                fn geometry(&self) -> table::Geometry { self.0.geometry() }
+                fn decode(&self, level: u8, inherited: u64, pattern: u64) -> types::Meaning { self.0.decode(level, inherited, pattern) }
+                fn decode_entry(&self, level: u8, inherited: u64, entry: u64) -> types::Meaning { self.0.decode_entry(level, inherited, entry) }
+                fn explain(&self, level: u8, inherited: u64, pattern: u64) -> Vec<types::Finding> { self.0.explain(level, inherited, pattern) }
+                fn encode_leaf(&self, level: u8, size_log2: u8, attributes: u64) -> Option<table::Encoded> { self.0.encode_leaf(level, size_log2, attributes) }
+                fn encode_table(&self, level: u8, next: u8) -> Option<u64> { self.0.encode_table(level, next) }
+            }
+
+            $crate::export::export_bindings!(Plugin with_types_in $crate::export);
+        }
+    };
+}
