@@ -2,6 +2,7 @@
 
 mod address;
 mod attributes;
+pub mod memory;
 pub mod table;
 
 pub use address::{Gpa, Iova, Span};
