@@ -3,6 +3,7 @@
 mod address;
 mod attributes;
 pub mod memory;
+pub mod snapshot;
 pub mod table;
 
 pub use address::{Gpa, Iova, Span};
