@@ -107,7 +107,8 @@ impl Attributes {
     /// Allows nothing that `limit` does not: no further permission, and privileged requests only where `limit` says so.
     #[must_use]
     pub const fn within(self, limit: Self) -> bool {
-        self.0 & Self::PERMISSIONS & !limit.0 == 0 && (self.0 & Self::PRIVILEGED_ONLY.0 != 0 || limit.0 & Self::PRIVILEGED_ONLY.0 == 0 || self.grants_nothing())
+        self.0 & Self::PERMISSIONS & !limit.0 == 0
+            && (self.0 & Self::PRIVILEGED_ONLY.0 != 0 || limit.0 & Self::PRIVILEGED_ONLY.0 == 0 || self.grants_nothing())
     }
 
     /// What two stages in a row allow: permissions that both give, the stricter memory type, coherent only if both are.

@@ -2,7 +2,9 @@
 
 mod address;
 mod attributes;
+pub mod memory;
 pub mod plugin;
+pub mod snapshot;
 pub mod table;
 
 pub use address::{Gpa, Iova, Span};

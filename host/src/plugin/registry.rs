@@ -50,10 +50,10 @@ pub enum PluginsError {
         /// Why not.
         error: LoadError,
     },
-    /// Two files of one directory have the same name in their manifests, or two plugins have a format of the same name.
+    /// Two plugins have the same name in their manifests, or know the same kind of unit; only a built-in plugin can be replaced, by one of its name.
     #[error("`{name}` comes from two plugins: {first} and {second}; remove one of them")]
     Conflict {
-        /// Name of the plugin or format.
+        /// Name of the plugin or unit.
         name: String,
         /// Where one comes from.
         first: Origin,
@@ -151,8 +151,11 @@ impl Plugins {
     }
 
     fn insert(&mut self, label: &str, origin: Origin, bytes: Bytes) -> Result<(), PluginsError> {
-        let manifest = admission::admit(bytes.get(), self.engine.limits())
-            .map_err(|error| PluginsError::Load { plugin: label.to_owned(), origin: origin.clone(), error })?;
+        let manifest = admission::admit(bytes.get(), self.engine.limits()).map_err(|error| PluginsError::Load {
+            plugin: label.to_owned(),
+            origin: origin.clone(),
+            error,
+        })?;
         if let Some(same) = self.entries.iter().position(|entry| entry.manifest.name == manifest.name) {
             let first = self.entries[same].origin.clone();
             if first != Origin::Builtin {
@@ -161,7 +164,12 @@ impl Plugins {
             tracing::info!(plugin = manifest.name, %origin, "replaces the built-in plugin");
             self.entries.remove(same);
         }
-        // Names of formats begin with the plugin's, so that two plugins cannot have the same.
+        // Names of formats begin with the plugin's, so that two plugins cannot have the same. Units are free.
+        let unit = |entry: &&Entry| entry.manifest.units.iter().any(|unit| manifest.units.contains(unit));
+        if let Some(other) = self.entries.iter().find(unit) {
+            let name = other.manifest.units.iter().find(|unit| manifest.units.contains(unit)).cloned().unwrap_or_default();
+            return Err(PluginsError::Conflict { name, first: other.origin.clone(), second: origin });
+        }
         self.entries.push(Entry { origin, manifest, bytes, loaded: Mutex::new(None) });
         self.entries.sort_by(|a, b| a.manifest.name.cmp(&b.manifest.name));
         Ok(())
@@ -183,9 +191,9 @@ impl Plugins {
     /// # Errors
     /// [`PluginsError::Unknown`] with what there is, or [`PluginsError::Load`].
     pub fn by_unit(&self, kind: &str) -> Result<Plugin, PluginsError> {
-        match self.entries.iter().find(|entry| entry.manifest.name == kind) {
+        match self.entries.iter().find(|entry| entry.manifest.units.iter().any(|unit| unit == kind)) {
             Some(entry) => entry.load(&self.engine),
-            None => Err(self.unknown("unit", kind, self.entries.iter().map(|entry| &*entry.manifest.name))),
+            None => Err(unknown("unit", kind, self.entries.iter().flat_map(|entry| &entry.manifest.units).map(|unit| &**unit))),
         }
     }
 
@@ -198,16 +206,16 @@ impl Plugins {
             Some(entry) => entry.load(&self.engine),
             None => {
                 let formats = self.entries.iter().flat_map(|entry| &entry.manifest.formats);
-                Err(self.unknown("table format", format, formats.map(|format| &*format.name)))
+                Err(unknown("table format", format, formats.map(|format| &*format.name)))
             }
         }
     }
+}
 
-    fn unknown<'a>(&self, what: &'static str, name: &str, known: impl Iterator<Item = &'a str>) -> PluginsError {
-        let known: Vec<&str> = known.collect();
-        let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
-        PluginsError::Unknown { what, name: super::error::clean(name), known }
-    }
+fn unknown<'a>(what: &'static str, name: &str, known: impl Iterator<Item = &'a str>) -> PluginsError {
+    let known: Vec<&str> = known.collect();
+    let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+    PluginsError::Unknown { what, name: super::error::clean(name), known }
 }
 
 impl Entry {
@@ -217,8 +225,11 @@ impl Entry {
         if let Some(plugin) = &*loaded {
             return Ok(plugin.clone());
         }
-        let plugin = Plugin::load_admitted(engine, self.bytes.get(), self.manifest.clone())
-            .map_err(|error| PluginsError::Load { plugin: self.manifest.name.clone(), origin: self.origin.clone(), error })?;
+        let plugin = Plugin::load_admitted(engine, self.bytes.get(), self.manifest.clone()).map_err(|error| PluginsError::Load {
+            plugin: self.manifest.name.clone(),
+            origin: self.origin.clone(),
+            error,
+        })?;
         *loaded = Some(plugin.clone());
         Ok(plugin)
     }

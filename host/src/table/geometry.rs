@@ -183,8 +183,13 @@ impl Geometry {
         if level.leaf_sizes & 0xff != 0 {
             return refuse("leaves smaller than 256 bytes");
         }
+        let (mut deciding, mut address) = (0, 0);
         for shape in &level.shapes {
-            check_shape(shape, bits)?;
+            address |= check_shape(shape, bits)?;
+            deciding |= shape.mask;
+        }
+        if deciding & address != 0 {
+            return refuse("a shape is decided by bits that are address bits in it or in another shape");
         }
         Ok(())
     }
@@ -227,7 +232,8 @@ impl Geometry {
     }
 }
 
-fn check_shape(shape: &Shape, bits: u8) -> Result<(), Nonsense> {
+/// Checks one shape; its address bits in the entry.
+fn check_shape(shape: &Shape, bits: u8) -> Result<u64, Nonsense> {
     if shape.value & !shape.mask != 0 {
         return refuse("a shape's value has bits outside its mask");
     }
@@ -248,10 +254,7 @@ fn check_shape(shape: &Shape, bits: u8) -> Result<(), Nonsense> {
         in_entry |= entry;
         in_address |= address;
     }
-    if shape.mask & in_entry != 0 {
-        return refuse("a shape is decided by address bits");
-    }
-    Ok(())
+    Ok(in_entry)
 }
 
 /// An address field, ready for use: one mask for the bits that stay in place, and the segments that move.

@@ -2,8 +2,21 @@
 //!
 //! An entry is *address* plus *pattern*. Addresses are moved natively; patterns are judged by a [`Format`], once each, and the answers remembered.
 
+mod arena;
+mod build;
+mod collect;
 mod format;
 mod geometry;
+mod loss;
+mod remember;
+mod stages;
+mod walk;
 
+pub use arena::{Arena, Full};
+pub use build::{BuildError, Builder, Built};
+pub use collect::{Collector, Mapping};
 pub use format::{Encoded, FaultKind, Finding, Format, FormatError, Meaning, Need, Next, Severity};
 pub use geometry::{AddressField, ByteOrder, Geometry, Level, Mark, Nonsense, Root, Segment, Shape};
+pub use loss::{Count, Loss, Losses};
+pub use stages::{AddressSpace, Fault, Translation};
+pub use walk::{Cause, FaultAt, OpenError, Piece, Run, Step, Table, Visitor, WalkError};

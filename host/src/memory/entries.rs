@@ -1,0 +1,104 @@
+//! Reading guest memory through `vm-memory`: each entry once, atomically.
+
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+
+use vm_memory::{GuestAddress, GuestMemory, Permissions, VolatileMemory};
+
+use crate::Gpa;
+use crate::table::ByteOrder;
+
+/// The unit in which tables are read, and the smallest page of any guest: 4 KiB.
+pub const PAGE: u64 = 4096;
+
+/// How entries stand in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EntryLayout {
+    /// 4 or 8.
+    pub bytes: u8,
+    /// Order of the bytes.
+    pub order: ByteOrder,
+}
+
+/// Guest memory at this address could not be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("guest memory at {0} cannot be read")]
+pub struct ReadError(pub Gpa);
+
+/// Memory that holds tables.
+///
+/// The engine calls this once per entry and walk, and uses what it got: an implementation need not be stable between calls, and the guest may write
+/// at any moment.
+pub trait EntryMemory {
+    /// Fills `entries` with consecutive entries from `address`, each loaded once and atomically. `address` is a multiple of the entry size, and the
+    /// range does not cross a 4 KiB boundary.
+    ///
+    /// # Errors
+    /// The first address that is not there; `entries` is then unspecified.
+    fn read_entries(&self, address: Gpa, layout: EntryLayout, entries: &mut [u64]) -> Result<(), ReadError>;
+}
+
+/// Any guest memory of the `vm-memory` crate.
+#[derive(Debug)]
+pub struct VmMemory<'a, M: ?Sized>(pub &'a M);
+
+impl<M: GuestMemory + ?Sized> EntryMemory for VmMemory<'_, M> {
+    fn read_entries(&self, address: Gpa, layout: EntryLayout, entries: &mut [u64]) -> Result<(), ReadError> {
+        let size = usize::from(layout.bytes);
+        let slices = self.0.get_slices(GuestAddress(address.0), entries.len() * size, Permissions::Read).map_err(|_| ReadError(address))?;
+        let mut done = 0;
+        for slice in slices {
+            let at = ReadError(Gpa(address.0 + (done * size) as u64));
+            let slice = slice.map_err(|_| at)?;
+            let count = slice.len() / size;
+            if count * size != slice.len() {
+                return Err(at); // an entry that straddles two regions is no entry
+            }
+            for (index, entry) in entries[done..done + count].iter_mut().enumerate() {
+                *entry = match layout.bytes {
+                    8 => slice.get_atomic_ref::<AtomicU64>(index * 8).map_err(|_| at)?.load(Ordering::Relaxed),
+                    _ => u64::from(slice.get_atomic_ref::<AtomicU32>(index * 4).map_err(|_| at)?.load(Ordering::Relaxed)),
+                };
+            }
+            done += count;
+        }
+        to_native(layout, entries);
+        Ok(())
+    }
+}
+
+fn to_native(layout: EntryLayout, entries: &mut [u64]) {
+    let big = layout.order == ByteOrder::Big;
+    if big == cfg!(target_endian = "big") {
+        return;
+    }
+    let unused = 64 - u32::from(layout.bytes) * 8;
+    for entry in entries {
+        *entry = entry.swap_bytes() >> unused;
+    }
+}
+
+/// `length` bytes from `address`, each read once: for device structures.
+///
+/// # Errors
+/// The address that was asked for, if any of it is not there.
+pub fn read_bytes<M: GuestMemory + ?Sized>(memory: &M, address: Gpa, length: usize) -> Result<Vec<u8>, ReadError> {
+    let failed = ReadError(address);
+    let mut bytes = Vec::with_capacity(length);
+    for slice in memory.get_slices(GuestAddress(address.0), length, Permissions::Read).map_err(|_| failed)? {
+        let slice = slice.map_err(|_| failed)?;
+        let mut at = 0;
+        while at < slice.len() {
+            // Whole words where they are aligned: fields of device structures are read as hardware reads them.
+            if slice.len() - at >= 8
+                && let Ok(word) = slice.get_atomic_ref::<AtomicU64>(at)
+            {
+                bytes.extend_from_slice(&word.load(Ordering::Relaxed).to_ne_bytes());
+                at += 8;
+            } else {
+                bytes.push(slice.get_atomic_ref::<AtomicU8>(at).map_err(|_| failed)?.load(Ordering::Relaxed));
+                at += 1;
+            }
+        }
+    }
+    Ok(bytes)
+}

@@ -1,0 +1,9 @@
+//! Guest memory as the engine sees it: a map of what exists, entries read once and atomically, and budgets for all work.
+
+mod budget;
+mod entries;
+mod map;
+
+pub use budget::{Budget, Exhausted, Limits};
+pub use entries::{EntryLayout, EntryMemory, PAGE, ReadError, VmMemory, read_bytes};
+pub use map::{Kind, MemoryMap, MemoryMapError, Region};

@@ -1,0 +1,237 @@
+//! `snapshot.json`, read.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+
+use serde::Deserialize;
+use serde::de::{self, Deserializer, Visitor};
+
+use super::{Device, Snapshot, SnapshotError, Source, Stream, StreamEntry, memory};
+use crate::Span;
+use crate::memory::{Kind, MemoryMap, PAGE, Region};
+
+/// Largest `snapshot.json` that is read: room for some ten million pages.
+const MAX_JSON: u64 = 256 << 20;
+
+/// A number, written in hex (`"0x1000"`) or as a JSON integer.
+#[derive(Clone, Copy, Debug)]
+struct Number(u64);
+
+impl<'de> Deserialize<'de> for Number {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Digits;
+        impl Visitor<'_> for Digits {
+            type Value = Number;
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("a number such as \"0x1000\" or 4096, below 2^64")
+            }
+            fn visit_u64<E: de::Error>(self, value: u64) -> Result<Number, E> {
+                Ok(Number(value))
+            }
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Number, E> {
+                let hex = text.strip_prefix("0x").filter(|digits| !digits.starts_with('+'));
+                let value = hex.and_then(|digits| u64::from_str_radix(digits, 16).ok());
+                value.map(Number).ok_or_else(|| E::invalid_value(de::Unexpected::Str(text), &self))
+            }
+        }
+        deserializer.deserialize_any(Digits)
+    }
+}
+
+#[derive(Deserialize)]
+struct File1 {
+    version: u64,
+    #[serde(default)]
+    description: String,
+    unit: Option<Unit1>,
+    tables: Option<Vec<Table1>>,
+    memory: Vec<Region1>,
+    devices: Vec<Device1>,
+    page_size: u64,
+    pages: Vec<Number>,
+}
+
+#[derive(Deserialize)]
+struct Unit1 {
+    kind: String,
+    registers: Option<Pairs>,
+}
+
+#[derive(Deserialize)]
+struct Region1 {
+    kind: String,
+    first: Number,
+    last: Number,
+}
+
+#[derive(Deserialize)]
+struct Device1 {
+    label: String,
+    id: Number,
+}
+
+#[derive(Deserialize)]
+struct Table1 {
+    id: Number,
+    #[serde(default)]
+    pasid: Option<u32>,
+    #[serde(default)]
+    state: Option<String>,
+    #[serde(default)]
+    reason: Option<String>,
+    #[serde(default)]
+    format: Option<String>,
+    #[serde(default)]
+    root: Option<Number>,
+    #[serde(default)]
+    settings: Pairs,
+}
+
+/// A JSON object of names and numbers, in order and without repetition.
+#[derive(Default)]
+struct Pairs(Vec<(String, u64)>);
+
+impl<'de> Deserialize<'de> for Pairs {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Object;
+        impl<'de> Visitor<'de> for Object {
+            type Value = Pairs;
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("an object of names and numbers")
+            }
+            fn visit_map<A: de::MapAccess<'de>>(self, mut map: A) -> Result<Pairs, A::Error> {
+                let mut pairs: Vec<(String, u64)> = Vec::new();
+                while let Some((name, Number(value))) = map.next_entry::<String, Number>()? {
+                    if pairs.len() >= 512 {
+                        return Err(de::Error::custom("more than 512 names"));
+                    }
+                    if pairs.iter().any(|(known, _)| *known == name) {
+                        return Err(de::Error::custom(format!("`{name}` is given twice")));
+                    }
+                    pairs.push((name, value));
+                }
+                Ok(Pairs(pairs))
+            }
+        }
+        deserializer.deserialize_map(Object)
+    }
+}
+
+impl Snapshot {
+    /// Reads the snapshot in the folder `path`.
+    ///
+    /// # Errors
+    /// A file that is not there or cannot be read, and everything that makes no sense, with the file and the thing.
+    pub fn load(path: &Path) -> Result<Self, SnapshotError> {
+        let json_path = path.join("snapshot.json");
+        let pages_path = path.join("pages.bin");
+        if !json_path.exists() && path.exists() {
+            return Err(SnapshotError::invalid(path, "not a snapshot: there is no snapshot.json in it"));
+        }
+        let json = read(&json_path, MAX_JSON)?;
+        let file: File1 = serde_json::from_slice(&json).map_err(|error| SnapshotError::invalid(&json_path, error.to_string()))?;
+        let invalid = |what: String| SnapshotError::invalid(&json_path, what);
+        if file.version != 1 {
+            return Err(invalid(format!("format version {}; this program reads version 1", file.version)));
+        }
+        if file.page_size != PAGE {
+            return Err(invalid(format!("page_size {}; it must be {PAGE}", file.page_size)));
+        }
+        let source = source(file.unit, file.tables).map_err(invalid)?;
+        let map = memory_map(file.memory).map_err(invalid)?;
+        let devices = devices(file.devices).map_err(invalid)?;
+        let mut pages: Vec<(u64, usize)> = file.pages.iter().enumerate().map(|(index, page)| (page.0, index)).collect();
+        pages.sort_unstable();
+        if let Some((address, _)) = pages.iter().find(|(address, _)| !address.is_multiple_of(PAGE)) {
+            return Err(invalid(format!("page {address:#x} is not a multiple of {PAGE}")));
+        }
+        if let Some(pair) = pages.windows(2).find(|pair| pair[0].0 == pair[1].0) {
+            return Err(invalid(format!("page {:#x} is listed twice", pair[0].0)));
+        }
+        let bytes = pages.len() as u64 * PAGE;
+        let contents = read(&pages_path, bytes.saturating_add(1))?;
+        if contents.len() as u64 != bytes {
+            let found = std::fs::metadata(&pages_path).map_or(contents.len() as u64, |metadata| metadata.len());
+            let what = format!("{found} bytes; the {} pages of snapshot.json need {bytes}", pages.len());
+            return Err(SnapshotError::invalid(&pages_path, what));
+        }
+        let memory = memory::memory(&pages, &contents)
+            .map_err(|error| SnapshotError::invalid(&pages_path, format!("no memory for {bytes} bytes of pages: {error}")))?;
+        Ok(Self { description: file.description, source, map, devices, memory, pages: pages.len() as u64 })
+    }
+}
+
+fn read(path: &Path, most: u64) -> Result<Vec<u8>, SnapshotError> {
+    let mut bytes = Vec::new();
+    let file = File::open(path).map_err(SnapshotError::io(path))?;
+    file.take(most.saturating_add(1)).read_to_end(&mut bytes).map_err(SnapshotError::io(path))?;
+    if bytes.len() as u64 > most && most == MAX_JSON {
+        return Err(SnapshotError::invalid(path, format!("larger than {most} bytes")));
+    }
+    Ok(bytes)
+}
+
+fn source(unit: Option<Unit1>, tables: Option<Vec<Table1>>) -> Result<Source, String> {
+    match (unit, tables) {
+        (_, Some(tables)) => {
+            let mut entries = Vec::with_capacity(tables.len());
+            for table in tables {
+                let (id, pasid) = (table.id.0, table.pasid);
+                if entries.iter().any(|entry: &StreamEntry| (entry.id, entry.pasid) == (id, pasid)) {
+                    return Err(format!("tables: device {id:#x} is listed twice"));
+                }
+                entries.push(StreamEntry { id, pasid, stream: stream(table)? });
+            }
+            Ok(Source::Tables(entries))
+        }
+        (Some(Unit1 { kind, registers: Some(registers) }), None) => Ok(Source::Unit { kind, registers: registers.0 }),
+        (Some(Unit1 { registers: None, .. }) | None, None) => Err("neither `unit.registers` nor `tables`: one of them must say where the tables are".to_owned()),
+    }
+}
+
+fn stream(table: Table1) -> Result<Stream, String> {
+    let id = table.id.0;
+    match (table.state.as_deref(), table.format) {
+        (Some("bypass"), None) => Ok(Stream::Bypass),
+        (Some("blocked"), None) => Ok(Stream::Blocked(table.reason.unwrap_or_else(|| "blocked in the snapshot".to_owned()))),
+        (None | Some("translated"), Some(format)) => {
+            let mut settings = table.settings.0;
+            let given = settings.iter().any(|(name, _)| name == "root");
+            match (table.root, given) {
+                (Some(_), true) => return Err(format!("tables: device {id:#x} has a root beside its settings and another one in them")),
+                (Some(root), false) => settings.push(("root".to_owned(), root.0)),
+                (None, true) => {}
+                (None, false) => return Err(format!("tables: device {id:#x} has a format and no root")),
+            }
+            Ok(Stream::Table { format, settings })
+        }
+        (None, None) => Err(format!("tables: device {id:#x} has neither a format nor a state")),
+        (Some(state), _) => Err(format!("tables: device {id:#x} has state `{state}`; there are `translated` with a format, `bypass` and `blocked` without")),
+    }
+}
+
+fn memory_map(regions: Vec<Region1>) -> Result<MemoryMap, String> {
+    let mut map = Vec::with_capacity(regions.len());
+    for region in regions {
+        let kind = match region.kind.as_str() {
+            "ram" => Kind::Ram,
+            "device" => Kind::Device,
+            "table" => Kind::Table,
+            other => return Err(format!("memory of kind `{other}`; there are `ram`, `device` and `table`")),
+        };
+        let (first, last) = (region.first.0, region.last.0);
+        let span = Span::new(first, last).ok_or_else(|| format!("memory range {first:#x}..={last:#x} is empty"))?;
+        map.push(Region { kind, span });
+    }
+    MemoryMap::new(map).map_err(|error| error.to_string())
+}
+
+fn devices(devices: Vec<Device1>) -> Result<Vec<Device>, String> {
+    let mut list: Vec<Device> = devices.into_iter().map(|device| Device { label: device.label, id: device.id.0 }).collect();
+    list.sort_by_key(|device| device.id);
+    match list.windows(2).find(|pair| pair[0].id == pair[1].id) {
+        Some(pair) => Err(format!("devices `{}` and `{}` have the same id {:#x}", pair[0].label, pair[1].label, pair[0].id)),
+        None => Ok(list),
+    }
+}

@@ -1,0 +1,151 @@
+//! Snapshots, written: whole or not at all.
+
+use std::fs::{self, File};
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value, json};
+
+use super::{Device, SnapshotError, Stream, StreamEntry};
+use crate::memory::MemoryMap;
+use crate::Gpa;
+
+/// Pages to be written: address, and 512 words in the byte order of memory.
+pub trait Pages {
+    /// The pages, ascending.
+    fn pages(&self) -> Box<dyn Iterator<Item = (Gpa, &[u64])> + '_>;
+}
+
+impl Pages for crate::table::Arena {
+    fn pages(&self) -> Box<dyn Iterator<Item = (Gpa, &[u64])> + '_> {
+        Box::new(Self::pages(self))
+    }
+}
+
+/// Writes a snapshot that names its tables into the folder `path`.
+///
+/// Files appear under their names only once they are complete. With `force` an existing folder is used, and other files in it are left alone.
+///
+/// # Errors
+/// The folder exists and `force` is not given, or the operating system refused.
+pub fn store(
+    path: &Path,
+    force: bool,
+    description: &str,
+    map: &MemoryMap,
+    devices: &[Device],
+    streams: &[StreamEntry],
+    pages: &dyn Pages,
+) -> Result<(), SnapshotError> {
+    let exists = fs::symlink_metadata(path).is_ok();
+    if exists && !force {
+        return Err(SnapshotError::Exists(path.to_owned()));
+    }
+    let json = document(description, map, devices, streams, pages);
+    let parent = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
+        _ => PathBuf::from("."),
+    };
+    if !parent.is_dir() {
+        return Err(SnapshotError::invalid(&parent, "no such folder; create it first"));
+    }
+    let name = path.file_name().ok_or_else(|| SnapshotError::invalid(path, "not a name for a new folder"))?;
+    if exists {
+        if !path.is_dir() {
+            return Err(SnapshotError::invalid(path, "exists and is not a folder"));
+        }
+        let staged = Staged::new(path.join(format!(".stagecraft-{}", std::process::id())))?;
+        write_files(&staged.0, &json, pages)?;
+        for file in ["pages.bin", "snapshot.json"] {
+            fs::rename(staged.0.join(file), path.join(file)).map_err(SnapshotError::io(&path.join(file)))?;
+        }
+        return Ok(());
+    }
+    let staged = Staged::new(parent.join(format!(".{}.stagecraft-{}", name.to_string_lossy(), std::process::id())))?;
+    write_files(&staged.0, &json, pages)?;
+    fs::rename(&staged.0, path).map_err(SnapshotError::io(path))
+}
+
+/// A folder that is removed again unless it was renamed.
+struct Staged(PathBuf);
+
+impl Staged {
+    fn new(path: PathBuf) -> Result<Self, SnapshotError> {
+        fs::create_dir(&path).map_err(SnapshotError::io(&path))?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Staged {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+fn write_files(folder: &Path, json: &Value, pages: &dyn Pages) -> Result<(), SnapshotError> {
+    let path = folder.join("pages.bin");
+    let mut out = BufWriter::new(File::create(&path).map_err(SnapshotError::io(&path))?);
+    for (_, words) in pages.pages() {
+        for word in words {
+            out.write_all(&word.to_ne_bytes()).map_err(SnapshotError::io(&path))?;
+        }
+    }
+    out.flush().map_err(SnapshotError::io(&path))?;
+    let path = folder.join("snapshot.json");
+    let mut text = serde_json::to_string_pretty(json).unwrap_or_default();
+    text.push('\n');
+    fs::write(&path, text).map_err(SnapshotError::io(&path))
+}
+
+fn hex(value: u64) -> Value {
+    Value::String(format!("{value:#x}"))
+}
+
+/// A setting in JSON: a number, or in hex where a JSON number would lose digits.
+#[must_use]
+pub(crate) fn setting(value: u64) -> Value {
+    if value < 1 << 53 { Value::from(value) } else { hex(value) }
+}
+
+fn document(description: &str, map: &MemoryMap, devices: &[Device], streams: &[StreamEntry], pages: &dyn Pages) -> Value {
+    let memory: Vec<Value> =
+        map.regions().iter().map(|region| json!({"kind": region.kind.as_str(), "first": hex(region.span.first), "last": hex(region.span.last)})).collect();
+    let devices: Vec<Value> = devices.iter().map(|device| json!({"label": device.label, "id": hex(device.id)})).collect();
+    let pages: Vec<Value> = pages.pages().map(|(address, _)| hex(address.0)).collect();
+    json!({
+        "version": 1,
+        "description": description,
+        "tables": streams.iter().map(stream).collect::<Vec<Value>>(),
+        "memory": memory,
+        "devices": devices,
+        "page_size": crate::memory::PAGE,
+        "pages": pages,
+    })
+}
+
+fn stream(entry: &StreamEntry) -> Value {
+    let mut object = Map::new();
+    object.insert("id".to_owned(), hex(entry.id));
+    if let Some(pasid) = entry.pasid {
+        object.insert("pasid".to_owned(), Value::from(pasid));
+    }
+    match &entry.stream {
+        Stream::Table { format, settings } => {
+            object.insert("format".to_owned(), Value::from(format.as_str()));
+            let root = settings.iter().find(|(name, _)| name == "root").map_or(0, |(_, root)| *root);
+            object.insert("root".to_owned(), hex(root));
+            // Further roots are addresses too, and read better in hex.
+            let others = settings.iter().filter(|(name, _)| name != "root");
+            let value = |name: &str, value: u64| if name.starts_with("root") { hex(value) } else { setting(value) };
+            object.insert("settings".to_owned(), others.map(|(name, number)| (name.clone(), value(name, *number))).collect::<Map<_, _>>().into());
+        }
+        Stream::Bypass => {
+            object.insert("state".to_owned(), Value::from("bypass"));
+        }
+        Stream::Blocked(reason) => {
+            object.insert("state".to_owned(), Value::from("blocked"));
+            object.insert("reason".to_owned(), Value::from(reason.as_str()));
+        }
+    }
+    object.into()
+}

@@ -1,0 +1,157 @@
+//! Memory for tables that Stagecraft builds.
+
+use std::collections::BTreeMap;
+
+use crate::Gpa;
+use crate::memory::{EntryLayout, EntryMemory, PAGE, ReadError};
+use crate::table::ByteOrder;
+
+/// Words of one chunk: 2 MiB.
+const CHUNK: usize = 1 << 18;
+
+/// Table memory from `base` upwards, handed out in pages of 4 KiB and never moved; used again after [`Arena::reset`].
+#[derive(Debug)]
+pub struct Arena {
+    base: u64,
+    limit: u64,
+    /// Each covers `CHUNK` words of the address range; a table larger than that is refused with the geometry.
+    chunks: Vec<Box<[u64]>>,
+    /// Pages handed out so far, from the base.
+    used: u64,
+    /// Tables given back, by bytes: their offsets.
+    free: BTreeMap<u64, Vec<u64>>,
+    /// Tables in use: offset and bytes.
+    live: BTreeMap<u64, u64>,
+}
+
+/// No memory is left for tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("no room for another table: {limit:#x} bytes from {base:#x} are in use")]
+pub struct Full {
+    /// Where the arena starts.
+    pub base: u64,
+    /// Its size, in bytes.
+    pub limit: u64,
+}
+
+impl Arena {
+    /// Table memory at `base`, a multiple of 2 MiB, of at most `limit` bytes.
+    ///
+    /// # Panics
+    /// If `base` is not a multiple of 2 MiB.
+    #[must_use]
+    pub fn new(base: u64, limit: u64) -> Self {
+        assert!(base.is_multiple_of(Self::ALIGNMENT), "an arena starts at a multiple of 2 MiB");
+        Self { base, limit: limit.min(u64::MAX - base), chunks: Vec::new(), used: 0, free: BTreeMap::new(), live: BTreeMap::new() }
+    }
+
+    /// What `base` is a multiple of: no table is larger.
+    pub const ALIGNMENT: u64 = (CHUNK * 8) as u64;
+
+    /// Forgets all tables and keeps the memory.
+    pub fn reset(&mut self) {
+        self.used = 0;
+        self.free.clear();
+        self.live.clear();
+    }
+
+    /// Address of the first table.
+    #[must_use]
+    pub const fn base(&self) -> u64 {
+        self.base
+    }
+
+    /// Bytes of all tables in use; small tables count as the pages that they take.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.live.values().sum()
+    }
+
+    /// Bytes of memory that the arena holds.
+    #[must_use]
+    pub fn capacity(&self) -> u64 {
+        self.chunks.len() as u64 * Self::ALIGNMENT
+    }
+
+    /// The pages in use, ascending: address, and its 512 words in the byte order of memory.
+    pub fn pages(&self) -> impl Iterator<Item = (Gpa, &[u64])> + '_ {
+        self.live.iter().flat_map(move |(&offset, &bytes)| {
+            (offset..offset + bytes).step_by(PAGE as usize).map(move |page| {
+                let word = (page / 8) as usize;
+                (Gpa(self.base + page), &self.chunks[word / CHUNK][word % CHUNK..word % CHUNK + (PAGE / 8) as usize])
+            })
+        })
+    }
+
+    /// A table of `bytes` bytes, aligned to its size and to 4 KiB. Its contents are whatever was there.
+    pub(crate) fn allocate(&mut self, bytes: u64) -> Result<u64, Full> {
+        let bytes = bytes.next_power_of_two().max(PAGE);
+        if let Some(offset) = self.free.get_mut(&bytes).and_then(Vec::pop) {
+            self.live.insert(offset, bytes);
+            return Ok(offset);
+        }
+        let full = Full { base: self.base, limit: self.limit };
+        let offset = self.used.next_multiple_of(bytes);
+        let end = offset.checked_add(bytes).filter(|end| *end <= self.limit && bytes <= Self::ALIGNMENT).ok_or(full)?;
+        while self.capacity() < end {
+            self.chunks.push(vec![0; CHUNK].into_boxed_slice());
+        }
+        self.used = end;
+        self.live.insert(offset, bytes);
+        Ok(offset)
+    }
+
+    pub(crate) fn release(&mut self, offset: u64) {
+        if let Some(bytes) = self.live.remove(&offset) {
+            self.free.entry(bytes).or_default().push(offset);
+        }
+    }
+
+    /// The words from `offset` to the end of its chunk: at least the table that starts there.
+    #[inline]
+    pub(crate) fn words(&mut self, offset: u64) -> &mut [u64] {
+        let word = (offset / 8) as usize;
+        &mut self.chunks[word / CHUNK][word % CHUNK..]
+    }
+}
+
+impl EntryMemory for Arena {
+    fn read_entries(&self, address: Gpa, layout: EntryLayout, entries: &mut [u64]) -> Result<(), ReadError> {
+        let error = ReadError(address);
+        let offset = address.0.checked_sub(self.base).filter(|offset| *offset < self.used).ok_or(error)?;
+        let word = (offset / 8) as usize;
+        let words = self.chunks.get(word / CHUNK).map(|chunk| &chunk[word % CHUNK..]).ok_or(error)?;
+        match layout.bytes {
+            8 => {
+                let source = words.get(..entries.len()).ok_or(error)?;
+                for (entry, word) in entries.iter_mut().zip(source) {
+                    *entry = if layout.order == ByteOrder::Big { word.to_le().swap_bytes() } else { u64::from_le(*word) };
+                }
+            }
+            _ => {
+                for (index, entry) in entries.iter_mut().enumerate() {
+                    let at = (offset % 8 / 4) as usize + index;
+                    let bytes = words.get(at / 2).ok_or(error)?.to_ne_bytes();
+                    let half = [bytes[at % 2 * 4], bytes[at % 2 * 4 + 1], bytes[at % 2 * 4 + 2], bytes[at % 2 * 4 + 3]];
+                    *entry = u64::from(if layout.order == ByteOrder::Big { u32::from_be_bytes(half) } else { u32::from_le_bytes(half) });
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Writes entry `index` of a table that starts at `words[0]`.
+#[inline]
+pub(crate) fn write_entry(words: &mut [u64], layout: EntryLayout, index: usize, entry: u64) {
+    match (layout.bytes, layout.order) {
+        (8, ByteOrder::Little) => words[index] = entry.to_le(),
+        (8, ByteOrder::Big) => words[index] = entry.to_be(),
+        (_, order) => {
+            let half = if order == ByteOrder::Big { (entry as u32).to_be_bytes() } else { (entry as u32).to_le_bytes() };
+            let mut bytes = words[index / 2].to_ne_bytes();
+            bytes[index % 2 * 4..index % 2 * 4 + 4].copy_from_slice(&half);
+            words[index / 2] = u64::from_ne_bytes(bytes);
+        }
+    }
+}

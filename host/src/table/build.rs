@@ -1,0 +1,699 @@
+//! Building a table of any format from mappings in ascending order.
+//!
+//! The result depends on the mappings alone, not on the page sizes they came in: every IOVA is mapped by the largest page that the target format has
+//! there. Tables are filled from left to right, each entry written once. A table that turns out to be one contiguous range is given back and becomes a leaf
+//! of the level above ("promotion"), so that the common case, pages as large as the source's, is a plain copy with the pattern replaced.
+
+use crate::memory::{EntryLayout, EntryMemory};
+use crate::table::arena::{Arena, Full, write_entry};
+use crate::table::format::{Format, FormatError, Meaning};
+use crate::table::geometry::{AddressField, Geometry, Nonsense};
+use crate::table::loss::{Loss, Losses, narrowed};
+use crate::table::remember::Plan;
+use crate::table::walk::{FaultAt, Piece, Run, Step, Visitor, WalkError};
+use crate::{Attributes, Gpa, Span};
+
+/// A table cannot be built.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// The format failed.
+    #[error("the format failed: {0}")]
+    Format(FormatError),
+    /// The format describes a table that cannot be, or contradicts itself.
+    #[error(transparent)]
+    Nonsense(#[from] Nonsense),
+    /// No memory is left for tables.
+    #[error(transparent)]
+    Full(#[from] Full),
+}
+
+/// A table that was built.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Built {
+    /// For each root, the setting that holds its address, and the address.
+    pub roots: Vec<(String, Gpa)>,
+    /// What the target could not say.
+    pub losses: Losses,
+    /// Leaf entries written, those of tables that were promoted left out; a leaf that fills several slots counts once per slot.
+    pub leaves: u64,
+    /// Questions that the format was asked.
+    pub questions: u64,
+}
+
+/// A level on the way from a root to the smallest pages.
+#[derive(Debug)]
+struct Rung {
+    kind: u8,
+    lsb: u8,
+    entries: u64,
+    bytes: u64,
+    absent: u64,
+    leaf_sizes: u64,
+    /// The entry that points to a table of the next rung, and where its address goes.
+    table_pattern: u64,
+    table_field: AddressField,
+    /// The format's word for entries of this rung in a table that restricts nothing.
+    inherited: u64,
+}
+
+/// A root and the levels below it.
+#[derive(Debug)]
+struct Chain {
+    setting: String,
+    rungs: Vec<Rung>,
+    /// Page sizes and the rung that has them, largest first.
+    sizes: Vec<(u8, usize)>,
+    /// The root table, once there is one: offset in the arena, entries written.
+    root: Option<(u64, u64)>,
+}
+
+/// The IOVAs that a chain serves.
+#[derive(Clone, Copy, Debug)]
+struct Window {
+    span: Span,
+    chain: usize,
+    /// IOVA of entry 0 of the root table.
+    base: u64,
+}
+
+/// How a leaf of one size with given attributes is written.
+#[derive(Clone, Debug)]
+struct Leaf {
+    pattern: u64,
+    field: AddressField,
+    /// Highest address byte that can be expressed.
+    last_address: u64,
+    narrowed: Vec<Loss>,
+}
+
+/// The leaves of all sizes of one chain for given attributes.
+#[derive(Debug)]
+struct Encoding {
+    chain: usize,
+    attributes: Attributes,
+    leaves: Vec<Option<Leaf>>,
+}
+
+/// Whether a table's entries so far are one contiguous range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Contents {
+    Empty,
+    Contiguous { attributes: Attributes, pattern: u64, first: u64, next: u64 },
+    Mixed,
+}
+
+/// A table that is being filled.
+#[derive(Clone, Copy, Debug)]
+struct Open {
+    offset: u64,
+    base: u64,
+    filled: u64,
+    contents: Contents,
+}
+
+/// Builds one table. Mappings come through [`Visitor`] or [`Builder::map`] in ascending order of IOVA; [`Builder::finish`] ends it.
+pub struct Builder<'a> {
+    format: Box<dyn Format>,
+    plan: Plan,
+    arena: &'a mut Arena,
+    layout: EntryLayout,
+    chains: Vec<Chain>,
+    windows: Vec<Window>,
+    /// The window that the open tables belong to.
+    window: Option<usize>,
+    open: Vec<Open>,
+    pending: Option<Piece>,
+    encodings: Vec<Encoding>,
+    losses: Losses,
+    leaves: u64,
+    questions: u64,
+    failed: Option<BuildError>,
+}
+
+impl std::fmt::Debug for Builder<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Builder").field("chains", &self.chains).field("open", &self.open).field("losses", &self.losses).finish_non_exhaustive()
+    }
+}
+
+impl<'a> Builder<'a> {
+    /// A builder of tables as `format` describes them; the addresses of its roots are not looked at.
+    ///
+    /// # Errors
+    /// The format failed, describes a table that cannot be, or has no way from its root to a page.
+    pub fn new(mut format: Box<dyn Format>, arena: &'a mut Arena) -> Result<Self, BuildError> {
+        let plan = Plan::new(format.geometry().map_err(BuildError::Format)?)?;
+        let layout = EntryLayout { bytes: plan.geometry.entry_bytes, order: plan.geometry.order };
+        let mut builder = Self {
+            format,
+            plan,
+            arena,
+            layout,
+            chains: Vec::new(),
+            windows: Vec::new(),
+            window: None,
+            open: Vec::new(),
+            pending: None,
+            encodings: Vec::new(),
+            losses: Losses::default(),
+            leaves: 0,
+            questions: 0,
+            failed: None,
+        };
+        builder.plan_chains()?;
+        Ok(builder)
+    }
+
+    /// The target's geometry.
+    #[must_use]
+    pub fn geometry(&self) -> &Geometry {
+        &self.plan.geometry
+    }
+
+    fn plan_chains(&mut self) -> Result<(), BuildError> {
+        for root in self.plan.geometry.roots.clone() {
+            let chain = match self.chains.iter().position(|chain| chain.setting == root.setting && chain.rungs[0].kind == root.level) {
+                Some(chain) => chain,
+                None => {
+                    let chain = self.plan_chain(root.setting.clone(), root.level, root.inherited)?;
+                    self.chains.push(chain);
+                    self.chains.len() - 1
+                }
+            };
+            let level = &self.plan.levels[usize::from(root.level)];
+            let base = root.first & u64::MAX.checked_shl(u32::from(level.index_lsb + level.index_bits)).unwrap_or(0);
+            self.windows.push(Window { span: Span { first: root.first, last: root.last }, chain, base });
+        }
+        Ok(())
+    }
+
+    /// Follows the format from a root down: at each level the first kind of table that it can point to and that fits without a gap.
+    fn plan_chain(&mut self, setting: String, root: u8, mut inherited: u64) -> Result<Chain, BuildError> {
+        let mut rungs: Vec<Rung> = Vec::new();
+        let mut next = Some(root);
+        while let Some(kind) = next {
+            let level = self.plan.geometry.levels[usize::from(kind)].clone();
+            let mut rung = Rung {
+                kind,
+                lsb: level.index_lsb,
+                entries: level.entries(),
+                bytes: self.plan.geometry.table_bytes(kind),
+                absent: level.absent,
+                leaf_sizes: level.leaf_sizes,
+                table_pattern: 0,
+                table_field: AddressField::default(),
+                inherited,
+            };
+            next = None;
+            for (below, candidate) in self.plan.geometry.levels.iter().enumerate() {
+                if candidate.top_bit() != level.index_lsb {
+                    continue;
+                }
+                self.questions += 1;
+                let Some(pattern) = self.format.encode_table(kind, below as u8).map_err(BuildError::Format)? else { continue };
+                let plan = &self.plan.levels[usize::from(kind)];
+                rung.table_field = plan.field(plan.shape_of(pattern)).clone();
+                rung.table_pattern = pattern;
+                self.questions += 1;
+                match self.format.decode(kind, inherited, pattern).map_err(BuildError::Format)? {
+                    Meaning::Table { next, inherited: below_inherited } if usize::from(next.level) == below => inherited = below_inherited,
+                    other => return Err(Nonsense(format!("a table entry {pattern:#x} was encoded and decodes as {other:?}")).into()),
+                }
+                next = Some(below as u8);
+                break;
+            }
+            rungs.push(rung);
+        }
+        let mut sizes: Vec<(u8, usize)> = Vec::new();
+        for (depth, rung) in rungs.iter().enumerate() {
+            let top = u32::from(rung.lsb) + rung.entries.trailing_zeros();
+            sizes.extend((rung.lsb..64).filter(|size| rung.leaf_sizes >> size & 1 != 0 && u32::from(*size) < top.min(64)).map(|size| (size, depth)));
+        }
+        sizes.sort_by_key(|(size, depth)| (std::cmp::Reverse(*size), std::cmp::Reverse(*depth)));
+        sizes.dedup_by_key(|(size, _)| *size);
+        if sizes.is_empty() {
+            return Err(Nonsense(format!("no pages can be reached from root `{setting}`")).into());
+        }
+        Ok(Chain { setting, rungs, sizes, root: None })
+    }
+
+    /// Maps `piece`, which lies above everything mapped before.
+    ///
+    /// # Errors
+    /// The format failed or contradicts itself, or no memory is left for tables.
+    pub fn map(&mut self, piece: &Piece) -> Result<(), BuildError> {
+        if let Some(pending) = &mut self.pending {
+            let continues = pending.iova.last.checked_add(1) == Some(piece.iova.first)
+                && pending.address.checked_add(pending.iova.length_minus_one()).and_then(|last| last.checked_add(1)) == Some(piece.address)
+                && pending.attributes == piece.attributes;
+            if continues {
+                pending.iova.last = piece.iova.last;
+                return Ok(());
+            }
+        }
+        self.flush()?;
+        self.pending = Some(*piece);
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Result<(), BuildError> {
+        let Some(piece) = self.pending.take() else { return Ok(()) };
+        let mut next = Some(piece.iova.first);
+        for index in 0..self.windows.len() {
+            let Some(part) = self.windows[index].span.intersection(piece.iova) else { continue };
+            if let Some(first) = next.filter(|first| *first < part.first) {
+                self.lose(Loss::InputRange, &piece, Span { first, last: part.first - 1 });
+            }
+            self.place(index, &piece, part)?;
+            next = part.last.checked_add(1);
+        }
+        if let Some(first) = next.filter(|first| *first <= piece.iova.last) {
+            self.lose(Loss::InputRange, &piece, Span { first, last: piece.iova.last });
+        }
+        Ok(())
+    }
+
+    fn lose(&mut self, loss: Loss, piece: &Piece, part: Span) {
+        let example = Piece { iova: part, address: piece.address.wrapping_add(part.first - piece.iova.first), attributes: piece.attributes };
+        self.losses.add(loss, example, 1, u128::from(part.length_minus_one()) + 1);
+    }
+
+    /// Maps the part of a piece that lies in a window, with the largest pages that fit.
+    fn place(&mut self, window: usize, piece: &Piece, part: Span) -> Result<(), BuildError> {
+        let chain = self.windows[window].chain;
+        let encoding = self.encoding(chain, piece.attributes)?;
+        let usable: Vec<(u8, usize, Leaf)> = (self.chains[chain].sizes.iter().zip(&self.encodings[encoding].leaves))
+            .filter_map(|(&(size, depth), leaf)| leaf.clone().map(|leaf| (size, depth, leaf)))
+            .collect();
+        let Some(&(smallest, _, _)) = usable.last() else {
+            self.lose(Loss::Permission, piece, part);
+            return Ok(());
+        };
+        let mut first = part.first;
+        loop {
+            let address = piece.address + (first - piece.iova.first);
+            let left = part.last - first;
+            let fits = |size: u8| (first | address) & low_bits(size) == 0 && left >= low_bits(size);
+            let step = match usable.iter().position(|(size, _, _)| fits(*size)) {
+                Some(choice) => {
+                    let (size, depth, leaf) = &usable[choice];
+                    let last_address = address.saturating_add(low_bits(*size));
+                    if last_address > leaf.last_address {
+                        self.lose(Loss::OutputRange, piece, Span { first, last: part.last });
+                        return Ok(());
+                    }
+                    // As many pages of this size as there are before a larger one may fit, or the end.
+                    let mut last = part.last;
+                    if let Some((larger, _, _)) = choice.checked_sub(1).map(|larger| &usable[larger])
+                        && (first ^ address) & low_bits(*larger) == 0
+                    {
+                        last = last.min(first | low_bits(*larger));
+                    }
+                    let room = (leaf.last_address - address).min(last - first);
+                    let count = (room >> size) + u64::from(room & low_bits(*size) == low_bits(*size));
+                    self.write_pages(window, *depth, *size, leaf, piece.attributes, (first, address), count.max(1))?
+                }
+                None => {
+                    // Up to the next place where the smallest page may fit: never, if IOVA and address disagree below it.
+                    let aligned = (first | low_bits(smallest)).min(part.last);
+                    let last = if (first ^ address) & low_bits(smallest) == 0 { aligned } else { part.last };
+                    self.lose(Loss::Granule, piece, Span { first, last });
+                    last - first
+                }
+            };
+            // `step` is the number of bytes done, minus one.
+            match first.checked_add(step).filter(|last| *last < part.last) {
+                Some(last) => first = last + 1,
+                None => return Ok(()),
+            }
+        }
+    }
+
+    /// Writes up to `count` pages of one size into one table; how many bytes that were, minus one.
+    #[allow(clippy::too_many_arguments)]
+    fn write_pages(
+        &mut self,
+        window: usize,
+        depth: usize,
+        size: u8,
+        leaf: &Leaf,
+        attributes: Attributes,
+        (iova, address): (u64, u64),
+        count: u64,
+    ) -> Result<u64, BuildError> {
+        self.open_to(window, depth, iova)?;
+        let rung = &self.chains[self.windows[window].chain].rungs[depth];
+        let (lsb, entries) = (rung.lsb, rung.entries);
+        let slots_log2 = size - lsb;
+        let index = self.fill_to(depth, iova)?;
+        let count = count.min((entries - index) >> slots_log2).max(1);
+        let open = self.open[depth];
+        let layout = self.layout;
+        let words = self.arena.words(open.offset);
+        let mut slot = index as usize;
+        for page in 0..count {
+            let insert = leaf.field.insert(address + (page << size)).ok_or_else(|| Nonsense("an address was lost on its way".to_owned()))?;
+            for _ in 0..1_u64 << slots_log2 {
+                write_entry(words, layout, slot, leaf.pattern | insert);
+                slot += 1;
+            }
+        }
+        let slots = count << slots_log2;
+        self.leaves += slots;
+        let bytes = u128::from(count) << size;
+        self.note_narrowed(leaf, attributes, (iova, address), 1, bytes);
+        // Pages above their slots differ in pattern from the slot's own: they are promoted only by size, so they count as mixed.
+        let pattern = if slots_log2 == 0 { Some(leaf.pattern) } else { None };
+        note(&mut self.open[depth], index, slots, attributes, pattern, address, address.wrapping_add(slots << lsb));
+        Ok((bytes - 1) as u64)
+    }
+
+    fn note_narrowed(&mut self, leaf: &Leaf, attributes: Attributes, (iova, address): (u64, u64), pieces: u64, bytes: u128) {
+        for loss in &leaf.narrowed {
+            let iova = Span { first: iova, last: iova.saturating_add((bytes - 1) as u64) };
+            self.losses.add(*loss, Piece { iova, address, attributes }, pieces, bytes);
+        }
+    }
+
+    /// The encodings of `attributes` in a chain: asked once, and checked against the format's own decoding.
+    fn encoding(&mut self, chain: usize, attributes: Attributes) -> Result<usize, BuildError> {
+        if let Some(known) = self.encodings.iter().position(|encoding| encoding.chain == chain && encoding.attributes == attributes) {
+            return Ok(known);
+        }
+        let sizes = self.chains[chain].sizes.clone();
+        let mut leaves = Vec::with_capacity(sizes.len());
+        for (size, depth) in sizes {
+            leaves.push(self.encode(chain, depth, size, attributes)?);
+        }
+        self.encodings.push(Encoding { chain, attributes, leaves });
+        Ok(self.encodings.len() - 1)
+    }
+
+    fn encode(&mut self, chain: usize, depth: usize, size: u8, attributes: Attributes) -> Result<Option<Leaf>, BuildError> {
+        let rung = &self.chains[chain].rungs[depth];
+        let (kind, lsb, inherited) = (rung.kind, rung.lsb, rung.inherited);
+        self.questions += 1;
+        let Some(encoded) = self.format.encode_leaf(kind, size, attributes).map_err(BuildError::Format)? else { return Ok(None) };
+        let Some(narrowed) = narrowed(attributes, encoded.attributes) else {
+            return if encoded.attributes.within(attributes) {
+                Ok(None)
+            } else {
+                Err(Nonsense(format!("asked for `{attributes}`, a leaf was encoded that grants `{}`", encoded.attributes)).into())
+            };
+        };
+        let plan = &self.plan.levels[usize::from(kind)];
+        let shape = plan.shape_of(encoded.pattern);
+        let field = plan.field(shape).clone();
+        if field.extract(encoded.pattern) > low_bits(size) || size == lsb && encoded.pattern & field.entry_mask != 0 {
+            return Err(Nonsense(format!("the pattern {:#x} of a leaf of 2^{size} bytes has address bits", encoded.pattern)).into());
+        }
+        // What was encoded must mean what was granted: a format that contradicts itself is caught here, before a device could be.
+        self.questions += 1;
+        let mut meaning = self.format.decode(kind, inherited, encoded.pattern & !field.entry_mask).map_err(BuildError::Format)?;
+        if meaning == Meaning::WholeEntry {
+            self.questions += 1;
+            meaning = self.format.decode_entry(kind, inherited, encoded.pattern).map_err(BuildError::Format)?;
+        }
+        match meaning {
+            Meaning::Leaf { size_log2, attributes: decoded } if size_log2 == size && decoded.within(encoded.attributes) => {}
+            other => {
+                return Err(Nonsense(format!(
+                    "a leaf {:#x} of 2^{size} bytes was encoded as `{}` and decodes as {other:?}",
+                    encoded.pattern, encoded.attributes
+                ))
+                .into());
+            }
+        }
+        let bits = (!(field.address_mask | low_bits(size))).trailing_zeros().min(u32::from(self.plan.geometry.output_bits));
+        Ok(Some(Leaf { pattern: encoded.pattern, field, last_address: low_bits(bits as u8), narrowed }))
+    }
+
+    /// Opens the table of `depth` that serves `iova`, closing those that the cursor leaves.
+    fn open_to(&mut self, window: usize, depth: usize, iova: u64) -> Result<(), BuildError> {
+        if self.window != Some(window) {
+            self.close_to(0)?;
+            self.leave_root();
+            let Window { chain, base, .. } = self.windows[window];
+            let (offset, filled) = match self.chains[chain].root {
+                Some(root) => root,
+                None => (self.arena.allocate(self.chains[chain].rungs[0].bytes)?, 0),
+            };
+            // A root has no level above: whether it is contiguous is of no interest.
+            self.open.push(Open { offset, base, filled, contents: Contents::Mixed });
+            self.window = Some(window);
+        }
+        let chain = self.windows[window].chain;
+        while let Some(top) = self.open.len().checked_sub(1).filter(|top| *top > 0) {
+            let parent = &self.chains[chain].rungs[top - 1];
+            let inside = top <= depth && iova ^ self.open[top].base <= low_bits(parent.lsb);
+            if inside {
+                break;
+            }
+            self.close_to(top - 1)?;
+        }
+        while self.open.len() <= depth {
+            let parent = &self.chains[chain].rungs[self.open.len() - 1];
+            let base = iova & !low_bits(parent.lsb);
+            let offset = self.arena.allocate(self.chains[chain].rungs[self.open.len()].bytes)?;
+            self.open.push(Open { offset, base, filled: 0, contents: Contents::Empty });
+        }
+        Ok(())
+    }
+
+    /// Fills an open table with absent entries up to the one for `iova`, whose index is returned.
+    fn fill_to(&mut self, depth: usize, iova: u64) -> Result<u64, BuildError> {
+        let Some(window) = self.window else { return Err(Nonsense("no table is open".to_owned()).into()) };
+        let rung = &self.chains[self.windows[window].chain].rungs[depth];
+        let index = iova.wrapping_sub(self.open[depth].base) >> rung.lsb;
+        if index < self.open[depth].filled || index >= rung.entries {
+            return Err(Nonsense(format!("mappings are not in ascending order at {iova:#x}")).into());
+        }
+        let absent = rung.absent;
+        self.fill(depth, index, absent);
+        Ok(index)
+    }
+
+    fn fill(&mut self, depth: usize, index: u64, absent: u64) {
+        let open = &mut self.open[depth];
+        if open.filled < index {
+            open.contents = Contents::Mixed;
+            let words = self.arena.words(open.offset);
+            for slot in open.filled..index {
+                write_entry(words, self.layout, slot as usize, absent);
+            }
+            open.filled = index;
+        }
+    }
+
+    /// Closes all tables below `depth`.
+    fn close_to(&mut self, depth: usize) -> Result<(), BuildError> {
+        let Some(window) = self.window else { return Ok(()) };
+        let chain = self.windows[window].chain;
+        while self.open.len() > depth + 1 {
+            let child = self.open.len() - 1;
+            let (entries, absent) = (self.chains[chain].rungs[child].entries, self.chains[chain].rungs[child].absent);
+            self.fill(child, entries, absent);
+            let closed = self.open[child];
+            let index = self.fill_to(child - 1, closed.base)?;
+            let promoted = self.promote(chain, child, &closed)?;
+            let rung = &self.chains[chain].rungs[child - 1];
+            let lsb = rung.lsb;
+            let entry = match &promoted {
+                Some((leaf, _, address)) => leaf.field.insert(*address).map(|bits| bits | leaf.pattern),
+                None => rung.table_field.insert(self.arena.base() + closed.offset).map(|bits| bits | rung.table_pattern),
+            };
+            let entry = entry.ok_or_else(|| Nonsense(format!("a table at {:#x} cannot be pointed to", self.arena.base() + closed.offset)))?;
+            self.open.pop();
+            let parent = &mut self.open[child - 1];
+            write_entry(self.arena.words(parent.offset), self.layout, index as usize, entry);
+            match promoted {
+                Some((leaf, attributes, address)) => {
+                    self.arena.release(closed.offset);
+                    self.leaves = self.leaves + 1 - entries;
+                    note(parent, index, 1, attributes, Some(leaf.pattern), address, address.wrapping_add(low_bits(lsb)).wrapping_add(1));
+                }
+                None => {
+                    parent.contents = Contents::Mixed;
+                    parent.filled = index + 1;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The leaf of the level above that says the same as a whole table, if there is one.
+    fn promote(&mut self, chain: usize, child: usize, closed: &Open) -> Result<Option<(Leaf, Attributes, u64)>, BuildError> {
+        let Contents::Contiguous { attributes, first, .. } = closed.contents else { return Ok(None) };
+        let size = self.chains[chain].rungs[child - 1].lsb;
+        let Some(position) = self.chains[chain].sizes.iter().position(|(candidate, depth)| (*candidate, *depth) == (size, child - 1)) else {
+            return Ok(None);
+        };
+        if first & low_bits(size) != 0 {
+            return Ok(None);
+        }
+        let encoding = self.encoding(chain, attributes)?;
+        let leaf = self.encodings[encoding].leaves[position].clone();
+        Ok(leaf.filter(|leaf| first.saturating_add(low_bits(size)) <= leaf.last_address).map(|leaf| (leaf, attributes, first)))
+    }
+
+    /// Remembers how far the root table is filled: another window of it may follow.
+    fn leave_root(&mut self) {
+        if let (Some(window), Some(root)) = (self.window.take(), self.open.pop()) {
+            self.chains[self.windows[window].chain].root = Some((root.offset, root.filled));
+        }
+    }
+
+    /// Ends the table.
+    ///
+    /// # Errors
+    /// As [`Builder::map`], and whatever ended an earlier call through [`Visitor`].
+    pub fn finish(mut self) -> Result<Built, BuildError> {
+        if let Some(error) = self.failed {
+            return Err(error);
+        }
+        self.flush()?;
+        self.close_to(0)?;
+        self.leave_root();
+        let mut roots = Vec::with_capacity(self.chains.len());
+        for chain in &mut self.chains {
+            let rung = &chain.rungs[0];
+            let (offset, filled) = match chain.root {
+                Some(root) => root,
+                None => (self.arena.allocate(rung.bytes)?, 0),
+            };
+            let words = self.arena.words(offset);
+            for slot in filled..rung.entries {
+                write_entry(words, self.layout, slot as usize, rung.absent);
+            }
+            roots.push((chain.setting.clone(), Gpa(self.arena.base() + offset)));
+        }
+        Ok(Built { roots, losses: self.losses, leaves: self.leaves, questions: self.questions })
+    }
+
+    /// The fast way: leaves that are as large as the target's slots, one pattern for all of them.
+    fn map_run(&mut self, run: &Run<'_>) -> Result<bool, BuildError> {
+        if self.layout.bytes != 8 {
+            return Ok(false);
+        }
+        let span = Span { first: run.iova.0, last: run.iova.0 + (((run.entries.len() as u64) << run.size_log2) - 1) };
+        let inside = |window: &Window| window.span.first <= span.first && span.last <= window.span.last;
+        let Some(window) = self.window.filter(|window| inside(&self.windows[*window])).or_else(|| self.windows.iter().position(inside)) else {
+            return Ok(false);
+        };
+        let chain = self.windows[window].chain;
+        let sizes = &self.chains[chain].sizes;
+        let Some(position) = sizes.iter().position(|(size, _)| *size == run.size_log2) else { return Ok(false) };
+        let depth = sizes[position].1;
+        let rung = &self.chains[chain].rungs[depth];
+        // A level with pages above its slots would want to see larger ranges first.
+        if rung.lsb != run.size_log2 || rung.leaf_sizes & !(1 << rung.lsb) != 0 {
+            return Ok(false);
+        }
+        let (lsb, table_entries) = (rung.lsb, rung.entries);
+        let encoding = self.encoding(chain, run.attributes)?;
+        let Some(leaf) = &self.encodings[encoding].leaves[position] else { return Ok(false) };
+        if run.within.last > leaf.last_address {
+            return Ok(false);
+        }
+        let leaf = leaf.clone();
+        self.flush()?;
+        let mut done = 0;
+        while done < run.entries.len() {
+            let iova = run.iova.0 + ((done as u64) << lsb);
+            self.open_to(window, depth, iova)?;
+            let index = self.fill_to(depth, iova)?;
+            let count = ((table_entries - index) as usize).min(run.entries.len() - done);
+            let part = &run.entries[done..done + count];
+            let offset = self.open[depth].offset;
+            let target = &mut self.arena.words(offset)[index as usize..index as usize + count];
+            transcode(part, run.field, target, leaf.pattern, &leaf.field, self.layout);
+            let (first, contiguous) = (run.field.extract(part[0]), is_contiguous(part, run.field, lsb));
+            let next = first.wrapping_add((count as u64) << lsb);
+            note(&mut self.open[depth], index, count as u64, run.attributes, contiguous.then_some(leaf.pattern), first, next);
+            self.leaves += count as u64;
+            done += count;
+        }
+        if !leaf.narrowed.is_empty() {
+            let bytes = (run.entries.len() as u128) << lsb;
+            self.note_narrowed(&leaf, run.attributes, (run.iova.0, run.field.extract(run.entries[0])), run.entries.len() as u64, bytes);
+        }
+        Ok(true)
+    }
+
+    fn keep(&mut self, result: Result<(), BuildError>) -> Result<(), WalkError> {
+        result.map_err(|error| {
+            self.failed = Some(error);
+            WalkError::Stopped
+        })
+    }
+}
+
+impl Visitor for Builder<'_> {
+    fn leaves(&mut self, run: &Run<'_>, path: &[Step]) -> Result<(), WalkError> {
+        match self.map_run(run) {
+            Ok(true) => Ok(()),
+            Ok(false) => run.pieces().try_for_each(|piece| self.piece(&piece, path)),
+            Err(error) => self.keep(Err(error)),
+        }
+    }
+
+    fn piece(&mut self, piece: &Piece, _: &[Step]) -> Result<(), WalkError> {
+        if piece.attributes.grants_nothing() {
+            return Ok(());
+        }
+        let result = self.map(piece);
+        self.keep(result)
+    }
+
+    fn fault(&mut self, _: &FaultAt<'_>) -> Result<(), WalkError> {
+        Ok(()) // what faults for the guest's IOMMU is not mapped, and faults for the host's
+    }
+}
+
+/// Bits below a page of `2^size` bytes.
+const fn low_bits(size: u8) -> u64 {
+    if size >= 64 { u64::MAX } else { (1 << size) - 1 }
+}
+
+/// Remembers that `count` slots from `index` map from `address` to below `next`; `pattern` none: not one contiguous range.
+fn note(open: &mut Open, index: u64, count: u64, attributes: Attributes, pattern: Option<u64>, address: u64, next: u64) {
+    open.contents = match (open.contents, pattern) {
+        (Contents::Empty, Some(pattern)) if index == 0 => Contents::Contiguous { attributes, pattern, first: address, next },
+        (Contents::Contiguous { attributes, pattern: known, first, next: continues }, Some(pattern)) if known == pattern && continues == address => {
+            Contents::Contiguous { attributes, pattern, first, next }
+        }
+        _ => Contents::Mixed,
+    };
+    open.filled = index + count;
+}
+
+/// Whether the leaves continue each other. Real tables that do not say so in their first two entries.
+fn is_contiguous(entries: &[u64], field: &AddressField, size_log2: u8) -> bool {
+    let first = field.extract(entries[0]);
+    entries.iter().enumerate().skip(1).all(|(index, entry)| field.extract(*entry) == first.wrapping_add((index as u64) << size_log2))
+}
+
+/// The hot loop: the address moved, the pattern replaced.
+#[inline]
+fn transcode(source: &[u64], from: &AddressField, target: &mut [u64], pattern: u64, to: &AddressField, layout: EntryLayout) {
+    let plain = layout.order == crate::table::ByteOrder::Little && cfg!(target_endian = "little");
+    if plain && from.is_in_place() && to.is_in_place() {
+        let mask = from.in_place & to.in_place;
+        for (target, source) in target.iter_mut().zip(source) {
+            *target = pattern | source & mask;
+        }
+        return;
+    }
+    for (index, source) in source.iter().enumerate() {
+        // The caller knows that all addresses fit.
+        let bits = to.insert(from.extract(*source)).unwrap_or(0);
+        write_entry(target, layout, index, pattern | bits);
+    }
+}
+
+/// Where tables were built can be walked at once.
+impl EntryMemory for &Arena {
+    fn read_entries(&self, address: Gpa, layout: EntryLayout, entries: &mut [u64]) -> Result<(), crate::memory::ReadError> {
+        (**self).read_entries(address, layout, entries)
+    }
+}

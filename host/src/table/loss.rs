@@ -1,0 +1,154 @@
+//! What a conversion could not say in the target format.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use crate::table::walk::Piece;
+use crate::{Access, Attributes};
+
+/// Something that the target format cannot say. The first group is refused (not mapped at all), the second narrowed (mapped with less).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Loss {
+    /// The IOVA is beyond the target's input range.
+    InputRange,
+    /// The address has more bits than the target's output.
+    OutputRange,
+    /// Smaller than, or not aligned to, the target's smallest page.
+    Granule,
+    /// Reading or writing, as mapped, cannot be said without allowing more: write-only, privileged-only.
+    Permission,
+    /// Execution was allowed and is not any more.
+    Execute,
+    /// The memory type is not part of the target's entries.
+    MemoryType,
+    /// Snooping is not part of the target's entries.
+    Coherent,
+    /// Clean and dirty cannot be told apart: the first write is not marked.
+    DirtyTracking,
+}
+
+impl Loss {
+    /// All losses, refused ones first.
+    pub const ALL: [Self; 8] =
+        [Self::InputRange, Self::OutputRange, Self::Granule, Self::Permission, Self::Execute, Self::MemoryType, Self::Coherent, Self::DirtyTracking];
+
+    /// Whether the mapping is left out, because having less of it would break the guest.
+    #[must_use]
+    pub const fn is_refused(self) -> bool {
+        matches!(self, Self::InputRange | Self::OutputRange | Self::Granule | Self::Permission)
+    }
+
+    /// A short name with hyphens.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::InputRange => "input-range",
+            Self::OutputRange => "output-range",
+            Self::Granule => "granule",
+            Self::Permission => "permission",
+            Self::Execute => "execute",
+            Self::MemoryType => "memory-type",
+            Self::Coherent => "coherent",
+            Self::DirtyTracking => "dirty-tracking",
+        }
+    }
+
+    /// One sentence in lower case.
+    #[must_use]
+    pub const fn describe(self) -> &'static str {
+        match self {
+            Self::InputRange => "the IOVA is beyond the target's input range",
+            Self::OutputRange => "the address has more bits than the target can carry",
+            Self::Granule => "smaller than, or not aligned to, the target's smallest page",
+            Self::Permission => "the target cannot say this permission without allowing more",
+            Self::Execute => "execution was allowed and is not any more",
+            Self::MemoryType => "the target's entries have no such memory type",
+            Self::Coherent => "the target's entries do not say whether caches are snooped",
+            Self::DirtyTracking => "the target does not mark the first write",
+        }
+    }
+}
+
+impl fmt::Display for Loss {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// How often something was lost.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Count {
+    /// Runs of IOVAs, as they came from the source.
+    pub pieces: u64,
+    /// Bytes of IOVA space.
+    pub bytes: u128,
+    /// The first few.
+    pub examples: Vec<Piece>,
+}
+
+/// Examples that are kept of each loss.
+const EXAMPLES: usize = 8;
+
+/// All losses of a conversion.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Losses(BTreeMap<Loss, Count>);
+
+impl Losses {
+    pub(crate) fn add(&mut self, loss: Loss, example: Piece, pieces: u64, bytes: u128) {
+        let count = self.0.entry(loss).or_default();
+        count.pieces += pieces;
+        count.bytes += bytes;
+        if count.examples.len() < EXAMPLES {
+            count.examples.push(example);
+        }
+    }
+
+    /// What was lost, refused first.
+    pub fn iter(&self) -> impl Iterator<Item = (Loss, &Count)> {
+        self.0.iter().map(|(loss, count)| (*loss, count))
+    }
+
+    /// Nothing was lost.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// What was lost of `loss`.
+    #[must_use]
+    pub fn get(&self, loss: Loss) -> Option<&Count> {
+        self.0.get(&loss)
+    }
+
+    /// Bytes of IOVA space that are not mapped in the target although they were in the source.
+    #[must_use]
+    pub fn refused_bytes(&self) -> u128 {
+        self.iter().filter(|(loss, _)| loss.is_refused()).map(|(_, count)| count.bytes).sum()
+    }
+}
+
+/// What `granted` lacks of `asked`, as narrowed losses; none if reading or writing would be lost or anything widened.
+pub(crate) fn narrowed(asked: Attributes, granted: Attributes) -> Option<Vec<Loss>> {
+    let flag = |attributes: Attributes, flag| attributes.contains(flag);
+    let access = |attributes: Attributes| -> Access { attributes.access(true) };
+    if !granted.within(asked)
+        || access(granted) != access(asked)
+        || flag(granted, Attributes::PRIVILEGED_ONLY) != flag(asked, Attributes::PRIVILEGED_ONLY)
+    {
+        return None;
+    }
+    let mut losses = Vec::new();
+    if flag(asked, Attributes::EXECUTE) && !flag(granted, Attributes::EXECUTE) {
+        losses.push(Loss::Execute);
+    }
+    if asked.memory_type() != granted.memory_type() {
+        losses.push(Loss::MemoryType);
+    }
+    if flag(asked, Attributes::COHERENT) != flag(granted, Attributes::COHERENT) && asked.memory_type() == granted.memory_type() {
+        losses.push(Loss::Coherent);
+    }
+    if flag(asked, Attributes::WRITABLE_WHEN_DIRTY) && !flag(granted, Attributes::WRITABLE_WHEN_DIRTY) {
+        losses.push(Loss::DirtyTracking);
+    }
+    Some(losses)
+}

@@ -1,0 +1,344 @@
+//! One stage or two: an address space as a device sees it.
+//!
+//! With two stages the first stage's tables are themselves behind the second, and its leaves are flattened through it: what comes out is what a DMA
+//! gets, and a fault carries the stage that failed.
+
+use std::cell::RefCell;
+
+use crate::memory::{Budget, EntryLayout, EntryMemory, MemoryMap, ReadError};
+use crate::table::walk::{Cause, FaultAt, Piece, Step, Table, Visitor, WalkError};
+use crate::table::{FaultKind, Finding, FormatError};
+use crate::{Access, Attributes, Gpa, Iova, Span};
+
+/// A device's I/O address space: one table, or a first stage whose outputs a second stage translates.
+#[derive(Debug)]
+pub struct AddressSpace {
+    inner: Table,
+    outer: Option<Box<Table>>,
+}
+
+/// A DMA's target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Translation {
+    /// Guest-physical address of the byte.
+    pub address: Gpa,
+    /// What the leaf, or the two leaves together, allow.
+    pub attributes: Attributes,
+}
+
+/// Why a DMA fails.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// Which stage failed: 1, or 2 for the second of two.
+    pub stage: u8,
+    /// Why.
+    pub cause: Cause,
+    /// The level as the architecture counts it; none if no table was reached.
+    pub level: Option<i8>,
+    /// What was being translated: the IOVA, or at stage 2 the intermediate address.
+    pub input: u64,
+    /// The address that is at fault, if one is.
+    pub address: Option<u64>,
+    /// From the root of the failing stage to the entry.
+    pub path: Vec<Step>,
+}
+
+impl AddressSpace {
+    /// An address space of one table.
+    #[must_use]
+    pub const fn single(table: Table) -> Self {
+        Self { inner: table, outer: None }
+    }
+
+    /// An address space of two: `outer` translates what `inner` puts out, and where `inner`'s tables are.
+    #[must_use]
+    pub fn nested(inner: Table, outer: Table) -> Self {
+        Self { inner, outer: Some(Box::new(outer)) }
+    }
+
+    /// The tables, first stage first.
+    pub fn tables(&self) -> impl Iterator<Item = &Table> {
+        std::iter::once(&self.inner).chain(self.outer.as_deref())
+    }
+
+    /// Whether requests count as privileged whatever they say.
+    #[must_use]
+    pub fn privileged(&self) -> bool {
+        self.inner.geometry().privileged
+    }
+
+    /// How often the formats were asked anything.
+    #[must_use]
+    pub fn questions(&self) -> u64 {
+        self.tables().map(Table::questions).sum()
+    }
+
+    /// All that the format of `stage` finds wrong with an entry.
+    ///
+    /// # Errors
+    /// The format failed.
+    pub fn explain(&mut self, stage: u8, step: &Step) -> Result<Vec<Finding>, FormatError> {
+        match (&mut self.outer, stage) {
+            (Some(outer), 2) => outer.explain(step),
+            _ => self.inner.explain(step),
+        }
+    }
+
+    /// Tells `visitor` what devices reach in `span`, in ascending order, all stages together.
+    ///
+    /// # Errors
+    /// The budget is spent, a format failed, or the visitor stopped the walk.
+    pub fn walk<M: EntryMemory + ?Sized, V: Visitor>(
+        &mut self,
+        memory: &M,
+        map: &MemoryMap,
+        span: Span,
+        budget: &Budget,
+        visitor: &mut V,
+    ) -> Result<(), WalkError> {
+        let Some(outer) = &mut self.outer else { return self.inner.walk(memory, map, span, budget, visitor) };
+        let intermediate = MemoryMap::everything(64);
+        let outer = Outer::new(outer, memory, map, budget);
+        let mut flatten = Flatten { outer: &outer, visitor };
+        let result = self.inner.walk_stage(1, &outer, &intermediate, span, budget, &mut flatten);
+        outer.finish(result)
+    }
+
+    /// Where an access of one byte at `iova` goes.
+    ///
+    /// # Errors
+    /// The outer error ends the question (budget, format); the inner one is the device's fault.
+    pub fn translate<M: EntryMemory + ?Sized>(
+        &mut self,
+        memory: &M,
+        map: &MemoryMap,
+        iova: Iova,
+        access: Access,
+        budget: &Budget,
+    ) -> Result<Result<Translation, Fault>, WalkError> {
+        let privileged = self.privileged();
+        let Some((_, canonical)) = self.inner.root(iova) else { return Ok(Err(no_translation(1, iova.0))) };
+        let here = Span { first: canonical.0, last: canonical.0 };
+        let Some(outer) = &mut self.outer else {
+            let mut probe = Probe::new(1, iova.0);
+            self.inner.walk(memory, map, here, budget, &mut probe)?;
+            return Ok(probe.allowed(access, privileged).map(|(address, attributes)| Translation { address: Gpa(address), attributes }));
+        };
+        let intermediate = MemoryMap::everything(64);
+        let mut probe = Probe::new(1, iova.0);
+        {
+            let outer = Outer::new(outer, memory, map, budget);
+            let result = self.inner.walk_stage(1, &outer, &intermediate, here, budget, &mut probe);
+            outer.finish(result)?;
+            if let Some(fault) = outer.failed.take() {
+                return Ok(Err(fault));
+            }
+        }
+        let (address, attributes) = match probe.allowed(access, privileged) {
+            Ok(found) => found,
+            Err(fault) => return Ok(Err(fault)),
+        };
+        let mut probe = Probe::new(2, address);
+        outer.walk_stage(2, memory, map, Span { first: address, last: address }, budget, &mut probe)?;
+        Ok(probe.allowed(access, true).map(|(address, outer)| Translation { address: Gpa(address), attributes: attributes.through(outer) }))
+    }
+}
+
+fn no_translation(stage: u8, input: u64) -> Fault {
+    Fault { stage, cause: Cause::Entry(FaultKind::Translation), level: None, input, address: None, path: Vec::new() }
+}
+
+/// Finds out about a single address.
+struct Probe {
+    stage: u8,
+    input: u64,
+    found: Option<Result<(u64, Attributes, Vec<Step>), Fault>>,
+}
+
+impl Probe {
+    const fn new(stage: u8, input: u64) -> Self {
+        Self { stage, input, found: None }
+    }
+
+    fn failed(&self, cause: Cause, address: Option<u64>, path: &[Step]) -> Fault {
+        Fault { stage: self.stage, cause, level: path.last().map(|step| step.number), input: self.input, address, path: path.to_vec() }
+    }
+
+    /// The output address and what the leaf allows, if it allows `access`.
+    fn allowed(self, access: Access, privileged: bool) -> Result<(u64, Attributes), Fault> {
+        match self.found {
+            None => Err(no_translation(self.stage, self.input)),
+            Some(Err(fault)) => Err(fault),
+            Some(Ok((address, attributes, _))) if attributes.access(privileged).allows(access) => Ok((address, attributes)),
+            Some(Ok((_, _, ref path))) => Err(self.failed(Cause::Entry(FaultKind::Permission), None, path)),
+        }
+    }
+}
+
+impl Visitor for Probe {
+    fn piece(&mut self, piece: &Piece, path: &[Step]) -> Result<(), WalkError> {
+        self.found = Some(Ok((piece.address, piece.attributes, path.to_vec())));
+        Ok(())
+    }
+
+    fn absent(&mut self, _: Span, path: &[Step]) -> Result<(), WalkError> {
+        self.found = Some(Err(self.failed(Cause::Entry(FaultKind::Translation), None, path)));
+        Ok(())
+    }
+
+    fn fault(&mut self, fault: &FaultAt<'_>) -> Result<(), WalkError> {
+        self.found = Some(Err(self.failed(fault.cause, fault.address, fault.path)));
+        Ok(())
+    }
+}
+
+/// The second stage, as the first stage's tables and leaves see it.
+struct Outer<'a, M: ?Sized> {
+    table: RefCell<&'a mut Table>,
+    memory: &'a M,
+    map: &'a MemoryMap,
+    budget: &'a Budget,
+    /// The second stage's fault while a table of the first was read.
+    failed: RefCell<Option<Fault>>,
+    /// Why a walk of the second stage ended early.
+    stopped: RefCell<Option<WalkError>>,
+}
+
+impl<'a, M: EntryMemory + ?Sized> Outer<'a, M> {
+    const fn new(table: &'a mut Table, memory: &'a M, map: &'a MemoryMap, budget: &'a Budget) -> Self {
+        Self { table: RefCell::new(table), memory, map, budget, failed: RefCell::new(None), stopped: RefCell::new(None) }
+    }
+
+    /// The first stage's result, or why the second ended it.
+    fn finish(&self, result: Result<(), WalkError>) -> Result<(), WalkError> {
+        self.stopped.take().map_or(result, Err)
+    }
+}
+
+impl<M: EntryMemory + ?Sized> EntryMemory for Outer<'_, M> {
+    fn read_entries(&self, address: Gpa, layout: EntryLayout, entries: &mut [u64]) -> Result<(), ReadError> {
+        if self.stopped.borrow().is_some() {
+            return Err(ReadError(address));
+        }
+        let size = u64::from(layout.bytes);
+        let span = Span { first: address.0, last: address.0.saturating_add(entries.len() as u64 * size - 1) };
+        let mut found = Targets { pieces: Vec::new(), failed: None };
+        let result = self.table.borrow_mut().walk_stage(2, self.memory, self.map, span, self.budget, &mut found);
+        if let Err(error) = result {
+            self.stopped.replace(Some(error));
+            return Err(ReadError(address));
+        }
+        let fail = |fault: Fault| {
+            self.failed.replace(Some(fault));
+            ReadError(address)
+        };
+        if let Some(fault) = found.failed {
+            return Err(fail(fault));
+        }
+        let mut done = 0;
+        for piece in &found.pieces {
+            let count = ((piece.iova.length_minus_one() + 1) / size) as usize;
+            let part = entries.get_mut(done..done + count).ok_or(ReadError(address))?;
+            self.memory.read_entries(Gpa(piece.address), layout, part).map_err(|_| {
+                let input = piece.iova.first;
+                fail(Fault { stage: 2, cause: Cause::Missing, level: None, input, address: Some(piece.address), path: Vec::new() })
+            })?;
+            done += count;
+        }
+        if done == entries.len() { Ok(()) } else { Err(fail(no_translation(2, address.0))) }
+    }
+}
+
+/// Where the second stage puts the pages of a first-stage table, if all of them can be read.
+struct Targets {
+    pieces: Vec<Piece>,
+    failed: Option<Fault>,
+}
+
+impl Targets {
+    fn fail(&mut self, cause: Cause, input: u64, address: Option<u64>, path: &[Step]) -> Result<(), WalkError> {
+        let level = path.last().map(|step| step.number);
+        self.failed.get_or_insert(Fault { stage: 2, cause, level, input, address, path: path.to_vec() });
+        Ok(())
+    }
+}
+
+impl Visitor for Targets {
+    fn piece(&mut self, piece: &Piece, path: &[Step]) -> Result<(), WalkError> {
+        if !piece.attributes.access(true).read {
+            return self.fail(Cause::Entry(FaultKind::Permission), piece.iova.first, None, path);
+        }
+        self.pieces.push(*piece);
+        Ok(())
+    }
+
+    fn absent(&mut self, span: Span, path: &[Step]) -> Result<(), WalkError> {
+        self.fail(Cause::Entry(FaultKind::Translation), span.first, None, path)
+    }
+
+    fn fault(&mut self, fault: &FaultAt<'_>) -> Result<(), WalkError> {
+        self.fail(fault.cause, fault.span.first, fault.address, fault.path)
+    }
+}
+
+/// Hears the first stage, and hands on what the second makes of it.
+struct Flatten<'a, 'b, M: ?Sized, V> {
+    outer: &'a Outer<'b, M>,
+    visitor: &'a mut V,
+}
+
+impl<M: EntryMemory + ?Sized, V: Visitor> Visitor for Flatten<'_, '_, M, V> {
+    fn piece(&mut self, piece: &Piece, path: &[Step]) -> Result<(), WalkError> {
+        let outer = self.outer;
+        let intermediate = Span { first: piece.address, last: piece.address + piece.iova.length_minus_one() };
+        let mut second = Second { piece, path, visitor: self.visitor };
+        outer.table.borrow_mut().walk_stage(2, outer.memory, outer.map, intermediate, outer.budget, &mut second)
+    }
+
+    fn absent(&mut self, span: Span, path: &[Step]) -> Result<(), WalkError> {
+        self.visitor.absent(span, path)
+    }
+
+    fn fault(&mut self, fault: &FaultAt<'_>) -> Result<(), WalkError> {
+        if self.outer.stopped.borrow().is_some() {
+            return Err(WalkError::Stopped);
+        }
+        match self.outer.failed.take() {
+            // Reading a table of the first stage failed in the second: that is the fault to report, for the IOVAs below that table.
+            Some(Fault { cause, address, path, .. }) => {
+                self.visitor.fault(&FaultAt { stage: 2, cause, span: fault.span, address: address.or(fault.address), path: &path })
+            }
+            None => self.visitor.fault(fault),
+        }
+    }
+}
+
+/// Hears what the second stage makes of one leaf of the first, in intermediate addresses, and says it in IOVAs.
+struct Second<'a, V> {
+    piece: &'a Piece,
+    path: &'a [Step],
+    visitor: &'a mut V,
+}
+
+impl<V> Second<'_, V> {
+    fn iova(&self, intermediate: Span) -> Span {
+        let from = |address: u64| self.piece.iova.first + (address - self.piece.address);
+        Span { first: from(intermediate.first), last: from(intermediate.last) }
+    }
+}
+
+impl<V: Visitor> Visitor for Second<'_, V> {
+    fn piece(&mut self, piece: &Piece, _: &[Step]) -> Result<(), WalkError> {
+        let iova = self.iova(piece.iova);
+        self.visitor.piece(&Piece { iova, address: piece.address, attributes: self.piece.attributes.through(piece.attributes) }, self.path)
+    }
+
+    fn absent(&mut self, span: Span, path: &[Step]) -> Result<(), WalkError> {
+        let cause = Cause::Entry(FaultKind::Translation);
+        self.visitor.fault(&FaultAt { stage: 2, cause, span: self.iova(span), address: Some(span.first), path })
+    }
+
+    fn fault(&mut self, fault: &FaultAt<'_>) -> Result<(), WalkError> {
+        self.visitor.fault(&FaultAt { span: self.iova(fault.span), ..*fault })
+    }
+}

@@ -1,0 +1,621 @@
+//! The walk: from the roots down, every entry read once, all work charged to a budget.
+//!
+//! A walk visits the IOVAs of a span in ascending order and tells a [`Visitor`] what is there. Runs of equal leaves are handed over as slices, so that
+//! what follows can work at the speed of memory.
+
+use std::fmt;
+
+use crate::memory::{Budget, EntryLayout, EntryMemory, Exhausted, MemoryMap, PAGE};
+use crate::table::format::{FaultKind, Finding, Format, FormatError, Meaning};
+use crate::table::geometry::{AddressField, Geometry, Nonsense, Root};
+use crate::table::remember::{Judge, JudgeError, Plan, Remembered};
+use crate::{Attributes, Gpa, Iova, Span};
+
+/// A table in memory, with the format that explains it and what that format said so far.
+#[derive(Debug)]
+pub struct Table {
+    plan: Plan,
+    judge: Judge,
+    scratch: Scratch,
+}
+
+/// Memory that walks use again: one buffer per level, and the path.
+#[derive(Default)]
+struct Scratch {
+    buffers: Vec<Box<[u64; BUFFER]>>,
+    path: Vec<Step>,
+}
+
+impl fmt::Debug for Scratch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Scratch")
+    }
+}
+
+/// Entries that are read at once: a page of the smallest entries.
+const BUFFER: usize = (PAGE / 4) as usize;
+
+/// A table cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The format failed.
+    #[error("the format failed: {0}")]
+    Format(FormatError),
+    /// The format describes a table that cannot be.
+    #[error(transparent)]
+    Nonsense(#[from] Nonsense),
+}
+
+/// A walk ended early.
+#[derive(Debug, thiserror::Error)]
+pub enum WalkError {
+    /// The budget is spent.
+    #[error(transparent)]
+    Exhausted(#[from] Exhausted),
+    /// The format failed.
+    #[error("the format failed: {0}")]
+    Format(FormatError),
+    /// The format says that a table is followed by one that cannot follow.
+    #[error(transparent)]
+    Nonsense(#[from] Nonsense),
+    /// The visitor has seen enough.
+    #[error("stopped by the visitor")]
+    Stopped,
+}
+
+impl From<JudgeError> for WalkError {
+    fn from(error: JudgeError) -> Self {
+        match error {
+            JudgeError::Exhausted(error) => Self::Exhausted(error),
+            JudgeError::Format(error) => Self::Format(error),
+        }
+    }
+}
+
+/// One table on the way to an entry, and the entry.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Step {
+    /// Kind of table: index into the geometry's levels.
+    pub level: u8,
+    /// The level as the architecture counts it.
+    pub number: i8,
+    /// The table.
+    pub table: Gpa,
+    /// Which entry.
+    pub index: u64,
+    /// The entry as it was read; none if it could not be.
+    pub entry: Option<u64>,
+    /// The format's word for this table.
+    pub inherited: u64,
+}
+
+impl fmt::Debug for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "level {} table {} entry {}", self.number, self.table, self.index)?;
+        self.entry.map_or(Ok(()), |entry| write!(f, " = {entry:#018x}"))
+    }
+}
+
+/// Why a request fails.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Cause {
+    /// The entry says so.
+    Entry(FaultKind),
+    /// An address outside the guest's memory map.
+    OutsideMemory,
+    /// A page that the memory map promises and that cannot be read.
+    Missing,
+}
+
+impl Cause {
+    /// A short name with hyphens.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Entry(kind) => kind.as_str(),
+            Self::OutsideMemory => "outside-memory",
+            Self::Missing => "missing-page",
+        }
+    }
+}
+
+/// A fault, as the walk meets it.
+#[derive(Clone, Copy, Debug)]
+pub struct FaultAt<'a> {
+    /// Which stage: 1, or 2 for the second of two.
+    pub stage: u8,
+    /// Why.
+    pub cause: Cause,
+    /// The IOVAs that fault. For stage 2 of two: the intermediate addresses.
+    pub span: Span,
+    /// The address that is at fault, if one is.
+    pub address: Option<u64>,
+    /// From the root to the entry; empty if no root covers the IOVA.
+    pub path: &'a [Step],
+}
+
+/// Leaves of equal attributes, one per slot, side by side; their targets are in guest memory and aligned.
+#[derive(Clone, Copy, Debug)]
+pub struct Run<'a> {
+    /// IOVA of the first.
+    pub iova: Iova,
+    /// Each maps `2^size_log2` bytes.
+    pub size_log2: u8,
+    /// The entries, in native byte order.
+    pub entries: &'a [u64],
+    /// Where their addresses are.
+    pub field: &'a AddressField,
+    /// What they allow.
+    pub attributes: Attributes,
+    /// Every target lies in this span.
+    pub within: Span,
+}
+
+impl Run<'_> {
+    /// The leaves one by one.
+    pub fn pieces(&self) -> impl Iterator<Item = Piece> + '_ {
+        self.entries.iter().enumerate().map(|(index, entry)| Piece {
+            iova: Span::of_log2(self.iova.0 + ((index as u64) << self.size_log2), self.size_log2),
+            address: self.field.extract(*entry),
+            attributes: self.attributes,
+        })
+    }
+}
+
+/// A part of a leaf.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// The IOVAs.
+    pub iova: Span,
+    /// Where the first of them goes.
+    pub address: u64,
+    /// What it allows.
+    pub attributes: Attributes,
+}
+
+/// Hears what a walk finds, in ascending order of IOVA.
+pub trait Visitor {
+    /// Leaves that are as large as their slots. `path` leads to the first one's entry.
+    ///
+    /// # Errors
+    /// [`WalkError::Stopped`] ends the walk.
+    fn leaves(&mut self, run: &Run<'_>, path: &[Step]) -> Result<(), WalkError> {
+        for piece in run.pieces() {
+            self.piece(&piece, path)?;
+        }
+        Ok(())
+    }
+
+    /// Any other leaf, or the part of one that is in the span and in guest memory. `path` leads to its entry.
+    ///
+    /// # Errors
+    /// [`WalkError::Stopped`] ends the walk.
+    fn piece(&mut self, piece: &Piece, path: &[Step]) -> Result<(), WalkError>;
+
+    /// Nothing is mapped here. `path` leads to the entry that says so, if there is one.
+    ///
+    /// # Errors
+    /// [`WalkError::Stopped`] ends the walk.
+    fn absent(&mut self, span: Span, path: &[Step]) -> Result<(), WalkError> {
+        let _ = (span, path);
+        Ok(())
+    }
+
+    /// A request here faults, for another reason than that nothing is mapped.
+    ///
+    /// # Errors
+    /// [`WalkError::Stopped`] ends the walk.
+    fn fault(&mut self, fault: &FaultAt<'_>) -> Result<(), WalkError> {
+        let _ = fault;
+        Ok(())
+    }
+}
+
+impl Table {
+    /// A table whose geometry and entries `format` explains.
+    ///
+    /// # Errors
+    /// The format failed, or describes a table that cannot be.
+    pub fn open(mut format: Box<dyn Format>) -> Result<Self, OpenError> {
+        let plan = Plan::new(format.geometry().map_err(OpenError::Format)?)?;
+        let judge = Judge::new(format, plan.levels.len());
+        Ok(Self { plan, judge, scratch: Scratch::default() })
+    }
+
+    /// The table's geometry.
+    #[must_use]
+    pub fn geometry(&self) -> &Geometry {
+        &self.plan.geometry
+    }
+
+    /// How often the format was asked anything since the table was opened, the geometry left out.
+    #[must_use]
+    pub fn questions(&self) -> u64 {
+        self.judge.asked()
+    }
+
+    /// All that the format finds wrong with an entry, worst first.
+    ///
+    /// # Errors
+    /// The format failed.
+    pub fn explain(&mut self, step: &Step) -> Result<Vec<Finding>, FormatError> {
+        let Some(entry) = step.entry else { return Ok(Vec::new()) };
+        let Some(level) = self.plan.levels.get(usize::from(step.level)) else { return Ok(Vec::new()) };
+        let pattern = entry & !level.field(level.shape_of(entry)).entry_mask;
+        self.judge.explain(step.level, step.inherited, pattern)
+    }
+
+    /// The root that serves `iova`, and the IOVA in the form that people read.
+    #[must_use]
+    pub fn root(&self, iova: Iova) -> Option<(usize, Iova)> {
+        self.plan.geometry.roots.iter().enumerate().find_map(|(index, root)| {
+            let canonical = iova.0 & !root.ignored | root.first & root.ignored;
+            (root.first..=root.last).contains(&canonical).then_some((index, Iova(canonical)))
+        })
+    }
+
+    /// Tells `visitor` what is mapped in `span`, in ascending order.
+    ///
+    /// # Errors
+    /// The budget is spent, the format failed, or the visitor stopped the walk.
+    pub fn walk<M: EntryMemory + ?Sized, V: Visitor>(
+        &mut self,
+        memory: &M,
+        map: &MemoryMap,
+        span: Span,
+        budget: &Budget,
+        visitor: &mut V,
+    ) -> Result<(), WalkError> {
+        self.walk_stage(1, memory, map, span, budget, visitor)
+    }
+
+    pub(crate) fn walk_stage<M: EntryMemory + ?Sized, V: Visitor>(
+        &mut self,
+        stage: u8,
+        memory: &M,
+        map: &MemoryMap,
+        span: Span,
+        budget: &Budget,
+        visitor: &mut V,
+    ) -> Result<(), WalkError> {
+        let geometry = &self.plan.geometry;
+        let output = Span::of_log2(0, geometry.output_bits);
+        let layout = EntryLayout { bytes: geometry.entry_bytes, order: geometry.order };
+        let mut walker = Walker {
+            plan: &self.plan,
+            judge: &mut self.judge,
+            memory,
+            map,
+            output,
+            layout,
+            budget,
+            visitor,
+            stage,
+            buffers: &mut self.scratch.buffers,
+            path: &mut self.scratch.path,
+        };
+        walker.path.clear();
+        let mut next = Some(span.first);
+        for root in &geometry.roots {
+            let Some(part) = span.intersection(Span { first: root.first, last: root.last }) else { continue };
+            if let Some(first) = next.filter(|first| *first < part.first) {
+                walker.visitor.absent(Span { first, last: part.first - 1 }, &[])?;
+            }
+            walker.root(root, part)?;
+            next = part.last.checked_add(1);
+        }
+        match next {
+            Some(first) if first <= span.last => walker.visitor.absent(Span { first, last: span.last }, &[]),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// A table that is being walked: where it is and what is known about it.
+#[derive(Clone, Copy)]
+struct Place {
+    level: u8,
+    table: u64,
+    /// IOVA of entry 0.
+    base: u64,
+    inherited: u64,
+}
+
+struct Walker<'a, M: ?Sized, V> {
+    plan: &'a Plan,
+    judge: &'a mut Judge,
+    memory: &'a M,
+    map: &'a MemoryMap,
+    output: Span,
+    layout: EntryLayout,
+    budget: &'a Budget,
+    visitor: &'a mut V,
+    stage: u8,
+    buffers: &'a mut Vec<Box<[u64; BUFFER]>>,
+    path: &'a mut Vec<Step>,
+}
+
+impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
+    fn root(&mut self, root: &Root, span: Span) -> Result<(), WalkError> {
+        let level = &self.plan.levels[usize::from(root.level)];
+        let top = u32::from(level.index_lsb + level.index_bits);
+        let base = root.first & u64::MAX.checked_shl(top).unwrap_or(0);
+        self.table(Place { level: root.level, table: root.address, base, inherited: root.inherited }, span, (0, u64::MAX))
+    }
+
+    /// Walks the part of a table that lies in `span`, of which the entries `exists` exist.
+    fn table(&mut self, place: Place, span: Span, exists: (u64, u64)) -> Result<(), WalkError> {
+        self.budget.charge_table()?;
+        let level = &self.plan.levels[usize::from(place.level)];
+        let lsb = level.index_lsb;
+        let (wanted_first, wanted_last) = ((span.first - place.base) >> lsb, (span.last - place.base) >> lsb);
+        let (first, last) = (wanted_first.max(exists.0), wanted_last.min(exists.1).min(level.entries() - 1));
+        self.path.push(Step {
+            level: place.level,
+            number: level.number,
+            table: Gpa(place.table),
+            index: first,
+            entry: None,
+            inherited: place.inherited,
+        });
+        if first > last {
+            self.visitor.absent(span, self.path)?;
+            self.path.pop();
+            return Ok(());
+        }
+        if wanted_first < first {
+            self.visitor.absent(Span { first: span.first, last: place.base + (first << lsb) - 1 }, self.path)?;
+        }
+        let mut buffer = self.buffers.pop().unwrap_or_else(|| Box::new([0; BUFFER]));
+        let bytes = u64::from(self.layout.bytes);
+        let mut index = first;
+        while index <= last {
+            // `table` is aligned to the entry size, so a page holds whole entries; an address beyond 2^64 was refused with the geometry or the entry.
+            let address = place.table.wrapping_add(index * bytes);
+            let count = ((PAGE - address % PAGE) / bytes).min(last - index + 1);
+            let entries = &mut buffer[..count as usize];
+            let here = Span {
+                first: span.first.max(place.base + (index << lsb)),
+                last: span.last.min(Span::of_log2(place.base + ((index + count - 1) << lsb), lsb).last),
+            };
+            match self.read(address, entries) {
+                Ok(()) => self.entries(place, index, entries, here)?,
+                Err(cause) => {
+                    self.set_step(index, None);
+                    self.fault(cause, here, Some(address))?;
+                }
+            }
+            index += count;
+        }
+        self.buffers.push(buffer);
+        if last < wanted_last {
+            self.set_step(last, None);
+            self.visitor.absent(Span { first: place.base + ((last + 1) << lsb), last: span.last }, self.path)?;
+        }
+        self.path.pop();
+        Ok(())
+    }
+
+    fn read(&mut self, address: u64, entries: &mut [u64]) -> Result<(), Cause> {
+        if self.map.region(address).is_none() {
+            return Err(Cause::OutsideMemory);
+        }
+        self.memory.read_entries(Gpa(address), self.layout, entries).map_err(|_| Cause::Missing)
+    }
+
+    fn set_step(&mut self, index: u64, entry: Option<u64>) {
+        if let Some(step) = self.path.last_mut() {
+            step.index = index;
+            step.entry = entry;
+        }
+    }
+
+    fn fault(&mut self, cause: Cause, span: Span, address: Option<u64>) -> Result<(), WalkError> {
+        self.visitor.fault(&FaultAt { stage: self.stage, cause, span, address, path: self.path })
+    }
+
+    /// Goes through entries that were read; `index` is the first one's. `span` is what is wanted of the IOVAs that they cover.
+    fn entries(&mut self, place: Place, index: u64, entries: &[u64], span: Span) -> Result<(), WalkError> {
+        let plan = self.plan;
+        let level = &plan.levels[usize::from(place.level)];
+        let lsb = level.index_lsb;
+        let mut at = 0;
+        while at < entries.len() {
+            let entry = entries[at];
+            let known = self.judge.judge(level, place.level, place.inherited, entry, self.budget)?;
+            let iova = place.base + ((index + at as u64) << lsb);
+            let slot = Span::of_log2(iova, lsb);
+            // Only the first and the last slot can be cut.
+            let part = slot.intersection(span).unwrap_or(slot);
+            let meaning = match known.meaning {
+                Meaning::WholeEntry => self.judge.judge_whole(place.level, place.inherited, entry, self.budget)?,
+                meaning => meaning,
+            };
+            at += match meaning {
+                Meaning::Absent => {
+                    let count = run_length(&entries[at..], known.mask, known.pattern);
+                    let last = Span::of_log2(iova + ((count as u64 - 1) << lsb), lsb).last.min(span.last);
+                    self.set_step(index + at as u64, Some(entry));
+                    self.visitor.absent(Span { first: part.first, last }, self.path)?;
+                    count
+                }
+                Meaning::Leaf { size_log2, attributes } if size_log2 == lsb && part == slot && known.meaning != Meaning::WholeEntry => {
+                    let whole = (((span.last - iova).checked_add(1).unwrap_or(u64::MAX)) >> lsb).max(1);
+                    let candidates = &entries[at..entries.len().min(at + whole as usize)];
+                    let count = run_length(candidates, known.mask, known.pattern);
+                    let run = &candidates[..count];
+                    self.leaves(index + at as u64, run, iova, lsb, level.field(known.shape), attributes)?;
+                    count
+                }
+                Meaning::Leaf { size_log2, attributes } => {
+                    self.budget.charge_leaves(1)?;
+                    self.set_step(index + at as u64, Some(entry));
+                    let address = level.field(known.shape).extract(entry);
+                    let size = size_log2.max(lsb);
+                    // A whole-entry leaf has its size in address bits: they are not address. A leaf above its slot shows the piece under it.
+                    let address = if known.meaning == Meaning::WholeEntry { address & !Span::of_log2(0, size).last } else { address };
+                    if size_log2 < lsb {
+                        self.fault(Cause::Entry(FaultKind::Reserved), part, None)?;
+                    } else {
+                        let offset = part.first & Span::of_log2(0, size).last;
+                        self.leaf(part, address, offset, size, attributes)?;
+                    }
+                    1
+                }
+                Meaning::Table { next, inherited } => {
+                    self.set_step(index + at as u64, Some(entry));
+                    let address = level.field(known.shape).extract(entry);
+                    self.next_table(place, known, address, slot, part, (u64::from(next.first), last_index(next.last)), next.level, inherited)?;
+                    1
+                }
+                Meaning::Fault(kind) => {
+                    self.set_step(index + at as u64, Some(entry));
+                    self.fault(Cause::Entry(kind), part, None)?;
+                    1
+                }
+                Meaning::WholeEntry => return Err(Nonsense("the format wants to see a whole entry that it has seen".to_owned()).into()),
+            };
+        }
+        Ok(())
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn next_table(
+        &mut self,
+        place: Place,
+        known: Remembered,
+        address: u64,
+        slot: Span,
+        part: Span,
+        exists: (u64, u64),
+        next: u8,
+        inherited: u64,
+    ) -> Result<(), WalkError> {
+        let Some(below) = self.plan.levels.get(usize::from(next)) else {
+            return Err(Nonsense(format!("level kind {} is followed by level kind {next}, which does not exist", place.level)).into());
+        };
+        let this = &self.plan.levels[usize::from(place.level)];
+        let top = below.index_lsb + below.index_bits;
+        if top > this.index_lsb || below.index_bits > crate::table::geometry::MAX_INDEX_BITS {
+            return Err(Nonsense(format!(
+                "level kind {} (entries of 2^{} bytes) is followed by level kind {next} of 2^{top} bytes",
+                place.level, this.index_lsb
+            ))
+            .into());
+        }
+        let _ = known;
+        if !self.output.contains(address) {
+            return self.fault(Cause::Entry(FaultKind::AddressSize), part, Some(address));
+        }
+        if address % u64::from(self.layout.bytes) != 0 {
+            return self.fault(Cause::Entry(FaultKind::Misaligned), part, Some(address));
+        }
+        // A level that was skipped: IOVA bits between the two tables must be zero.
+        let reachable = Span::of_log2(slot.first, top);
+        let place = Place { level: next, table: address, base: slot.first, inherited };
+        match part.intersection(reachable) {
+            Some(inside) => {
+                self.table(place, inside, exists)?;
+                match inside.last.checked_add(1) {
+                    Some(first) if first <= part.last => self.visitor.absent(Span { first, last: part.last }, self.path),
+                    _ => Ok(()),
+                }
+            }
+            None => self.visitor.absent(part, self.path),
+        }
+    }
+
+    /// Leaves as large as their slots with equal patterns.
+    fn leaves(&mut self, index: u64, run: &[u64], iova: u64, size_log2: u8, field: &AddressField, attributes: Attributes) -> Result<(), WalkError> {
+        self.budget.charge_leaves(run.len() as u64)?;
+        let size_mask = Span::of_log2(0, size_log2).last;
+        if field.address_mask & size_mask == 0
+            && let Some(within) = self.map.target(field.extract(run[0])).and_then(|span| span.intersection(self.output))
+            && all_within(run, field, within, size_mask)
+        {
+            self.set_step(index, Some(run[0]));
+            return self.visitor.leaves(&Run { iova: Iova(iova), size_log2, entries: run, field, attributes, within }, self.path);
+        }
+        for (offset, entry) in run.iter().enumerate() {
+            let slot = Span::of_log2(iova + ((offset as u64) << size_log2), size_log2);
+            self.set_step(index + offset as u64, Some(*entry));
+            self.leaf(slot, field.extract(*entry), 0, size_log2, attributes)?;
+        }
+        Ok(())
+    }
+
+    /// One leaf, of which `part` is wanted; `offset` is how far into the leaf that is.
+    fn leaf(&mut self, part: Span, address: u64, offset: u64, size_log2: u8, attributes: Attributes) -> Result<(), WalkError> {
+        if !self.output.contains(address) {
+            return self.fault(Cause::Entry(FaultKind::AddressSize), part, Some(address));
+        }
+        if address & Span::of_log2(0, size_log2).last != 0 {
+            return self.fault(Cause::Entry(FaultKind::Misaligned), part, Some(address));
+        }
+        let first = address | offset;
+        let wanted = Span { first, last: first.saturating_add(part.last - part.first) };
+        let Some(reachable) = wanted.intersection(self.output) else { return self.fault(Cause::Entry(FaultKind::AddressSize), part, Some(address)) };
+        // Only what exists in guest memory is a mapping; the holes are faults.
+        let mut next = Some(wanted.first);
+        for target in self.map.targets_within(reachable) {
+            if let Some(hole) = next.filter(|hole| *hole < target.first) {
+                let span = Span { first: part.first + (hole - first), last: part.first + (target.first - 1 - first) };
+                self.fault(Cause::OutsideMemory, span, Some(hole))?;
+            }
+            let iova = Span { first: part.first + (target.first - first), last: part.first + (target.last - first) };
+            self.visitor.piece(&Piece { iova, address: target.first, attributes }, self.path)?;
+            next = target.last.checked_add(1);
+        }
+        match next {
+            Some(hole) if hole <= wanted.last => {
+                self.fault(Cause::OutsideMemory, Span { first: part.first + (hole - first), last: part.last }, Some(hole))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+const fn last_index(last: u16) -> u64 {
+    if last == u16::MAX { u64::MAX } else { last as u64 }
+}
+
+/// How many of the first `entries` have `entry & mask == pattern`. At least one does.
+#[inline]
+fn run_length(entries: &[u64], mask: u64, pattern: u64) -> usize {
+    const BLOCK: usize = 16;
+    let (blocks, _) = entries.as_chunks::<BLOCK>();
+    let mut count = 0;
+    for block in blocks {
+        let different = block.iter().fold(0, |different, entry| different | (entry & mask ^ pattern));
+        if different != 0 {
+            break;
+        }
+        count += BLOCK;
+    }
+    count + entries[count..].iter().take_while(|entry| **entry & mask == pattern).count()
+}
+
+/// Whether all targets of the run lie within `span`, up to their last byte.
+#[inline]
+fn all_within(run: &[u64], field: &AddressField, span: Span, size_mask: u64) -> bool {
+    // Addresses and spans below 2^63 differ by less than 2^63, so the sign of the difference tells; others take the slow path.
+    let Some(last) = span.last.checked_sub(size_mask) else { return false };
+    if (field.address_mask | span.last) >> 63 != 0 {
+        return false;
+    }
+    let outside = if field.is_in_place() {
+        let mask = field.in_place;
+        run.iter().fold(0, |outside, entry| outside | (entry & mask).wrapping_sub(span.first) | last.wrapping_sub(entry & mask))
+    } else {
+        run.iter()
+            .map(|entry| field.extract(*entry))
+            .fold(0, |outside, address| outside | address.wrapping_sub(span.first) | last.wrapping_sub(address))
+    };
+    outside >> 63 == 0
+}

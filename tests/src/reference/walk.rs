@@ -1,0 +1,203 @@
+//! Following the entries: all mappings by visiting every entry, and one address by a walk of its own.
+
+use std::collections::BTreeSet;
+
+use super::snapshot::{Memory, PAGE};
+use super::tables::{Entry, Region, TableConfig};
+use super::{Access, Problem, Run, append, bits, merge};
+
+/// How many entries [`Walker::mappings`] looks at before it gives up.
+pub const DEFAULT_BUDGET: u64 = 1 << 23;
+
+/// A request that does not go through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fault;
+
+/// What a visit of all entries found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Walk {
+    /// Sorted maximal runs.
+    pub runs: Vec<Run>,
+    /// Pages that tables point to and the memory does not hold; what lies behind them is not in `runs`.
+    pub unreadable: BTreeSet<u64>,
+    /// The budget ran out; `runs` is not complete.
+    pub exhausted: bool,
+}
+
+enum NoEntry {
+    Fault,
+    Unreadable(u64),
+}
+
+/// A reader of one device's tables: one stage, or two that follow each other.
+#[derive(Clone, Debug)]
+pub struct Walker<'a> {
+    memory: &'a Memory,
+    stages: Vec<(TableConfig, Vec<Region>)>,
+    budget: u64,
+}
+
+impl<'a> Walker<'a> {
+    /// A walker of one stage, or of two: then the second translates what the first puts out, and the addresses of the first one's tables.
+    ///
+    /// # Errors
+    /// [`Problem::Illegal`] if settings contradict each other.
+    pub fn new(memory: &'a Memory, stages: &[TableConfig]) -> Result<Walker<'a>, Problem> {
+        assert!(stages.len() == 1 || stages.len() == 2);
+        let mut with_regions = Vec::new();
+        for stage in stages {
+            with_regions.push((*stage, stage.regions()?));
+        }
+        Ok(Walker { memory, stages: with_regions, budget: DEFAULT_BUDGET })
+    }
+
+    /// The same with another visit budget, in entries.
+    pub fn with_budget(mut self, budget: u64) -> Walker<'a> {
+        self.budget = budget;
+        self
+    }
+
+    /// All mappings as sorted maximal runs, with the access of an unprivileged request.
+    ///
+    /// # Errors
+    /// [`Problem::Budget`] if there are too many entries, [`Problem::Unreadable`] if a table lies in a page that the memory does not hold.
+    pub fn mappings(&self) -> Result<Vec<Run>, Problem> {
+        let walk = self.walk();
+        if walk.exhausted {
+            return Err(Problem::Budget);
+        }
+        match walk.unreadable.first() {
+            Some(page) => Err(Problem::Unreadable(*page)),
+            None => Ok(walk.runs),
+        }
+    }
+
+    /// All mappings that can be found, whatever the tables look like.
+    pub fn walk(&self) -> Walk {
+        let mut budget = self.budget;
+        let mut walk = self.walk_stage(0, &mut budget);
+        if self.stages.len() == 2 {
+            let second = self.walk_stage(1, &mut budget);
+            walk.runs = compose(&walk.runs, &second.runs);
+            walk.unreadable.extend(second.unreadable);
+            walk.exhausted |= second.exhausted;
+        }
+        walk
+    }
+
+    /// Where a read or a write at this IOVA goes.
+    ///
+    /// # Errors
+    /// [`Fault`] if it does not go through, for whatever reason.
+    pub fn translate(&self, iova: u64, write: bool) -> Result<u64, Fault> {
+        let mut address = iova;
+        for stage in 0..self.stages.len() {
+            address = self.through(stage, address, write).map_err(|_| Fault)?;
+        }
+        Ok(address)
+    }
+
+    /// One stage's answer for one address.
+    fn through(&self, stage: usize, input: u64, write: bool) -> Result<u64, NoEntry> {
+        let (config, regions) = &self.stages[stage];
+        let input = config.effective(input);
+        for region in regions {
+            if input < region.first || (input - region.first) >> region.bits != 0 {
+                continue;
+            }
+            let position = region.table_first + (input - region.first);
+            let mut table = region.root;
+            let mut allowed = Access::RW;
+            for step in &region.steps {
+                let index = (position >> step.shift) % step.entries;
+                let entry = self.read(stage, table + index * 8)?;
+                match config.decode(region.half, *step, entry) {
+                    Entry::Fault => return Err(NoEntry::Fault),
+                    Entry::Table { address, limit } => {
+                        table = address;
+                        allowed = allowed.and(limit);
+                    }
+                    Entry::Leaf { address, access } => {
+                        if !allowed.and(access).allows(write) {
+                            return Err(NoEntry::Fault);
+                        }
+                        return Ok(address + bits(position, step.shift - 1, 0));
+                    }
+                }
+            }
+        }
+        Err(NoEntry::Fault)
+    }
+
+    /// An entry of a stage's table. If another stage follows, it translates the table's address.
+    fn read(&self, stage: usize, address: u64) -> Result<u64, NoEntry> {
+        let physical = if stage + 1 < self.stages.len() { self.through(stage + 1, address, false)? } else { address };
+        self.memory.read(physical, self.stages[stage].0.big_endian()).map_err(|_| NoEntry::Unreadable(physical - physical % PAGE))
+    }
+
+    fn walk_stage(&self, stage: usize, budget: &mut u64) -> Walk {
+        let mut walk = Walk::default();
+        for region in &self.stages[stage].1 {
+            self.visit(stage, region, 0, region.root, 0, Access::RW, budget, &mut walk);
+        }
+        walk.runs = merge(walk.runs);
+        walk
+    }
+
+    /// Every entry of one table, and of those that it points to. `start` is where the table begins in what the first table could cover.
+    #[allow(clippy::too_many_arguments)]
+    fn visit(&self, stage: usize, region: &Region, depth: usize, table: u64, start: u64, allowed: Access, budget: &mut u64, walk: &mut Walk) {
+        let step = region.steps[depth];
+        for index in 0..step.entries {
+            let position = start + (index << step.shift);
+            if position < region.table_first || (position - region.table_first) >> region.bits != 0 {
+                continue;
+            }
+            if *budget == 0 {
+                walk.exhausted = true;
+                return;
+            }
+            *budget -= 1;
+            let entry = match self.read(stage, table + index * 8) {
+                Ok(entry) => entry,
+                Err(NoEntry::Fault) => continue,
+                Err(NoEntry::Unreadable(page)) => {
+                    walk.unreadable.insert(page);
+                    continue;
+                }
+            };
+            match self.stages[stage].0.decode(region.half, step, entry) {
+                Entry::Fault => {}
+                Entry::Table { address, limit } => self.visit(stage, region, depth + 1, address, position, allowed.and(limit), budget, walk),
+                Entry::Leaf { address, access } => {
+                    let access = allowed.and(access);
+                    if access != Access::NONE {
+                        let iova = region.first + (position - region.table_first);
+                        append(&mut walk.runs, Run { iova, address, size: 1 << step.shift, access });
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Two stages after each other: the parts of each first-stage run that the second stage maps.
+fn compose(first: &[Run], second: &[Run]) -> Vec<Run> {
+    let mut runs = Vec::new();
+    for run in first {
+        for other in second {
+            let begin = run.address.max(other.iova);
+            let last = (run.address + (run.size - 1)).min(other.iova + (other.size - 1));
+            let access = run.access.and(other.access);
+            if begin <= last && access != Access::NONE {
+                runs.push(Run {
+                    iova: run.iova + (begin - run.address),
+                    address: other.address + (begin - other.iova),
+                    size: last - begin + 1,
+                    access,
+                });
+            }
+        }
+    }
+    merge(runs)
+}
