@@ -3,7 +3,7 @@
 //! | module | what it knows |
 //! |---|---|
 //! | `spec` | bit layouts, with the sections of the specification (D51397-018, revision 5.10) |
-//! | [`unit`] | registers, root, context and PASID structures; what a real unit accepts; how the kernel is told |
+//! | [`mod@unit`] | registers, root, context and PASID structures; what a real unit accepts; how the kernel is told |
 //! | [`first_stage`] | `intel-vtd/first-stage`: x86-64 tables |
 //! | [`second_stage`] | `intel-vtd/second-stage`: the tables of legacy mode, and of scalable mode below the first stage or alone |
 //!
