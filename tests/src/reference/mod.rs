@@ -2,15 +2,18 @@
 //!
 //! It is small, slow and written from the specifications alone, so that a mistake in the production engine is not repeated here: one table entry at a time, plain
 //! integers, no caches. [`snapshot`] loads a guest, [`detect`] finds a device's tables from the unit's registers, [`tables`] says what one entry means in each
-//! format, [`walk`] follows the entries.
+//! format, [`walk`] follows the entries, and [`generate`] writes tables whose content is known beforehand.
 
 pub mod detect;
+pub mod generate;
 pub mod snapshot;
 pub mod tables;
 pub mod walk;
 
 #[cfg(test)]
 mod fixture_tests;
+#[cfg(test)]
+mod nested_tests;
 
 use std::fmt;
 

@@ -570,7 +570,7 @@ impl TableConfig {
                 TableConfig::VtdSecond(VtdSecond {
                     root: need("root")?,
                     levels,
-                    input_bits: get("input-bits").unwrap_or(64) as u32,
+                    input_bits: get("input-bits").unwrap_or(64).min(12 + 9 * u64::from(levels)) as u32,
                     output_bits: output_bits(52)?,
                     large_2m: flag("large-2m", true),
                     large_1g: flag("large-1g", true),

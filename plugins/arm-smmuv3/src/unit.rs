@@ -1,0 +1,79 @@
+//! The SMMUv3 as a [`Unit`]: from registers and a StreamID to tables.
+//!
+//! ```text
+//! CR0.SMMUEN = 0 -> GBPA            context descriptor (CD) -> stage 1 table
+//!     |                                ^  linear or two levels, behind stage 2 if that is on
+//!     v                                |
+//! stream table (linear, two levels) -> stream table entry (STE) -> stage 2 table
+//! ```
+
+use stagecraft_sdk::{Binding, Error, GuestMemory, Offer, Outcome, Registers, Requester, TableConfig, Unit};
+
+use crate::context::{self, Contexts};
+use crate::spec::registers::{cr0, gbpa};
+use crate::stream::{self, Features, Stop, Stream, blocked};
+
+/// An Arm SMMUv3, Non-secure streams.
+#[derive(Clone, Copy, Debug)]
+pub struct Smmuv3;
+
+fn translate(registers: &Registers, requester: Requester, memory: &mut dyn GuestMemory) -> Result<Outcome, Stop> {
+    if cr0::SMMUEN.of(registers.need("CR0")?) == 0 {
+        if gbpa::ABORT.of(registers.get("GBPA").unwrap_or(0)) != 0 {
+            return blocked("ABORT", "IHI 0070 section 6.3.14", "the SMMU is disabled and GBPA refuses everything; no event is recorded");
+        }
+        return Ok(Outcome::Bypass);
+    }
+    let features = Features::new(registers)?;
+    let entry = stream::find(registers, &features, requester.id, memory)?;
+    let stream = Stream::new(&entry, &features)?;
+    if !stream.stage1 && requester.pasid.is_some() {
+        return blocked("C_BAD_SUBSTREAMID", "IHI 0070 section 5.2, S1Fmt", "a SubstreamID was given and stage 1 does not translate");
+    }
+    let contexts = Contexts::new(&entry, &features, &stream);
+    let mut tables: Vec<TableConfig> = Vec::new();
+    if stream.stage1
+        && let Some(index) = contexts.select(requester.pasid)?
+    {
+        let words = contexts.find(index, memory)?;
+        tables.push(context::config(&words, &entry, &features, &stream)?);
+    }
+    tables.extend(stream.stage2);
+    Ok(if tables.is_empty() { Outcome::Bypass } else { Outcome::Tables(tables) })
+}
+
+fn list(registers: &Registers, id: u64, memory: &mut dyn GuestMemory) -> Result<Vec<u32>, Stop> {
+    if cr0::SMMUEN.of(registers.need("CR0")?) == 0 {
+        return Ok(Vec::new());
+    }
+    let features = Features::new(registers)?;
+    let entry = stream::find(registers, &features, id, memory)?;
+    let stream = Stream::new(&entry, &features)?;
+    Ok(if stream.stage1 { Contexts::new(&entry, &features, &stream).list(memory) } else { Vec::new() })
+}
+
+impl Unit for Smmuv3 {
+    fn lookup(registers: &Registers, requester: Requester, memory: &mut dyn GuestMemory) -> Result<Outcome, Error> {
+        match translate(registers, requester, memory) {
+            Ok(outcome) => Ok(outcome),
+            Err(Stop::Blocked(blocked)) => Ok(Outcome::Blocked(blocked)),
+            Err(Stop::Error(error)) => Err(error),
+        }
+    }
+
+    fn pasids(registers: &Registers, id: u64, memory: &mut dyn GuestMemory) -> Result<Vec<u32>, Error> {
+        match list(registers, id, memory) {
+            Ok(pasids) => Ok(pasids),
+            Err(Stop::Blocked(_)) => Ok(Vec::new()),
+            Err(Stop::Error(error)) => Err(error),
+        }
+    }
+
+    fn offers(kind: u32, info: &[u8]) -> Result<Vec<Offer>, Error> {
+        crate::kernel::offers(kind, info)
+    }
+
+    fn bind_data(table: &TableConfig, context_address: u64) -> Result<Binding, Error> {
+        crate::kernel::bind_data(table, context_address)
+    }
+}
