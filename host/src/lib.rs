@@ -2,7 +2,10 @@
 
 mod address;
 mod attributes;
+pub mod device;
+pub mod guest;
 pub mod memory;
+pub mod plugin;
 pub mod snapshot;
 pub mod table;
 

@@ -1,1 +1,113 @@
-fn main(){}
+//! `cargo xtask plugins` builds the plugins that are checked in as `host/builtin/*.wasm`; `cargo xtask check-plugins` refuses stale ones.
+//!
+//! A built plugin carries the hash of its sources in a custom section, so that checking needs neither the Wasm target nor a build.
+
+mod build;
+mod section;
+mod sources;
+
+use anyhow::{Context as _, Result, bail};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+/// A plugin crate of this workspace.
+#[derive(Debug)]
+pub struct PluginCrate {
+    /// Name of the built file, without `.wasm`.
+    pub name: &'static str,
+    /// Name of the package.
+    pub package: &'static str,
+    /// Folder of the crate, from the root of the workspace.
+    pub folder: &'static str,
+    /// Folder of the built file, from the root of the workspace.
+    pub output: &'static str,
+}
+
+impl PluginCrate {
+    /// The built file, from the root of the workspace.
+    #[must_use]
+    pub fn file(&self) -> PathBuf {
+        Path::new(self.output).join(format!("{}.wasm", self.name))
+    }
+}
+
+/// Every plugin that is built here.
+pub const PLUGINS: [PluginCrate; 3] = [
+    PluginCrate { name: "arm-smmuv3", package: "stagecraft-plugin-arm-smmuv3", folder: "plugins/arm-smmuv3", output: "host/builtin" },
+    PluginCrate { name: "intel-vtd", package: "stagecraft-plugin-intel-vtd", folder: "plugins/intel-vtd", output: "host/builtin" },
+    PluginCrate { name: "hostile", package: "stagecraft-plugin-hostile", folder: "tests/hostile", output: "tests/hostile/built" },
+];
+
+/// Name of the custom section with the hash of a plugin's sources.
+pub const SOURCE_HASH_SECTION: &str = "stagecraft:source-hash";
+
+const USAGE: &str = "usage: cargo xtask plugins [NAME ...]    build the plugins into host/builtin (needs the target wasm32-unknown-unknown)
+       cargo xtask check-plugins         refuse built plugins that do not match their sources";
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<()> {
+    let root = workspace_root()?;
+    let mut arguments = std::env::args().skip(1);
+    match arguments.next().as_deref() {
+        Some("plugins") => plugins(&root, &arguments.collect::<Vec<_>>()),
+        Some("check-plugins") => check_plugins(&root),
+        Some(other) => bail!("no such task `{other}`\n{USAGE}"),
+        None => bail!("which task?\n{USAGE}"),
+    }
+}
+
+fn workspace_root() -> Result<PathBuf> {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    Ok(here.ancestors().nth(2).context("the xtask lies in plugins/xtask")?.to_owned())
+}
+
+fn plugins(root: &Path, names: &[String]) -> Result<()> {
+    if let Some(unknown) = names.iter().find(|name| !PLUGINS.iter().any(|plugin| plugin.name == **name)) {
+        bail!("no plugin `{unknown}`; there are {}", PLUGINS.map(|plugin| plugin.name).join(", "));
+    }
+    let toolchain = build::Toolchain::find(root)?;
+    for plugin in PLUGINS.iter().filter(|plugin| names.is_empty() || names.iter().any(|name| name == plugin.name)) {
+        let hash = sources::hash(root, plugin.folder)?;
+        let mut component = toolchain.build(root, plugin).with_context(|| format!("plugin {}", plugin.name))?;
+        section::append(&mut component, SOURCE_HASH_SECTION, hash.as_bytes());
+        let file = root.join(plugin.file());
+        std::fs::create_dir_all(root.join(plugin.output))?;
+        std::fs::write(&file, &component).with_context(|| format!("writing {}", file.display()))?;
+        println!("{}: {} bytes, sources {}", plugin.file().display(), component.len(), &hash[..12]);
+    }
+    Ok(())
+}
+
+fn check_plugins(root: &Path) -> Result<()> {
+    let mut stale = 0;
+    for plugin in &PLUGINS {
+        if let Err(reason) = check(root, plugin) {
+            eprintln!("{}: {reason:#}; rebuild it: cargo xtask plugins {}", plugin.file().display(), plugin.name);
+            stale += 1;
+        }
+    }
+    if stale > 0 {
+        bail!("{stale} of {} built plugins do not match their sources", PLUGINS.len());
+    }
+    println!("{} built plugins match their sources", PLUGINS.len());
+    Ok(())
+}
+
+fn check(root: &Path, plugin: &PluginCrate) -> Result<()> {
+    let component = std::fs::read(root.join(plugin.file())).context("not built yet")?;
+    let built = section::find(&component, SOURCE_HASH_SECTION).context("has no source hash")?;
+    let now = sources::hash(root, plugin.folder)?;
+    if built != now.as_bytes() {
+        bail!("stale: built from {:.12}, the sources are {:.12}", String::from_utf8_lossy(built), now);
+    }
+    Ok(())
+}

@@ -1,0 +1,133 @@
+//! Compiled plugins on disk, so that a start costs less than a millisecond.
+//!
+//! Compiled code is trusted like a shared library, so the cache takes only what this user wrote: the directory and every entry must belong to the
+//! process's user and be writable by nobody else. An entry carries a checksum; one that is cut off, flipped or of another Wasmtime is
+//! compiled anew. Entries appear at once and whole (written beside, then renamed).
+
+use rustix::fs::{Mode, OFlags};
+use sha2::{Digest as _, Sha256};
+use std::fs::File;
+use std::io::{Read as _, Write as _};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use wasmtime::component::Component;
+
+/// Counts up when the engine's configuration or the admission's policy changes: older entries are not looked at.
+const POLICY: u32 = 1;
+const MAGIC: &[u8; 16] = b"stagecraft-aot1\n";
+const MAX_BYTES: u64 = 256 << 20;
+
+/// A cache that is not fit for use.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CacheError {
+    /// The directory or an entry could not be made or read.
+    #[error("the plugin cache {path}: {error}")]
+    Io {
+        /// What was touched.
+        path: PathBuf,
+        /// The system's answer.
+        error: std::io::Error,
+    },
+    /// Somebody else could have written it.
+    #[error("the plugin cache {path} {what}: compiled code is trusted like a shared library, so it must be yours alone (chmod go-w, chown)")]
+    Foreign {
+        /// The directory or entry.
+        path: PathBuf,
+        /// Who could have.
+        what: String,
+    },
+}
+
+/// A directory of compiled plugins.
+#[derive(Debug)]
+pub(super) struct Cache {
+    directory: OwnedFd,
+    path: PathBuf,
+}
+
+impl Cache {
+    /// Opens the directory, and creates it for this user alone if it is missing.
+    pub(super) fn open(path: &Path) -> Result<Self, CacheError> {
+        use std::os::unix::fs::DirBuilderExt as _;
+        let io = |error| CacheError::Io { path: path.to_owned(), error };
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(io)?;
+        let directory = rustix::fs::open(path, OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).map_err(|error| io(error.into()))?;
+        check_owner(&directory, path)?;
+        Ok(Self { directory, path: path.to_owned() })
+    }
+
+    /// File name of the component with this content.
+    fn entry(content: &[u8; 32]) -> String {
+        format!("{}-p{POLICY}-{}.aot", super::hex(content), std::env::consts::ARCH)
+    }
+
+    /// The compiled form, if there is one that fits this engine.
+    pub(super) fn get(&self, engine: &wasmtime::Engine, content: &[u8; 32]) -> Result<Option<Component>, CacheError> {
+        let name = Self::entry(content);
+        let path = self.path.join(&name);
+        let io = |error| CacheError::Io { path: path.clone(), error };
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
+        let file = match rustix::fs::openat(&self.directory, &*name, flags, Mode::empty()) {
+            Ok(file) => file,
+            Err(rustix::io::Errno::NOENT) => return Ok(None),
+            Err(rustix::io::Errno::LOOP) => return Err(CacheError::Foreign { path, what: "is a symbolic link".to_owned() }),
+            Err(error) => return Err(io(error.into())),
+        };
+        check_owner(&file, &path)?;
+        let mut bytes = Vec::new();
+        File::from(file).take(MAX_BYTES).read_to_end(&mut bytes).map_err(io)?;
+        let Some(artefact) = checked(&bytes) else {
+            tracing::warn!(path = %path.display(), "a damaged entry of the plugin cache is compiled anew");
+            return Ok(None);
+        };
+        // SAFETY: the file is a regular one of this user that nobody else may write, in a directory of which the same holds, and it is whole.
+        let component = unsafe { super::artefact::deserialize(engine, artefact) };
+        Ok(component.map_err(|error| tracing::debug!(%error, "an entry of the plugin cache is for another engine")).ok())
+    }
+
+    /// Keeps a compiled form.
+    pub(super) fn put(&self, content: &[u8; 32], artefact: &[u8]) -> Result<(), CacheError> {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let name = Self::entry(content);
+        let temporary = format!(".{name}.{}.{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        let io = |error| CacheError::Io { path: self.path.join(&name), error };
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        // A rest of a process that died with the same number is in the way.
+        let _ = rustix::fs::unlinkat(&self.directory, &*temporary, rustix::fs::AtFlags::empty());
+        let file = rustix::fs::openat(&self.directory, &*temporary, flags, Mode::RUSR | Mode::WUSR).map_err(|error| io(error.into()))?;
+        let mut file = File::from(file);
+        let digest: [u8; 32] = Sha256::digest(artefact).into();
+        let written = [&MAGIC[..], &digest[..], artefact].iter().try_for_each(|part| file.write_all(part));
+        let renamed = written.and_then(|()| Ok(rustix::fs::renameat(&self.directory, &*temporary, &self.directory, &*name)?));
+        renamed.map_err(|error| {
+            let _ = rustix::fs::unlinkat(&self.directory, &*temporary, rustix::fs::AtFlags::empty());
+            io(error)
+        })
+    }
+}
+
+/// The artefact in an entry that is whole.
+fn checked(entry: &[u8]) -> Option<&[u8]> {
+    let rest = entry.strip_prefix(MAGIC)?;
+    let (digest, artefact) = rest.split_at_checked(32)?;
+    (Sha256::digest(artefact).as_slice() == digest).then_some(artefact)
+}
+
+/// Refuses what somebody else could have written. `file` is open, so what is checked is what is read.
+fn check_owner(file: &OwnedFd, path: &Path) -> Result<(), CacheError> {
+    let status = rustix::fs::fstat(file).map_err(|error| CacheError::Io { path: path.to_owned(), error: error.into() })?;
+    let foreign = |what: String| Err(CacheError::Foreign { path: path.to_owned(), what });
+    let us = rustix::process::geteuid().as_raw();
+    if status.st_uid != us {
+        return foreign(format!("belongs to user {} and not to {us}", status.st_uid));
+    }
+    if status.st_mode & 0o022 != 0 {
+        return foreign(format!("can be written by others (mode {:o})", status.st_mode & 0o7777));
+    }
+    match rustix::fs::FileType::from_raw_mode(status.st_mode) {
+        rustix::fs::FileType::RegularFile | rustix::fs::FileType::Directory => Ok(()),
+        _ => foreign("is not a regular file".to_owned()),
+    }
+}

@@ -1,0 +1,264 @@
+//! The cold questions: which tables does a device use, what can a real unit do, how is the kernel told.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::plugin::bindings::exports::stagecraft::format::{detect, table};
+use crate::plugin::bindings::stagecraft::format::types;
+use crate::plugin::store::{Pace, Sandbox};
+use crate::plugin::{CallError, Plugin, Settings, TableConfig, error, words};
+use crate::table::Need;
+
+/// Guest memory as a plugin sees it during one call. It is handed over for the call and dropped at its end; [`Arc<Mutex<M>>`] keeps a handle.
+///
+/// Implementations bound the work: a plugin may ask as often as its time allows, for at most 4,096 bytes at once. The time spent in here does not
+/// count towards the plugin's deadline.
+pub trait DetectMemory: Send {
+    /// `length` bytes at a guest-physical address; none if any of it lies outside guest memory or the budget is spent. Each byte is read once.
+    fn read(&mut self, address: u64, length: u32) -> Option<Vec<u8>>;
+
+    /// The same for an address that `table` translates first. None also if the translation faults or forbids reading.
+    fn read_through(&mut self, table: &TableConfig, address: u64, length: u32) -> Option<Vec<u8>>;
+}
+
+impl<M: DetectMemory + ?Sized> DetectMemory for Arc<Mutex<M>> {
+    fn read(&mut self, address: u64, length: u32) -> Option<Vec<u8>> {
+        self.lock().unwrap_or_else(PoisonError::into_inner).read(address, length)
+    }
+
+    fn read_through(&mut self, table: &TableConfig, address: u64, length: u32) -> Option<Vec<u8>> {
+        self.lock().unwrap_or_else(PoisonError::into_inner).read_through(table, address, length)
+    }
+}
+
+/// Who asks: a requester id, StreamID or device id, and a PASID if the request has one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Requester {
+    /// Requester id, StreamID or device id.
+    pub id: u64,
+    /// PASID or SubstreamID; 20 bits.
+    pub pasid: Option<u32>,
+}
+
+/// Every DMA of a requester is refused, and what the architecture would report.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Blocked {
+    /// The event or fault reason, such as `C_BAD_STE`.
+    pub event: String,
+    /// Document and section.
+    pub section: String,
+    /// One sentence in lower case without a full stop.
+    pub reason: String,
+}
+
+/// What a requester's DMA gets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Guest-physical memory as it is.
+    Bypass,
+    /// Nothing.
+    Blocked(Blocked),
+    /// One table, or two: the outputs of the first are the inputs of the second.
+    Tables(Vec<TableConfig>),
+}
+
+/// A table format that a real unit accepts, with the limits of its settings.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Offer {
+    /// Full name of the format.
+    pub format: String,
+    /// Setting and largest value; for a set of sizes, their sum.
+    pub limits: Vec<(String, u64)>,
+}
+
+/// How the kernel is told about a nested table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Binding {
+    /// An `iommu_hwpt_data_type`.
+    pub kind: u32,
+    /// Its bytes.
+    pub data: Vec<u8>,
+    /// The structure that must stand at the context address before the table is bound; may be empty.
+    pub context: Vec<u8>,
+}
+
+const MAX_PASIDS: usize = 1024;
+const MAX_OFFERS: usize = 64;
+const MAX_BINDING_BYTES: usize = 4096;
+/// Most bytes of hardware information that are handed to a plugin.
+const MAX_INFO_BYTES: usize = 4096;
+
+/// An instance of a plugin for the cold questions. When a call fails fatally, every later one answers the same error: make a fresh instance.
+#[derive(Debug)]
+pub struct Instance {
+    plugin: Plugin,
+    sandbox: Sandbox,
+}
+
+impl std::fmt::Debug for Sandbox {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Sandbox").field("calls", &self.calls()).field("failed", &self.failed()).finish_non_exhaustive()
+    }
+}
+
+impl Instance {
+    pub(super) fn new(plugin: &Plugin) -> Result<Self, CallError> {
+        Ok(Self { plugin: plugin.clone(), sandbox: Sandbox::new(plugin)? })
+    }
+
+    /// The plugin of which this is an instance.
+    #[must_use]
+    pub fn plugin(&self) -> &Plugin {
+        &self.plugin
+    }
+
+    /// Why no call works any more.
+    #[must_use]
+    pub fn failed(&self) -> Option<&CallError> {
+        self.sandbox.failed()
+    }
+
+    /// Number of calls into the plugin so far.
+    #[must_use]
+    pub fn calls(&self) -> u64 {
+        self.sandbox.calls()
+    }
+
+    /// What requests of `requester` get. What hardware would refuse in guest memory is [`Outcome::Blocked`].
+    ///
+    /// # Errors
+    /// [`CallError::Refused`] if registers are missing or contradict each other, [`CallError::Unknown`] and [`CallError::Twice`] for register names,
+    /// and everything that can go wrong with a call.
+    pub fn lookup(
+        &mut self,
+        registers: &[(String, u64)],
+        requester: Requester,
+        memory: impl DetectMemory + 'static,
+    ) -> Result<Outcome, CallError> {
+        let registers = self.registers(registers)?;
+        let requester = detect::Requester { id: requester.id, pasid: requester.pasid };
+        let answer = self.with_memory(memory, |sandbox| {
+            sandbox.call(Pace::Cold, |exports, store| exports.stagecraft_format_detect().call_lookup(store, &registers, requester))
+        })?;
+        match answer.map_err(|error| self.sandbox.refused(error))? {
+            detect::Outcome::Bypass => Ok(Outcome::Bypass),
+            detect::Outcome::Blocked(detect::Blocked { event, section, reason }) => {
+                Ok(Outcome::Blocked(Blocked { event: error::clean(&event), section: error::clean(&section), reason: error::clean(&reason) }))
+            }
+            detect::Outcome::Tables(tables) => self.tables(tables),
+        }
+    }
+
+    fn tables(&self, tables: Vec<types::TableConfig>) -> Result<Outcome, CallError> {
+        if tables.is_empty() || tables.len() > 2 {
+            return Err(self.sandbox.nonsense(format!("{} tables for one requester; there are 1 and 2", tables.len())));
+        }
+        let mut configs = Vec::with_capacity(tables.len());
+        for table in tables {
+            let config = words::table_config(table).map_err(|what| self.sandbox.nonsense(what))?;
+            if self.plugin.check_format(&config.format).is_err() {
+                return Err(self.sandbox.nonsense(format!("a table of format `{}`, which its manifest does not name", config.format)));
+            }
+            configs.push(config);
+        }
+        Ok(Outcome::Tables(configs))
+    }
+
+    /// The PASIDs for which `id` has a valid context: ascending, at most 1,024.
+    ///
+    /// # Errors
+    /// As [`Instance::lookup`].
+    pub fn pasids(&mut self, registers: &[(String, u64)], id: u64, memory: impl DetectMemory + 'static) -> Result<Vec<u32>, CallError> {
+        let registers = self.registers(registers)?;
+        let answer = self.with_memory(memory, |sandbox| {
+            sandbox.call(Pace::Cold, |exports, store| exports.stagecraft_format_detect().call_pasids(store, &registers, id))
+        })?;
+        let pasids = answer.map_err(|error| self.sandbox.refused(error))?;
+        if pasids.len() > MAX_PASIDS {
+            return Err(self.sandbox.nonsense(format!("{} PASIDs; at most {MAX_PASIDS}", pasids.len())));
+        }
+        if !pasids.is_sorted_by(|a, b| a < b) || pasids.last().is_some_and(|last| last >> 20 != 0) {
+            return Err(self.sandbox.nonsense("PASIDs that do not ascend, or of more than 20 bits"));
+        }
+        Ok(pasids)
+    }
+
+    /// Which table formats a real unit accepts, given the kernel's `iommu_hw_info` data type and bytes.
+    ///
+    /// # Errors
+    /// [`CallError::Refused`] with [`Refusal::Unsupported`](super::Refusal::Unsupported) if the data is another architecture's, and everything that can
+    /// go wrong with a call.
+    pub fn offers(&mut self, kind: u32, info: &[u8]) -> Result<Vec<Offer>, CallError> {
+        let info = &info[..info.len().min(MAX_INFO_BYTES)];
+        let answer = self.sandbox.call(Pace::Cold, |exports, store| exports.stagecraft_format_detect().call_offers(store, kind, info))?;
+        let offers = answer.map_err(|error| self.sandbox.refused(error))?;
+        if offers.len() > MAX_OFFERS {
+            return Err(self.sandbox.nonsense(format!("{} offers; at most {MAX_OFFERS}", offers.len())));
+        }
+        let offer = |offer: detect::Offer| {
+            if self.plugin.check_format(&offer.format).is_err() {
+                return Err(self.sandbox.nonsense(format!("an offer of `{}`, which its manifest does not name", error::clean(&offer.format))));
+            }
+            let limits = words::limits(offer.limits).map_err(|what| self.sandbox.nonsense(what))?;
+            Ok(Offer { format: offer.format, limits })
+        };
+        offers.into_iter().map(offer).collect()
+    }
+
+    /// How the kernel is told about `table` when it is nested; `context_address`, 64-byte aligned, is where [`Binding::context`] would stand.
+    ///
+    /// # Errors
+    /// [`CallError::Refused`] if the kernel has no nesting for this format, and everything that can go wrong with a call.
+    pub fn bind_data(&mut self, table: &TableConfig, context_address: u64) -> Result<Binding, CallError> {
+        self.plugin.check_format(&table.format)?;
+        let table = words::table_config_in(table);
+        let answer =
+            self.sandbox.call(Pace::Cold, |exports, store| exports.stagecraft_format_detect().call_bind_data(store, &table, context_address))?;
+        let detect::Binding { kind, data, context } = answer.map_err(|error| self.sandbox.refused(error))?;
+        if data.len() > MAX_BINDING_BYTES || context.len() > MAX_BINDING_BYTES {
+            return Err(self.sandbox.nonsense(format!("{} and {} bytes for the kernel; at most {MAX_BINDING_BYTES}", data.len(), context.len())));
+        }
+        Ok(Binding { kind, data, context })
+    }
+
+    /// `settings` completed so that a table of `format` can say as much of `need` as possible. Roots stay out.
+    ///
+    /// # Errors
+    /// [`CallError::Refused`] for settings that make no sense, [`CallError::Unknown`] for the format, and everything that can go wrong with a call.
+    pub fn suggest(&mut self, format: &str, settings: &Settings, need: &Need) -> Result<Settings, CallError> {
+        self.plugin.check_format(format)?;
+        let settings = words::settings_in(settings);
+        let need = table::Need {
+            last_low: need.last_low,
+            first_high: need.first_high,
+            last_address: need.last_address,
+            alignment_log2: need.alignment_log2,
+        };
+        let answer =
+            self.sandbox.call(Pace::Cold, |exports, store| exports.stagecraft_format_table().call_suggest(store, format, &settings, need))?;
+        let suggested = answer.map_err(|error| self.sandbox.refused(error))?;
+        words::settings(suggested).map_err(|what| self.sandbox.nonsense(what))
+    }
+
+    /// Registers for the plugin, names checked against the manifest.
+    fn registers(&self, registers: &[(String, u64)]) -> Result<Vec<types::Named>, CallError> {
+        let manifest = self.plugin.manifest();
+        for (index, (name, _)) in registers.iter().enumerate() {
+            if !manifest.knows_register(name) {
+                let known = manifest.registers.join(", ");
+                return Err(CallError::Unknown { plugin: self.sandbox.plugin(), what: "register", name: name.clone(), known });
+            }
+            if registers[..index].iter().any(|(other, _)| other == name) {
+                return Err(CallError::Twice { what: "register", name: name.clone() });
+            }
+        }
+        Ok(registers.iter().map(|(name, value)| types::Named { name: name.clone(), value: *value }).collect())
+    }
+
+    /// Lends `memory` to the plugin for one call.
+    fn with_memory<R>(&mut self, memory: impl DetectMemory + 'static, call: impl FnOnce(&mut Sandbox) -> R) -> R {
+        self.sandbox.store.data_mut().memory = Some(Box::new(memory));
+        let result = call(&mut self.sandbox);
+        self.sandbox.store.data_mut().memory = None;
+        result
+    }
+}

@@ -1,0 +1,362 @@
+//! A small radix format that behaves badly on request: what the engine's limits are tested against.
+//!
+//! The setting `mode` of a table, and the register `MODE` of the unit, select a [`mode`]. Mode 0 behaves well.
+
+use stagecraft_sdk::bits::{bit, mask};
+use stagecraft_sdk::{
+    Attributes, Binding, Blocked, Encoded, Error, FaultKind, Finding, Findings, Format, GuestMemory, Kind, Level, Need, Next, Offer, Outcome,
+    Registers, Requester, Root, Segment, Settings, Severity, Shape, TableConfig, Unit,
+};
+use std::cell::Cell;
+
+stagecraft_sdk::export_plugin! {
+    manifest: "../manifest.json",
+    unit: Hostile,
+    formats: [Radix],
+}
+
+/// How to behave.
+pub mod mode {
+    /// Well.
+    pub const WELL: u64 = 0;
+    /// Panics in `decode`, or in `lookup`.
+    pub const PANIC: u64 = 1;
+    /// Never returns from `decode`, or from `lookup`.
+    pub const LOOP: u64 = 2;
+    /// Allocates for ever in `decode`, or in `lookup`.
+    pub const BOMB: u64 = 3;
+    /// A geometry with 60 index bits.
+    pub const NONSENSE_GEOMETRY: u64 = 4;
+    /// A geometry with 20,000 roots.
+    pub const MANY_ROOTS: u64 = 5;
+    /// `decode` answers something else at every call.
+    pub const FICKLE: u64 = 6;
+    /// A leaf that is writable-when-dirty and not writable.
+    pub const NO_MEANING: u64 = 7;
+    /// `encode_leaf` grants all that there is.
+    pub const WIDEN: u64 = 8;
+    /// Recurses without end in `decode`, or in `lookup`.
+    pub const RECURSE: u64 = 9;
+    /// Logs a million messages in `decode`, and then answers well.
+    pub const LOG_FLOOD: u64 = 10;
+    /// `explain` answers many reasons that all are the same 1 MiB of memory.
+    pub const ALIASED: u64 = 11;
+    /// `explain` answers a reason of 4 GiB; `pasids` a list of 4 GiB.
+    pub const HUGE: u64 = 12;
+    /// Panics in `open`.
+    pub const PANIC_IN_OPEN: u64 = 13;
+    /// Never returns from `open`.
+    pub const LOOP_IN_OPEN: u64 = 14;
+    /// A table entry that names level kind 200.
+    pub const NO_SUCH_LEVEL: u64 = 15;
+    /// `decode_entry` asks for the whole entry.
+    pub const WHOLE_AGAIN: u64 = 16;
+    /// `decode` reads guest memory, which is not there outside of `detect`, and answers absent if it gets none.
+    pub const READS_MEMORY: u64 = 17;
+    /// Panics in `decode` with a text of 1 MiB.
+    pub const LONG_PANIC: u64 = 18;
+    /// `lookup` answers a format that the manifest does not name.
+    pub const FOREIGN_FORMAT: u64 = 19;
+    /// `lookup` and `open` say that something is unsupported.
+    pub const UNSUPPORTED: u64 = 20;
+    /// `lookup` reads guest memory until none is given, and answers `blocked`.
+    pub const READS_FOR_EVER: u64 = 21;
+    /// `lookup` reads `ROOT` through a table at `EXTRA1`.
+    pub const READ_THROUGH: u64 = 22;
+    /// `lookup` wants 1 MiB at once.
+    pub const READS_TOO_MUCH: u64 = 23;
+    /// `pasids` answers 100,000 of them.
+    pub const MANY_PASIDS: u64 = 24;
+    /// `lookup` answers three tables.
+    pub const THREE_TABLES: u64 = 25;
+    /// `lookup` answers no table.
+    pub const NO_TABLES: u64 = 26;
+}
+
+const PRESENT: u64 = bit(0);
+const WRITE: u64 = bit(1);
+const LEAF: u64 = bit(2);
+const WHOLE: u64 = bit(3);
+const ADDRESS: (u8, u8) = (51, 12);
+const RESERVED: u64 = mask(63, 52);
+
+/// Three levels of 512 entries; bit 0 present, bit 1 writable, bit 2 leaf, bit 3 "look at the whole entry".
+#[derive(Debug)]
+pub struct Radix {
+    root: Option<u64>,
+    mode: u64,
+    calls: Cell<u64>,
+}
+
+impl Radix {
+    fn misbehave(&self, pattern: u64) {
+        match self.mode {
+            mode::PANIC => panic!("told to panic at pattern {pattern:#x}"),
+            mode::LOOP => spin(),
+            mode::BOMB => explode(),
+            mode::RECURSE => {
+                std::hint::black_box(recurse(pattern));
+            }
+            mode::LONG_PANIC => panic!("{}", "long ".repeat(1 << 18)),
+            mode::LOG_FLOOD => flood(),
+            _ => {}
+        }
+    }
+}
+
+fn spin() {
+    loop {
+        std::hint::black_box(0);
+    }
+}
+
+fn explode() {
+    let mut held: Vec<Vec<u8>> = Vec::new();
+    loop {
+        held.push(vec![0x55; 1 << 20]);
+        std::hint::black_box(&held);
+    }
+}
+
+fn recurse(depth: u64) -> u64 {
+    if depth == u64::MAX { 0 } else { std::hint::black_box(recurse(std::hint::black_box(depth + 1))) + 1 }
+}
+
+#[cfg(target_arch = "wasm32")]
+fn flood() {
+    use stagecraft_sdk::export::log;
+    for n in 0..100_000 {
+        log::write(log::Level::Info, &format!("message {n}"));
+    }
+}
+
+#[cfg(not(target_arch = "wasm32"))]
+fn flood() {}
+
+/// A list that claims `length` elements, whatever is there.
+fn claim<T>(length: usize) -> Vec<T> {
+    // SAFETY: none. This lies to the host on purpose; the sandbox is what is under test, and nothing here reads the list.
+    unsafe { Vec::from_raw_parts(std::ptr::dangling_mut::<T>().wrapping_add(16), length, length) }
+}
+
+impl Format for Radix {
+    const NAME: &'static str = "hostile/radix";
+
+    fn open(settings: &Settings) -> Result<Self, Error> {
+        settings.only(&["root", "mode", "call"])?;
+        let format = Self { root: settings.get("root"), mode: settings.or("mode", 0), calls: Cell::new(0) };
+        match format.mode {
+            mode::PANIC_IN_OPEN => panic!("told to panic in open"),
+            mode::LOOP_IN_OPEN => spin(),
+            mode::UNSUPPORTED => return Err(Error::Unsupported("told not to support this".to_owned())),
+            _ => {}
+        }
+        if let Some(root) = format.root.filter(|root| root % 4096 != 0) {
+            return Err(Error::invalid("root", root, "hostile section 1", "not aligned to 4,096"));
+        }
+        Ok(format)
+    }
+
+    fn suggest(settings: &Settings, need: &Need) -> Result<Settings, Error> {
+        if need.last_low.is_some_and(|last| last >> 39 != 0) {
+            return Err(Error::Unsupported("an IOVA of more than 39 bits".to_owned()));
+        }
+        let mut settings = settings.clone();
+        settings.set_default("mode", 0);
+        Ok(settings)
+    }
+
+    fn levels(&self) -> Vec<Level> {
+        let level = |kind: u8| Level {
+            number: 2 - kind.cast_signed(),
+            index_lsb: 30 - 9 * kind,
+            index_bits: if self.mode == mode::NONSENSE_GEOMETRY { 60 } else { 9 },
+            shapes: vec![Shape { mask: PRESENT, value: PRESENT, address: vec![Segment::in_place(ADDRESS.0, ADDRESS.1)] }],
+            leaf_sizes: 1 << (30 - 9 * kind),
+            ..Level::default()
+        };
+        (0..3).map(level).collect()
+    }
+
+    fn roots(&self) -> Vec<Root> {
+        let root = Root { setting: "root", first: 0, last: (1 << 39) - 1, address: self.root.unwrap_or(0), ..Root::default() };
+        let count = match (self.mode, self.root) {
+            (mode::MANY_ROOTS, _) => 20_000,
+            (_, None) => 0,
+            _ => 1,
+        };
+        vec![root; count]
+    }
+
+    fn output_bits(&self) -> u8 {
+        52
+    }
+
+    fn kind(&self, level: u8, pattern: u64) -> Kind {
+        self.calls.set(self.calls.get() + 1);
+        self.misbehave(pattern);
+        if self.mode == mode::FICKLE && self.calls.get() % 2 == 0 || pattern & PRESENT == 0 {
+            Kind::Absent
+        } else if level == 2 || pattern & LEAF != 0 {
+            Kind::Leaf
+        } else {
+            Kind::Table
+        }
+    }
+
+    fn check(&self, _: u8, _: Kind, _: u64, pattern: u64, findings: &mut Findings) {
+        if self.mode == mode::READS_MEMORY && read_anything() {
+            findings.error(FaultKind::Configuration, 0, "", "read guest memory outside of detect");
+        }
+        findings.reserved(pattern, RESERVED, "hostile section 2", "reserved bits are set");
+    }
+
+    fn next(&self, level: u8, _: u64) -> Next {
+        if self.mode == mode::NO_SUCH_LEVEL { Next::whole(200) } else { Next::whole(level + 1) }
+    }
+
+    fn inherit(&self, _: u8, inherited: u64, pattern: u64) -> u64 {
+        inherited | u64::from(pattern & WRITE == 0)
+    }
+
+    fn leaf_size_log2(&self, level: u8, _: u64) -> u8 {
+        30 - 9 * level
+    }
+
+    fn attributes(&self, _: u8, inherited: u64, pattern: u64) -> Attributes {
+        let write = pattern & WRITE != 0 && inherited & 1 == 0;
+        Attributes {
+            read: true,
+            write: write && self.mode != mode::NO_MEANING,
+            coherent: true,
+            writable_when_dirty: self.mode == mode::NO_MEANING,
+            ..Attributes::default()
+        }
+    }
+
+    fn needs_whole_entry(&self, _: u8, pattern: u64) -> bool {
+        pattern & WHOLE != 0
+    }
+
+    fn decode_entry(&self, level: u8, inherited: u64, entry: u64) -> stagecraft_sdk::Meaning {
+        if self.mode == mode::WHOLE_AGAIN {
+            return stagecraft_sdk::Meaning::WholeEntry;
+        }
+        // Bit 12 of the address doubles the leaf.
+        let size_log2 = self.leaf_size_log2(level, entry) + u8::from(entry & bit(12) != 0);
+        stagecraft_sdk::Meaning::Leaf { size_log2, attributes: self.attributes(level, inherited, entry) }
+    }
+
+    fn encode_leaf(&self, level: u8, size_log2: u8, attributes: Attributes) -> Option<Encoded> {
+        if size_log2 != 30 - 9 * level || !attributes.read {
+            return None;
+        }
+        let wide = self.mode == mode::WIDEN;
+        let write = attributes.write || wide;
+        let granted = Attributes { read: true, write, execute: wide, coherent: true, ..Attributes::default() };
+        Some(Encoded { pattern: PRESENT | LEAF | if write { WRITE } else { 0 }, attributes: granted })
+    }
+
+    fn encode_table(&self, level: u8, next: u8) -> Option<u64> {
+        (level < 2 && next == level + 1).then_some(PRESENT | WRITE)
+    }
+
+    fn explain(&self, level: u8, inherited: u64, pattern: u64) -> Vec<Finding> {
+        let finding = |reason| Finding { severity: Severity::Info, kind: FaultKind::Reserved, bits: 0, section: "", reason };
+        match self.mode {
+            mode::ALIASED => {
+                let text = "x".repeat(1 << 20).leak();
+                let mut findings = Vec::with_capacity(10_000);
+                for _ in 0..10_000 {
+                    // SAFETY: none; see `claim`. All strings are the same memory, which only the host reads.
+                    findings.push(finding(unsafe { String::from_raw_parts(text.as_mut_ptr(), 1 << 20, 1 << 20) }));
+                }
+                findings
+            }
+            mode::HUGE => {
+                // SAFETY: none; as above.
+                vec![finding(unsafe { String::from_raw_parts(claim::<u8>(0).as_mut_ptr(), usize::MAX >> 1, usize::MAX >> 1) })]
+            }
+            _ => {
+                let mut findings = Findings::default();
+                self.check(level, self.kind(level, pattern), inherited, pattern, &mut findings);
+                findings.into_vec()
+            }
+        }
+    }
+}
+
+#[cfg(target_arch = "wasm32")]
+fn read_anything() -> bool {
+    stagecraft_sdk::export::Imported.read(0, 8).is_ok()
+}
+
+#[cfg(not(target_arch = "wasm32"))]
+fn read_anything() -> bool {
+    false
+}
+
+/// A unit whose one structure is the word at `ROOT`: 0 blocked, 1 bypass, anything else the root of a [`Radix`].
+#[derive(Debug)]
+pub struct Hostile;
+
+impl Unit for Hostile {
+    fn lookup(registers: &Registers, requester: Requester, memory: &mut dyn GuestMemory) -> Result<Outcome, Error> {
+        let root = registers.need("ROOT")?;
+        let table = |root| TableConfig::new(Radix::NAME, &[("root", root)]);
+        match registers.get("MODE").unwrap_or(0) {
+            mode::PANIC => panic!("told to panic for device {:#x}", requester.id),
+            mode::LOOP => spin(),
+            mode::BOMB => explode(),
+            mode::RECURSE => {
+                std::hint::black_box(recurse(requester.id));
+            }
+            mode::LOG_FLOOD => flood(),
+            mode::UNSUPPORTED => return Err(Error::Unsupported("told not to support this".to_owned())),
+            mode::FOREIGN_FORMAT => return Ok(Outcome::Tables(vec![TableConfig::new("other/format", &[])])),
+            mode::THREE_TABLES => return Ok(Outcome::Tables(vec![table(0), table(0), table(0)])),
+            mode::NO_TABLES => return Ok(Outcome::Tables(Vec::new())),
+            mode::READS_FOR_EVER => while memory.read(root, 4096).is_ok() {},
+            mode::READS_TOO_MUCH => {
+                memory.read(root, 1 << 20)?;
+            }
+            mode::READ_THROUGH => {
+                let word = memory.read_through(&table(registers.need("EXTRA1")?), root, 8)?;
+                return Ok(Outcome::Tables(vec![table(word_of(&word)?)]));
+            }
+            _ => {}
+        }
+        match word_of(&memory.read(root + 8 * requester.id, 8)?)? {
+            0 => Ok(Blocked::outcome("H_BLOCKED", "hostile section 3", "the word is zero")),
+            1 => Ok(Outcome::Bypass),
+            root => Ok(Outcome::Tables(vec![table(root)])),
+        }
+    }
+
+    fn pasids(registers: &Registers, _: u64, _: &mut dyn GuestMemory) -> Result<Vec<u32>, Error> {
+        match registers.get("MODE").unwrap_or(0) {
+            mode::HUGE => Ok(claim((usize::MAX >> 2) - 4)),
+            mode::MANY_PASIDS => Ok((0..100_000).collect()),
+            mode::FICKLE => Ok(vec![3, 2]),
+            _ => Ok(vec![1, 2, 3]),
+        }
+    }
+
+    fn offers(kind: u32, info: &[u8]) -> Result<Vec<Offer>, Error> {
+        if kind != 7 {
+            return Err(Error::Unsupported(format!("hardware information of kind {kind}")));
+        }
+        let width = info.first().ok_or_else(|| Error::invalid("info", 0, "", "no bytes"))?;
+        Ok(vec![Offer { format: Radix::NAME.to_owned(), limits: vec![("width".to_owned(), u64::from(*width))] }])
+    }
+
+    fn bind_data(table: &TableConfig, context_address: u64) -> Result<Binding, Error> {
+        let root = table.settings.get("root").ok_or_else(|| Error::invalid("root", 0, "", "missing"))?;
+        Ok(Binding { kind: 7, data: root.to_le_bytes().to_vec(), context: context_address.to_le_bytes().to_vec() })
+    }
+}
+
+fn word_of(bytes: &[u8]) -> Result<u64, Error> {
+    let bytes = bytes.try_into().map_err(|_| Error::Unsupported("a short read".to_owned()))?;
+    Ok(u64::from_le_bytes(bytes))
+}
