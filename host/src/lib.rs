@@ -2,6 +2,7 @@
 
 mod address;
 mod attributes;
+pub mod convert;
 pub mod device;
 pub mod guest;
 pub mod memory;

@@ -7,8 +7,7 @@ use wasmparser::{Encoding, Parser, Payload};
 use crate::plugin::{CONTRACT, Limits, LoadError, Manifest};
 
 /// What a plugin may import.
-pub(super) const IMPORTS: [&str; 3] =
-    ["stagecraft:format/types@0.1.0", "stagecraft:format/guest-memory@0.1.0", "stagecraft:format/log@0.1.0"];
+pub(super) const IMPORTS: [&str; 3] = ["stagecraft:format/types@0.1.0", "stagecraft:format/guest-memory@0.1.0", "stagecraft:format/log@0.1.0"];
 /// What a plugin must export, and nothing else.
 pub(super) const EXPORTS: [&str; 2] = ["stagecraft:format/detect@0.1.0", "stagecraft:format/table@0.1.0"];
 
@@ -174,9 +173,7 @@ fn at_most(what: &'static str, count: u64, limit: u64) -> Result<(), LoadError> 
 /// Refuses an interface of our package in another version than ours.
 fn check_version(name: &str) -> Result<(), LoadError> {
     match name.strip_prefix(PACKAGE).and_then(|rest| rest.split_once('@')) {
-        Some((_, version)) if version != CONTRACT => {
-            Err(LoadError::WrongVersion { found: super::error::clean(version), expected: CONTRACT })
-        }
+        Some((_, version)) if version != CONTRACT => Err(LoadError::WrongVersion { found: super::error::clean(version), expected: CONTRACT }),
         _ => Ok(()),
     }
 }

@@ -53,7 +53,8 @@ impl Cache {
         use std::os::unix::fs::DirBuilderExt as _;
         let io = |error| CacheError::Io { path: path.to_owned(), error };
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(io)?;
-        let directory = rustix::fs::open(path, OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).map_err(|error| io(error.into()))?;
+        let directory =
+            rustix::fs::open(path, OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).map_err(|error| io(error.into()))?;
         check_owner(&directory, path)?;
         Ok(Self { directory, path: path.to_owned() })
     }

@@ -128,12 +128,7 @@ impl Instance {
     /// # Errors
     /// [`CallError::Refused`] if registers are missing or contradict each other, [`CallError::Unknown`] and [`CallError::Twice`] for register names,
     /// and everything that can go wrong with a call.
-    pub fn lookup(
-        &mut self,
-        registers: &[(String, u64)],
-        requester: Requester,
-        memory: impl DetectMemory + 'static,
-    ) -> Result<Outcome, CallError> {
+    pub fn lookup(&mut self, registers: &[(String, u64)], requester: Requester, memory: impl DetectMemory + 'static) -> Result<Outcome, CallError> {
         let registers = self.registers(registers)?;
         let requester = detect::Requester { id: requester.id, pasid: requester.pasid };
         let answer = self.with_memory(memory, |sandbox| {

@@ -92,7 +92,10 @@ impl Manifest {
             let stem = register.strip_suffix('*').unwrap_or(register);
             let known = |c: char| c.is_ascii_alphanumeric() || "_-.".contains(c);
             if stem.is_empty() || stem.len() > MAX_NAME || !stem.chars().all(known) {
-                return Err(bad(format!("register `{}`: letters, digits, `_`, `-` and `.`, and at most one `*` at the end", super::error::clean(register))));
+                return Err(bad(format!(
+                    "register `{}`: letters, digits, `_`, `-` and `.`, and at most one `*` at the end",
+                    super::error::clean(register)
+                )));
             }
         }
         check_count("formats", self.formats.len(), MAX_FORMATS)?;

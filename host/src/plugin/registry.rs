@@ -151,8 +151,11 @@ impl Plugins {
     }
 
     fn insert(&mut self, label: &str, origin: Origin, bytes: Bytes) -> Result<(), PluginsError> {
-        let manifest = admission::admit(bytes.get(), self.engine.limits())
-            .map_err(|error| PluginsError::Load { plugin: label.to_owned(), origin: origin.clone(), error })?;
+        let manifest = admission::admit(bytes.get(), self.engine.limits()).map_err(|error| PluginsError::Load {
+            plugin: label.to_owned(),
+            origin: origin.clone(),
+            error,
+        })?;
         if let Some(same) = self.entries.iter().position(|entry| entry.manifest.name == manifest.name) {
             let first = self.entries[same].origin.clone();
             if first != Origin::Builtin {
@@ -217,8 +220,11 @@ impl Entry {
         if let Some(plugin) = &*loaded {
             return Ok(plugin.clone());
         }
-        let plugin = Plugin::load_admitted(engine, self.bytes.get(), self.manifest.clone())
-            .map_err(|error| PluginsError::Load { plugin: self.manifest.name.clone(), origin: self.origin.clone(), error })?;
+        let plugin = Plugin::load_admitted(engine, self.bytes.get(), self.manifest.clone()).map_err(|error| PluginsError::Load {
+            plugin: self.manifest.name.clone(),
+            origin: self.origin.clone(),
+            error,
+        })?;
         *loaded = Some(plugin.clone());
         Ok(plugin)
     }

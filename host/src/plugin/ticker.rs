@@ -128,7 +128,14 @@ mod tests {
     #[test]
     fn the_thread_sleeps_when_idle_and_wakes_for_a_call() {
         let clock = Clock::new(Ticker::Thread, wasmtime::Engine::default()).expect("a thread");
-        let asleep = |expected| (0..5000).any(|_| clock.is_asleep() == expected || { std::thread::sleep(PERIOD); false });
+        let asleep = |expected| {
+            (0..5000).any(|_| {
+                clock.is_asleep() == expected || {
+                    std::thread::sleep(PERIOD);
+                    false
+                }
+            })
+        };
         for _ in 0..3 {
             assert!(asleep(true), "sleeps when nothing is in flight");
             let _call = clock.enter();
