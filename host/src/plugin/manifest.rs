@@ -8,9 +8,9 @@ use crate::plugin::{CONTRACT, LoadError};
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[non_exhaustive]
 pub struct Manifest {
-    /// Version of the contract, such as `0.1.0`.
+    /// The contract, such as `stagecraft:format@0.1.0`.
     pub contract: String,
-    /// Name of the plugin and of the architecture's unit, such as `intel-vtd`; the first part of its formats' names.
+    /// Name of the plugin, such as `intel-vtd`; the first part of its formats' names.
     pub name: String,
     /// The plugin's own version.
     #[serde(default)]
@@ -18,6 +18,12 @@ pub struct Manifest {
     /// One line for people.
     #[serde(default)]
     pub description: String,
+    /// Under which licence it comes.
+    #[serde(default)]
+    pub license: String,
+    /// Kinds of units whose device structures it knows, such as `intel-vtd`.
+    #[serde(default)]
+    pub units: Vec<String>,
     /// Registers that `lookup` and `pasids` take; a trailing `*` stands for any ending.
     #[serde(default)]
     pub registers: Vec<String>,
@@ -34,6 +40,9 @@ pub struct FormatManifest {
     /// One line for people.
     #[serde(default)]
     pub description: String,
+    /// Document and section.
+    #[serde(default)]
+    pub section: String,
     /// Settings of a configuration.
     #[serde(default)]
     pub settings: Vec<SettingManifest>,
@@ -48,6 +57,9 @@ pub struct SettingManifest {
     /// The value when it is absent; none: it has to be given, or its absence means something.
     #[serde(default)]
     pub default: Option<u64>,
+    /// Which values make sense, for people.
+    #[serde(default)]
+    pub allowed: String,
     /// One line for people.
     #[serde(default)]
     pub description: String,
@@ -56,6 +68,7 @@ pub struct SettingManifest {
 const MAX_BYTES: usize = 64 << 10;
 const MAX_FORMATS: usize = 16;
 const MAX_SETTINGS: usize = 64;
+const MAX_UNITS: usize = 16;
 const MAX_REGISTERS: usize = 256;
 const MAX_NAME: usize = 64;
 const MAX_TEXT: usize = 1024;
@@ -75,8 +88,10 @@ impl Manifest {
             contract: String,
         }
         let version: Version = serde_json::from_slice(json).map_err(|error| bad(error.to_string()))?;
-        if version.contract != CONTRACT {
-            return Err(LoadError::WrongVersion { found: super::error::clean(&version.contract), expected: CONTRACT });
+        match version.contract.strip_prefix("stagecraft:format@") {
+            Some(CONTRACT) => {}
+            Some(found) => return Err(LoadError::WrongVersion { found: super::error::clean(found), expected: CONTRACT }),
+            None => return Err(bad(format!("contract `{}`: there is `stagecraft:format@{CONTRACT}`", super::error::clean(&version.contract)))),
         }
         let manifest: Self = serde_json::from_slice(json).map_err(|error| bad(error.to_string()))?;
         manifest.check()?;
@@ -85,8 +100,11 @@ impl Manifest {
 
     fn check(&self) -> Result<(), LoadError> {
         check_name("name", &self.name)?;
-        check_text("version", &self.version)?;
-        check_text("description", &self.description)?;
+        for (what, text) in [("version", &self.version), ("description", &self.description), ("license", &self.license)] {
+            check_text(what, text)?;
+        }
+        check_count("units", self.units.len(), MAX_UNITS)?;
+        self.units.iter().try_for_each(|unit| check_name("unit", unit))?;
         check_count("registers", self.registers.len(), MAX_REGISTERS)?;
         for register in &self.registers {
             let stem = register.strip_suffix('*').unwrap_or(register);
@@ -112,10 +130,12 @@ impl Manifest {
                 return Err(bad(format!("format `{}` is there twice", format.name)));
             }
             check_text("description", &format.description)?;
+            check_text("section", &format.section)?;
             check_count("settings", format.settings.len(), MAX_SETTINGS)?;
             for (index, setting) in format.settings.iter().enumerate() {
                 check_name("setting", &setting.name)?;
                 check_text("description", &setting.description)?;
+                check_text("allowed", &setting.allowed)?;
                 if format.settings[..index].iter().any(|other| other.name == setting.name) {
                     return Err(bad(format!("setting `{}` of `{}` is there twice", setting.name, format.name)));
                 }
@@ -175,7 +195,7 @@ fn check_name(what: &str, name: &str) -> Result<(), LoadError> {
 mod tests {
     use super::*;
 
-    const GOOD: &str = r#"{"contract":"0.1.0","name":"a","registers":["CR","CD_*"],"new":1,"formats":[{"name":"a/b","settings":[{"name":"root"}]}]}"#;
+    const GOOD: &str = r#"{"contract":"stagecraft:format@0.1.0","name":"a","registers":["CR","CD_*"],"new":1,"formats":[{"name":"a/b","settings":[{"name":"root"}]}]}"#;
 
     fn reason(json: &str) -> String {
         Manifest::parse(json.as_bytes()).expect_err("refused").to_string()
@@ -191,13 +211,14 @@ mod tests {
 
     #[test]
     fn nonsense_is_named() {
-        assert!(reason(&GOOD.replace("0.1.0", "0.2.0")).contains("stagecraft:format@0.2.0 and this host 0.1.0"));
+        assert!(reason(&GOOD.replace("@0.1.0", "@0.2.0")).contains("stagecraft:format@0.2.0 and this host 0.1.0"));
+        assert!(reason(&GOOD.replace("stagecraft:format@", "other@")).contains("contract `other@0.1.0`: there is `stagecraft:format@0.1.0`"));
         assert!(reason(&GOOD.replace("\"a/b\"", "\"c/b\"")).contains("must begin with `a/`"));
         assert!(reason(&GOOD.replace("\"name\":\"a\"", "\"name\":\"../a\"")).contains("lower-case"));
         assert!(reason(&GOOD.replace("CD_*", "C*D*")).contains("at most one `*`"));
         assert!(reason("[]").contains("manifest"));
         assert!(reason(&" ".repeat(70_000)).contains("at most 65536"));
         let formats = (0..17).map(|n| format!(r#"{{"name":"a/f{n}"}}"#)).collect::<Vec<_>>().join(",");
-        assert!(reason(&format!(r#"{{"contract":"0.1.0","name":"a","formats":[{formats}]}}"#)).contains("17 formats"));
+        assert!(reason(&format!(r#"{{"contract":"stagecraft:format@0.1.0","name":"a","formats":[{formats}]}}"#)).contains("17 formats"));
     }
 }

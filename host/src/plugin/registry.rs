@@ -8,7 +8,7 @@ use crate::plugin::{DirectoryError, Engine, LoadError, Manifest, Plugin, PluginD
 
 /// The plugins of this repository, as `cargo xtask plugins` built them.
 #[cfg(feature = "builtin-plugins")]
-const BUILTIN: &[&[u8]] = &[];
+const BUILTIN: &[&[u8]] = &[include_bytes!("../../builtin/arm-smmuv3.wasm"), include_bytes!("../../builtin/intel-vtd.wasm")];
 #[cfg(not(feature = "builtin-plugins"))]
 const BUILTIN: &[&[u8]] = &[];
 
@@ -50,10 +50,10 @@ pub enum PluginsError {
         /// Why not.
         error: LoadError,
     },
-    /// Two files of one directory have the same name in their manifests, or two plugins have a format of the same name.
+    /// Two plugins have the same name in their manifests, or know the same kind of unit; only a built-in plugin can be replaced, by one of its name.
     #[error("`{name}` comes from two plugins: {first} and {second}; remove one of them")]
     Conflict {
-        /// Name of the plugin or format.
+        /// Name of the plugin or unit.
         name: String,
         /// Where one comes from.
         first: Origin,
@@ -164,7 +164,12 @@ impl Plugins {
             tracing::info!(plugin = manifest.name, %origin, "replaces the built-in plugin");
             self.entries.remove(same);
         }
-        // Names of formats begin with the plugin's, so that two plugins cannot have the same.
+        // Names of formats begin with the plugin's, so that two plugins cannot have the same. Units are free.
+        let unit = |entry: &&Entry| entry.manifest.units.iter().any(|unit| manifest.units.contains(unit));
+        if let Some(other) = self.entries.iter().find(unit) {
+            let name = other.manifest.units.iter().find(|unit| manifest.units.contains(unit)).cloned().unwrap_or_default();
+            return Err(PluginsError::Conflict { name, first: other.origin.clone(), second: origin });
+        }
         self.entries.push(Entry { origin, manifest, bytes, loaded: Mutex::new(None) });
         self.entries.sort_by(|a, b| a.manifest.name.cmp(&b.manifest.name));
         Ok(())
@@ -186,9 +191,9 @@ impl Plugins {
     /// # Errors
     /// [`PluginsError::Unknown`] with what there is, or [`PluginsError::Load`].
     pub fn by_unit(&self, kind: &str) -> Result<Plugin, PluginsError> {
-        match self.entries.iter().find(|entry| entry.manifest.name == kind) {
+        match self.entries.iter().find(|entry| entry.manifest.units.iter().any(|unit| unit == kind)) {
             Some(entry) => entry.load(&self.engine),
-            None => Err(self.unknown("unit", kind, self.entries.iter().map(|entry| &*entry.manifest.name))),
+            None => Err(unknown("unit", kind, self.entries.iter().flat_map(|entry| &entry.manifest.units).map(|unit| &**unit))),
         }
     }
 
@@ -201,16 +206,16 @@ impl Plugins {
             Some(entry) => entry.load(&self.engine),
             None => {
                 let formats = self.entries.iter().flat_map(|entry| &entry.manifest.formats);
-                Err(self.unknown("table format", format, formats.map(|format| &*format.name)))
+                Err(unknown("table format", format, formats.map(|format| &*format.name)))
             }
         }
     }
+}
 
-    fn unknown<'a>(&self, what: &'static str, name: &str, known: impl Iterator<Item = &'a str>) -> PluginsError {
-        let known: Vec<&str> = known.collect();
-        let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
-        PluginsError::Unknown { what, name: super::error::clean(name), known }
-    }
+fn unknown<'a>(what: &'static str, name: &str, known: impl Iterator<Item = &'a str>) -> PluginsError {
+    let known: Vec<&str> = known.collect();
+    let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+    PluginsError::Unknown { what, name: super::error::clean(name), known }
 }
 
 impl Entry {

@@ -13,7 +13,7 @@ const MAX_SETTINGS: usize = 64;
 const MAX_NAME: usize = 64;
 
 /// Bits that are named for each kind of word, by the kind's number.
-const NAMED_BITS: [u64; 5] = [0x7, 0x0000_ffff_ffff_ff07, u64::MAX & !0xc0f8, 0xff07, 0x7];
+const NAMED_BITS: [u64; 5] = [0x7, 0x0000_ffff_ffff_ff07, !0xc0f8, 0xff07, 0x7];
 
 /// Unpacks the answer of `decode` and `decode-entry`; the reason if it has no meaning.
 pub(super) fn meaning(meaning: types::Meaning, levels: usize) -> Result<Meaning, String> {

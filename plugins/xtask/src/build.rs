@@ -67,12 +67,18 @@ impl Toolchain {
         flags.push(format!("-Clink-arg=-zstack-size={STACK_BYTES}"));
         flags.push(format!("-Clink-arg=--max-memory={MEMORY_BYTES}"));
         // Panic messages name files; without this they name the builder's folders, and the result depends on where it was built.
-        let cargo_home = std::env::var_os("CARGO_HOME").map(PathBuf::from).or_else(|| Some(std::env::home_dir()?.join(".cargo")));
         let mut remap = vec![(root.to_owned(), "."), (self.sysroot.clone(), "rust")];
-        remap.extend(cargo_home.map(|home| (home.join("registry/src"), "registry")));
+        remap.extend(registry_folders().into_iter().map(|folder| (folder, "crates")));
         flags.extend(remap.iter().map(|(from, to)| format!("--remap-path-prefix={}={to}", from.display())));
         flags.join(" ")
     }
+}
+
+/// Where cargo unpacks the sources of dependencies.
+fn registry_folders() -> Vec<PathBuf> {
+    let home = std::env::var_os("CARGO_HOME").map(PathBuf::from).or_else(|| Some(std::env::home_dir()?.join(".cargo")));
+    let entries = home.and_then(|home| std::fs::read_dir(home.join("registry/src")).ok());
+    entries.into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path())).collect()
 }
 
 fn rustc(arguments: &[&str]) -> Result<String> {

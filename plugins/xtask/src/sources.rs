@@ -73,7 +73,8 @@ mod tests {
     #[test]
     fn only_what_shapes_a_plugin_counts() {
         let before = b"[workspace]\nmembers = []\n[workspace.dependencies]\nserde = \"1\"\nwit-bindgen = \"0.61\"\n[profile.plugin]\nlto = \"fat\"\n";
-        let other = b"[workspace]\nmembers = [\"a\"]\n[workspace.dependencies]\nserde = \"2\"\nwit-bindgen = \"0.61\"\n[profile.plugin]\nlto = \"fat\"\n";
+        let other =
+            b"[workspace]\nmembers = [\"a\"]\n[workspace.dependencies]\nserde = \"2\"\nwit-bindgen = \"0.61\"\n[profile.plugin]\nlto = \"fat\"\n";
         let changed = b"[workspace.dependencies]\nwit-bindgen = \"0.62\"\n[profile.plugin]\nlto = \"fat\"\n";
         assert_eq!(relevant(before), relevant(other));
         assert_ne!(relevant(before), relevant(changed));

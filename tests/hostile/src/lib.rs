@@ -143,7 +143,7 @@ impl Format for Radix {
     const NAME: &'static str = "hostile/radix";
 
     fn open(settings: &Settings) -> Result<Self, Error> {
-        settings.only(&["root", "mode", "call"])?;
+        settings.only(&["root", "mode"])?;
         let format = Self { root: settings.get("root"), mode: settings.or("mode", 0), calls: Cell::new(0) };
         match format.mode {
             mode::PANIC_IN_OPEN => panic!("told to panic in open"),
@@ -151,7 +151,7 @@ impl Format for Radix {
             mode::UNSUPPORTED => return Err(Error::Unsupported("told not to support this".to_owned())),
             _ => {}
         }
-        if let Some(root) = format.root.filter(|root| root % 4096 != 0) {
+        if let Some(root) = format.root.filter(|root| !root.is_multiple_of(4096)) {
             return Err(Error::invalid("root", root, "hostile section 1", "not aligned to 4,096"));
         }
         Ok(format)
@@ -195,7 +195,7 @@ impl Format for Radix {
     fn kind(&self, level: u8, pattern: u64) -> Kind {
         self.calls.set(self.calls.get() + 1);
         self.misbehave(pattern);
-        if self.mode == mode::FICKLE && self.calls.get() % 2 == 0 || pattern & PRESENT == 0 {
+        if self.mode == mode::FICKLE && self.calls.get().is_multiple_of(2) || pattern & PRESENT == 0 {
             Kind::Absent
         } else if level == 2 || pattern & LEAF != 0 {
             Kind::Leaf
