@@ -100,6 +100,11 @@ fn the_low_range_starts_at_zero_and_the_high_one_ends_at_the_end() {
     assert_eq!(ladder(&both), [(1, 30, 9, G1), (2, 21, 9, M2), (3, 12, 9, K4), (2, 29, 13, 1 << 29), (3, 16, 13, 1 << 16)]);
     assert_eq!(both.decode(3, 0, 3), Meaning::Table { next: stagecraft_sdk::Next::whole(4), inherited: 0 }, "chains do not mix");
 
+    let mixed = stage1(&[("lpa2", 1), ("input-bits-high", 42), ("granule-high", 65536)]);
+    let Meaning::Leaf { attributes, .. } = mixed.decode(5, 0, PAGE & !0x300) else { panic!("not a leaf") };
+    assert!(!attributes.coherent, "64K descriptors have shareability bits also where the low range has LPA2");
+    assert!(mixed.explain(3, 0, PAGE | 1 << 50).is_empty() && mixed.explain(5, 0, PAGE | 3 << 48)[0].bits == 3 << 48);
+
     let shared = stage1(&[("input-bits-high", 48)]);
     assert_eq!(shared.levels().len(), 4, "equal ranges share their tables");
     assert_eq!(shared.roots()[1].level, 0);

@@ -186,6 +186,14 @@ fn two_level_stream_tables() {
     assert_eq!(make(8, 0x1234, entries | 12), "C_BAD_STREAMID", "reserved span");
     assert_eq!(make(8, 0x1234, entries | 10), "C_BAD_STREAMID", "span beyond the split");
     assert_eq!(make(8, 0x1234, 0x9000_0000 | 9), "F_STE_FETCH");
+    // 256 descriptors of 8 bytes: 2 KiB. With 8 of them 64 bytes are the least.
+    for (log2size, base, table) in [(16, STREAMS + 0xfc0, STREAMS + 0x800), (11, STREAMS + 0x40, STREAMS + 0x40)] {
+        let mut aligned = case([0; 4]).set("STRTAB_BASE_CFG", log2size | 8 << 6 | 1 << 16).set("STRTAB_BASE", base);
+        aligned.guest.write(table, &[entries | 9]);
+        aligned.guest.write(entries + 5 * 64, &[0x9]);
+        let found = Smmuv3::lookup(&aligned.registers(), Requester { id: 5, pasid: None }, &mut aligned.guest);
+        assert_eq!(found, Ok(Outcome::Bypass));
+    }
     let mut missing = case([0; 4]).set("STRTAB_BASE_CFG", 16 | 8 << 6 | 1 << 16).set("STRTAB_BASE", 0x9000_0000);
     missing.id = 0x1234;
     assert_eq!(missing.event(), "F_STE_FETCH");
@@ -406,7 +414,15 @@ fn substreams_in_a_two_level_table() {
         assert_eq!(make(12).pasid(6).event(), "C_BAD_CD");
         assert_eq!(make(12).pasids(), [5, 1 << leaf, far]);
         assert_eq!(make(3).pasid(5).set("IDR0", IDR0).settings().get("root").map(|root| root - TABLE), Some(0x5000), "S1CDMax below a leaf");
-        assert_eq!(make(3).pasids(), [5]);
+        let mut few = make(3);
+        few.guest.write(0x4030_0000 + 9 * 64, &CD);
+        assert_eq!(few.pasids(), [5], "a context descriptor beyond S1CDMax is none");
+        // The level 1 table has 64 or 4 descriptors: 512 bytes suffice for its alignment.
+        let mut elsewhere = make(12);
+        elsewhere.ste[0] += 0x200;
+        elsewhere.guest.write(CONTEXTS, &[0; 64]);
+        elsewhere.guest.write(CONTEXTS + 0x200, &[0x4030_0001]);
+        assert_eq!(root(elsewhere.pasid(5)), 5);
         assert_eq!(make(12).set("IDR0", IDR0 & !(1 << 19)).event(), "C_BAD_STE", "no two-level tables");
         let mut beyond = make(12);
         beyond.guest.write(CONTEXTS, &[1 << 50 | 1]);
