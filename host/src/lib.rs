@@ -2,6 +2,9 @@
 
 mod address;
 mod attributes;
+pub mod convert;
+pub mod device;
+pub mod guest;
 pub mod memory;
 pub mod plugin;
 pub mod snapshot;

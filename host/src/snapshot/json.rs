@@ -186,7 +186,9 @@ fn source(unit: Option<Unit1>, tables: Option<Vec<Table1>>) -> Result<Source, St
             Ok(Source::Tables(entries))
         }
         (Some(Unit1 { kind, registers: Some(registers) }), None) => Ok(Source::Unit { kind, registers: registers.0 }),
-        (Some(Unit1 { registers: None, .. }) | None, None) => Err("neither `unit.registers` nor `tables`: one of them must say where the tables are".to_owned()),
+        (Some(Unit1 { registers: None, .. }) | None, None) => {
+            Err("neither `unit.registers` nor `tables`: one of them must say where the tables are".to_owned())
+        }
     }
 }
 
@@ -207,7 +209,9 @@ fn stream(table: Table1) -> Result<Stream, String> {
             Ok(Stream::Table { format, settings })
         }
         (None, None) => Err(format!("tables: device {id:#x} has neither a format nor a state")),
-        (Some(state), _) => Err(format!("tables: device {id:#x} has state `{state}`; there are `translated` with a format, `bypass` and `blocked` without")),
+        (Some(state), _) => {
+            Err(format!("tables: device {id:#x} has state `{state}`; there are `translated` with a format, `bypass` and `blocked` without"))
+        }
     }
 }
 

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 
 use super::{Device, SnapshotError, Stream, StreamEntry};
-use crate::memory::MemoryMap;
 use crate::Gpa;
+use crate::memory::MemoryMap;
 
 /// Pages to be written: address, and 512 words in the byte order of memory.
 pub trait Pages {
@@ -108,8 +108,11 @@ pub(crate) fn setting(value: u64) -> Value {
 }
 
 fn document(description: &str, map: &MemoryMap, devices: &[Device], streams: &[StreamEntry], pages: &dyn Pages) -> Value {
-    let memory: Vec<Value> =
-        map.regions().iter().map(|region| json!({"kind": region.kind.as_str(), "first": hex(region.span.first), "last": hex(region.span.last)})).collect();
+    let memory: Vec<Value> = map
+        .regions()
+        .iter()
+        .map(|region| json!({"kind": region.kind.as_str(), "first": hex(region.span.first), "last": hex(region.span.last)}))
+        .collect();
     let devices: Vec<Value> = devices.iter().map(|device| json!({"label": device.label, "id": hex(device.id)})).collect();
     let pages: Vec<Value> = pages.pages().map(|(address, _)| hex(address.0)).collect();
     json!({

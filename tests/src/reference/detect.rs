@@ -107,6 +107,10 @@ fn smmu(snapshot: &Snapshot, id: u64, pasid: Option<u64>) -> Result<Resolution, 
     let config = register(snapshot, "STRTAB_BASE_CFG")?;
     let (log2size, split, format) = (bits(config, 5, 0), bits(config, 10, 6), bits(config, 17, 16));
     let base = pointer(register(snapshot, "STRTAB_BASE")?, 6);
+    // StreamIDs have 32 bits at most.
+    if log2size > 32 {
+        return Err(Problem::Unsupported(format!("LOG2SIZE {log2size}")));
+    }
     if id >> log2size != 0 {
         return blocked("StreamID beyond the stream table");
     }
@@ -434,7 +438,7 @@ fn vtd_scalable(memory: &Memory, cap: u64, root_entry: u64, function: u64, pasid
     if (pasid >> 6) >> (bits(low, 11, 9) + 7) != 0 {
         return blocked("PASID beyond the directory");
     }
-    let directory = memory.read(page_pointer(low) + (pasid >> 6) * 8, false)?;
+    let directory = memory.read(page_pointer(low).wrapping_add((pasid >> 6) * 8), false)?;
     if !bit(directory, 0) {
         return blocked("PASID directory entry not present");
     }

@@ -1,0 +1,292 @@
+//! Converting a frozen guest's tables into another format.
+//!
+//! Devices of one domain share one table, before and after. The source is walked twice: once to see what the target must be able to say, once to
+//! build it; each walk reads every entry once, and what is built is what the second walk checked.
+
+use crate::guest::{Guest, GuestError, State, StreamState};
+use crate::memory::{Kind, MemoryMap, Region};
+use crate::plugin::{CallError, Plugin, Settings, TableConfig};
+use crate::snapshot::{Stream, StreamEntry};
+use crate::table::{Arena, BuildError, Builder, Built, FaultAt, Need, Piece, Run, Step, Visitor, WalkError};
+use crate::{Attributes, Gpa, Span};
+
+/// Where converted tables are put, in a hole of the guest's memory map at or above this address.
+const TABLES_FROM: u64 = 1 << 32;
+
+/// What to convert to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Target {
+    /// Full format name, such as `intel-vtd/first-stage`.
+    pub format: String,
+    /// Settings that are wished for; the others follow from what the tables need.
+    pub settings: Settings,
+    /// Most bytes of tables that may be built, for all devices together.
+    pub table_bytes: u64,
+}
+
+impl Target {
+    /// Conversion to `format`, with at most 1 GiB of tables.
+    #[must_use]
+    pub fn new(format: &str) -> Self {
+        Self { format: format.to_owned(), settings: Settings::new(), table_bytes: 1 << 30 }
+    }
+}
+
+/// A conversion cannot be done.
+#[derive(Debug, thiserror::Error)]
+pub enum ConvertError {
+    /// The guest cannot be looked at.
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+    /// The snapshot lacks a page that would have been needed.
+    #[error("the snapshot lacks page {page:#x}, which the tables of device {id:#x} need")]
+    MissingPage {
+        /// The page.
+        page: u64,
+        /// The device.
+        id: u64,
+    },
+    /// The target's settings make no sense.
+    #[error(transparent)]
+    Target(#[from] CallError),
+    /// The target cannot be built.
+    #[error("{format}: {error}")]
+    Build {
+        /// The target format.
+        format: String,
+        /// Why.
+        error: BuildError,
+    },
+    /// The target format has no such setting.
+    #[error("{format} has no setting `{name}`; there are {known}")]
+    NoSetting {
+        /// The target format.
+        format: String,
+        /// The setting.
+        name: String,
+        /// Those that there are.
+        known: String,
+    },
+    /// No part of the guest-physical address space is free for the tables.
+    #[error("no hole of {bytes:#x} bytes below 2^{bits} in the guest's memory map for the tables")]
+    NoHole {
+        /// Bytes wanted.
+        bytes: u64,
+        /// The target's address bits.
+        bits: u8,
+    },
+}
+
+/// One table that was converted.
+#[derive(Debug)]
+pub struct ConvertedTable {
+    /// The streams that use it: id and PASID.
+    pub streams: Vec<(u64, Option<u32>)>,
+    /// What they used before.
+    pub source: Vec<TableConfig>,
+    /// The new table, its roots among the settings.
+    pub table: TableConfig,
+    /// What was built, and what could not be said.
+    pub built: Built,
+    /// Leaves of the source.
+    pub source_leaves: u64,
+    /// Bytes of the new table.
+    pub bytes: u64,
+}
+
+/// Everything that was converted.
+#[derive(Debug)]
+pub struct Conversion {
+    /// The tables, in the order of their first device.
+    pub tables: Vec<ConvertedTable>,
+    /// What each stream uses now.
+    pub streams: Vec<StreamEntry>,
+    /// The memory of the new tables.
+    pub arena: Arena,
+    /// The guest's memory map, with the tables' memory.
+    pub map: MemoryMap,
+}
+
+/// Learns what a target must be able to say.
+struct Survey {
+    need: Need,
+    leaves: u64,
+    missing: Option<u64>,
+}
+
+impl Visitor for Survey {
+    fn piece(&mut self, piece: &Piece, _: &[Step]) -> Result<(), WalkError> {
+        self.leaves += 1;
+        if piece.attributes.grants_nothing() {
+            return Ok(());
+        }
+        let Span { first, last } = piece.iova;
+        if last >> 63 == 0 {
+            self.need.last_low = Some(self.need.last_low.map_or(last, |known| known.max(last)));
+        } else {
+            self.need.first_high = Some(self.need.first_high.map_or(first, |known| known.min(first)));
+        }
+        let last_address = piece.address.saturating_add(piece.iova.length_minus_one());
+        self.need.last_address = self.need.last_address.max(last_address);
+        let bits = first | piece.address | piece.iova.length_minus_one().wrapping_add(1);
+        self.need.alignment_log2 = self.need.alignment_log2.min(bits.trailing_zeros().min(63) as u8);
+        Ok(())
+    }
+
+    fn fault(&mut self, fault: &FaultAt<'_>) -> Result<(), WalkError> {
+        if fault.cause == crate::table::Cause::Missing && self.missing.is_none() {
+            self.missing = fault.address;
+        }
+        Ok(())
+    }
+}
+
+/// Where all requests count as privileged, leaves for privileged requests only are for all: the target need not say it.
+struct AllPrivileged<'a, V>(&'a mut V);
+
+impl<V: Visitor> Visitor for AllPrivileged<'_, V> {
+    fn leaves(&mut self, run: &Run<'_>, path: &[Step]) -> Result<(), WalkError> {
+        self.0.leaves(&Run { attributes: run.attributes.without(Attributes::PRIVILEGED_ONLY), ..*run }, path)
+    }
+
+    fn piece(&mut self, piece: &Piece, path: &[Step]) -> Result<(), WalkError> {
+        self.0.piece(&Piece { attributes: piece.attributes.without(Attributes::PRIVILEGED_ONLY), ..*piece }, path)
+    }
+
+    fn fault(&mut self, fault: &FaultAt<'_>) -> Result<(), WalkError> {
+        self.0.fault(fault)
+    }
+}
+
+/// Converts the tables of all `streams` of `guest`. `progress` hears, before each table, how many are done and how many there are.
+///
+/// # Errors
+/// The source cannot be read whole, a plugin fails, or the target cannot be built. What the target cannot say is no error but counted in
+/// [`Built::losses`].
+pub fn convert(
+    guest: &Guest<'_>,
+    streams: &[StreamState],
+    target: &Target,
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<Conversion, ConvertError> {
+    let plugin = guest.plugins().by_format(&target.format).map_err(GuestError::from)?;
+    check_settings(&plugin, target)?;
+    // Refuses settings that make no sense even where there is nothing to convert.
+    plugin.instantiate()?.suggest(&target.format, &target.settings, &Need::default())?;
+    let groups = groups(streams);
+    let bits = plugin.open(&suggested(&plugin, target, &Need { last_address: highest(guest.map()), ..Need::default() })?)?;
+    let bits = output_bits(bits, &target.format)?;
+    let hole = |from| guest.map().hole(from, target.table_bytes, Arena::ALIGNMENT, bits);
+    let base = hole(TABLES_FROM).or_else(|| hole(Arena::ALIGNMENT)).ok_or(ConvertError::NoHole { bytes: target.table_bytes, bits })?;
+    let mut arena = Arena::new(base, target.table_bytes);
+    let mut tables = Vec::with_capacity(groups.len());
+    let mut entries: Vec<StreamEntry> = Vec::with_capacity(streams.len());
+    for (done, group) in groups.iter().enumerate() {
+        progress(done, groups.len());
+        tables.push(convert_table(guest, group, target, &plugin, &mut arena)?);
+    }
+    progress(groups.len(), groups.len());
+    for stream in streams {
+        let converted = match &stream.state {
+            State::Bypass => Stream::Bypass,
+            State::Blocked(reason) => Stream::Blocked(reason.clone()),
+            State::Translated(_) => {
+                let table = tables.iter().find(|table: &&ConvertedTable| table.streams.contains(&(stream.id, stream.pasid)));
+                match table {
+                    Some(ConvertedTable { table, .. }) => Stream::Table {
+                        format: table.format.clone(),
+                        settings: table.settings.iter().map(|(name, value)| (name.to_owned(), value)).collect(),
+                    },
+                    None => Stream::Blocked("no table was converted".to_owned()),
+                }
+            }
+        };
+        entries.push(StreamEntry { id: stream.id, pasid: stream.pasid, stream: converted });
+    }
+    let map = with_tables(guest.map(), &arena);
+    Ok(Conversion { tables, streams: entries, arena, map })
+}
+
+/// Streams that use the same tables.
+fn groups(streams: &[StreamState]) -> Vec<(Vec<TableConfig>, Vec<(u64, Option<u32>)>)> {
+    let mut groups: Vec<(Vec<TableConfig>, Vec<(u64, Option<u32>)>)> = Vec::new();
+    for stream in streams {
+        let State::Translated(configs) = &stream.state else { continue };
+        match groups.iter_mut().find(|(known, _)| known == configs) {
+            Some((_, members)) => members.push((stream.id, stream.pasid)),
+            None => groups.push((configs.clone(), vec![(stream.id, stream.pasid)])),
+        }
+    }
+    groups
+}
+
+fn check_settings(plugin: &Plugin, target: &Target) -> Result<(), ConvertError> {
+    let Some(format) = plugin.manifest().format(&target.format) else { return Ok(()) };
+    // A root is where the tables end up, not a wish.
+    let known: Vec<&str> = format.settings.iter().map(|setting| setting.name.as_str()).filter(|name| !name.starts_with("root")).collect();
+    match target.settings.iter().find(|(name, _)| !known.contains(name)) {
+        Some((name, _)) => Err(ConvertError::NoSetting { format: target.format.clone(), name: name.to_owned(), known: known.join(", ") }),
+        None => Ok(()),
+    }
+}
+
+fn suggested(plugin: &Plugin, target: &Target, need: &Need) -> Result<TableConfig, ConvertError> {
+    let settings = plugin.instantiate()?.suggest(&target.format, &target.settings, need)?;
+    Ok(TableConfig { format: target.format.clone(), settings })
+}
+
+fn output_bits(mut format: impl crate::table::Format, name: &str) -> Result<u8, ConvertError> {
+    let geometry = format.geometry().map_err(|error| ConvertError::Build { format: name.to_owned(), error: BuildError::Format(error) })?;
+    Ok(geometry.output_bits)
+}
+
+/// The highest address of the memory map.
+fn highest(map: &MemoryMap) -> u64 {
+    map.regions().last().map_or(0, |region| region.span.last)
+}
+
+fn convert_table(
+    guest: &Guest<'_>,
+    (configs, streams): &(Vec<TableConfig>, Vec<(u64, Option<u32>)>),
+    target: &Target,
+    plugin: &Plugin,
+    arena: &mut Arena,
+) -> Result<ConvertedTable, ConvertError> {
+    let walk = |error: WalkError| ConvertError::Guest(error.into());
+    let mut space = guest.open(configs)?;
+    let mut survey = Survey { need: Need { alignment_log2: 63, ..Need::default() }, leaves: 0, missing: None };
+    space.walk(&guest.memory(), guest.map(), Span::ALL, &guest.budget(), &mut survey).map_err(walk)?;
+    if let Some(page) = survey.missing {
+        return Err(ConvertError::MissingPage { page: page & !(crate::memory::PAGE - 1), id: streams.first().map_or(0, |stream| stream.0) });
+    }
+    // The tables must be reachable as well, wherever they are.
+    survey.need.last_address = survey.need.last_address.max(highest(guest.map())).max(arena.base() + target.table_bytes - 1);
+    let mut config = suggested(plugin, target, &survey.need)?;
+    let build = |error: BuildError| ConvertError::Build { format: target.format.clone(), error };
+    let before = arena.bytes();
+    let all_privileged = space.privileged();
+    let mut builder = Builder::new(Box::new(plugin.open(&config)?), arena).map_err(build)?;
+    let walked = if all_privileged {
+        space.walk(&guest.memory(), guest.map(), Span::ALL, &guest.budget(), &mut AllPrivileged(&mut builder))
+    } else {
+        space.walk(&guest.memory(), guest.map(), Span::ALL, &guest.budget(), &mut builder)
+    };
+    let built = builder.finish().map_err(build)?;
+    walked.map_err(walk)?;
+    for (name, root) in &built.roots {
+        config.settings.set(name, root.0);
+    }
+    let bytes = arena.bytes() - before;
+    Ok(ConvertedTable { streams: streams.clone(), source: configs.clone(), table: config, built, source_leaves: survey.leaves, bytes })
+}
+
+/// The guest's memory map with the memory that the new tables take.
+fn with_tables(map: &MemoryMap, arena: &Arena) -> MemoryMap {
+    let mut regions = map.regions().to_vec();
+    if let Some((Gpa(last), _)) = arena.pages().last() {
+        let end = (last + 1).next_multiple_of(Arena::ALIGNMENT);
+        regions.push(Region { kind: Kind::Table, span: Span { first: arena.base(), last: end - 1 } });
+    }
+    // The arena stands in a hole of the map.
+    MemoryMap::new(regions).unwrap_or_default()
+}

@@ -1,0 +1,262 @@
+//! A frozen guest: a snapshot, looked at through plugins.
+
+use std::sync::Arc;
+
+use crate::device::{Found, LookupError, Unit};
+use crate::memory::{Budget, Limits, MemoryMap, VmMemory};
+use crate::plugin::{CallError, Outcome, Plugins, PluginsError, Requester, Settings, TableConfig};
+use crate::snapshot::{PageMemory, Snapshot, Source, Stream};
+use crate::table::{AddressSpace, Collector, Fault, FormatError, OpenError, Table, Translation, WalkError};
+use crate::{Access, Gpa, Iova, Span};
+
+/// What a requester's DMA gets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Guest-physical memory as it is.
+    Bypass,
+    /// Nothing, for this reason.
+    Blocked(String),
+    /// One table, or two of which the second translates the outputs of the first.
+    Translated(Vec<TableConfig>),
+}
+
+impl State {
+    /// `translated`, `bypass` or `blocked`.
+    #[must_use]
+    pub const fn as_str(&self) -> &'static str {
+        match self {
+            Self::Bypass => "bypass",
+            Self::Blocked(_) => "blocked",
+            Self::Translated(_) => "translated",
+        }
+    }
+}
+
+/// A device's DMA, without or with a PASID.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StreamState {
+    /// What people call the device.
+    pub label: String,
+    /// Its id.
+    pub id: u64,
+    /// The PASID, if the requests have one.
+    pub pasid: Option<u32>,
+    /// What it gets.
+    pub state: State,
+    /// A page that the snapshot lacks and that would have been needed.
+    pub missing: Option<Gpa>,
+}
+
+/// A guest cannot be looked at.
+#[derive(Debug, thiserror::Error)]
+pub enum GuestError {
+    /// No plugin knows the unit or the table format, or it cannot be loaded.
+    #[error(transparent)]
+    Plugins(#[from] PluginsError),
+    /// A plugin refused or failed.
+    #[error(transparent)]
+    Call(#[from] CallError),
+    /// Following device structures failed.
+    #[error(transparent)]
+    Lookup(#[from] LookupError),
+    /// A table cannot be opened.
+    #[error("{format}: {error}")]
+    Open {
+        /// Its format.
+        format: String,
+        /// Why.
+        error: OpenError,
+    },
+    /// A walk ended early.
+    #[error(transparent)]
+    Walk(#[from] WalkError),
+    /// The format failed while explaining an entry.
+    #[error("the format failed: {0}")]
+    Format(FormatError),
+    /// The device is not in the snapshot.
+    #[error("no device {id:#x} in this snapshot; there are {known}")]
+    NoDevice {
+        /// Its id.
+        id: u64,
+        /// Those that there are.
+        known: String,
+    },
+}
+
+/// A snapshot and the plugins that explain it.
+#[derive(Debug)]
+pub struct Guest<'a> {
+    snapshot: &'a Snapshot,
+    plugins: &'a Plugins,
+    limits: Limits,
+    unit: Option<Unit<PageMemory>>,
+}
+
+impl<'a> Guest<'a> {
+    /// Looks at `snapshot` through `plugins`, within limits that follow from its size.
+    ///
+    /// # Errors
+    /// No plugin knows the snapshot's unit.
+    pub fn new(snapshot: &'a Snapshot, plugins: &'a Plugins) -> Result<Self, GuestError> {
+        Self::with_limits(snapshot, plugins, Limits::for_pages(snapshot.pages))
+    }
+
+    /// The same with other limits.
+    ///
+    /// # Errors
+    /// No plugin knows the snapshot's unit.
+    pub fn with_limits(snapshot: &'a Snapshot, plugins: &'a Plugins, limits: Limits) -> Result<Self, GuestError> {
+        let unit = match &snapshot.source {
+            Source::Unit { kind, registers } => {
+                let map = Arc::new(snapshot.map.clone());
+                Some(Unit::new(plugins.by_unit(kind)?, registers.clone(), snapshot.memory.clone(), map, limits))
+            }
+            Source::Tables(_) => None,
+        };
+        Ok(Self { snapshot, plugins, limits, unit })
+    }
+
+    /// The snapshot.
+    #[must_use]
+    pub const fn snapshot(&self) -> &'a Snapshot {
+        self.snapshot
+    }
+
+    /// The plugins.
+    #[must_use]
+    pub const fn plugins(&self) -> &'a Plugins {
+        self.plugins
+    }
+
+    /// A fresh budget.
+    #[must_use]
+    pub const fn budget(&self) -> Budget {
+        Budget::new(self.limits)
+    }
+
+    /// The memory that tables are read from.
+    #[must_use]
+    pub const fn memory(&self) -> VmMemory<'a, PageMemory> {
+        VmMemory(&self.snapshot.memory)
+    }
+
+    /// The guest's memory map.
+    #[must_use]
+    pub const fn map(&self) -> &'a MemoryMap {
+        &self.snapshot.map
+    }
+
+    /// All streams: each device, and after it its PASIDs, sorted by id.
+    ///
+    /// # Errors
+    /// A plugin refuses the registers or fails, or a budget is spent.
+    pub fn streams(&self) -> Result<Vec<StreamState>, GuestError> {
+        let mut streams = Vec::new();
+        for device in &self.snapshot.devices {
+            streams.push(self.stream(device.id, None)?);
+            let pasids = match (&self.unit, &self.snapshot.source) {
+                (Some(unit), _) => unit.pasids(device.id)?.value,
+                (None, Source::Tables(entries)) => {
+                    let mut pasids: Vec<u32> = entries.iter().filter(|entry| entry.id == device.id).filter_map(|entry| entry.pasid).collect();
+                    pasids.sort_unstable();
+                    pasids
+                }
+                (None, Source::Unit { .. }) => Vec::new(),
+            };
+            for pasid in pasids {
+                streams.push(self.stream(device.id, Some(pasid))?);
+            }
+        }
+        Ok(streams)
+    }
+
+    /// One stream.
+    ///
+    /// # Errors
+    /// The device is not in the snapshot; as [`Guest::streams`].
+    pub fn stream(&self, id: u64, pasid: Option<u32>) -> Result<StreamState, GuestError> {
+        let Some(device) = self.snapshot.device(id) else {
+            let known: Vec<String> = self.snapshot.devices.iter().map(|device| format!("{:#x} ({})", device.id, device.label)).collect();
+            return Err(GuestError::NoDevice { id, known: if known.is_empty() { "none".to_owned() } else { known.join(", ") } });
+        };
+        let (state, missing) = match (&self.unit, &self.snapshot.source) {
+            (Some(unit), _) => {
+                let Found { value, missing } = unit.lookup(Requester { id, pasid })?;
+                (state(value), missing)
+            }
+            (None, Source::Tables(entries)) => (listed(entries, id, pasid), None),
+            (None, Source::Unit { .. }) => (State::Blocked("no unit".to_owned()), None),
+        };
+        Ok(StreamState { label: device.label.clone(), id, pasid, state, missing })
+    }
+
+    /// Opens the table, or the two tables, of a stream.
+    ///
+    /// # Errors
+    /// No plugin knows the format, or it refuses the settings.
+    pub fn open(&self, configs: &[TableConfig]) -> Result<AddressSpace, GuestError> {
+        let mut tables = configs.iter().map(|config| self.open_table(config));
+        match (tables.next(), tables.next()) {
+            (Some(inner), Some(outer)) => Ok(AddressSpace::nested(inner?, outer?)),
+            (Some(table), None) => Ok(AddressSpace::single(table?)),
+            (None, _) => Err(CallError::Twice { what: "no table, and", name: "a table".to_owned() }.into()),
+        }
+    }
+
+    fn open_table(&self, config: &TableConfig) -> Result<Table, GuestError> {
+        let format = self.plugins.by_format(&config.format)?.open(config)?;
+        Table::open(Box::new(format)).map_err(|error| GuestError::Open { format: config.format.clone(), error })
+    }
+
+    /// All that a device reaches through `space`, and the first `keep_faults` faults. `stopped` says why the walk ended early, if it did.
+    ///
+    /// # Errors
+    /// The format failed.
+    pub fn collect(&self, space: &mut AddressSpace, keep_faults: usize) -> Result<Collected, GuestError> {
+        let mut collector = Collector::new(space.privileged(), keep_faults);
+        match space.walk(&self.memory(), self.map(), Span::ALL, &self.budget(), &mut collector) {
+            Ok(()) => Ok(Collected { collector, stopped: None }),
+            Err(WalkError::Exhausted(stopped)) => Ok(Collected { collector, stopped: Some(stopped.to_string()) }),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Where an access of one byte goes, or the device's fault.
+    ///
+    /// # Errors
+    /// A budget is spent or the format failed.
+    pub fn translate(&self, space: &mut AddressSpace, iova: Iova, access: Access) -> Result<Result<Translation, Fault>, GuestError> {
+        Ok(space.translate(&self.memory(), self.map(), iova, access, &self.budget())?)
+    }
+}
+
+/// What was collected from an address space.
+#[derive(Debug)]
+pub struct Collected {
+    /// Mappings and faults.
+    pub collector: Collector,
+    /// Why the walk ended early, if it did.
+    pub stopped: Option<String>,
+}
+
+fn state(outcome: Outcome) -> State {
+    match outcome {
+        Outcome::Bypass => State::Bypass,
+        Outcome::Blocked(blocked) => {
+            let section = if blocked.section.is_empty() { String::new() } else { format!(" ({})", blocked.section) };
+            State::Blocked(format!("{}: {}{section}", blocked.event, blocked.reason))
+        }
+        Outcome::Tables(tables) => State::Translated(tables),
+    }
+}
+
+fn listed(entries: &[crate::snapshot::StreamEntry], id: u64, pasid: Option<u32>) -> State {
+    match entries.iter().find(|entry| (entry.id, entry.pasid) == (id, pasid)).map(|entry| &entry.stream) {
+        Some(Stream::Bypass) => State::Bypass,
+        Some(Stream::Blocked(reason)) => State::Blocked(reason.clone()),
+        Some(Stream::Table { format, settings }) => {
+            State::Translated(vec![TableConfig { format: format.clone(), settings: settings.iter().cloned().collect::<Settings>() }])
+        }
+        None => State::Blocked("the snapshot lists no table for this device".to_owned()),
+    }
+}
