@@ -352,7 +352,8 @@ fn the_clocks_thread_is_gone_with_the_engine() {
     // Other tests of this file have engines of their own, so this counts in a process of its own.
     if std::env::var_os("STAGECRAFT_ALONE").is_none() {
         let this = std::env::current_exe().expect("this test");
-        let run = std::process::Command::new(this).args(["--exact", "the_clocks_thread_is_gone_with_the_engine"]).env("STAGECRAFT_ALONE", "1").output();
+        let run =
+            std::process::Command::new(this).args(["--exact", "the_clocks_thread_is_gone_with_the_engine"]).env("STAGECRAFT_ALONE", "1").output();
         let run = run.expect("runs");
         assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stdout));
         return;
