@@ -17,8 +17,16 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 let mut space = guest.open(tables)?;
                 let collected = guest.collect(&mut space, 10)?;
                 let tables: Vec<String> = tables.iter().map(ToString::to_string).collect();
-                println!("{} {:#x}: {} runs, {} faults, {} questions, {:?}: {}", stream.label, stream.id, collected.collector.mappings().len(),
-                    collected.collector.fault_count(), space.questions(), start.elapsed(), tables.join(" through "));
+                println!(
+                    "{} {:#x}: {} runs, {} faults, {} questions, {:?}: {}",
+                    stream.label,
+                    stream.id,
+                    collected.collector.mappings().len(),
+                    collected.collector.fault_count(),
+                    space.questions(),
+                    start.elapsed(),
+                    tables.join(" through ")
+                );
             }
             other => println!("{} {:#x}: {other:?}", stream.label, stream.id),
         }

@@ -7,9 +7,9 @@ use stagecraft::guest::{Guest, State};
 use stagecraft::plugin::{Config, Engine, Plugins};
 use stagecraft::snapshot::{Snapshot, Source, Stream};
 use stagecraft::{Access, Iova};
+use stagecraft_tests::reference;
 use stagecraft_tests::reference::generate::{DEVICE, Format, Rng, generate};
 use stagecraft_tests::reference::walk::Walker;
-use stagecraft_tests::reference;
 
 /// The generator's names for settings, in the plugins' words.
 fn rename(settings: &mut Vec<(String, u64)>, format: &str) {
@@ -78,7 +78,9 @@ fn generated_tables_are_walked_as_they_were_written() {
             let naive = Walker::new(&generated.snapshot.memory, &stages).unwrap();
             let mut rng = Rng::new(seed);
             for run in walked.iter().take(40) {
-                for iova in [run.iova, run.iova + (run.size - 1), run.iova + rng.below(run.size), run.iova.wrapping_sub(1), run.iova.wrapping_add(run.size)] {
+                for iova in
+                    [run.iova, run.iova + (run.size - 1), run.iova + rng.below(run.size), run.iova.wrapping_sub(1), run.iova.wrapping_add(run.size)]
+                {
                     for access in [Access::READ, Access::WRITE] {
                         let ours = guest.translate(&mut space, Iova(iova), access).unwrap();
                         let theirs = naive.translate(iova, access.write);

@@ -128,7 +128,9 @@ fn is_part_of(part: &[reference::Run], whole: &[reference::Run]) -> bool {
     let starts: BTreeMap<u64, &reference::Run> = whole.iter().map(|run| (run.iova, run)).collect();
     part.iter().all(|run| {
         let Some((_, around)) = starts.range(..=run.iova).next_back() else { return false };
-        run.access == around.access && run.iova + (run.size - 1) <= around.iova + (around.size - 1) && run.address == around.address + (run.iova - around.iova)
+        run.access == around.access
+            && run.iova + (run.size - 1) <= around.iova + (around.size - 1)
+            && run.address == around.address + (run.iova - around.iova)
     })
 }
 
@@ -139,7 +141,8 @@ fn every_snapshot_converts_to_every_format() {
     for fixture in fixtures::all() {
         let snapshot = Snapshot::load(&fixture.path).unwrap();
         let guest = Guest::new(&snapshot, &plugins).unwrap();
-        let before: BTreeMap<u64, Vec<reference::Run>> = snapshot.devices.iter().map(|device| (device.id, runs(&mappings(&guest, device.id)))).collect();
+        let before: BTreeMap<u64, Vec<reference::Run>> =
+            snapshot.devices.iter().map(|device| (device.id, runs(&mappings(&guest, device.id)))).collect();
         for (index, (format, settings)) in TARGETS.iter().enumerate() {
             if fixture.big && index % 4 != 0 {
                 continue;
@@ -163,7 +166,9 @@ fn every_snapshot_converts_to_every_format() {
                 }
                 check_losses(format, settings, &table.built.losses, &what);
                 // The naive walker sees the same.
-                let reference::detect::Resolution::Tables(stages) = reference::detect::resolve(&naive, id).unwrap() else { panic!("{what}: no table") };
+                let reference::detect::Resolution::Tables(stages) = reference::detect::resolve(&naive, id).unwrap() else {
+                    panic!("{what}: no table")
+                };
                 let walked = reference::walk::Walker::new(&naive.memory, &stages).unwrap().mappings().unwrap();
                 assert_eq!(reference::merge(walked), after, "{what}: device {id:#x}: the naive walker disagrees");
             }
