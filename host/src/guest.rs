@@ -221,7 +221,7 @@ impl<'a> Guest<'a> {
     /// # Errors
     /// The format failed.
     pub fn collect(&self, space: &mut AddressSpace, keep_faults: usize) -> Result<Collected, GuestError> {
-        let mut collector = Collector::new(space.privileged(), keep_faults);
+        let mut collector = Collector::new(space.privileged(), keep_faults).at_most(self.limits.mappings);
         match space.walk(&self.memory(), self.map(), Span::ALL, &self.budget(), &mut collector) {
             Ok(()) => Ok(Collected { collector, stopped: None }),
             Err(WalkError::Exhausted(stopped)) => Ok(Collected { collector, stopped: Some(stopped.to_string()) }),

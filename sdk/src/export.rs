@@ -294,8 +294,7 @@ macro_rules! export_plugin {
             use super::*;
             use $crate::export::{self, detect, table, types};
 
-            // A custom section of the module, read by the host before it compiles anything.
-            #[used]
+            // A custom section of the module, read by the host before it compiles anything. `#[used]` would keep a second copy in the data.
             #[unsafe(link_section = "stagecraft:manifest")]
             static MANIFEST: [u8; include_bytes!($manifest).len()] = *include_bytes!($manifest);
 
