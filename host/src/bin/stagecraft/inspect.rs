@@ -68,7 +68,7 @@ fn write_json(out: &mut impl Write, view: &View) -> Result<()> {
             "tables": tables,
         });
         let head = head.to_string();
-        write!(out, "{},\"mappings\":[", head.trim_end_matches('}'))?;
+        write!(out, "{},\"mappings\":[", head.strip_suffix('}').unwrap_or(&head))?;
         let mut mappings = Separator::default();
         for mapping in reach.map_or(&[][..], |reach| reach.collected.collector.mappings()) {
             let Mapping { iova, address, access } = mapping;
