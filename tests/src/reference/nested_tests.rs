@@ -122,12 +122,14 @@ fn context_descriptor(config: &TableConfig) -> [u64; 8] {
 }
 
 fn smmu(memory: Memory, base_cfg: u64) -> Snapshot {
-    // IDR1.SSIDSIZE 16, IDR3.HAD, IDR5: 52 bits, all granules, DS.
+    // IDR0: both stages, AArch64 tables, hardware updates, 16-bit ASIDs and VMIDs, two levels of CDs and STEs. IDR1.SSIDSIZE 16, SIDSIZE 32. IDR3.HAD, STT. IDR5:
+    // 52 bits both ways, all granules, DS.
+    let idr0 = 0b11 + (0b10 << 2) + (0b10 << 6) + (1 << 12) + (0b11 << 18) + (1 << 27);
     let registers = [
-        ("IDR0", 0x0d44_101b),
-        ("IDR1", 16 << 6),
-        ("IDR3", 0b100),
-        ("IDR5", 0x0f6),
+        ("IDR0", idr0),
+        ("IDR1", (16 << 6) + 32),
+        ("IDR3", 0x204),
+        ("IDR5", 0x4f6),
         ("CR0", 0b1101),
         ("CR2", 0),
         ("STRTAB_BASE_CFG", base_cfg),
@@ -238,9 +240,11 @@ fn smmu_context_descriptors_and_stage_2_entries_of_every_kind() {
 }
 
 fn vtd(memory: Memory, mode: u64) -> Snapshot {
-    // CAP: SAGAW 3, 4, 5 levels; MGAW 57; SLLPS 2M, 1G; FS1GP; FS5LP.
-    let cap = (0b1110 << 8) + (56 << 16) + (0b11 << 34) + (1 << 56) + (1 << 60);
-    let registers = [("CAP", cap), ("ECAP", 0), ("GSTS", 0x8000_0000), ("RTADDR", STRUCTURES + (mode << 10))];
+    // CAP: 16-bit domain ids; SAGAW 3, 4, 5 levels; MGAW 57; SLLPS 2M, 1G; FS1GP; FS5LP.
+    let cap = 6 + (0b1110 << 8) + (56 << 16) + (0b11 << 34) + (1 << 56) + (1 << 60);
+    // ECAP: DT, PT, NEST, PSS 20 bits, PASID, SMTS, SSTS, FSTS, RPS.
+    let ecap = (1 << 2) + (1 << 6) + (1 << 26) + (19 << 35) + (1 << 40) + (1 << 43) + (1 << 46) + (1 << 47) + (1 << 49);
+    let registers = [("CAP", cap), ("ECAP", ecap), ("GSTS", 0x8000_0000), ("RTADDR", STRUCTURES + (mode << 10))];
     Snapshot {
         unit_kind: "intel-vtd".to_string(),
         registers: registers.iter().map(|(name, value)| (name.to_string(), *value)).collect(),
@@ -266,7 +270,7 @@ fn vtd_first_stage_behind_second_stage() {
     for seed in 0..60 {
         let first = generate_with(Format::VtdFirst, seed, Options { clusters: 6, ..Options::default() });
         let TableConfig::VtdFirst(config) = first.config else { unreachable!() };
-        let second = VtdSecond { root: 0, levels: 5, input_bits: 57, output_bits: 52, large_2m: true, large_1g: true };
+        let second = VtdSecond { root: 0, levels: 5, input_bits: 57, output_bits: 52, large_2m: true, large_1g: true, snoop_control: false };
         let nested = nest(first, TableConfig::VtdSecond(second), &Memory::default(), seed);
         let TableConfig::VtdSecond(second) = nested.second.config else { unreachable!() };
         let mut memory = nested.memory.clone();
@@ -274,10 +278,10 @@ fn vtd_first_stage_behind_second_stage() {
         let third = config.root + (u64::from(config.levels - 4) << 2) + (1 << 5);
         scalable(&mut memory, 1 + (3 << 2) + (3 << 6) + second.root, third);
         let mut snapshot = vtd(memory, 1);
-        for pasid in [None, Some(0x4321)] {
-            let Resolution::Tables(stages) = resolve_pasid(&snapshot, 0x5fe, pasid).unwrap() else { panic!("{seed}") };
-            check(&snapshot, &nested, &stages);
-        }
+        let Resolution::Tables(stages) = resolve(&snapshot, 0x5fe).unwrap() else { panic!("{seed}") };
+        check(&snapshot, &nested, &stages);
+        // RID_PASID is for requests without PASID.
+        assert!(matches!(resolve_pasid(&snapshot, 0x5fe, Some(0x4321)), Ok(Resolution::Blocked(_))));
         assert!(matches!(resolve_pasid(&snapshot, 0x5fe, Some(0x4322)), Ok(Resolution::Blocked(_))));
         assert!(matches!(resolve_pasid(&snapshot, 0x5fe, Some(0x1_4321)), Ok(Resolution::Blocked(_))));
         for id in [0x5ff, 0x57e, 0x4fe] {
@@ -318,6 +322,7 @@ fn vtd_legacy_context_entries() {
             output_bits: 52,
             large_2m: true,
             large_1g: true,
+            snoop_control: false,
         })])
     };
     assert_eq!(resolve(&snapshot, 0x200), Ok(tables(3)));
