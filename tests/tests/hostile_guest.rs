@@ -6,7 +6,7 @@ mod hostile;
 
 use hostile::compare::{self, clip, first_difference, is_orderly, reference_config, same_state, within};
 use hostile::mutate::{absurd, mutate};
-use hostile::{fixtures, load, name, plugins, rounds, seed, timed};
+use hostile::{fixtures, load, name, nested, plugins, rounds, seed, timed};
 use stagecraft::convert::{ConvertError, Target, convert};
 use stagecraft::guest::{Guest, StreamState};
 use stagecraft::memory::MemoryMap;
@@ -314,6 +314,26 @@ fn damaged_generated_guests() {
             leave_room(&mut snapshot);
             let what = if round % 4 == 0 { "as it is".to_owned() } else { mutate(&mut snapshot, &mut rng, generated.config.big_endian()) };
             let label = format!("generated {}, seed {seed:#x}, round {round}: {what}", generated.config.format());
+            timed(&label.clone(), || examine(label, &snapshot, folder.path(), &mut seen));
+        }
+    }
+    seen.check();
+    assert!(seen.mappings > 1000 && seen.explained > 100 && seen.conversions > 50, "{seen:?}");
+}
+
+/// Both stages, found through registers, stream tables and PASID tables.
+#[test]
+fn damaged_guests_with_two_stages() {
+    let seed = seed();
+    let folder = tempfile::tempdir().unwrap();
+    let mut seen = Seen::default();
+    let mut rng = Rng::new(seed);
+    for round in 0..rounds(60) {
+        for (kind, nested) in [("SMMUv3", nested::smmu(rng.number())), ("VT-d", nested::vtd(rng.number()))] {
+            let mut snapshot = nested.snapshot;
+            leave_room(&mut snapshot);
+            let what = if round % 4 == 0 { "as it is".to_owned() } else { mutate(&mut snapshot, &mut rng, false) };
+            let label = format!("{kind} with two stages, seed {seed:#x}, round {round}: {what}");
             timed(&label.clone(), || examine(label, &snapshot, folder.path(), &mut seen));
         }
     }

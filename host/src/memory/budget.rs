@@ -5,9 +5,9 @@ use std::cell::Cell;
 /// How much work one call may do on behalf of one guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Tables visited. A table that many entries point to counts each time.
+    /// Tables visited, of which more than one entry was read. A table that many entries point to counts each time.
     pub tables: u64,
-    /// Leaves seen.
+    /// Leaves seen. A leaf that memory is there for in several pieces counts as many.
     pub leaves: u64,
     /// Questions to the format about patterns that are not remembered.
     pub questions: u64,

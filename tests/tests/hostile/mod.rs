@@ -3,7 +3,9 @@
 
 pub mod compare;
 mod files;
+mod loops;
 pub mod mutate;
+pub mod nested;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
