@@ -404,7 +404,8 @@ fn cd_stage1(snapshot: &Snapshot, ste: &[u64; 4], cd: &[u64; 4]) -> Result<ArmSt
     }
     // S 44, A 46; S1STALLD, STE bit 91; IDR0.TERM_MODEL 26, STALL_MODEL 25:24.
     let stall = bit(cd[0], 44);
-    if stall && bit(ste[1], 27) || bits(idr0, 25, 24) == 1 && stall || bits(idr0, 25, 24) == 2 && !stall {
+    let model = bits(idr0, 25, 24);
+    if stall && (bit(ste[1], 27) || model == 1) || !stall && model == 2 {
         return illegal("CD.S");
     }
     if bit(idr0, 26) && !bit(cd[0], 46) {
@@ -417,7 +418,8 @@ fn cd_stage1(snapshot: &Snapshot, ste: &[u64; 4], cd: &[u64; 4]) -> Result<ArmSt
     // EPD0 14, EPD1 30.
     let (off_low, off_high) = (!el2 && bit(cd[0], 14), el2 || bit(cd[0], 30));
     // ENDI 15.
-    if !(off_low && off_high) && !endianness_allowed(idr0, bit(cd[0], 15)) {
+    let walked = !off_low || !off_high;
+    if walked && !endianness_allowed(idr0, bit(cd[0], 15)) {
         return illegal("CD.ENDI");
     }
     // AA64 41: without it AArch32 tables, or 128-bit ones if IDR5.D128 (8). IDR0.TTF, 3:2.
