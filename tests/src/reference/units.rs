@@ -107,11 +107,13 @@ fn context_descriptor(config: &TableConfig) -> [u64; 8] {
 }
 
 fn smmu(memory: Memory, base_cfg: u64) -> Snapshot {
-    // IDR0: both byte orders, accessed and dirty marks, two-level tables; IDR1: 16 bits of StreamID and SubstreamID; IDR3.HAD; IDR5: 52 bits each way, all granules, DS.
+    // IDR0: both stages, AArch64 tables, hardware updates, 16-bit ASIDs and VMIDs, two levels of CDs and STEs. IDR1.SSIDSIZE 16, SIDSIZE 32. IDR3.HAD, STT. IDR5:
+    // 52 bits both ways, all granules, DS.
+    let idr0 = 0b11 + (0b10 << 2) + (0b10 << 6) + (1 << 12) + (0b11 << 18) + (1 << 27);
     let registers = [
-        ("IDR0", 0x090c_109b),
-        ("IDR1", (16 << 6) + 16),
-        ("IDR3", 0b100),
+        ("IDR0", idr0),
+        ("IDR1", (16 << 6) + 32),
+        ("IDR3", 0x204),
         ("IDR5", 0x4f6),
         ("CR0", 0b1101),
         ("CR2", 0),
@@ -135,7 +137,7 @@ pub fn smmu_nested(seed: u64) -> Option<(Snapshot, Nested)> {
         return None;
     }
     // Stage 2: concatenated tables for half of them.
-    let (input_bits, start_level) = if config.output_bits <= 40 && seed % 2 == 0 { (40, 1) } else { (48, 0) };
+    let (input_bits, start_level) = if config.output_bits <= 40 && seed.is_multiple_of(2) { (40, 1) } else { (48, 0) };
     let second = TableConfig::ArmStage2(ArmStage2 { granule: 4096, input_bits, output_bits: 48, start_level, ..ArmStage2::default() });
     // Guest memory for CDs: the L1CD table at one page, CDs 64 to 127 and 0 to 63 at two others.
     let (l1, upper, lower) = (0x12_3000, 0x45_6000, 0x78_9000);
@@ -191,15 +193,11 @@ pub fn smmu_single(format: Format, seed: u64) -> (Snapshot, Generated) {
 
 /// A VT-d unit with its structures at [`STRUCTURES`]; `mode` 0 is legacy, 1 scalable.
 pub fn vtd(memory: Memory, mode: u64) -> Snapshot {
-    // CAP: SAGAW 3, 4, 5 levels; MGAW 57; SLLPS 2M, 1G; FS1GP; FS5LP.
-    let cap = (0b1110 << 8) + (56 << 16) + (0b11 << 34) + (1 << 56) + (1 << 60);
-    // ECAP: pass-through, nesting, 20-bit PASIDs, one for requests without, scalable mode, second and first stage.
-    let registers = [
-        ("CAP", cap),
-        ("ECAP", (1 << 6) + (1 << 26) + (1 << 40) + (19 << 35) + (1 << 43) + (1 << 46) + (1 << 47) + (1 << 49)),
-        ("GSTS", 0x8000_0000),
-        ("RTADDR", STRUCTURES + (mode << 10)),
-    ];
+    // CAP: 16-bit domain ids; SAGAW 3, 4, 5 levels; MGAW 57; SLLPS 2M, 1G; FS1GP; FS5LP.
+    let cap = 6 + (0b1110 << 8) + (56 << 16) + (0b11 << 34) + (1 << 56) + (1 << 60);
+    // ECAP: DT, PT, NEST, PSS 20 bits, PASID, SMTS, SSTS, FSTS, RPS.
+    let ecap = (1 << 2) + (1 << 6) + (1 << 26) + (19 << 35) + (1 << 40) + (1 << 43) + (1 << 46) + (1 << 47) + (1 << 49);
+    let registers = [("CAP", cap), ("ECAP", ecap), ("GSTS", 0x8000_0000), ("RTADDR", STRUCTURES + (mode << 10))];
     Snapshot {
         unit_kind: "intel-vtd".to_string(),
         registers: registers.iter().map(|(name, value)| (name.to_string(), *value)).collect(),
@@ -225,7 +223,7 @@ fn scalable(memory: &mut Memory, first: u64, third: u64) {
 pub fn vtd_nested(seed: u64) -> (Snapshot, Nested) {
     let first = generate_with(Format::VtdFirst, seed, Options { clusters: 6, ..Options::default() });
     let TableConfig::VtdFirst(config) = first.config else { unreachable!() };
-    let second = VtdSecond { root: 0, levels: 5, input_bits: 57, output_bits: 52, large_2m: true, large_1g: true };
+    let second = VtdSecond { root: 0, levels: 5, input_bits: 57, output_bits: 52, large_2m: true, large_1g: true, snoop_control: false };
     let nested = nest(first, TableConfig::VtdSecond(second), &Memory::default(), seed);
     let TableConfig::VtdSecond(second) = nested.second.config else { unreachable!() };
     let mut memory = nested.memory.clone();
