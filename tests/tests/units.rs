@@ -102,7 +102,7 @@ fn vtd_first_stage_through_second_stage() {
         let snapshot = load(guest_snapshot.clone(), &[0x57e, 0x5fe, 0x5ff]);
         let guest = Guest::new(&snapshot, &plugins).unwrap();
         check_nested(&guest, &guest_snapshot, &nested, 0x5fe, None, &format!("seed {seed}"));
-        // 0x4321 is the PASID that requests without one use: others may not name it (D51397 section 7.1.3, SCT.9), which the naive reader leaves out.
+        // 0x4321 is the PASID that requests without one use: others may not name it (D51397 section 7.1.3, SCT.9).
         for (id, pasid) in [(0x5fe, Some(0x4321)), (0x5fe, Some(0x4322)), (0x5fe, Some(0x1_4321)), (0x5ff, None), (0x57e, None)] {
             assert!(matches!(guest.stream(id, pasid).unwrap().state, State::Blocked(_)), "seed {seed} id {id:#x}");
         }
