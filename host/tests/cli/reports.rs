@@ -99,7 +99,10 @@ fn formats_lists_settings_and_limits() {
     let report = run(&["formats", "intel-vtd", "--format", "json"]).good().json();
     let formats = report["plugins"][0]["formats"].as_array().unwrap();
     assert_eq!(formats[0]["name"], "intel-vtd/first-stage");
-    assert_eq!(formats[0]["settings"][0], json!({"name": "levels", "default": 4, "description": formats[0]["settings"][0]["description"]}));
+    assert_eq!(
+        formats[0]["settings"][0],
+        json!({"name": "levels", "default": 4, "allowed": "4, 5", "description": formats[0]["settings"][0]["description"]})
+    );
     assert_eq!(formats[0]["limits"]["page-sizes"], json!([4096, 1 << 21, 1 << 30]));
     assert_eq!(formats[0]["limits"]["input"][0], json!({"first": "0x0", "last": "0x7fffffffffff"}));
     assert_eq!(report["limits"]["memory-bytes"], 16 << 20);
