@@ -5,7 +5,7 @@
 mod fixtures;
 mod hostile;
 
-use hostile::compare::{self, clip, first_difference, is_orderly, reference_config, same_state, within};
+use hostile::compare::{self, Found, clip, first_difference, is_orderly, reference_config, same_state, within};
 use hostile::mutate::{absurd, mutate};
 use hostile::{load, nested, plugins, rounds, seed, timed};
 use stagecraft::convert::{ConvertError, Target, convert};
@@ -70,14 +70,14 @@ impl Case<'_> {
     }
 
     /// What every device gets; the tables of each set of tables that is in use, the engine's and the reference's.
-    fn states(&self, seen: &mut Seen) -> (Vec<StreamState>, Vec<(Vec<TableConfig>, Vec<tables::TableConfig>)>) {
+    fn states(&self, seen: &mut Seen) -> (Vec<StreamState>, Vec<Found>) {
         if let Err(error) = self.guest.streams()
             && !is_orderly(&error)
         {
             self.fail(&format!("streams: {error}"));
         }
         let mut streams = Vec::new();
-        let mut found: Vec<(Vec<TableConfig>, Vec<tables::TableConfig>)> = Vec::new();
+        let mut found: Vec<Found> = Vec::new();
         for device in &self.guest.snapshot().devices {
             for pasid in [None, Some(0), Some(1), Some(77), Some(1 << 19)] {
                 let stream = self.guest.stream(device.id, pasid);
@@ -361,7 +361,8 @@ fn damaged_structures() {
         snapshot.map = vec![MemoryRange { kind: "ram".to_owned(), first: 0, last: (1 << 52) - 1 }];
         snapshot.devices = vec![Device { label: "0000:00:07.0".to_owned(), id }];
         // The structures' words that are not zero, and those beside them.
-        let is_structure = |page: u64| (units::STRUCTURES..units::STRUCTURES + 0x10_0000).contains(&page) || page < 0x20_0100_0000 && page >= 0x20_0000_0000;
+        let is_structure =
+            |page: u64| (units::STRUCTURES..units::STRUCTURES + 0x10_0000).contains(&page) || (0x20_0000_0000..0x20_0100_0000).contains(&page);
         let pages: Vec<u64> = snapshot.memory.pages.keys().copied().filter(|page| is_structure(*page)).collect();
         let used = |address: &u64| snapshot.memory.read(*address, false).is_ok_and(|word| word != 0);
         let words: Vec<u64> = pages.iter().flat_map(|page| (0..512).map(move |index| page + index * 8)).filter(used).collect();
@@ -369,7 +370,7 @@ fn damaged_structures() {
         for variant in 0..24 {
             let mut snapshot = pristine.clone();
             for _ in 0..rng.below(4) {
-                let at = rng.pick(&words) & !63 | rng.below(8) * 8;
+                let at = (rng.pick(&words) & !63) + rng.below(8) * 8;
                 let word = snapshot.memory.read(at, false).unwrap();
                 snapshot.memory.write(at, word ^ (1 << rng.below(64)), false);
             }

@@ -136,7 +136,7 @@ pub fn smmu_nested(seed: u64) -> Option<(Snapshot, Nested)> {
         return None;
     }
     // Stage 2: concatenated tables for half of them.
-    let (input_bits, start_level) = if config.output_bits <= 40 && seed % 2 == 0 { (40, 1) } else { (48, 0) };
+    let (input_bits, start_level) = if config.output_bits <= 40 && seed.is_multiple_of(2) { (40, 1) } else { (48, 0) };
     let second = TableConfig::ArmStage2(ArmStage2 { granule: 4096, input_bits, output_bits: 48, start_level, ..ArmStage2::default() });
     // Guest memory for CDs: the L1CD table at one page, CDs 64 to 127 and 0 to 63 at two others.
     let (l1, upper, lower) = (0x12_3000, 0x45_6000, 0x78_9000);
