@@ -8,7 +8,7 @@ use std::path::Path;
 use criterion::{Criterion, criterion_group, criterion_main};
 use stagecraft::plugin::{Config, Engine, Plugins};
 use stagecraft::table::{Arena, Table};
-use stagecraft_benches::contest::{Contestant, contest, is_measuring};
+use stagecraft_benches::contest::{Contestant, contest, is_measuring, is_wanted};
 use stagecraft_benches::fused::Fused;
 use stagecraft_benches::guest::{Permissions, Recipe, Tables};
 use stagecraft_benches::pool::Pool;
@@ -76,6 +76,9 @@ enum Rivals {
 
 /// All contestants on one input whose copies fill at least `mebibytes` each of sources and targets.
 fn compare(criterion: &mut Criterion, name: &str, plugins: &Plugins, tables: &Tables, mebibytes: u64, rivals: Rivals) {
+    if !is_wanted(name) {
+        return;
+    }
     let copies = Copies::new(tables, mebibytes);
     let target = production::target(tables.five_levels);
     let format = production::open_format(plugins, &target);

@@ -29,6 +29,13 @@ pub fn is_measuring() -> bool {
     std::env::args().any(|argument| argument == "--bench")
 }
 
+/// Whether the command line asks for this group: names on it are those of groups, of contestants in them (`GROUP/CONTESTANT`), or parts.
+#[must_use]
+pub fn is_wanted(group: &str) -> bool {
+    let names: Vec<String> = std::env::args().skip(1).filter(|argument| argument.parse::<f64>().is_err() && !argument.starts_with('-')).collect();
+    names.is_empty() || names.iter().any(|name| group.contains(name.split('/').next().unwrap_or_default()))
+}
+
 /// Runs in one turn of a contestant; the first is not counted.
 const RUNS: u32 = 4;
 
@@ -42,7 +49,7 @@ pub fn contest(criterion: &mut Criterion, name: &str, entries: u64, rounds: usiz
         group.bench_function(contestant.name, |bencher| bencher.iter(|| (contestant.run)()));
     }
     group.finish();
-    if !is_measuring() {
+    if !is_measuring() || std::env::args().any(|argument| argument == "--profile-time") {
         return;
     }
     let rounds: Vec<Vec<f64>> = (0..rounds).map(|_| contestants.iter_mut().map(turn).collect()).collect();
