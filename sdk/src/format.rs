@@ -258,9 +258,7 @@ impl Meaning {
     pub const fn pack(self) -> (u64, u64) {
         match self {
             Self::Absent => (0, 0),
-            Self::Table { next, inherited } => {
-                (1 | (next.level as u64) << 8 | (next.first as u64) << 16 | (next.last as u64) << 32, inherited)
-            }
+            Self::Table { next, inherited } => (1 | (next.level as u64) << 8 | (next.first as u64) << 16 | (next.last as u64) << 32, inherited),
             Self::Leaf { size_log2, attributes } => (2 | (size_log2 as u64) << 8 | attributes.pack() << 16, 0),
             Self::Fault(kind) => (3 | (kind as u64) << 8, 0),
             Self::WholeEntry => (4, 0),
@@ -500,10 +498,7 @@ pub trait Format: Sized {
         }
         match kind {
             Kind::Table => Meaning::Table { next: self.next(level, pattern), inherited: self.inherit(level, inherited, pattern) },
-            _ => Meaning::Leaf {
-                size_log2: self.leaf_size_log2(level, pattern),
-                attributes: self.attributes(level, inherited, pattern),
-            },
+            _ => Meaning::Leaf { size_log2: self.leaf_size_log2(level, pattern), attributes: self.attributes(level, inherited, pattern) },
         }
     }
 

@@ -68,7 +68,10 @@ fn round_trip(open: &Target, pieces: &[Piece]) -> (Vec<Mapping>, stagecraft::tab
 /// Ascending pieces with gaps: pages and larger ranges, some continuing the one before, at both ends of the address space.
 fn pieces() -> impl Strategy<Value = Vec<Piece>> {
     let step = (0_u64..4, 0_u64..5, 0_u8..4, any::<u32>(), 0_u8..3);
-    (prop::collection::vec(step, 1..60), prop::sample::select(vec![0_u64, 0x1_3fff_f000, 0x7f_ffc0_0000, 0x7fff_ff00_0000, 0xffff_8000_0000_0000, 0xffff_ffff_c000_0000]))
+    (
+        prop::collection::vec(step, 1..60),
+        prop::sample::select(vec![0_u64, 0x1_3fff_f000, 0x7f_ffc0_0000, 0x7fff_ff00_0000, 0xffff_8000_0000_0000, 0xffff_ffff_c000_0000]),
+    )
         .prop_map(|(steps, start)| {
             let mut pieces: Vec<Piece> = Vec::new();
             let mut next = Some(start);
@@ -88,7 +91,14 @@ fn pieces() -> impl Strategy<Value = Vec<Piece>> {
                 let Some(first) = first.checked_add(gap.saturating_sub(1) << 12) else { break };
                 let Some(last) = first.checked_add(size - 1) else { break };
                 let continued = pieces.last().filter(|_| gap == 0).map(|last| last.address + last.iova.length_minus_one() + 1);
-                let aligned = (u64::from(address) << 12) & if kind == 2 { !0x1f_ffff } else if kind == 3 { !0x3fff_ffff } else { !0 };
+                let aligned = (u64::from(address) << 12)
+                    & if kind == 2 {
+                        !0x1f_ffff
+                    } else if kind == 3 {
+                        !0x3fff_ffff
+                    } else {
+                        !0
+                    };
                 let attributes = match permission {
                     0 => Attributes::READ,
                     _ => Attributes::READ.with(Attributes::WRITE),

@@ -7,8 +7,10 @@ use std::cell::Cell;
 pub struct Limits {
     /// Tables visited. A table that many entries point to counts each time.
     pub tables: u64,
-    /// Leaves seen.
+    /// Leaves seen. A table of the second stage that is visited for the sake of a first-stage leaf or table counts as one.
     pub leaves: u64,
+    /// Separate mappings that are collected.
+    pub mappings: u64,
     /// Questions to the format about patterns that are not remembered.
     pub questions: u64,
     /// Bytes of device structures read.
@@ -20,7 +22,7 @@ pub struct Limits {
 impl Default for Limits {
     /// Enough for a guest with 128 GiB mapped in 4K pages, and ends a table that points to itself in well under a second.
     fn default() -> Self {
-        Self { tables: 1 << 16, leaves: 1 << 25, questions: 1 << 14, bytes: 1 << 24, faults: 1000 }
+        Self { tables: 1 << 16, leaves: 1 << 25, mappings: 1 << 24, questions: 1 << 14, bytes: 1 << 24, faults: 1000 }
     }
 }
 
@@ -30,7 +32,9 @@ impl Limits {
     pub fn for_pages(pages: u64) -> Self {
         let tables = pages.saturating_mul(4).saturating_add(64);
         let bytes = pages.saturating_mul(16 * 4096).saturating_add(1 << 20);
-        Self { tables, leaves: tables.saturating_mul(512), bytes, ..Self::default() }
+        // A table has up to 512 entries per page; with two stages each of them may cost a walk of some levels.
+        let mappings = tables.saturating_mul(512);
+        Self { tables, leaves: mappings.saturating_mul(4), mappings, bytes, ..Self::default() }
     }
 }
 

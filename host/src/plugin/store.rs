@@ -243,6 +243,7 @@ fn failure(store: &Store<State>, error: &wasmtime::Error) -> CallError {
             CallError::MemoryCap { plugin, limit: state.memory_denied.unwrap_or_default() }
         }
         Some(trap) => CallError::Trap { plugin, text: state.said.clone().unwrap_or_else(|| trap.to_string()) },
-        None => CallError::Nonsense { plugin, what: error::clean(&error.root_cause().to_string()) },
+        // Not a trap: Wasmtime could not read the answer, or what was handed to an import. It has no type for that, but says why.
+        None => CallError::Nonsense { plugin, what: error::clean(&format!("an answer that cannot be read: {}", error.root_cause())) },
     }
 }

@@ -4,6 +4,8 @@
 //! there. Tables are filled from left to right, each entry written once. A table that turns out to be one contiguous range is given back and becomes a leaf
 //! of the level above ("promotion"), so that the common case, pages as large as the source's, is a plain copy with the pattern replaced.
 
+use std::sync::Arc;
+
 use crate::memory::{EntryLayout, EntryMemory};
 use crate::table::arena::{Arena, Full, write_entry};
 use crate::table::format::{Format, FormatError, Meaning};
@@ -91,7 +93,7 @@ struct Leaf {
 struct Encoding {
     chain: usize,
     attributes: Attributes,
-    leaves: Vec<Option<Leaf>>,
+    leaves: Vec<Option<Arc<Leaf>>>,
 }
 
 /// Whether a table's entries so far are one contiguous range.
@@ -242,6 +244,9 @@ impl<'a> Builder<'a> {
     /// # Errors
     /// The format failed or contradicts itself, or no memory is left for tables.
     pub fn map(&mut self, piece: &Piece) -> Result<(), BuildError> {
+        if piece.address.checked_add(piece.iova.length_minus_one()).is_none() {
+            return Err(Nonsense(format!("{} is mapped to {:#x}, beyond the end of all addresses", piece.iova, piece.address)).into());
+        }
         if let Some(pending) = &mut self.pending {
             let continues = pending.iova.last.checked_add(1) == Some(piece.iova.first)
                 && pending.address.checked_add(pending.iova.length_minus_one()).and_then(|last| last.checked_add(1)) == Some(piece.address)
@@ -282,7 +287,7 @@ impl<'a> Builder<'a> {
     fn place(&mut self, window: usize, piece: &Piece, part: Span) -> Result<(), BuildError> {
         let chain = self.windows[window].chain;
         let encoding = self.encoding(chain, piece.attributes)?;
-        let usable: Vec<(u8, usize, Leaf)> = (self.chains[chain].sizes.iter().zip(&self.encodings[encoding].leaves))
+        let usable: Vec<(u8, usize, Arc<Leaf>)> = (self.chains[chain].sizes.iter().zip(&self.encodings[encoding].leaves))
             .filter_map(|(&(size, depth), leaf)| leaf.clone().map(|leaf| (size, depth, leaf)))
             .collect();
         let Some(&(smallest, _, _)) = usable.last() else {
@@ -383,7 +388,7 @@ impl<'a> Builder<'a> {
         let sizes = self.chains[chain].sizes.clone();
         let mut leaves = Vec::with_capacity(sizes.len());
         for (size, depth) in sizes {
-            leaves.push(self.encode(chain, depth, size, attributes)?);
+            leaves.push(self.encode(chain, depth, size, attributes)?.map(Arc::new));
         }
         self.encodings.push(Encoding { chain, attributes, leaves });
         Ok(self.encodings.len() - 1)
@@ -522,7 +527,7 @@ impl<'a> Builder<'a> {
     }
 
     /// The leaf of the level above that says the same as a whole table, if there is one.
-    fn promote(&mut self, chain: usize, child: usize, closed: &Open) -> Result<Option<(Leaf, Attributes, u64)>, BuildError> {
+    fn promote(&mut self, chain: usize, child: usize, closed: &Open) -> Result<Option<(Arc<Leaf>, Attributes, u64)>, BuildError> {
         let Contents::Contiguous { attributes, first, .. } = closed.contents else { return Ok(None) };
         let size = self.chains[chain].rungs[child - 1].lsb;
         let Some(position) = self.chains[chain].sizes.iter().position(|(candidate, depth)| (*candidate, *depth) == (size, child - 1)) else {
@@ -591,11 +596,10 @@ impl<'a> Builder<'a> {
         }
         let (lsb, table_entries) = (rung.lsb, rung.entries);
         let encoding = self.encoding(chain, run.attributes)?;
-        let Some(leaf) = &self.encodings[encoding].leaves[position] else { return Ok(false) };
+        let Some(leaf) = self.encodings[encoding].leaves[position].clone() else { return Ok(false) };
         if run.within.last > leaf.last_address {
             return Ok(false);
         }
-        let leaf = leaf.clone();
         self.flush()?;
         let mut done = 0;
         while done < run.entries.len() {

@@ -1,5 +1,6 @@
 //! Collecting what a walk finds: maximal runs of mappings, and faults.
 
+use crate::memory::Exhausted;
 use crate::table::stages::Fault;
 use crate::table::walk::{Cause, FaultAt, Piece, Step, Visitor, WalkError};
 use crate::{Access, Span};
@@ -20,6 +21,7 @@ pub struct Mapping {
 pub struct Collector {
     privileged: bool,
     keep_faults: usize,
+    most: u64,
     mappings: Vec<Mapping>,
     faults: Vec<(Span, Fault)>,
     fault_count: u64,
@@ -31,7 +33,13 @@ impl Collector {
     /// Collects what an unprivileged request, or a `privileged` one, can reach, and up to `keep_faults` faults.
     #[must_use]
     pub const fn new(privileged: bool, keep_faults: usize) -> Self {
-        Self { privileged, keep_faults, mappings: Vec::new(), faults: Vec::new(), fault_count: 0, missing: None, leaf_sizes: [0; 64] }
+        Self { privileged, keep_faults, most: u64::MAX, mappings: Vec::new(), faults: Vec::new(), fault_count: 0, missing: None, leaf_sizes: [0; 64] }
+    }
+
+    /// The same, for at most `most` runs: more end the walk.
+    #[must_use]
+    pub fn at_most(self, most: u64) -> Self {
+        Self { most, ..self }
     }
 
     /// The runs so far, sorted by IOVA.
@@ -84,6 +92,8 @@ impl Visitor for Collector {
             && last.address.checked_add(last.iova.length_minus_one()).and_then(|address| address.checked_add(1)) == Some(piece.address)
         {
             last.iova.last = piece.iova.last;
+        } else if self.mappings.len() as u64 >= self.most {
+            return Err(Exhausted { what: "separate mappings", limit: self.most }.into());
         } else {
             self.mappings.push(Mapping { iova: piece.iova, address: piece.address, access });
         }

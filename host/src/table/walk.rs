@@ -351,7 +351,10 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
 
     /// Walks the part of a table that lies in `span`, of which the entries `exists` exist.
     fn table(&mut self, place: Place, span: Span, exists: (u64, u64)) -> Result<(), WalkError> {
-        self.budget.charge_table()?;
+        match self.stage {
+            1 => self.budget.charge_table()?,
+            _ => self.budget.charge_leaves(1)?,
+        }
         let level = &self.plan.levels[usize::from(place.level)];
         let lsb = level.index_lsb;
         let (wanted_first, wanted_last) = ((span.first - place.base) >> lsb, (span.last - place.base) >> lsb);
@@ -403,7 +406,8 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
     }
 
     fn read(&mut self, address: u64, entries: &mut [u64]) -> Result<(), Cause> {
-        if self.map.region(address).is_none() {
+        let last = address.saturating_add(entries.len() as u64 * u64::from(self.layout.bytes) - 1);
+        if self.map.region(address).is_none() || self.map.region(last).is_none() {
             return Err(Cause::OutsideMemory);
         }
         self.memory.read_entries(Gpa(address), self.layout, entries).map_err(|_| Cause::Missing)

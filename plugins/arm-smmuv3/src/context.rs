@@ -13,7 +13,7 @@ use crate::vmsa::{Granule, align_down, root_alignment};
 const CHUNK: u64 = 4096;
 /// Bytes of a context descriptor.
 const CD: u64 = 64;
-/// Reads that listing the PASIDs of one stream may cost: 16 MiB of descriptors.
+/// Reads of context descriptors that listing the PASIDs of one stream may cost: 16 MiB. A level 1 table, at most 32 reads, comes on top.
 const MAX_READS: u32 = 4096;
 /// PASIDs in one answer.
 const MAX_PASIDS: usize = 1024;
@@ -130,7 +130,6 @@ impl<'a> Contexts<'a> {
                 let per_leaf = 1_u64 << leaf.min(self.max);
                 let mut done = 0;
                 while done < entries && reads > 0 && found.len() < MAX_PASIDS {
-                    reads -= 1;
                     let length = ((entries - done) * 8).min(CHUNK);
                     let bytes = self.read(memory, self.base() + done * 8, length).unwrap_or_default();
                     for (i, &descriptor) in stagecraft_sdk::bits::words(&bytes).iter().enumerate() {

@@ -427,8 +427,7 @@ impl Format for Stage1 {
             dirty: if dirty || clean { says.dirty } else { asked.dirty },
             ..says
         };
-        let widened = (says.write && !asked.write) || (says.execute && !asked.execute) || (asked.privileged_only && !says.privileged_only);
-        (!widened && says.read).then_some(Encoded { pattern, attributes })
+        Some(Encoded { pattern, attributes })
     }
 
     fn encode_table(&self, level: u8, next: u8) -> Option<u64> {

@@ -69,9 +69,9 @@ fn start_level(settings: &Settings, granule: Granule, input_bits: u8, lpa2: bool
     let value = settings.one_of("start-level", start_level_setting(default), &[0, 1, 2, 3, START_LEVEL_MINUS_ONE], section)?;
     let start = if value == START_LEVEL_MINUS_ONE { -1 } else { value as i8 };
     let (exists, concatenated) = match (granule.log2(), start) {
-        (12, -1) => (lpa2, 0),
         (14, 0) => (lpa2, 0),
         (14 | 16, -1) | (16, 0) => (false, 0),
+        // Level -1 of the 4K granule begins where 48 bits end, and nothing wider than 48 bits is there without LPA2.
         _ => (true, CONCATENATED),
     };
     if !exists {

@@ -1,8 +1,12 @@
 //! `cargo xtask plugins` builds the plugins that are checked in as `host/builtin/*.wasm`; `cargo xtask check-plugins` refuses stale ones.
 //!
+//! `cargo xtask test` runs everything that must hold; `cargo xtask demo` shows the main job.
+//!
 //! A built plugin carries the hash of its sources in a custom section, so that checking needs neither the Wasm target nor a build.
 
 mod build;
+mod check;
+mod demo;
 mod section;
 mod sources;
 
@@ -42,7 +46,9 @@ pub const PLUGINS: [PluginCrate; 3] = [
 pub const SOURCE_HASH_SECTION: &str = "stagecraft:source-hash";
 
 const USAGE: &str = "usage: cargo xtask plugins [NAME ...]    build the plugins into host/builtin (needs the target wasm32-unknown-unknown)
-       cargo xtask check-plugins         refuse built plugins that do not match their sources";
+       cargo xtask check-plugins         refuse built plugins that do not match their sources
+       cargo xtask test [--strict]       formatting, lints, documentation, plugins and all tests; --strict refuses to skip anything
+       cargo xtask demo                  inspect, convert and draw the snapshot of a real guest";
 
 fn main() -> ExitCode {
     match run() {
@@ -60,6 +66,8 @@ fn run() -> Result<()> {
     match arguments.next().as_deref() {
         Some("plugins") => plugins(&root, &arguments.collect::<Vec<_>>()),
         Some("check-plugins") => check_plugins(&root),
+        Some("test") => check::run(&root, arguments.any(|argument| argument == "--strict") || std::env::var_os("CI").is_some()),
+        Some("demo") => demo::run(&root),
         Some(other) => bail!("no such task `{other}`\n{USAGE}"),
         None => bail!("which task?\n{USAGE}"),
     }

@@ -1,0 +1,88 @@
+//! `cargo xtask test`: everything that must hold before a change goes in, and nothing skipped silently.
+
+use anyhow::{Context as _, Result, bail};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+/// A step, and the cargo command that it is.
+struct Step {
+    name: &'static str,
+    arguments: &'static [&'static str],
+    environment: &'static [(&'static str, &'static str)],
+    /// The cargo subcommand that a minimal toolchain may lack.
+    component: Option<&'static str>,
+}
+
+const STEPS: [Step; 5] = [
+    Step { name: "formatting", arguments: &["fmt", "--all", "--check"], environment: &[], component: Some("fmt") },
+    Step {
+        name: "lints",
+        arguments: &["clippy", "--quiet", "--locked", "--workspace", "--all-targets", "--", "-D", "warnings"],
+        environment: &[],
+        component: Some("clippy"),
+    },
+    Step {
+        name: "the library without its default features",
+        arguments: &["clippy", "--quiet", "--locked", "--package", "stagecraft", "--lib", "--no-default-features", "--", "-D", "warnings"],
+        environment: &[],
+        component: Some("clippy"),
+    },
+    Step {
+        name: "documentation",
+        arguments: &["doc", "--quiet", "--locked", "--workspace", "--no-deps"],
+        environment: &[("RUSTDOCFLAGS", "-D warnings")],
+        component: None,
+    },
+    Step { name: "tests", arguments: &["test", "--locked", "--workspace"], environment: &[], component: None },
+];
+
+/// Runs all steps and says at the end what ran and what did not.
+pub fn run(root: &Path, strict: bool) -> Result<()> {
+    let mut summary = Vec::new();
+    println!("== built plugins");
+    crate::check_plugins(root)?;
+    summary.push("passed   built plugins".to_owned());
+    for step in &STEPS {
+        println!("== {}", step.name);
+        if let Some(component) = step.component.filter(|component| !has(component)) {
+            if strict {
+                bail!("cargo {component} is missing: rustup component add rustfmt clippy");
+            }
+            summary.push(format!("SKIPPED  {}: cargo {component} is not installed (rustup component add rustfmt clippy)", step.name));
+            continue;
+        }
+        let start = Instant::now();
+        let status = cargo(root).args(step.arguments).envs(step.environment.iter().copied()).status().context("running cargo")?;
+        if !status.success() {
+            bail!("{} failed: cargo {}", step.name, step.arguments.join(" "));
+        }
+        summary.push(format!("passed   {} ({} s)", step.name, start.elapsed().as_secs()));
+    }
+    let fixtures = root.join("../shared/fixtures");
+    summary.push(if fixtures.is_dir() {
+        "ran      with all snapshots of real guests".to_owned()
+    } else {
+        "SKIPPED  the larger snapshots of real guests: they are not beside the repository; the small ones in tests/fixtures ran".to_owned()
+    });
+    if strict && !fixtures.is_dir() {
+        bail!("the snapshots of real guests are not beside the repository");
+    }
+    println!("== what ran");
+    for line in summary {
+        println!("{line}");
+    }
+    Ok(())
+}
+
+/// Cargo, as this task was started by.
+pub fn cargo(root: &Path) -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(root);
+    command
+}
+
+fn has(subcommand: &str) -> bool {
+    let program = format!("cargo-{subcommand}");
+    Command::new(program).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok_and(|status| status.success())
+}
