@@ -1,6 +1,16 @@
 //! The bridge between the traits and the component's exports. Used by [`export_plugin!`](crate::export_plugin) only.
 
-#[allow(missing_docs, missing_debug_implementations, unsafe_code, clippy::all, clippy::pedantic, clippy::undocumented_unsafe_blocks, clippy::multiple_unsafe_ops_per_block, clippy::unwrap_used, unreachable_pub)]
+#[allow(
+    missing_docs,
+    missing_debug_implementations,
+    unsafe_code,
+    clippy::all,
+    clippy::pedantic,
+    clippy::undocumented_unsafe_blocks,
+    clippy::multiple_unsafe_ops_per_block,
+    clippy::unwrap_used,
+    unreachable_pub
+)]
 mod bindings {
     wit_bindgen::generate!({
         path: "../wit/0.1.0",
@@ -240,12 +250,8 @@ pub fn open_if<F: Format + 'static>(config: &TableConfig) -> Option<Result<Box<d
 /// Suggests settings for format `F` if `format` names it.
 pub fn suggest_if<F: Format>(format: &str, settings: &Settings, need: &table::Need) -> Option<Result<Vec<types::Named>, types::Error>> {
     (format == F::NAME).then(|| {
-        let need = Need {
-            last_low: need.last_low,
-            first_high: need.first_high,
-            last_address: need.last_address,
-            alignment_log2: need.alignment_log2,
-        };
+        let need =
+            Need { last_low: need.last_low, first_high: need.first_high, last_address: need.last_address, alignment_log2: need.alignment_log2 };
         F::suggest(settings, &need).map(|settings| settings_out(&settings)).map_err(error_out)
     })
 }
@@ -288,8 +294,7 @@ macro_rules! export_plugin {
             use super::*;
             use $crate::export::{self, detect, table, types};
 
-            // A custom section of the module, read by the host before it compiles anything.
-            #[used]
+            // A custom section of the module, read by the host before it compiles anything. `#[used]` would keep a second copy in the data.
             #[unsafe(link_section = "stagecraft:manifest")]
             static MANIFEST: [u8; include_bytes!($manifest).len()] = *include_bytes!($manifest);
 

@@ -8,7 +8,6 @@
 //!   Format (tiny functions) --derive--> decode / explain / encode --export_plugin!--> component
 //! ```
 
-
 pub mod bits;
 mod config;
 #[doc(hidden)]
