@@ -36,7 +36,8 @@ impl PluginCrate {
 }
 
 /// Every plugin that is built here.
-pub const PLUGINS: [PluginCrate; 5] = [
+pub const PLUGINS: [PluginCrate; 6] = [
+    PluginCrate { name: "apple-dart", package: "stagecraft-plugin-apple-dart", folder: "plugins/apple-dart", output: "host/builtin" },
     PluginCrate { name: "arm-smmuv3", package: "stagecraft-plugin-arm-smmuv3", folder: "plugins/arm-smmuv3", output: "host/builtin" },
     PluginCrate { name: "intel-vtd", package: "stagecraft-plugin-intel-vtd", folder: "plugins/intel-vtd", output: "host/builtin" },
     PluginCrate { name: "loongarch", package: "stagecraft-plugin-loongarch", folder: "plugins/loongarch", output: "host/builtin" },
