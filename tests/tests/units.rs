@@ -48,7 +48,7 @@ fn check_nested(guest: &Guest<'_>, snapshot: &reference::snapshot::Snapshot, nes
     assert_eq!(mappings(guest, id, pasid, 2, what), nested.truth, "{what}");
     let State::Translated(tables) = guest.stream(id, pasid).unwrap().state else { panic!("{what}") };
     let mut space = guest.open(&tables).unwrap();
-    let stages = [nested.first.config.clone(), nested.second.config.clone()];
+    let stages = [nested.first.config, nested.second.config];
     let both = Walker::new(&snapshot.memory, &stages).unwrap();
     for run in nested.first.truth.iter().take(30) {
         for iova in [run.iova, run.iova + (run.size - 1), run.iova + run.size / 2, run.iova.wrapping_add(run.size)] {
@@ -102,7 +102,7 @@ fn vtd_first_stage_through_second_stage() {
         let snapshot = load(guest_snapshot.clone(), &[0x57e, 0x5fe, 0x5ff]);
         let guest = Guest::new(&snapshot, &plugins).unwrap();
         check_nested(&guest, &guest_snapshot, &nested, 0x5fe, None, &format!("seed {seed}"));
-        // 0x4321 is the PASID that requests without one use: others may not name it (D51397 section 7.1.3, SCT.9), which the naive reader leaves out.
+        // 0x4321 is the PASID that requests without one use: others may not name it (D51397 section 7.1.3, SCT.9).
         for (id, pasid) in [(0x5fe, Some(0x4321)), (0x5fe, Some(0x4322)), (0x5fe, Some(0x1_4321)), (0x5ff, None), (0x57e, None)] {
             assert!(matches!(guest.stream(id, pasid).unwrap().state, State::Blocked(_)), "seed {seed} id {id:#x}");
         }

@@ -351,16 +351,14 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
 
     /// Walks the part of a table that lies in `span`, of which the entries `exists` exist.
     fn table(&mut self, place: Place, span: Span, exists: (u64, u64)) -> Result<(), WalkError> {
+        match self.stage {
+            1 => self.budget.charge_table()?,
+            _ => self.budget.charge_leaves(1)?,
+        }
         let level = &self.plan.levels[usize::from(place.level)];
         let lsb = level.index_lsb;
         let (wanted_first, wanted_last) = ((span.first - place.base) >> lsb, (span.last - place.base) >> lsb);
         let (first, last) = (wanted_first.max(exists.0), wanted_last.min(exists.1).min(level.entries() - 1));
-        // One entry is paid for by what leads to it: there are as many as levels. A second stage is walked once and more for each leaf of the first.
-        if self.stage > 1 {
-            self.budget.charge_leaves(1)?;
-        } else if first < last {
-            self.budget.charge_table()?;
-        }
         self.path.push(Step {
             level: place.level,
             number: level.number,
@@ -452,7 +450,7 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
                     count
                 }
                 Meaning::Leaf { size_log2, attributes } if size_log2 == lsb && part == slot && known.meaning != Meaning::WholeEntry => {
-                    let whole = (((span.last - iova).checked_add(1).unwrap_or(u64::MAX)) >> lsb).max(1);
+                    let whole = ((span.last - iova).saturating_add(1) >> lsb).max(1);
                     let candidates = &entries[at..entries.len().min(at + whole as usize)];
                     let count = run_length(candidates, known.mask, known.pattern);
                     let run = &candidates[..count];
@@ -519,7 +517,7 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
         if !self.output.contains(address) {
             return self.fault(Cause::Entry(FaultKind::AddressSize), part, Some(address));
         }
-        if address % u64::from(self.layout.bytes) != 0 {
+        if !address.is_multiple_of(u64::from(self.layout.bytes)) {
             return self.fault(Cause::Entry(FaultKind::Misaligned), part, Some(address));
         }
         // A level that was skipped: IOVA bits between the two tables must be zero.

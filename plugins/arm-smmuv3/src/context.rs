@@ -248,7 +248,7 @@ impl RangeSlots {
 }
 
 /// IHI 0070 section 5.4.2, `CdIllegal`, without what concerns the ranges.
-fn check(words: &Words, entry: &Words, features: &Features, off: (bool, bool)) -> Result<(), Stop> {
+fn check(words: &Words, entry: &Words, features: &Features, stream: &Stream, off: (bool, bool)) -> Result<(), Stop> {
     let bad = |section: &str, reason: &str| blocked("C_BAD_CD", &format!("IHI 0070 section 5.4, {section}"), reason);
     if !cd::V.is_set(words) {
         return bad("V", "the context descriptor is not valid");
@@ -282,7 +282,8 @@ fn check(words: &Words, entry: &Words, features: &Features, off: (bool, bool)) -
     if ((access || dirty) && httu == 0) || (dirty && httu == 1) || (httu == 3 && cd::HAFT.is_set(words) && !access) {
         return bad("HA", "hardware updates that are not implemented, or of tables alone");
     }
-    if features.idr0(idr0::ASID16) == 0 && cd::ASID.of(words) > 0xff {
+    // In EL2, where there is one privilege level, the ASID plays no part.
+    if !stream.single_privilege && features.idr0(idr0::ASID16) == 0 && cd::ASID.of(words) > 0xff {
         return bad("ASID", "the ASID has more than 8 bits");
     }
     if features.has3(idr3::S1PI) && ste::S1PIE.is_set(entry) && cd::PIE.is_set(words) {
@@ -299,7 +300,7 @@ pub(crate) fn config(words: &Words, entry: &Words, features: &Features, stream: 
     // With one privilege level there is no high range and no EPD.
     let off_low = !stream.single_privilege && LOW.disabled.is_set(words);
     let off_high = stream.single_privilege || HIGH.disabled.is_set(words);
-    check(words, entry, features, (off_low, off_high))?;
+    check(words, entry, features, stream, (off_low, off_high))?;
     let low = if off_low { None } else { Some(LOW.size(words, features)?) };
     let high = if off_high { None } else { Some(HIGH.size(words, features)?) };
     let Some(any) = low.as_ref().or(high.as_ref()) else {

@@ -326,6 +326,9 @@ fn context_descriptors_that_are_refused() {
     assert_eq!(with(0, 1 << 43, 0).set("IDR0", IDR0 & !(3 << 6)).event(), "C_BAD_CD", "HA");
     assert_eq!(with(0, 3 << 42, 0).set("IDR0", IDR0 & !(3 << 6) | 1 << 6).event(), "C_BAD_CD", "HD");
     assert_eq!(with(0, 1 << 56, 0).set("IDR0", IDR0 & !(1 << 12)).event(), "C_BAD_CD", "ASID");
+    let mut el2 = with(0, 1 << 56, 0).set("IDR0", IDR0 & !(1 << 12));
+    el2.ste[1] |= 2 << 30;
+    assert_eq!(el2.tables().len(), 1, "EL2 ignores the ASID");
     assert_eq!(with(0, 0, 1 << 41).event(), "C_BAD_CD", "no AArch32");
     assert!(with(0, 0, 1 << 41).set("IDR0", IDR0 | 1 << 2).unsupported(), "AArch32");
     assert!(with(0, 0, 1 << 41).set("IDR5", IDR5 | 1 << 8).unsupported(), "128-bit descriptors");

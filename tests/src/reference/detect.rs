@@ -403,8 +403,11 @@ fn cd_stage1(snapshot: &Snapshot, ste: &[u64; 4], cd: &[u64; 4]) -> Result<ArmSt
         return illegal("CD.V is 0");
     }
     // S 44, A 46; S1STALLD, STE bit 91; IDR0.TERM_MODEL 26, STALL_MODEL 25:24.
-    let stall = bit(cd[0], 44);
-    if stall && bit(ste[1], 27) || bits(idr0, 25, 24) == 1 && stall || bits(idr0, 25, 24) == 2 && !stall {
+    let illegal_stall = match (bits(idr0, 25, 24), bit(cd[0], 44)) {
+        (1, true) | (2, false) => true,
+        (_, stall) => stall && bit(ste[1], 27),
+    };
+    if illegal_stall {
         return illegal("CD.S");
     }
     if bit(idr0, 26) && !bit(cd[0], 46) {
@@ -417,7 +420,8 @@ fn cd_stage1(snapshot: &Snapshot, ste: &[u64; 4], cd: &[u64; 4]) -> Result<ArmSt
     // EPD0 14, EPD1 30.
     let (off_low, off_high) = (!el2 && bit(cd[0], 14), el2 || bit(cd[0], 30));
     // ENDI 15.
-    if !(off_low && off_high) && !endianness_allowed(idr0, bit(cd[0], 15)) {
+    let any_half = !off_low || !off_high;
+    if any_half && !endianness_allowed(idr0, bit(cd[0], 15)) {
         return illegal("CD.ENDI");
     }
     // AA64 41: without it AArch32 tables, or 128-bit ones if IDR5.D128 (8). IDR0.TTF, 3:2.
@@ -493,7 +497,7 @@ fn cd_stage1(snapshot: &Snapshot, ste: &[u64; 4], cd: &[u64; 4]) -> Result<ArmSt
         let part = ArmHalf { root, granule, input_bits, top_byte_ignored: bit(cd[0], 39), hierarchical_disabled: had(cd[2]) };
         high = Some(part).filter(|_| !e0pd(cd[2]));
     }
-    if off_low && off_high {
+    if !any_half {
         return illegal("both halves are off");
     }
     // AFFD 35; MAIR is the fourth word.

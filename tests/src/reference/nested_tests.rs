@@ -76,7 +76,7 @@ fn vtd_first_stage_behind_second_stage() {
         let TableConfig::VtdSecond(second) = nested.second.config else { unreachable!() };
         let Resolution::Tables(stages) = resolve(&snapshot, 0x5fe).unwrap() else { panic!("{seed}") };
         check(&snapshot, &nested, &stages);
-        // RID_PASID is for requests without PASID.
+        // RID_PASID is for requests without a PASID.
         assert!(matches!(resolve_pasid(&snapshot, 0x5fe, Some(0x4321)), Ok(Resolution::Blocked(_))));
         assert!(matches!(resolve_pasid(&snapshot, 0x5fe, Some(0x4322)), Ok(Resolution::Blocked(_))));
         assert!(matches!(resolve_pasid(&snapshot, 0x5fe, Some(0x1_4321)), Ok(Resolution::Blocked(_))));

@@ -107,12 +107,11 @@ fn context_descriptor(config: &TableConfig) -> [u64; 8] {
 }
 
 fn smmu(memory: Memory, base_cfg: u64) -> Snapshot {
-    // IDR0: both stages, AArch64 tables, hardware updates, 16-bit ASIDs and VMIDs, two levels of CDs and STEs. IDR1.SSIDSIZE 16, SIDSIZE 32. IDR3.HAD, STT. IDR5:
-    // 52 bits both ways, all granules, DS.
-    let idr0 = 0b11 + (0b10 << 2) + (0b10 << 6) + (1 << 12) + (0b11 << 18) + (1 << 27);
+    // IDR0: both byte orders, accessed and dirty marks, two-level tables; IDR1: 16 bits of StreamID and SubstreamID; IDR3.HAD, STT; IDR5: 52 bits each way, all
+    // granules, DS.
     let registers = [
-        ("IDR0", idr0),
-        ("IDR1", (16 << 6) + 32),
+        ("IDR0", 0x090c_109b),
+        ("IDR1", (16 << 6) + 16),
         ("IDR3", 0x204),
         ("IDR5", 0x4f6),
         ("CR0", 0b1101),
@@ -137,7 +136,7 @@ pub fn smmu_nested(seed: u64) -> Option<(Snapshot, Nested)> {
         return None;
     }
     // Stage 2: concatenated tables for half of them.
-    let (input_bits, start_level) = if config.output_bits <= 40 && seed % 2 == 0 { (40, 1) } else { (48, 0) };
+    let (input_bits, start_level) = if config.output_bits <= 40 && seed.is_multiple_of(2) { (40, 1) } else { (48, 0) };
     let second = TableConfig::ArmStage2(ArmStage2 { granule: 4096, input_bits, output_bits: 48, start_level, ..ArmStage2::default() });
     // Guest memory for CDs: the L1CD table at one page, CDs 64 to 127 and 0 to 63 at two others.
     let (l1, upper, lower) = (0x12_3000, 0x45_6000, 0x78_9000);
@@ -193,11 +192,15 @@ pub fn smmu_single(format: Format, seed: u64) -> (Snapshot, Generated) {
 
 /// A VT-d unit with its structures at [`STRUCTURES`]; `mode` 0 is legacy, 1 scalable.
 pub fn vtd(memory: Memory, mode: u64) -> Snapshot {
-    // CAP: 16-bit domain ids; SAGAW 3, 4, 5 levels; MGAW 57; SLLPS 2M, 1G; FS1GP; FS5LP.
-    let cap = 6 + (0b1110 << 8) + (56 << 16) + (0b11 << 34) + (1 << 56) + (1 << 60);
-    // ECAP: DT, PT, NEST, PSS 20 bits, PASID, SMTS, SSTS, FSTS, RPS.
-    let ecap = (1 << 2) + (1 << 6) + (1 << 26) + (19 << 35) + (1 << 40) + (1 << 43) + (1 << 46) + (1 << 47) + (1 << 49);
-    let registers = [("CAP", cap), ("ECAP", ecap), ("GSTS", 0x8000_0000), ("RTADDR", STRUCTURES + (mode << 10))];
+    // CAP: SAGAW 3, 4, 5 levels; MGAW 57; SLLPS 2M, 1G; FS1GP; FS5LP.
+    let cap = (0b1110 << 8) + (56 << 16) + (0b11 << 34) + (1 << 56) + (1 << 60);
+    // ECAP: device TLBs, pass-through, nesting, 20-bit PASIDs, one for requests without, scalable mode, second and first stage.
+    let registers = [
+        ("CAP", cap),
+        ("ECAP", (1 << 2) + (1 << 6) + (1 << 26) + (1 << 40) + (19 << 35) + (1 << 43) + (1 << 46) + (1 << 47) + (1 << 49)),
+        ("GSTS", 0x8000_0000),
+        ("RTADDR", STRUCTURES + (mode << 10)),
+    ];
     Snapshot {
         unit_kind: "intel-vtd".to_string(),
         registers: registers.iter().map(|(name, value)| (name.to_string(), *value)).collect(),
@@ -218,7 +221,7 @@ fn scalable(memory: &mut Memory, first: u64, third: u64) {
     write_words(memory, STRUCTURES + 0x4000 + (0x4321 % 64) * 64, &[first, 0, third]);
 }
 
-/// Function 0x5fe of a VT-d unit in scalable mode with nested translation: requests without a PASID and with PASID 0x4321 get the same tables.
+/// Function 0x5fe of a VT-d unit in scalable mode with nested translation, for requests without a PASID; they use PASID 0x4321, which others may not.
 #[allow(clippy::missing_panics_doc)]
 pub fn vtd_nested(seed: u64) -> (Snapshot, Nested) {
     let first = generate_with(Format::VtdFirst, seed, Options { clusters: 6, ..Options::default() });
@@ -227,8 +230,8 @@ pub fn vtd_nested(seed: u64) -> (Snapshot, Nested) {
     let nested = nest(first, TableConfig::VtdSecond(second), &Memory::default(), seed);
     let TableConfig::VtdSecond(second) = nested.second.config else { unreachable!() };
     let mut memory = nested.memory.clone();
-    // AW 3, PGTT 3; FSPM from the levels, NXE.
-    let third = config.root + (u64::from(config.levels - 4) << 2) + (1 << 5);
+    // AW 3, PGTT 3; FSPM from the levels.
+    let third = config.root + (u64::from(config.levels - 4) << 2);
     scalable(&mut memory, 1 + (3 << 2) + (3 << 6) + second.root, third);
     (vtd(memory, 1), nested)
 }

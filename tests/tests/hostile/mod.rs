@@ -1,4 +1,4 @@
-//! Guests that mean no good, and what the tests of them share: fixtures, seeds, a hang detector, and the reference's view of the same guest.
+//! Guests that mean no good, and what the tests of them share: seeds, a hang detector, and the reference's view of the same guest.
 #![allow(dead_code)]
 
 pub mod compare;
@@ -7,7 +7,7 @@ mod loops;
 pub mod mutate;
 pub mod nested;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -36,32 +36,6 @@ pub fn rounds(usual: u64) -> u64 {
 pub fn plugins() -> &'static Plugins {
     static PLUGINS: OnceLock<Plugins> = OnceLock::new();
     PLUGINS.get_or_init(|| Plugins::builtin(&Engine::new(Config::default()).expect("an engine")).expect("the built-in plugins"))
-}
-
-/// Folders of real guests with an Arm or Intel unit. Says so in one line if there are none.
-pub fn fixtures() -> Vec<PathBuf> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let mut folders: Vec<PathBuf> = Vec::new();
-    for parent in [root.join("fixtures"), root.join("../../shared/fixtures")] {
-        let Ok(entries) = std::fs::read_dir(&parent) else { continue };
-        for path in entries.map(|entry| entry.expect("a folder's entry").path()) {
-            let Some(name) = path.file_name().map(|name| name.to_string_lossy().into_owned()) else { continue };
-            let known = folders.iter().any(|folder| folder.file_name() == path.file_name());
-            if (name.starts_with("arm64-") || name.starts_with("vtd-")) && path.join("snapshot.json").exists() && !known {
-                folders.push(path);
-            }
-        }
-    }
-    folders.sort();
-    if folders.is_empty() {
-        println!("skipped: no fixtures, neither in tests/fixtures nor in ../shared/fixtures");
-    }
-    folders
-}
-
-/// The last part of a path.
-pub fn name(path: &Path) -> String {
-    path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned())
 }
 
 /// Runs a case, and ends the program with the case's name if it does not come back.

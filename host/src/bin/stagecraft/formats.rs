@@ -83,12 +83,13 @@ fn report(listed: &[Listed<'_>], limits: &Limits) -> Value {
     let format = |(format, geometry): &(&FormatManifest, Geometry)| {
         let setting = |setting: &stagecraft::plugin::SettingManifest| {
             let default = setting.default.map(|value| if value >> 53 != 0 { json::hex(value) } else { Value::from(value) });
-            json!({"name": setting.name, "default": default, "description": setting.description})
+            json!({"name": setting.name, "default": default, "allowed": setting.allowed, "description": setting.description})
         };
         let range = |root: &stagecraft::table::Root| json!({"first": json::hex(root.first), "last": json::hex(root.last)});
         json!({
             "name": format.name,
             "description": format.description,
+            "section": format.section,
             "settings": format.settings.iter().map(setting).collect::<Vec<_>>(),
             "limits": {
                 "input": geometry.roots.iter().map(range).collect::<Vec<_>>(),
@@ -145,6 +146,9 @@ fn write_human(out: &mut impl Write, listed: &[Listed<'_>], limits: &Limits, set
 fn write_format(out: &mut impl Write, format: &FormatManifest, geometry: &Geometry, settings: bool) -> Result<()> {
     writeln!(out, "  {HEAD}{}{HEAD:#}", format.name)?;
     writeln!(out, "    {}", printable(&format.description))?;
+    if !format.section.is_empty() {
+        writeln!(out, "    {DIM}{}{DIM:#}", printable(&format.section))?;
+    }
     let mut rows = Columns::new(4, &[]);
     let ranges: Vec<String> = geometry.roots.iter().map(|root| format!("{:#x}..={:#x}", root.first, root.last)).collect();
     rows.row([Cell::styled("IOVA", DIM), ranges.join(", ").into()]);
@@ -156,14 +160,14 @@ fn write_format(out: &mut impl Write, format: &FormatManifest, geometry: &Geomet
     }
     rows.write(out)?;
     if settings {
-        let mut columns = Columns::new(4, &["SETTING", "DEFAULT", "MEANING"]).right(&[1]);
+        let mut columns = Columns::new(4, &["SETTING", "DEFAULT", "ALLOWED", "MEANING"]).right(&[1]);
         for setting in &format.settings {
             let default = match setting.default {
                 Some(value) if value >> 32 != 0 => format!("{value:#x}"),
                 Some(value) => value.to_string(),
                 None => "-".to_owned(),
             };
-            columns.row([setting.name.as_str().into(), default.into(), printable(&setting.description).into()]);
+            columns.row([setting.name.as_str().into(), default.into(), printable(&setting.allowed).into(), printable(&setting.description).into()]);
         }
         columns.write(out)?;
     }

@@ -204,7 +204,7 @@ fn write_mappings(out: &mut impl Write, mappings: &[Mapping], few: usize) -> Res
     if mappings.is_empty() {
         return Ok(());
     }
-    // Widths from the first block of rows hold for all: the list is written as it comes, however long it is.
+    // Block by block, so that a long list begins at once and is never held as text.
     for (block, part) in mappings[..mappings.len().min(few)].chunks(4096).enumerate() {
         let headings: &[&str] = if block == 0 { &["IOVA", "LAST", "ADDRESS", "SIZE", "ACCESS"] } else { &[] };
         let mut columns = Columns::new(2, headings).right(&[0, 1, 2, 3]);

@@ -70,6 +70,9 @@ fn view(session: &Session, path: &Path) -> Result<View> {
     }
 }
 
+/// Tables in each snapshot, if there are any.
+type TablePair = (Option<usize>, Option<usize>);
+
 /// How streams differ, and how many there are.
 fn differences(a: &View, b: &View) -> (Vec<Difference>, usize) {
     let key = |seen: &Seen| (seen.stream.id, seen.stream.pasid);
@@ -78,7 +81,7 @@ fn differences(a: &View, b: &View) -> (Vec<Difference>, usize) {
     keys.dedup();
     let in_a: HashMap<_, &Seen> = a.streams.iter().map(|seen| (key(seen), seen)).collect();
     let in_b: HashMap<_, &Seen> = b.streams.iter().map(|seen| (key(seen), seen)).collect();
-    let mut known: HashMap<(Option<usize>, Option<usize>), Rc<[Range]>> = HashMap::new();
+    let mut known: HashMap<TablePair, Rc<[Range]>> = HashMap::new();
     let mut differences: Vec<Difference> = Vec::new();
     for key in &keys {
         let pair = [in_a.get(key).copied(), in_b.get(key).copied()];

@@ -115,22 +115,22 @@ pub fn blocks(row: &Row<'_>, columns: u32) -> Vec<Block> {
     let mut blocks: Vec<Block> = Vec::new();
     for area in row.areas {
         let block = Block::new(area, column(area.iova.first), column(area.iova.last));
-        match blocks.last_mut() {
-            Some(last) if last.last >= block.first && is_small(last, &block) => last.merge(&block),
-            Some(last) if last.last >= block.first => {
-                // Two that are both wide enough to see share a column: it is the first one's.
-                let first = (last.last + 1).min(block.last);
-                blocks.push(Block { first, ..block });
-            }
-            _ => blocks.push(block),
+        let Some(last) = blocks.last_mut().filter(|last| last.last >= block.first) else {
+            blocks.push(block);
+            continue;
+        };
+        // A column that two share is the smaller one's, so that one page at the edge does not change the looks of the gigabyte beside it.
+        if block.last > last.last {
+            let first = last.last + 1;
+            blocks.push(Block { first, ..block });
+        } else if last.last > last.first {
+            last.last -= 1;
+            blocks.push(block);
+        } else {
+            last.merge(&block);
         }
     }
     blocks
-}
-
-/// Whether one of two blocks that share a column is too narrow to stand beside the other.
-const fn is_small(one: &Block, other: &Block) -> bool {
-    one.last == one.first || other.last <= other.first || one.areas > 1
 }
 
 #[cfg(test)]
@@ -166,6 +166,14 @@ mod tests {
         assert!(found.windows(2).all(|pair| pair[0].last < pair[1].first), "side by side");
         assert_eq!(found.iter().map(|block| block.areas).sum::<u64>(), 1000);
         assert_eq!(found.iter().map(|block| block.mapped).sum::<u128>(), 1000 * 0x1000);
+    }
+
+    #[test]
+    fn a_page_beside_a_gigabyte_is_a_block_of_its_own() {
+        let areas = [area(0, 0x1000), area(0x1000, 1 << 30), area((1 << 30) + 0x1000, 0x1000)];
+        let found = blocks(&Row { areas: &areas }, 100);
+        let columns: Vec<(u32, u32)> = found.iter().map(|block| (block.first, block.last)).collect();
+        assert_eq!(columns, [(0, 0), (1, 98), (99, 99)]);
     }
 
     #[test]

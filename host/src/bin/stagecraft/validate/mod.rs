@@ -227,7 +227,8 @@ impl Report {
         let known: Vec<(u64, u64)> = self.seen_in_stage(group, alone);
         let is_known = |path: &[Step]| path.last().is_some_and(|step| known.contains(&(step.table.0, step.index)));
         for FaultSeen { stage, cause, span, address, path } in examine.faults {
-            if alone.is_some() && is_known(&path) {
+            // No IOVA leads out of memory through an entry that no IOVA leads to.
+            if alone.is_some() && (cause == Cause::OutsideMemory || is_known(&path)) {
                 continue;
             }
             let finding = match (cause, path.last()) {
