@@ -17,7 +17,7 @@ pub mod unit;
 #[allow(unused_imports)] // the macro uses these on wasm32 only
 use crate::{table::Dart1, table::Dart2, unit::AppleDart};
 
-stagecraft_sdk::export_plugin! {
+stagecraft_sdk::export_format! {
     manifest: "../manifest.json",
     unit: AppleDart,
     formats: [Dart1, Dart2],

@@ -15,7 +15,7 @@ pub mod unit;
 #[allow(unused_imports)] // the macro uses these on wasm32 only
 use crate::{paging::Paging, unit::NoUnit};
 
-stagecraft_sdk::export_plugin! {
+stagecraft_sdk::export_format! {
     manifest: "../manifest.json",
     unit: NoUnit,
     formats: [Paging],

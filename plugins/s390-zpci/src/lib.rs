@@ -22,7 +22,7 @@ pub mod unit;
 #[allow(unused_imports)] // the macro uses these on wasm32 only
 use crate::{dma::Dma, unit::S390Zpci};
 
-stagecraft_sdk::export_plugin! {
+stagecraft_sdk::export_format! {
     manifest: "../manifest.json",
     unit: S390Zpci,
     formats: [Dma],
