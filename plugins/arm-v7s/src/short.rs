@@ -5,7 +5,7 @@
 //! * TTBCR.N (`split`) cuts the input range in two. The low range's table is as short as the range, the high range's is whole though
 //!   its beginning is never used.
 //! * First-level entries belong to one of 16 domains: no access, permissions count, or they do not. A domain without access faults at the first level.
-//! * Permissions are AP[2:0], or AP[2:1] with an access flag in AP[0]. Writes by privileged requests alone, of what others may read, are no
+//! * Permissions are `AP[2:0]`, or `AP[2:1]` with an access flag in `AP[0]`. Writes by privileged requests alone, of what others may read, are no
 //!   attribute of the contract's: they are left out unless all requests are privileged.
 //!
 //! `inherited` says what the first level adds: `NO_CHECKS` and `PXN`.
