@@ -173,6 +173,10 @@ pub fn convert(
     check_settings(&plugin, target)?;
     // Refuses settings that make no sense even where there is nothing to convert.
     plugin.instantiate()?.suggest(&target.format, &target.settings, &Need::default())?;
+    // A device whose own structures cannot be read is not one that is blocked.
+    if let Some((page, id)) = streams.iter().find_map(|stream| Some((stream.missing?, stream.id))) {
+        return Err(ConvertError::MissingPage { page: page.0 & !(crate::memory::PAGE - 1), id });
+    }
     let groups = groups(streams);
     let bits = plugin.open(&suggested(&plugin, target, &Need { last_address: highest(guest.map()), ..Need::default() })?)?;
     let bits = output_bits(bits, &target.format)?;
@@ -207,9 +211,12 @@ pub fn convert(
     Ok(Conversion { tables, streams: entries, arena, map })
 }
 
+/// The tables that some streams use, and those streams: id and PASID.
+type Group = (Vec<TableConfig>, Vec<(u64, Option<u32>)>);
+
 /// Streams that use the same tables.
-fn groups(streams: &[StreamState]) -> Vec<(Vec<TableConfig>, Vec<(u64, Option<u32>)>)> {
-    let mut groups: Vec<(Vec<TableConfig>, Vec<(u64, Option<u32>)>)> = Vec::new();
+fn groups(streams: &[StreamState]) -> Vec<Group> {
+    let mut groups: Vec<Group> = Vec::new();
     for stream in streams {
         let State::Translated(configs) = &stream.state else { continue };
         match groups.iter_mut().find(|(known, _)| known == configs) {
@@ -247,7 +254,7 @@ fn highest(map: &MemoryMap) -> u64 {
 
 fn convert_table(
     guest: &Guest<'_>,
-    (configs, streams): &(Vec<TableConfig>, Vec<(u64, Option<u32>)>),
+    (configs, streams): &Group,
     target: &Target,
     plugin: &Plugin,
     arena: &mut Arena,

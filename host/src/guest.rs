@@ -154,20 +154,28 @@ impl<'a> Guest<'a> {
         let mut streams = Vec::new();
         for device in &self.snapshot.devices {
             streams.push(self.stream(device.id, None)?);
-            let pasids = match (&self.unit, &self.snapshot.source) {
-                (Some(unit), _) => unit.pasids(device.id)?.value,
-                (None, Source::Tables(entries)) => {
-                    let mut pasids: Vec<u32> = entries.iter().filter(|entry| entry.id == device.id).filter_map(|entry| entry.pasid).collect();
-                    pasids.sort_unstable();
-                    pasids
-                }
-                (None, Source::Unit { .. }) => Vec::new(),
-            };
+            let pasids = self.pasids(device.id)?.value;
             for pasid in pasids {
                 streams.push(self.stream(device.id, Some(pasid))?);
             }
         }
         Ok(streams)
+    }
+
+    /// The PASIDs for which a device has a context, ascending, without the one that requests without PASID use.
+    ///
+    /// # Errors
+    /// As [`Guest::streams`].
+    pub fn pasids(&self, id: u64) -> Result<Found<Vec<u32>>, GuestError> {
+        match (&self.unit, &self.snapshot.source) {
+            (Some(unit), _) => Ok(unit.pasids(id)?),
+            (None, Source::Tables(entries)) => {
+                let mut value: Vec<u32> = entries.iter().filter(|entry| entry.id == id).filter_map(|entry| entry.pasid).collect();
+                value.sort_unstable();
+                Ok(Found { value, missing: None })
+            }
+            (None, Source::Unit { .. }) => Ok(Found { value: Vec::new(), missing: None }),
+        }
     }
 
     /// One stream.

@@ -66,3 +66,17 @@ impl Field {
 pub fn words(bytes: &[u8]) -> Vec<u64> {
     bytes.as_chunks::<8>().0.iter().map(|b| u64::from_le_bytes(*b)).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fields_are_named_by_their_highest_and_lowest_bit() {
+        let field = Field::new(11, 9);
+        assert_eq!((field.mask(), field.of(0xfff), field.put(0b1010), field.in_place(u64::MAX)), (0xe00, 7, 0x400, 0xe00));
+        assert_eq!(Field::new(63, 0).of(u64::MAX), u64::MAX);
+        assert_eq!((mask(63, 63), mask(0, 0), bit(63)), (1 << 63, 1, 1 << 63));
+        assert_eq!(words(&[1, 0, 0, 0, 0, 0, 0, 0x80, 9]), [0x8000_0000_0000_0001], "a cut word is dropped");
+    }
+}

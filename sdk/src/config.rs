@@ -140,3 +140,28 @@ impl Error {
         Self::Invalid(Invalid { field: field.to_owned(), value, section: section.to_owned(), reason: reason.to_owned() })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_are_checked_by_name_and_value() {
+        let settings: Settings = [("levels".to_owned(), 4), ("flag".to_owned(), 2)].into_iter().collect();
+        assert_eq!(settings.one_of("levels", 3, &[3, 4], "section 1"), Ok(4));
+        assert_eq!(settings.one_of("granule", 4096, &[4096], ""), Ok(4096), "the default");
+        let refused = |result: Result<u64, Error>| match result {
+            Err(Error::Invalid(invalid)) => invalid.reason,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(refused(settings.one_of("levels", 3, &[3, 5], "")), "must be one of 3, 5");
+        assert_eq!(refused(settings.within("levels", 3, 5, 6, "")), "must be 5 to 6");
+        assert!(settings.flag("flag", false).is_err() && settings.flag("other", true) == Ok(true));
+        assert!(settings.only(&["levels", "flag"]).is_ok() && settings.only(&["levels"]).is_err());
+        let mut changed = settings.clone();
+        changed.set("levels", 5);
+        changed.set_default("levels", 3);
+        changed.set_default("root", 0);
+        assert_eq!(changed.iter().collect::<Vec<_>>(), [("levels", 5), ("flag", 2), ("root", 0)]);
+    }
+}

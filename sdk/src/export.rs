@@ -1,6 +1,16 @@
-//! The bridge between the traits and the component's exports. Used by [`export_plugin!`](crate::export_plugin) only.
+//! The bridge between the traits and the component's exports. Used by [`export_format!`](crate::export_format) only.
 
-#[allow(missing_docs, missing_debug_implementations, unsafe_code, clippy::all, clippy::pedantic, clippy::undocumented_unsafe_blocks, clippy::multiple_unsafe_ops_per_block, clippy::unwrap_used, unreachable_pub)]
+#[allow(
+    missing_docs,
+    missing_debug_implementations,
+    unsafe_code,
+    clippy::all,
+    clippy::pedantic,
+    clippy::undocumented_unsafe_blocks,
+    clippy::multiple_unsafe_ops_per_block,
+    clippy::unwrap_used,
+    unreachable_pub
+)]
 mod bindings {
     wit_bindgen::generate!({
         path: "../wit/0.1.0",
@@ -240,31 +250,27 @@ pub fn open_if<F: Format + 'static>(config: &TableConfig) -> Option<Result<Box<d
 /// Suggests settings for format `F` if `format` names it.
 pub fn suggest_if<F: Format>(format: &str, settings: &Settings, need: &table::Need) -> Option<Result<Vec<types::Named>, types::Error>> {
     (format == F::NAME).then(|| {
-        let need = Need {
-            last_low: need.last_low,
-            first_high: need.first_high,
-            last_address: need.last_address,
-            alignment_log2: need.alignment_log2,
-        };
+        let need =
+            Need { last_low: need.last_low, first_high: need.first_high, last_address: need.last_address, alignment_log2: need.alignment_log2 };
         F::suggest(settings, &need).map(|settings| settings_out(&settings)).map_err(error_out)
     })
 }
 
-/// See [`export_plugin!`](crate::export_plugin).
+/// See [`export_format!`](crate::export_format).
 #[must_use]
 pub fn table_config(config: types::TableConfig) -> TableConfig {
     install_panic_hook();
     config_in(config)
 }
 
-/// See [`export_plugin!`](crate::export_plugin).
+/// See [`export_format!`](crate::export_format).
 #[must_use]
 pub fn settings(settings: Vec<types::Named>) -> Settings {
     install_panic_hook();
     named_in(settings).collect()
 }
 
-/// See [`export_plugin!`](crate::export_plugin).
+/// See [`export_format!`](crate::export_format).
 #[must_use]
 pub fn no_such_format(name: &str) -> types::Error {
     types::Error::Unsupported(format!("this plugin has no table format `{name}`"))
@@ -273,14 +279,14 @@ pub fn no_such_format(name: &str) -> types::Error {
 /// Makes the crate a plugin: exports the unit and the formats, and carries the manifest in a custom section.
 ///
 /// ```ignore
-/// stagecraft_sdk::export_plugin! {
+/// stagecraft_sdk::export_format! {
 ///     manifest: "../manifest.json",
 ///     unit: MyUnit,
 ///     formats: [FirstStage, SecondStage],
 /// }
 /// ```
 #[macro_export]
-macro_rules! export_plugin {
+macro_rules! export_format {
     (manifest: $manifest:literal, unit: $unit:ty, formats: [$($format:ty),+ $(,)?] $(,)?) => {
         #[cfg(target_arch = "wasm32")]
         #[allow(unsafe_code, missing_docs, missing_debug_implementations, clippy::undocumented_unsafe_blocks)]
@@ -288,8 +294,7 @@ macro_rules! export_plugin {
             use super::*;
             use $crate::export::{self, detect, table, types};
 
-            // A custom section of the module, read by the host before it compiles anything.
-            #[used]
+            // A custom section of the module, read by the host before it compiles anything. `#[used]` would keep a second copy in the data.
             #[unsafe(link_section = "stagecraft:manifest")]
             static MANIFEST: [u8; include_bytes!($manifest).len()] = *include_bytes!($manifest);
 

@@ -258,9 +258,7 @@ impl Meaning {
     pub const fn pack(self) -> (u64, u64) {
         match self {
             Self::Absent => (0, 0),
-            Self::Table { next, inherited } => {
-                (1 | (next.level as u64) << 8 | (next.first as u64) << 16 | (next.last as u64) << 32, inherited)
-            }
+            Self::Table { next, inherited } => (1 | (next.level as u64) << 8 | (next.first as u64) << 16 | (next.last as u64) << 32, inherited),
             Self::Leaf { size_log2, attributes } => (2 | (size_log2 as u64) << 8 | attributes.pack() << 16, 0),
             Self::Fault(kind) => (3 | (kind as u64) << 8, 0),
             Self::WholeEntry => (4, 0),
@@ -500,10 +498,7 @@ pub trait Format: Sized {
         }
         match kind {
             Kind::Table => Meaning::Table { next: self.next(level, pattern), inherited: self.inherit(level, inherited, pattern) },
-            _ => Meaning::Leaf {
-                size_log2: self.leaf_size_log2(level, pattern),
-                attributes: self.attributes(level, inherited, pattern),
-            },
+            _ => Meaning::Leaf { size_log2: self.leaf_size_log2(level, pattern), attributes: self.attributes(level, inherited, pattern) },
         }
     }
 
@@ -512,5 +507,99 @@ pub trait Format: Sized {
         let mut findings = Findings::default();
         self.check(level, self.kind(level, pattern), inherited, pattern, &mut findings);
         findings.into_vec()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Bit 0: valid; bit 1: table; bit 2: reserved; bit 3: reserved and ignored.
+    struct Small;
+
+    impl Format for Small {
+        const NAME: &'static str = "small/table";
+        fn open(_: &Settings) -> Result<Self, Error> {
+            Ok(Self)
+        }
+        fn suggest(settings: &Settings, _: &Need) -> Result<Settings, Error> {
+            Ok(settings.clone())
+        }
+        fn levels(&self) -> Vec<Level> {
+            Vec::new()
+        }
+        fn roots(&self) -> Vec<Root> {
+            Vec::new()
+        }
+        fn output_bits(&self) -> u8 {
+            48
+        }
+        fn kind(&self, _: u8, pattern: u64) -> Kind {
+            match pattern & 3 {
+                0 | 2 => Kind::Absent,
+                1 => Kind::Leaf,
+                _ => Kind::Table,
+            }
+        }
+        fn check(&self, _: u8, _: Kind, inherited: u64, pattern: u64, findings: &mut Findings) {
+            findings.should_be_zero(pattern, 1 << 3, "section 1", "bit 3 should be zero");
+            findings.reserved(pattern, 1 << 2, "section 1", "bit 2 must be zero");
+            if inherited == 7 {
+                findings.error(FaultKind::Permission, 0, "section 2", "forbidden from above");
+            }
+        }
+        fn next(&self, level: u8, _: u64) -> Next {
+            Next::whole(level + 1)
+        }
+        fn inherit(&self, _: u8, inherited: u64, _: u64) -> u64 {
+            inherited + 1
+        }
+        fn leaf_size_log2(&self, _: u8, _: u64) -> u8 {
+            12
+        }
+        fn attributes(&self, _: u8, _: u64, _: u64) -> Attributes {
+            Attributes { read: true, ..Attributes::default() }
+        }
+        fn encode_leaf(&self, _: u8, _: u8, _: Attributes) -> Option<Encoded> {
+            None
+        }
+        fn encode_table(&self, _: u8, _: u8) -> Option<u64> {
+            Some(3)
+        }
+    }
+
+    #[test]
+    fn decode_and_explain_cannot_disagree() {
+        assert_eq!(Small.decode(0, 0, 0b0110), Meaning::Absent, "an absent entry has no reserved bits");
+        assert_eq!(Small.decode(0, 0, 0b0101), Meaning::Fault(FaultKind::Reserved));
+        assert_eq!(Small.decode(0, 0, 0b1001), Meaning::Leaf { size_log2: 12, attributes: Attributes { read: true, ..Attributes::default() } });
+        assert_eq!(Small.decode(3, 6, 0b0011), Meaning::Table { next: Next::whole(4), inherited: 7 });
+        let findings = Small.explain(0, 7, 0b1101);
+        let seen: Vec<_> = findings.iter().map(|finding| (finding.severity, finding.kind, finding.bits)).collect();
+        assert_eq!(
+            seen,
+            [(Severity::Error, FaultKind::Reserved, 4), (Severity::Error, FaultKind::Permission, 0), (Severity::Warning, FaultKind::Reserved, 8)]
+        );
+    }
+
+    #[test]
+    fn meanings_are_packed_as_the_wit_says() {
+        assert_eq!(Meaning::Absent.pack(), (0, 0));
+        let next = Next { level: 0x12, first: 0x3456, last: 0x789a };
+        assert_eq!(Meaning::Table { next, inherited: u64::MAX }.pack(), (0x789a_3456_1201, u64::MAX));
+        let attributes = Attributes { write: true, writable_when_dirty: true, memory_type: MemoryType::Device, ..Attributes::default() };
+        assert_eq!(attributes.pack(), 0b10_0010_0010);
+        assert_eq!(Meaning::Leaf { size_log2: 0x15, attributes }.pack(), (0x222 << 16 | 0x1502, 0));
+        assert_eq!(Meaning::Fault(FaultKind::Configuration).pack(), (0x703, 0));
+        assert_eq!(Meaning::WholeEntry.pack(), (4, 0));
+    }
+
+    #[test]
+    fn attributes_survive_packing() {
+        for word in 0..1 << 10 {
+            if word >> 4 & 3 != 3 {
+                assert_eq!(Attributes::unpack(word).pack(), word);
+            }
+        }
     }
 }

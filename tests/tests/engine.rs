@@ -133,7 +133,7 @@ fn merged(pieces: &[Piece], windows: &[Span]) -> Vec<Mapping> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 96, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 32, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn what_is_built_is_what_is_walked(pieces in pieces()) {

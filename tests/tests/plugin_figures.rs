@@ -38,6 +38,9 @@ fn figures() {
         let engine = Engine::new(config()).expect("an engine");
         Plugin::load(&engine, &bytes).expect("compiled and kept");
         println!("  load from the cache: {:?}", median(51, || Plugin::load(&engine, &bytes).expect("cached")));
+        for file in std::fs::read_dir(cache.path().join("cache")).expect("entries") {
+            println!("  entry of {} bytes", file.expect("an entry").metadata().expect("its size").len());
+        }
         let plugin = Plugin::load(&engine, &bytes).expect("cached");
         println!("  instantiate: {:?}", median(201, || plugin.instantiate().expect("an instance")));
         println!("  open: {:?}", median(201, || plugin.open(&table).expect("a format")));

@@ -5,9 +5,10 @@ use std::cell::Cell;
 /// How much work one call may do on behalf of one guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Tables visited. A table that many entries point to counts each time.
+    /// Tables visited, of which more than one entry was read. A table that many entries point to counts each time.
     pub tables: u64,
-    /// Leaves seen. A table of the second stage that is visited for the sake of a first-stage leaf or table counts as one.
+    /// Leaves seen; one that falls into several pieces of memory counts as many. A table of the second stage that is visited for the sake of a first-stage
+    /// leaf or table counts as a leaf.
     pub leaves: u64,
     /// Separate mappings that are collected.
     pub mappings: u64,

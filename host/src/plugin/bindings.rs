@@ -1,6 +1,6 @@
-//! What Wasmtime makes of the WIT: one function per question, typed.
+//! What Wasmtime makes of the WIT: one function per question, typed. The unsafe code is the generator's.
 
-#![allow(missing_docs, missing_debug_implementations, unreachable_pub, clippy::all)]
+#![allow(unsafe_code, missing_docs, missing_debug_implementations, unreachable_pub, clippy::all)]
 
 wasmtime::component::bindgen!({
     path: "../wit/0.1.0",

@@ -5,17 +5,17 @@
 //! compiled anew. Entries appear at once and whole (written beside, then renamed).
 
 use rustix::fs::{Mode, OFlags};
-use sha2::{Digest as _, Sha256};
 use std::fs::File;
-use std::io::{Read as _, Write as _};
+use std::io::Read as _;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
 use wasmtime::component::Component;
 
 /// Counts up when the engine's configuration or the admission's policy changes: older entries are not looked at.
 const POLICY: u32 = 1;
 const MAGIC: &[u8; 16] = b"stagecraft-aot1\n";
+const CHECKSUM_BYTES: usize = 16;
+const HEADER_BYTES: usize = MAGIC.len() + CHECKSUM_BYTES;
 const MAX_BYTES: u64 = 256 << 20;
 
 /// A cache that is not fit for use.
@@ -76,20 +76,22 @@ impl Cache {
             Err(rustix::io::Errno::LOOP) => return Err(CacheError::Foreign { path, what: "is a symbolic link".to_owned() }),
             Err(error) => return Err(io(error.into())),
         };
-        check_owner(&file, &path)?;
-        let mut bytes = Vec::new();
+        let length = check_owner(&file, &path)?;
+        let mut bytes = Vec::with_capacity(length.min(MAX_BYTES) as usize + 1);
         File::from(file).take(MAX_BYTES).read_to_end(&mut bytes).map_err(io)?;
-        let Some(artefact) = checked(&bytes) else {
+        if checked(&bytes).is_none() {
             tracing::warn!(path = %path.display(), "a damaged entry of the plugin cache is compiled anew");
             return Ok(None);
-        };
-        // SAFETY: the file is a regular one of this user that nobody else may write, in a directory of which the same holds, and it is whole.
-        let component = unsafe { super::artefact::deserialize(engine, artefact) };
+        }
+        let component = super::artefact::deserialize(engine, &OwnEntry(bytes));
         Ok(component.map_err(|error| tracing::debug!(%error, "an entry of the plugin cache is for another engine")).ok())
     }
 
     /// Keeps a compiled form.
+    #[cfg(feature = "compile")]
     pub(super) fn put(&self, content: &[u8; 32], artefact: &[u8]) -> Result<(), CacheError> {
+        use std::io::Write as _;
+        use std::sync::atomic::{AtomicU32, Ordering};
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let name = Self::entry(content);
         let temporary = format!(".{name}.{}.{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
@@ -99,8 +101,7 @@ impl Cache {
         let _ = rustix::fs::unlinkat(&self.directory, &*temporary, rustix::fs::AtFlags::empty());
         let file = rustix::fs::openat(&self.directory, &*temporary, flags, Mode::RUSR | Mode::WUSR).map_err(|error| io(error.into()))?;
         let mut file = File::from(file);
-        let digest: [u8; 32] = Sha256::digest(artefact).into();
-        let written = [&MAGIC[..], &digest[..], artefact].iter().try_for_each(|part| file.write_all(part));
+        let written = [&MAGIC[..], &checksum(artefact)[..], artefact].iter().try_for_each(|part| file.write_all(part));
         let renamed = written.and_then(|()| Ok(rustix::fs::renameat(&self.directory, &*temporary, &self.directory, &*name)?));
         renamed.map_err(|error| {
             let _ = rustix::fs::unlinkat(&self.directory, &*temporary, rustix::fs::AtFlags::empty());
@@ -109,15 +110,43 @@ impl Cache {
     }
 }
 
+/// An entry that only this user can have written, and that is whole.
+pub(super) struct OwnEntry(Vec<u8>);
+
+impl OwnEntry {
+    pub(super) fn artefact(&self) -> &[u8] {
+        &self.0[HEADER_BYTES..]
+    }
+}
+
 /// The artefact in an entry that is whole.
 fn checked(entry: &[u8]) -> Option<&[u8]> {
     let rest = entry.strip_prefix(MAGIC)?;
-    let (digest, artefact) = rest.split_at_checked(32)?;
-    (Sha256::digest(artefact).as_slice() == digest).then_some(artefact)
+    let (sum, artefact) = rest.split_at_checked(CHECKSUM_BYTES)?;
+    (checksum(artefact) == sum).then_some(artefact)
 }
 
-/// Refuses what somebody else could have written. `file` is open, so what is checked is what is read.
-fn check_owner(file: &OwnedFd, path: &Path) -> Result<(), CacheError> {
+/// Finds damage, not malice: whoever could write the file could write any sum. A cryptographic one would take half of the time of a start.
+fn checksum(bytes: &[u8]) -> [u8; CHECKSUM_BYTES] {
+    const ODD: u64 = 0x9e37_79b9_7f4a_7c15;
+    let mut lanes = [1_u64, 2, 3, 4];
+    let mix = |lane: &mut u64, word: [u8; 8]| *lane = (*lane ^ u64::from_le_bytes(word)).wrapping_mul(ODD).rotate_left(29);
+    let (blocks, rest) = bytes.as_chunks::<32>();
+    for block in blocks {
+        lanes.iter_mut().zip(block.as_chunks::<8>().0).for_each(|(lane, word)| mix(lane, *word));
+    }
+    for (index, byte) in rest.iter().enumerate() {
+        mix(&mut lanes[index % 4], [*byte; 8]);
+    }
+    let fold = |a: u64, b: u64| (a ^ b.rotate_left(32) ^ bytes.len() as u64).wrapping_mul(ODD);
+    let mut sum = [0; CHECKSUM_BYTES];
+    sum[..8].copy_from_slice(&fold(lanes[0], lanes[1]).to_le_bytes());
+    sum[8..].copy_from_slice(&fold(lanes[2], lanes[3]).to_le_bytes());
+    sum
+}
+
+/// Refuses what somebody else could have written. `file` is open, so what is checked is what is read. Answers its length.
+fn check_owner(file: &OwnedFd, path: &Path) -> Result<u64, CacheError> {
     let status = rustix::fs::fstat(file).map_err(|error| CacheError::Io { path: path.to_owned(), error: error.into() })?;
     let foreign = |what: String| Err(CacheError::Foreign { path: path.to_owned(), what });
     let us = rustix::process::geteuid().as_raw();
@@ -128,7 +157,26 @@ fn check_owner(file: &OwnedFd, path: &Path) -> Result<(), CacheError> {
         return foreign(format!("can be written by others (mode {:o})", status.st_mode & 0o7777));
     }
     match rustix::fs::FileType::from_raw_mode(status.st_mode) {
-        rustix::fs::FileType::RegularFile | rustix::fs::FileType::Directory => Ok(()),
+        rustix::fs::FileType::RegularFile | rustix::fs::FileType::Directory => Ok(status.st_size.unsigned_abs()),
         _ => foreign("is not a regular file".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{MAGIC, checked, checksum};
+
+    #[test]
+    fn damage_anywhere_is_found() {
+        let artefact: Vec<u8> = (0..1000_u32).map(|n| (n * 7) as u8).collect();
+        let entry = [&MAGIC[..], &checksum(&artefact)[..], &artefact].concat();
+        assert_eq!(checked(&entry), Some(&*artefact));
+        for index in 0..entry.len() {
+            let mut damaged = entry.clone();
+            damaged[index] ^= 0x10;
+            assert_eq!(checked(&damaged), None, "byte {index}");
+            assert_eq!(checked(&entry[..index]), None, "cut at {index}");
+        }
+        assert_eq!(checked(&[&entry[..], &[0]].concat()), None, "one more byte");
     }
 }

@@ -351,14 +351,16 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
 
     /// Walks the part of a table that lies in `span`, of which the entries `exists` exist.
     fn table(&mut self, place: Place, span: Span, exists: (u64, u64)) -> Result<(), WalkError> {
-        match self.stage {
-            1 => self.budget.charge_table()?,
-            _ => self.budget.charge_leaves(1)?,
-        }
         let level = &self.plan.levels[usize::from(place.level)];
         let lsb = level.index_lsb;
         let (wanted_first, wanted_last) = ((span.first - place.base) >> lsb, (span.last - place.base) >> lsb);
         let (first, last) = (wanted_first.max(exists.0), wanted_last.min(exists.1).min(level.entries() - 1));
+        // One entry is paid for by what leads to it: there are as many as levels. A second stage is walked once and more for each leaf of the first.
+        if self.stage > 1 {
+            self.budget.charge_leaves(1)?;
+        } else if first < last {
+            self.budget.charge_table()?;
+        }
         self.path.push(Step {
             level: place.level,
             number: level.number,
@@ -573,6 +575,10 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
                 self.fault(Cause::OutsideMemory, span, Some(hole))?;
             }
             let iova = Span { first: part.first + (target.first - first), last: part.first + (target.last - first) };
+            // The first piece was paid for with the leaf.
+            if next.is_none_or(|next| next != wanted.first) {
+                self.budget.charge_leaves(1)?;
+            }
             self.visitor.piece(&Piece { iova, address: target.first, attributes }, self.path)?;
             next = target.last.checked_add(1);
         }

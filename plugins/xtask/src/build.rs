@@ -13,6 +13,8 @@ const STACK_BYTES: u32 = 64 << 10;
 /// The most memory that a plugin of ours says it wants; the host refuses a memory without a maximum.
 const MEMORY_BYTES: u32 = 4 << 20;
 
+const MANIFEST_SECTION: &str = "stagecraft:manifest";
+
 /// Where the toolchain keeps what is needed.
 #[derive(Debug)]
 pub struct Toolchain {
@@ -55,7 +57,11 @@ impl Toolchain {
             bail!("cargo failed; if the target is missing: rustup target add {TARGET}");
         }
         let file = self.target_folder.join(TARGET).join("plugin").join(format!("{}.wasm", plugin.package.replace('-', "_")));
-        std::fs::read(&file).with_context(|| format!("reading {}", file.display()))
+        let component = std::fs::read(&file).with_context(|| format!("reading {}", file.display()))?;
+        if !component.windows(MANIFEST_SECTION.len()).any(|bytes| bytes == MANIFEST_SECTION.as_bytes()) {
+            bail!("the linker dropped the custom section {MANIFEST_SECTION}");
+        }
+        Ok(component)
     }
 
     /// The caller's flags for the target, and ours.

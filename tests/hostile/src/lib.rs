@@ -9,7 +9,7 @@ use stagecraft_sdk::{
 };
 use std::cell::Cell;
 
-stagecraft_sdk::export_plugin! {
+stagecraft_sdk::export_format! {
     manifest: "../manifest.json",
     unit: Hostile,
     formats: [Radix],
@@ -27,7 +27,7 @@ pub mod mode {
     pub const BOMB: u64 = 3;
     /// A geometry with 60 index bits.
     pub const NONSENSE_GEOMETRY: u64 = 4;
-    /// A geometry with 20,000 roots.
+    /// A geometry with 2,000 roots.
     pub const MANY_ROOTS: u64 = 5;
     /// `decode` answers something else at every call.
     pub const FICKLE: u64 = 6;
@@ -53,7 +53,7 @@ pub mod mode {
     pub const WHOLE_AGAIN: u64 = 16;
     /// `decode` reads guest memory, which is not there outside of `detect`, and answers absent if it gets none.
     pub const READS_MEMORY: u64 = 17;
-    /// Panics in `decode` with a text of 1 MiB.
+    /// Panics in `decode` with a text of 320 KiB.
     pub const LONG_PANIC: u64 = 18;
     /// `lookup` answers a format that the manifest does not name.
     pub const FOREIGN_FORMAT: u64 = 19;
@@ -97,7 +97,7 @@ impl Radix {
             mode::RECURSE => {
                 std::hint::black_box(recurse(pattern));
             }
-            mode::LONG_PANIC => panic!("{}", "long ".repeat(1 << 18)),
+            mode::LONG_PANIC => panic!("{}", "long ".repeat(1 << 16)),
             mode::LOG_FLOOD => flood(),
             _ => {}
         }
@@ -181,7 +181,7 @@ impl Format for Radix {
     fn roots(&self) -> Vec<Root> {
         let root = Root { setting: "root", first: 0, last: (1 << 39) - 1, address: self.root.unwrap_or(0), ..Root::default() };
         let count = match (self.mode, self.root) {
-            (mode::MANY_ROOTS, _) => 20_000,
+            (mode::MANY_ROOTS, _) => 2_000,
             (_, None) => 0,
             _ => 1,
         };

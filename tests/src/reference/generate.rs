@@ -182,7 +182,15 @@ pub fn random_config(format: Format, rng: &mut Rng) -> TableConfig {
         }
         Format::VtdSecond => {
             let levels = rng.pick(&[3, 4, 4, 5]);
-            TableConfig::VtdSecond(VtdSecond { root: 0, levels, input_bits: 12 + 9 * levels, output_bits: 52, large_2m: true, large_1g: true })
+            TableConfig::VtdSecond(VtdSecond {
+                root: 0,
+                levels,
+                input_bits: 12 + 9 * levels,
+                output_bits: 52,
+                large_2m: true,
+                large_1g: true,
+                snoop_control: false,
+            })
         }
     }
 }

@@ -8,6 +8,7 @@ pub mod detect;
 pub mod generate;
 pub mod snapshot;
 pub mod tables;
+pub mod units;
 pub mod walk;
 
 #[cfg(test)]

@@ -105,6 +105,8 @@ pub struct VtdSecond {
     pub large_2m: bool,
     /// 1G leaves are supported (CAP.SLLPS).
     pub large_1g: bool,
+    /// The unit has snoop control (ECAP.SC): bit 11 of a leaf is not reserved.
+    pub snoop_control: bool,
 }
 
 /// A table with its format and settings.
@@ -222,11 +224,10 @@ fn arm_input_bits(input_bits: u64, granule: u64, lpa2: bool) -> Result<u32, Prob
 fn arm_address(descriptor: u64, g: u32, shift: u32, lpa2: bool, output_bits: u32) -> Option<u64> {
     let mut address = 0;
     if g == 16 {
-        // 64K granule: with 52-bit addresses, bits 15 to 12 are address bits 51 to 48; else they are RES0.
+        // 64K granule: bits 15 to 12 are address bits 51 to 48. That is so on every implementation with 52-bit physical addresses, whatever size is configured, and
+        // a choice of the implementation on others (`AArch64.LeafBase`): the one that fails closed is taken.
         address |= bits(descriptor, 47, 16) << 16;
-        if output_bits == 52 {
-            address |= bits(descriptor, 15, 12) << 48;
-        }
+        address |= bits(descriptor, 15, 12) << 48;
     } else if lpa2 {
         // DS: bits 49 to g in place, bits 9 to 8 are address bits 51 to 50.
         address |= bits(descriptor, 49, g) << g;
@@ -431,6 +432,11 @@ impl VtdSecond {
             return Entry::Fault;
         }
         let page_size = bit(entry, 7);
+        let leaf = step.level == 1 || (step.level <= 3 && page_size);
+        // Bit 62 is reserved (it was the transient-mapping bit once), and bit 11, which forces snooping, in table entries and on units without snoop control.
+        if bit(entry, 62) || (bit(entry, 11) && !(leaf && self.snoop_control)) {
+            return Entry::Fault;
+        }
         match step.level {
             1 => Entry::Leaf { address, access },
             2 | 3 if page_size => {
@@ -485,7 +491,7 @@ impl TableConfig {
                 "lpa2",
             ],
             "intel-vtd/first-stage" => &["root", "levels", "output-bits", "large-1g", "execute-disable"],
-            "intel-vtd/second-stage" => &["root", "levels", "input-bits", "output-bits", "large-2m", "large-1g"],
+            "intel-vtd/second-stage" => &["root", "levels", "input-bits", "output-bits", "large-2m", "large-1g", "snoop-control"],
             _ => return Err(Problem::Unsupported(format!("format {format}"))),
         };
         if let Some(key) = settings.iter().find(|(key, value)| **value != 0 && !known.contains(&key.as_str())).map(|(key, _)| key) {
@@ -574,6 +580,7 @@ impl TableConfig {
                     output_bits: output_bits(52)?,
                     large_2m: flag("large-2m", true),
                     large_1g: flag("large-1g", true),
+                    snoop_control: flag("snoop-control", false),
                 })
             }
         };
@@ -646,6 +653,7 @@ impl TableConfig {
                 }
                 all.push(("output-bits", u64::from(config.output_bits), 52));
                 all.extend([("large-2m", u64::from(config.large_2m), 1), ("large-1g", u64::from(config.large_1g), 1)]);
+                all.push(("snoop-control", u64::from(config.snoop_control), 0));
             }
         }
         all.into_iter().filter(|(_, value, default)| value != default).map(|(key, value, _)| (key.to_string(), value)).collect()

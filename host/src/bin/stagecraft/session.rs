@@ -1,0 +1,106 @@
+//! What every question needs first: the plugins, the snapshot, the device that is meant.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, bail};
+use stagecraft::guest::Guest;
+use stagecraft::memory::Limits;
+use stagecraft::plugin::{Config, Engine, EngineError, PluginDirectory, Plugins};
+use stagecraft::snapshot::{Device, Snapshot};
+
+use crate::numbers::number;
+use crate::options::Global;
+use crate::output::printable;
+
+/// Devices that an error message lists.
+const LISTED: usize = 12;
+
+/// The plugins and limits of one run.
+#[derive(Debug)]
+pub struct Session {
+    /// All plugins.
+    pub plugins: Plugins,
+    budget_tables: Option<u64>,
+    budget_leaves: Option<u64>,
+}
+
+impl Session {
+    /// With the built-in plugins and those of the plugin folder.
+    pub fn new(global: &Global) -> Result<Self> {
+        let engine = engine(global)?;
+        let mut plugins = Plugins::builtin(&engine)?;
+        let from_environment = || std::env::var_os("STAGECRAFT_PLUGINS").filter(|path| !path.is_empty()).map(PathBuf::from);
+        if let Some(path) = global.plugins.clone().or_else(from_environment) {
+            plugins = plugins.with_directory(&PluginDirectory::open(&path)?)?;
+        }
+        Ok(Self { plugins, budget_tables: global.budget_tables, budget_leaves: global.budget_leaves })
+    }
+
+    /// A snapshot, looked at within the budgets of the command line.
+    pub fn guest<'a>(&'a self, snapshot: &'a Snapshot) -> Result<Guest<'a>> {
+        let mut limits = Limits::for_pages(snapshot.pages);
+        if let Some(tables) = self.budget_tables {
+            limits.tables = tables;
+            limits.leaves = tables.saturating_mul(512);
+        }
+        limits.leaves = self.budget_leaves.unwrap_or(limits.leaves);
+        Ok(Guest::with_limits(snapshot, &self.plugins, limits)?)
+    }
+}
+
+/// The engine, with a cache for compiled plugins. A cache that was asked for must be fit for use; the default one is used if it is.
+fn engine(global: &Global) -> Result<Engine> {
+    if let Some(cache) = &global.cache {
+        return Ok(Engine::new(Config::default().with_cache(cache))?);
+    }
+    if let Some(cache) = default_cache() {
+        match Engine::new(Config::default().with_cache(&cache)) {
+            Ok(engine) if rustix::fs::access(&cache, rustix::fs::Access::WRITE_OK).is_ok() => return Ok(engine),
+            Ok(_) => tracing::debug!(cache = %cache.display(), "no cache for compiled plugins: it cannot be written"),
+            Err(EngineError::Cache(error)) => tracing::debug!(%error, "no cache for compiled plugins"),
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(Engine::new(Config::default())?)
+}
+
+fn default_cache() -> Option<PathBuf> {
+    let folder = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let base = folder("XDG_CACHE_HOME").or_else(|| folder("HOME").map(|home| home.join(".cache")))?;
+    Some(base.join("stagecraft"))
+}
+
+/// Reads a snapshot.
+pub fn load(path: &Path) -> Result<Snapshot> {
+    match std::fs::metadata(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            bail!("{}: no such snapshot; give a folder with snapshot.json and pages.bin", path.display())
+        }
+        Ok(metadata) if !metadata.is_dir() => bail!("{}: not a folder; give the one with snapshot.json and pages.bin", path.display()),
+        _ => Ok(Snapshot::load(path)?),
+    }
+}
+
+/// The device that `text` means: its label, or its id in decimal or hex.
+pub fn device<'a>(snapshot: &'a Snapshot, text: &str) -> Result<&'a Device> {
+    let mut labelled = snapshot.devices.iter().filter(|device| device.label == text);
+    match (labelled.next(), labelled.next()) {
+        (Some(device), None) => return Ok(device),
+        (Some(one), Some(other)) => bail!("devices {:#x} and {:#x} both have the label `{}`; give the id", one.id, other.id, printable(text)),
+        (None, _) => {}
+    }
+    if let Some(device) = number(text).ok().and_then(|id| snapshot.device(id)) {
+        return Ok(device);
+    }
+    let mut known: Vec<String> = snapshot.devices.iter().take(LISTED).map(name).collect();
+    if snapshot.devices.len() > LISTED {
+        known.push(format!("{} more", snapshot.devices.len() - LISTED));
+    }
+    let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+    bail!("no device `{}` in this snapshot; there are {known}", printable(text))
+}
+
+/// Id and label of a device.
+pub fn name(device: &Device) -> String {
+    format!("{:#x} ({})", device.id, printable(&device.label))
+}

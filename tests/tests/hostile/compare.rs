@@ -1,0 +1,334 @@
+//! The engine's view of a guest beside the reference's.
+
+use stagecraft::guest::{GuestError, State, StreamState};
+use stagecraft::memory::MemoryMap;
+use stagecraft::plugin::{CallError, Refusal, TableConfig};
+use stagecraft::table::Mapping;
+use stagecraft::{Access, Span};
+use stagecraft_tests::reference::detect::Resolution;
+use stagecraft_tests::reference::tables::{self, ArmHalf, ArmStage1, ArmStage2, VtdFirst, VtdSecond};
+use stagecraft_tests::reference::{self, Problem, Run};
+
+/// The plugins' settings for what the reference found or generated.
+pub fn plugin_config(config: &tables::TableConfig) -> TableConfig {
+    let mut table = TableConfig::new(config.format(), &[]);
+    let mut set = |name: &str, value: u64| table.settings.set(name, value);
+    match *config {
+        tables::TableConfig::ArmStage1(config) => {
+            let any = config.low.or(config.high).expect("a half");
+            set("granule", any.granule);
+            set("input-bits", any.input_bits.into());
+            match config.low {
+                Some(low) => {
+                    set("root", low.root);
+                    set("tbi", low.top_byte_ignored.into());
+                    set("hierarchy-disabled", low.hierarchical_disabled.into());
+                }
+                None => set("low-disabled", 1),
+            }
+            if let Some(high) = config.high {
+                set("granule-high", high.granule);
+                set("input-bits-high", high.input_bits.into());
+                set("root-high", high.root);
+                set("tbi-high", high.top_byte_ignored.into());
+                set("hierarchy-disabled-high", high.hierarchical_disabled.into());
+            }
+            set("output-bits", config.output_bits.into());
+            set("mair", config.mair);
+            set("hardware-access", config.hardware_access.into());
+            set("hardware-dirty", config.hardware_dirty.into());
+            set("access-flag-disabled", config.access_flag_disabled.into());
+            set("big-endian", config.big_endian.into());
+            let wide = [config.low, config.high].into_iter().flatten().any(|half| half.granule != 65536);
+            set("lpa2", (config.lpa2 && wide).into());
+            set("privileged", config.privileged.into());
+        }
+        tables::TableConfig::ArmStage2(config) => {
+            set("granule", config.granule);
+            set("input-bits", config.input_bits.into());
+            set("output-bits", config.output_bits.into());
+            set("start-level", if config.start_level < 0 { 255 } else { config.start_level as u64 });
+            set("root", config.root);
+            set("hardware-access", config.hardware_access.into());
+            set("hardware-dirty", config.hardware_dirty.into());
+            set("access-flag-disabled", config.access_flag_disabled.into());
+            set("big-endian", config.big_endian.into());
+            set("lpa2", (config.lpa2 && config.granule != 65536).into());
+        }
+        tables::TableConfig::VtdFirst(config) => {
+            set("levels", config.levels.into());
+            set("root", config.root);
+            set("output-bits", config.output_bits.into());
+            set("page-1g", config.large_1g.into());
+        }
+        tables::TableConfig::VtdSecond(config) => {
+            set("levels", config.levels.into());
+            set("root", config.root);
+            set("output-bits", config.output_bits.into());
+            set("input-bits", config.input_bits.into());
+            set("page-2m", config.large_2m.into());
+            set("page-1g", config.large_1g.into());
+            set("snoop-control", config.snoop_control.into());
+        }
+    }
+    table
+}
+
+/// The reference's settings for what a plugin found or a conversion made; none for what the reference does not know.
+pub fn reference_config(table: &TableConfig) -> Option<tables::TableConfig> {
+    let get = |name: &str, default: u64| table.settings.get(name).unwrap_or(default);
+    let flag = |name: &str| get(name, 0) != 0;
+    Some(match table.format.as_str() {
+        "arm-smmuv3/stage1" => {
+            let privileged = flag("privileged") || flag("single-privilege");
+            if flag("pan") && privileged {
+                return None;
+            }
+            let half = |suffix: &str, granule: u64, input_bits: u64| {
+                let flag = |name: &str| flag(&format!("{name}{suffix}"));
+                let half = ArmHalf {
+                    root: get(&format!("root{suffix}"), 0),
+                    granule,
+                    input_bits: input_bits as u32,
+                    top_byte_ignored: flag("tbi"),
+                    hierarchical_disabled: flag("hierarchy-disabled"),
+                };
+                // Unprivileged requests fault there, whatever the tables say.
+                (!flag("unprivileged-disabled") || privileged).then_some(half)
+            };
+            let (granule, input_bits) = (get("granule", 4096), get("input-bits", 48));
+            let has_high = table.settings.get("root-high").is_some() || table.settings.get("input-bits-high").is_some();
+            tables::TableConfig::ArmStage1(ArmStage1 {
+                low: if flag("low-disabled") { None } else { half("", granule, input_bits) },
+                high: if has_high { half("-high", get("granule-high", granule), get("input-bits-high", input_bits)) } else { None },
+                output_bits: get("output-bits", 48) as u32,
+                mair: get("mair", 0),
+                hardware_access: flag("hardware-access"),
+                hardware_dirty: flag("hardware-dirty"),
+                access_flag_disabled: flag("access-flag-disabled"),
+                big_endian: flag("big-endian"),
+                lpa2: flag("lpa2"),
+                privileged,
+            })
+        }
+        "arm-smmuv3/stage2" => {
+            let (granule, input_bits, lpa2) = (get("granule", 4096), get("input-bits", 48), flag("lpa2"));
+            let page_bits = granule.trailing_zeros();
+            // As few levels as it takes; the 16K granule has a level 0 only with 52-bit addresses.
+            let start = 4 - (input_bits as u32 - page_bits).div_ceil(page_bits - 3) as i32;
+            let start = if granule == 16384 && start == 0 && !lpa2 { 1 } else { start };
+            tables::TableConfig::ArmStage2(ArmStage2 {
+                root: get("root", 0),
+                granule,
+                input_bits: input_bits as u32,
+                output_bits: get("output-bits", 48) as u32,
+                start_level: match table.settings.get("start-level") {
+                    Some(255) => -1,
+                    Some(level) => level as i32,
+                    None => start,
+                },
+                hardware_access: flag("hardware-access"),
+                hardware_dirty: flag("hardware-dirty"),
+                access_flag_disabled: flag("access-flag-disabled"),
+                big_endian: flag("big-endian"),
+                lpa2,
+            })
+        }
+        "intel-vtd/first-stage" => {
+            if flag("privileged") {
+                return None;
+            }
+            tables::TableConfig::VtdFirst(VtdFirst {
+                root: get("root", 0),
+                levels: get("levels", 4) as u32,
+                output_bits: get("output-bits", 48) as u32,
+                large_1g: get("page-1g", 1) != 0,
+                execute_disable: true,
+            })
+        }
+        "intel-vtd/second-stage" => {
+            if flag("io-permissions") {
+                return None;
+            }
+            let levels = get("levels", 4) as u32;
+            tables::TableConfig::VtdSecond(VtdSecond {
+                root: get("root", 0),
+                levels,
+                input_bits: (get("input-bits", 57) as u32).min(12 + 9 * levels),
+                output_bits: get("output-bits", 48) as u32,
+                large_2m: get("page-2m", 1) != 0,
+                large_1g: get("page-1g", 1) != 0,
+                snoop_control: flag("snoop-control"),
+            })
+        }
+        _ => return None,
+    })
+}
+
+/// Without what plays no part in what devices reach: memory attributes, and root addresses as they were written instead of as they are used.
+fn normal(config: &tables::TableConfig) -> tables::TableConfig {
+    let mut config = *config;
+    let regions = config.regions().expect("what was resolved has regions");
+    let root = |half: usize| regions.iter().find(|region| region.half == half).map_or(0, |region| region.root);
+    match &mut config {
+        tables::TableConfig::ArmStage1(config) => {
+            config.mair = 0;
+            for (index, half) in [&mut config.low, &mut config.high].into_iter().enumerate() {
+                if let Some(half) = half {
+                    half.root = root(index);
+                }
+            }
+            // 64K pages have 52-bit addresses without it.
+            config.lpa2 &= [config.low, config.high].into_iter().flatten().any(|half| half.granule != 65536);
+            config.hardware_dirty &= config.hardware_access;
+            config.access_flag_disabled &= !config.hardware_access;
+        }
+        tables::TableConfig::ArmStage2(config) => {
+            config.root = root(0);
+            config.lpa2 &= config.granule != 65536;
+            config.hardware_dirty &= config.hardware_access;
+            config.access_flag_disabled &= !config.hardware_access;
+        }
+        tables::TableConfig::VtdFirst(config) => config.output_bits = 0,
+        tables::TableConfig::VtdSecond(config) => config.output_bits = 0,
+    }
+    config
+}
+
+/// A difference in what a device gets that is known, and who is right.
+struct Exception {
+    /// What the engine says: its reason, or its error, contains this.
+    engine: &'static str,
+    /// What the reference says.
+    reference: fn(&Result<Resolution, Problem>) -> bool,
+    /// Why that is no mistake of the engine.
+    _why: &'static str,
+}
+
+fn unsupported(result: &Result<Resolution, Problem>) -> bool {
+    matches!(result, Err(Problem::Unsupported(_)))
+}
+
+fn unreadable(result: &Result<Resolution, Problem>) -> bool {
+    matches!(result, Err(Problem::Unreadable(_)))
+}
+
+/// All known differences in device states.
+const EXCEPTIONS: &[Exception] = &[];
+
+/// What both found, if both found tables; `Err` says how they differ.
+pub fn same_state(
+    engine: &Result<StreamState, GuestError>,
+    reference: &Result<Resolution, Problem>,
+) -> Result<Option<(Vec<TableConfig>, Vec<tables::TableConfig>)>, String> {
+    let said = match engine {
+        Ok(stream) => match &stream.state {
+            State::Bypass => "bypass".to_owned(),
+            State::Blocked(reason) => format!("blocked: {reason}"),
+            State::Translated(tables) => tables.iter().map(|table| format!("<{table}>")).collect::<Vec<_>>().join(" then "),
+        },
+        Err(error) => format!("error: {error}"),
+    };
+    let differ = || {
+        if EXCEPTIONS.iter().any(|exception| said.contains(exception.engine) && (exception.reference)(reference)) {
+            Ok(None)
+        } else {
+            Err(format!("the engine says {said}, the reference {reference:x?}"))
+        }
+    };
+    match (engine, reference) {
+        (Ok(StreamState { state: State::Bypass, .. }), Ok(Resolution::Bypass)) => Ok(None),
+        (Ok(StreamState { state: State::Blocked(_), .. }), Ok(Resolution::Blocked(_))) => Ok(None),
+        // A structure that cannot be read blocks; a check that comes before the read may be named instead.
+        (Ok(StreamState { state: State::Blocked(_), .. }), Err(Problem::Unreadable(_))) => Ok(None),
+        (Err(GuestError::Lookup(stagecraft::device::LookupError::Call(CallError::Refused { refusal, .. }))), Err(Problem::Unsupported(_)))
+            if matches!(refusal, Refusal::Unsupported(_)) =>
+        {
+            Ok(None)
+        }
+        (Ok(StreamState { state: State::Translated(found), .. }), Ok(Resolution::Tables(expected))) => {
+            let translated: Option<Vec<tables::TableConfig>> = found.iter().map(reference_config).collect();
+            let Some(translated) = translated else { return differ() };
+            let equal = translated.len() == expected.len()
+                && translated.iter().zip(expected).all(|(one, other)| one.regions().is_ok() && normal(one) == normal(other));
+            if equal { Ok(Some((found.clone(), expected.clone()))) } else { differ() }
+        }
+        _ => differ(),
+    }
+}
+
+/// What can happen to a lookup: a plugin that traps or is interrupted is a bug, however absurd the guest.
+pub fn is_orderly(error: &GuestError) -> bool {
+    use stagecraft::device::LookupError;
+    match error {
+        GuestError::Lookup(LookupError::Exhausted(_)) => true,
+        GuestError::Lookup(LookupError::Call(error)) | GuestError::Call(error) => matches!(error, CallError::Refused { .. }),
+        _ => false,
+    }
+}
+
+/// What devices reach of the reference's runs once addresses that do not exist are taken away: maximal runs again.
+pub fn clip(runs: &[Run], map: &MemoryMap) -> Vec<Mapping> {
+    let mut clipped: Vec<Mapping> = Vec::new();
+    for run in runs {
+        let Some(last) = run.address.checked_add(run.size - 1) else { continue };
+        for part in map.targets_within(Span { first: run.address, last }) {
+            let first = run.iova + (part.first - run.address);
+            let iova = Span { first, last: first + part.length_minus_one() };
+            append(&mut clipped, Mapping { iova, address: part.first, access: access(run.access) });
+        }
+    }
+    clipped
+}
+
+/// Adds a mapping behind all others, as a part of the last one where it continues it.
+pub fn append(mappings: &mut Vec<Mapping>, mapping: Mapping) {
+    if let Some(last) = mappings.last_mut()
+        && last.access == mapping.access
+        && last.iova.last.checked_add(1) == Some(mapping.iova.first)
+        && last.address.checked_add(last.iova.length_minus_one()).and_then(|address| address.checked_add(1)) == Some(mapping.address)
+    {
+        last.iova.last = mapping.iova.last;
+        return;
+    }
+    mappings.push(mapping);
+}
+
+/// The reference's access in the engine's words.
+pub fn access(access: reference::Access) -> Access {
+    Access { read: access.read, write: access.write }
+}
+
+/// Where the two differ first.
+pub fn first_difference(engine: &[Mapping], reference: &[Mapping]) -> Option<String> {
+    let index = (0..engine.len().max(reference.len())).find(|index| engine.get(*index) != reference.get(*index))?;
+    Some(format!("mapping {index}: the engine has {:x?}, the reference {:x?}", engine.get(index), reference.get(index)))
+}
+
+/// Whether `inner` allows nothing that `outer` does not: every byte of it goes to the same address with no more access.
+pub fn within(inner: &[Mapping], outer: &[Mapping]) -> Result<(), String> {
+    for mapping in inner {
+        let mut next = Some(mapping.iova.first);
+        let start = outer.partition_point(|other| other.iova.last < mapping.iova.first);
+        for other in &outer[start..] {
+            let Some(first) = next else { break };
+            if !other.iova.contains(first) {
+                break;
+            }
+            let same = other.address.wrapping_add(first - other.iova.first) == mapping.address.wrapping_add(first - mapping.iova.first);
+            if !same || !other.access.allows(mapping.access) {
+                break;
+            }
+            next = other.iova.last.checked_add(1).filter(|next| *next <= mapping.iova.last);
+        }
+        if let Some(first) = next {
+            return Err(format!("{mapping:x?} is not what the source has at {first:#x}"));
+        }
+    }
+    Ok(())
+}
+
+/// Bytes of all mappings together.
+pub fn bytes(mappings: &[Mapping]) -> u128 {
+    mappings.iter().map(|mapping| u128::from(mapping.iova.length_minus_one()) + 1).sum()
+}

@@ -1,0 +1,139 @@
+//! Compiled plugins are kept, and only what this user alone could have written is taken back.
+
+use std::os::unix::fs::{PermissionsExt as _, symlink};
+use std::path::{Path, PathBuf};
+
+use stagecraft::plugin::{CacheError, Config, Engine, EngineError, LoadError, Plugin, TableConfig};
+use stagecraft::table::Format as _;
+
+const HOSTILE: &[u8] = include_bytes!("../hostile/built/hostile.wasm");
+
+fn engine(cache: &Path) -> Engine {
+    Engine::new(Config::default().with_cache(cache)).expect("an engine")
+}
+
+fn load(cache: &Path) -> Result<Plugin, LoadError> {
+    Plugin::load(&engine(cache), HOSTILE)
+}
+
+fn works(plugin: &Plugin) {
+    let mut format = plugin.open(&TableConfig::new("hostile/radix", &[])).expect("opens");
+    format.decode(2, 0, 5).expect("an answer");
+}
+
+/// A cache with the hostile plugin in it, and the entry's path.
+fn filled() -> (tempfile::TempDir, PathBuf, PathBuf) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cache = folder.path().join("deep/cache");
+    works(&load(&cache).expect("compiled"));
+    let entries: Vec<PathBuf> = std::fs::read_dir(&cache).expect("entries").map(|entry| entry.expect("an entry").path()).collect();
+    assert_eq!(entries.len(), 1, "one entry and nothing temporary: {entries:?}");
+    let entry = entries[0].clone();
+    (folder, cache, entry)
+}
+
+fn mode(path: &Path) -> u32 {
+    path.metadata().expect("metadata").permissions().mode() & 0o777
+}
+
+fn set_mode(path: &Path, mode: u32) {
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).expect("chmod");
+}
+
+fn written(path: &Path) -> std::time::SystemTime {
+    path.metadata().expect("metadata").modified().expect("a time")
+}
+
+#[test]
+fn an_entry_is_private_and_used_again() {
+    let (_folder, cache, entry) = filled();
+    assert_eq!((mode(&cache), mode(&entry)), (0o700, 0o600));
+    let before = written(&entry);
+    works(&load(&cache).expect("from the cache"));
+    assert_eq!(written(&entry), before, "nothing was compiled and written");
+}
+
+#[test]
+fn a_damaged_entry_is_compiled_anew() {
+    let (_folder, cache, entry) = filled();
+    let good = std::fs::read(&entry).expect("read");
+    let middle = good.len() / 2;
+    let mut flipped = good.clone();
+    flipped[middle] ^= 1;
+    for damaged in [&flipped[..], &good[..middle], b"", &[&good[..], b"x"].concat()] {
+        std::fs::write(&entry, damaged).expect("written");
+        works(&load(&cache).expect("compiled anew"));
+        assert!(std::fs::read(&entry).expect("read").len() > middle, "and kept again");
+    }
+}
+
+fn foreign(result: Result<Plugin, LoadError>, path: &Path, reason: &str) {
+    match result {
+        Err(LoadError::Cache(CacheError::Foreign { path: found, what })) => {
+            assert_eq!(found, path);
+            assert!(what.contains(reason), "{what}");
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn an_entry_that_others_could_have_written_is_refused() {
+    let (_folder, cache, entry) = filled();
+    for bits in [0o620, 0o602, 0o666] {
+        set_mode(&entry, bits);
+        foreign(load(&cache), &entry, "can be written by others");
+    }
+    set_mode(&entry, 0o600);
+    works(&load(&cache).expect("fit again"));
+    // Only root can give a file away; elsewhere this part has nothing to try.
+    if std::os::unix::fs::chown(&entry, Some(12345), None).is_ok() {
+        foreign(load(&cache), &entry, "belongs to user 12345");
+    }
+}
+
+#[test]
+fn an_entry_that_is_no_file_is_refused() {
+    let (folder, cache, entry) = filled();
+    let elsewhere = folder.path().join("elsewhere");
+    std::fs::rename(&entry, &elsewhere).expect("moved");
+    symlink(&elsewhere, &entry).expect("a link");
+    foreign(load(&cache), &entry, "is a symbolic link");
+}
+
+#[test]
+fn a_directory_that_others_can_write_is_refused() {
+    let (_folder, cache, _entry) = filled();
+    set_mode(&cache, 0o770);
+    let refused = || match Engine::new(Config::default().with_cache(&cache)) {
+        Err(EngineError::Cache(CacheError::Foreign { path, what })) => (path, what),
+        other => panic!("{other:?}"),
+    };
+    let (path, what) = refused();
+    assert_eq!((path, &*what), (cache.clone(), "can be written by others (mode 770)"));
+    set_mode(&cache, 0o700);
+    if std::os::unix::fs::chown(&cache, Some(12345), None).is_ok() {
+        assert!(refused().1.contains("belongs to user 12345"));
+    }
+}
+
+#[test]
+fn a_cache_that_cannot_be_made_is_an_error_with_its_path() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("file");
+    std::fs::write(&file, "").expect("written");
+    let error = Engine::new(Config::default().with_cache(file.join("cache"))).expect_err("refused");
+    assert!(matches!(error, EngineError::Cache(CacheError::Io { .. })) && error.to_string().contains("file/cache"), "{error}");
+}
+
+#[test]
+fn many_at_once_fill_it_once_and_all_are_served() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cache = folder.path().join("cache");
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| works(&load(&cache).expect("a plugin")));
+        }
+    });
+    assert_eq!(std::fs::read_dir(&cache).expect("entries").count(), 1, "nothing temporary is left");
+}
