@@ -27,7 +27,7 @@ use stagecraft_sdk::Settings;
 #[allow(unused_imports)] // the macro uses these on wasm32 only
 use crate::{first_stage::FirstStage, second_stage::SecondStage, unit::RiscvIommu};
 
-stagecraft_sdk::export_plugin! {
+stagecraft_sdk::export_format! {
     manifest: "../manifest.json",
     unit: RiscvIommu,
     formats: [FirstStage, SecondStage],

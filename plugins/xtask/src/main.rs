@@ -36,9 +36,10 @@ impl PluginCrate {
 }
 
 /// Every plugin that is built here.
-pub const PLUGINS: [PluginCrate; 3] = [
+pub const PLUGINS: [PluginCrate; 4] = [
     PluginCrate { name: "arm-smmuv3", package: "stagecraft-plugin-arm-smmuv3", folder: "plugins/arm-smmuv3", output: "host/builtin" },
     PluginCrate { name: "intel-vtd", package: "stagecraft-plugin-intel-vtd", folder: "plugins/intel-vtd", output: "host/builtin" },
+    PluginCrate { name: "riscv-iommu", package: "stagecraft-plugin-riscv-iommu", folder: "plugins/riscv-iommu", output: "host/builtin" },
     PluginCrate { name: "hostile", package: "stagecraft-plugin-hostile", folder: "tests/hostile", output: "tests/hostile/built" },
 ];
 
