@@ -9,11 +9,11 @@ use criterion::{Criterion, criterion_group, criterion_main};
 use stagecraft::plugin::{Config, Engine, Plugins};
 use stagecraft::table::{Arena, Table};
 use stagecraft_benches::contest::{Contestant, contest, is_measuring, is_wanted};
+use stagecraft_benches::crates;
 use stagecraft_benches::fused::Fused;
 use stagecraft_benches::guest::{Permissions, Recipe, Tables};
 use stagecraft_benches::pool::Pool;
 use stagecraft_benches::production::{self, Reused};
-use stagecraft_benches::crates;
 use vm_memory::{GuestAddress, GuestMemoryBackend as _, GuestMemoryMmap, VolatileSlice};
 
 /// Where built tables claim to be.

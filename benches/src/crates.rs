@@ -55,8 +55,7 @@ unsafe impl FrameAllocator<Size4KiB> for Frames<'_> {
 pub fn convert(memory: &GuestMemoryMmap, first: u64, bytes: u64, root: u64, map: &MemoryMap, pool: &mut Pool) -> u64 {
     let host = memory.get_host_address(GuestAddress(first)).unwrap();
     // Dropping a `RootTable` gives all tables back, one by one: they are not its own.
-    let walked =
-        ManuallyDrop::new(RootTable::with_va_range(GuestTables { root, first, bytes, host }, 0, El1And0, VaRange::Lower));
+    let walked = ManuallyDrop::new(RootTable::with_va_range(GuestTables { root, first, bytes, host }, 0, El1And0, VaRange::Lower));
     let regions: Vec<(u64, u64)> = map.regions().iter().map(|region| (region.span.first, region.span.last)).collect();
     pool.reset();
     let root = pool.allocate();

@@ -156,7 +156,12 @@ impl Tables {
         let mut pages = Vec::new();
         for level in 0..4 {
             let here: Vec<(u64, Page)> = addresses.iter().map(|&address| page(address)).collect();
-            addresses = here.iter().flat_map(|(_, page)| page.0).filter(|entry| level < 3 && entry & 3 == descriptor::TABLE).map(|entry| entry & 0xffff_ffff_f000).collect();
+            addresses = here
+                .iter()
+                .flat_map(|(_, page)| page.0)
+                .filter(|entry| level < 3 && entry & 3 == descriptor::TABLE)
+                .map(|entry| entry & 0xffff_ffff_f000)
+                .collect();
             pages.extend(here);
         }
         pages.sort_by_key(|(address, _)| *address);
