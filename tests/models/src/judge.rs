@@ -1,0 +1,143 @@
+//! Asking a model about a whole address space, and comparing with the truth.
+
+use std::env;
+use std::fmt::Write as _;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+use stagecraft_tests::reference::Run;
+use stagecraft_tests::reference::generate::Rng;
+
+use crate::{Model, Outcome, Probe};
+
+/// What a comparison did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Requests that reached the right address.
+    pub reached: u64,
+    /// Requests that failed as they should.
+    pub refused: u64,
+    /// Requests that were not made: their address is not RAM, or holds a table.
+    pub unasked: u64,
+    /// Time in DMA and what belongs to it.
+    pub time: Duration,
+}
+
+impl Tally {
+    /// Adds another one.
+    pub fn add(&mut self, other: Tally) {
+        self.reached += other.reached;
+        self.refused += other.refused;
+        self.unasked += other.unasked;
+        self.time += other.time;
+    }
+
+    /// Requests in a second.
+    pub fn rate(&self) -> f64 {
+        (self.reached + self.refused) as f64 / self.time.as_secs_f64().max(1e-9)
+    }
+}
+
+/// The address that a request should reach, by runs that are sorted.
+pub fn lookup(runs: &[Run], iova: u64, write: bool) -> Option<u64> {
+    let index = runs.partition_point(|run| run.iova <= iova);
+    let run = runs.get(index.checked_sub(1)?)?;
+    (iova - run.iova < run.size && run.access.allows(write)).then(|| run.address + (iova - run.iova))
+}
+
+/// IOVAs that are worth asking about: both ends of runs from either side, inside at random, and anywhere. Multiples of eight.
+pub fn interesting(runs: &[Run], rng: &mut Rng, count: usize) -> Vec<u64> {
+    let mut iovas = Vec::with_capacity(count);
+    for _ in 0..count {
+        if runs.is_empty() || rng.percent(4) {
+            let wide = rng.below(64) as u32;
+            iovas.push(rng.number() >> wide);
+            continue;
+        }
+        let run = rng.pick(runs);
+        let last = run.iova + (run.size - 1);
+        iovas.push(match rng.below(10) {
+            0 | 1 => run.iova,
+            2 | 3 => last,
+            4 => run.iova.wrapping_sub(1),
+            5 => last.wrapping_add(1),
+            // The same place in a neighbouring table of any level.
+            6 => run.iova ^ 1 << (12 + rng.below(52)),
+            _ => run.iova + rng.below(run.size),
+        });
+    }
+    for iova in &mut iovas {
+        *iova -= *iova % 8;
+    }
+    iovas
+}
+
+/// Asks the model about every IOVA, reading and writing, and compares with `expect`. `ask` can exclude requests.
+///
+/// # Errors
+/// Lists the first disagreements.
+pub fn compare<M: Model>(model: &mut M, iovas: &[u64], expect: impl Fn(u64, bool) -> Option<u64>, ask: impl Fn(u64, bool) -> bool) -> Result<Tally> {
+    let mut tally = Tally::default();
+    let mut probes = Vec::new();
+    for iova in iovas {
+        for write in [false, true] {
+            let expected = expect(*iova, write);
+            let allowed = expected.is_none_or(|address| model.machine().is_target(address));
+            if !allowed || !ask(*iova, write) {
+                tally.unasked += 1;
+                continue;
+            }
+            if let Some(address) = expected {
+                model.tag_page(address)?;
+            }
+            probes.push(Probe { iova: *iova, write, expected });
+        }
+    }
+    let start = Instant::now();
+    let outcomes = model.dma_many(&probes)?;
+    tally.time = start.elapsed();
+    let mut wrong = String::new();
+    let mut count = 0;
+    for (probe, outcome) in probes.iter().zip(&outcomes) {
+        match (probe.expected, outcome) {
+            (Some(address), Outcome::Reached(reached)) if address == *reached => tally.reached += 1,
+            (None, Outcome::Fault(_)) => tally.refused += 1,
+            _ => {
+                count += 1;
+                if count <= 10 {
+                    let kind = if probe.write { "write" } else { "read" };
+                    let expected = probe.expected.map_or("a fault".to_string(), |address| format!("{address:#x}"));
+                    writeln!(wrong, "  {kind} at {:#x}: expected {expected}, the model says {outcome:x?}", probe.iova)?;
+                }
+            }
+        }
+    }
+    if count > 0 {
+        let messages = model.machine().qtest.messages();
+        bail!("{}: {count} of {} requests differ:\n{wrong}{}", model.name(), probes.len(), messages.chars().take(2000).collect::<String>());
+    }
+    Ok(tally)
+}
+
+/// A number from the environment, or a default.
+///
+/// # Panics
+/// If it is not a number.
+fn setting(name: &str, default: u64) -> u64 {
+    match env::var(name) {
+        Err(_) => default,
+        Ok(text) => {
+            let parsed = match text.strip_prefix("0x") {
+                Some(digits) => u64::from_str_radix(digits, 16).ok(),
+                None => text.parse().ok(),
+            };
+            parsed.unwrap_or_else(|| panic!("{name}={text} is not a number"))
+        }
+    }
+}
+
+/// The seeds of a test's rounds: `STAGECRAFT_ROUNDS` of them, from `STAGECRAFT_SEED` on.
+pub fn seeds(default_rounds: u64) -> impl Iterator<Item = u64> {
+    let first = setting("STAGECRAFT_SEED", 1);
+    (0..setting("STAGECRAFT_ROUNDS", default_rounds)).map(move |round| first.wrapping_add(round))
+}
