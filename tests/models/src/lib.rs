@@ -3,11 +3,13 @@
 //! Nobody who works on Stagecraft wrote these models. A [`Model`] is a QEMU machine without any guest: tables are written into its RAM, the IOMMU's registers are
 //! programmed, and the `edu` device does DMA through it. Each [`Outcome`] says which address a request reached, or how it failed.
 //!
-//! The models are: [`vtd::Vtd`].
+//! The models are: [`vtd::Vtd`], [`smmu::Smmu`].
 
 pub mod judge;
+pub mod known;
 pub mod machine;
 pub mod qtest;
+pub mod smmu;
 pub mod vtd;
 
 pub use machine::{Board, Machine, available};
@@ -134,6 +136,8 @@ pub trait Model {
                     self.machine().device_read(probe.iova, slot)?;
                 }
                 let record = self.fault_record()?;
+                // One request can leave several.
+                while record.is_some() && self.fault_record()?.is_some() {}
                 outcomes.push(match (arrived, record) {
                     (Some(address), _) => Outcome::Reached(address),
                     (None, Some(record)) => Outcome::Fault(record),

@@ -1,0 +1,48 @@
+//! What the models get wrong: the one list of reasons why a test does not ask something, or expects another answer.
+//!
+//! Found with QEMU 10.0.2 by comparison with known tables, and with the architectures' texts where the two differed.
+
+/// A known error of a model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KnownError {
+    /// The model.
+    pub model: &'static str,
+    /// What it does, and what the architecture says.
+    pub what: &'static str,
+}
+
+const fn error(model: &'static str, what: &'static str) -> KnownError {
+    KnownError { model, what }
+}
+
+/// Five levels are not walked.
+pub const VTD_FIVE_LEVELS: KnownError =
+    error("intel-iommu", "no second or first stage of five levels: the capabilities offer three and four, or four");
+
+/// No nested translation.
+pub const VTD_NESTED: KnownError = error("intel-iommu", "no nested translation: ECAP.NEST is 0");
+
+/// Concatenated start tables of stage 2.
+pub const SMMU_CONCATENATED: KnownError = error("SMMUv3", "of concatenated start tables of stage 2 it always walks the first");
+
+/// The two bits that say what unprivileged requests may do.
+pub const SMMU_PRIVILEGED: KnownError = error("SMMUv3", "AP[1] and APTable[0] are not looked at: every request passes for a privileged one");
+
+/// TBI1 is not looked at.
+pub const SMMU_TBI1: KnownError = error("SMMUv3", "whether the top byte is ignored in the upper half is taken from TBI0");
+
+/// Some faults of stage 2 leave no event.
+pub const SMMU_UNRECORDED: KnownError =
+    error("SMMUv3", "with stage 2 alone, an IOVA beyond OAS leaves no event: it counts as an error of stage 1, whose CD.R is not set");
+
+/// The address of the first table of a nested stage 1 is cut off.
+pub const SMMU_NESTED_ROOT: KnownError =
+    error("SMMUv3", "with two stages, the address of stage 1's first table is cut to CD.IPS after stage 2 has translated it");
+
+/// A table of a nested stage 1 that is larger than a page of stage 2.
+pub const SMMU_NESTED_TABLES: KnownError =
+    error("SMMUv3", "with two stages, only the first byte of a stage 1 table is translated; the rest is taken to follow it");
+
+/// All of them.
+pub const ALL: &[KnownError] =
+    &[VTD_FIVE_LEVELS, VTD_NESTED, SMMU_CONCATENATED, SMMU_PRIVILEGED, SMMU_TBI1, SMMU_UNRECORDED, SMMU_NESTED_ROOT, SMMU_NESTED_TABLES];
