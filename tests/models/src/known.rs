@@ -43,6 +43,24 @@ pub const SMMU_NESTED_ROOT: KnownError =
 pub const SMMU_NESTED_TABLES: KnownError =
     error("SMMUv3", "with two stages, only the first byte of a stage 1 table is translated; the rest is taken to follow it");
 
+/// The bit for unprivileged requests.
+pub const RISCV_USER: KnownError =
+    error("riscv-iommu-pci", "U is not looked at, neither in the first stage (requests are unprivileged) nor in the second");
+
+/// The permissions of two stages.
+pub const RISCV_TWO_STAGES: KnownError = error(
+    "riscv-iommu-pci",
+    "with two stages, a read faults where the first stage allows writing and the second does not; a write faults if the second stage forbids to write the first \
+     one's tables",
+);
+
+/// Bits above the address.
+pub const RISCV_UPPER_BITS: KnownError =
+    error("riscv-iommu-pci", "bits 63:54 of an entry are taken for a part of its address: N, PBMT and reserved bits neither work nor fault properly");
+
+/// Bits that are reserved in pointers.
+pub const RISCV_POINTER_BITS: KnownError = error("riscv-iommu-pci", "A, D and U in an entry that points to a table do not fault");
+
 /// All of them.
 pub const ALL: &[KnownError] =
     &[VTD_FIVE_LEVELS, VTD_NESTED, SMMU_CONCATENATED, SMMU_PRIVILEGED, SMMU_TBI1, SMMU_UNRECORDED, SMMU_NESTED_ROOT, SMMU_NESTED_TABLES];

@@ -3,13 +3,15 @@
 //! Nobody who works on Stagecraft wrote these models. A [`Model`] is a QEMU machine without any guest: tables are written into its RAM, the IOMMU's registers are
 //! programmed, and the `edu` device does DMA through it. Each [`Outcome`] says which address a request reached, or how it failed.
 //!
-//! The models are: [`vtd::Vtd`], [`smmu::Smmu`].
+//! The models are: [`vtd::Vtd`], [`smmu::Smmu`], [`riscv::Riscv`].
 
 pub mod judge;
 pub mod known;
 pub mod machine;
 pub mod qtest;
+pub mod riscv;
 pub mod smmu;
+pub mod tables;
 pub mod vtd;
 
 pub use machine::{Board, Machine, available};
