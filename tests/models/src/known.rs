@@ -61,6 +61,25 @@ pub const RISCV_UPPER_BITS: KnownError =
 /// Bits that are reserved in pointers.
 pub const RISCV_POINTER_BITS: KnownError = error("riscv-iommu-pci", "A, D and U in an entry that points to a table do not fault");
 
+/// Addresses beyond what the paging mode covers.
+pub const AMD_WIDTH: KnownError = error("amd-iommu", "an IOVA beyond what the paging mode covers is cut off instead of refused");
+
+/// The bits of levels that are left out.
+pub const AMD_SKIPPED: KnownError = error("amd-iommu", "where NextLevel leaves out levels, the IOVA's bits of these levels are not looked at");
+
+/// Leaves that are not present.
+pub const AMD_PRESENT: KnownError = error("amd-iommu", "PR is not looked at in a leaf: its IR and IW alone decide");
+
+/// No events.
+pub const AMD_EVENTS: KnownError = error("amd-iommu", "no event is ever logged: the check whether the log has overflown always says yes");
+
+/// Tables that refer to themselves.
+pub const AMD_LOOPS: KnownError =
+    error("amd-iommu", "NextLevel may be the table's own level or a higher one, and the walk may never end: do not try");
+
+/// No guest translation.
+pub const AMD_VERSION_2: KnownError = error("amd-iommu", "v2 tables (GCR3) are not walked");
+
 /// All of them.
 pub const ALL: &[KnownError] =
     &[VTD_FIVE_LEVELS, VTD_NESTED, SMMU_CONCATENATED, SMMU_PRIVILEGED, SMMU_TBI1, SMMU_UNRECORDED, SMMU_NESTED_ROOT, SMMU_NESTED_TABLES];

@@ -3,8 +3,9 @@
 //! Nobody who works on Stagecraft wrote these models. A [`Model`] is a QEMU machine without any guest: tables are written into its RAM, the IOMMU's registers are
 //! programmed, and the `edu` device does DMA through it. Each [`Outcome`] says which address a request reached, or how it failed.
 //!
-//! The models are: [`vtd::Vtd`], [`smmu::Smmu`], [`riscv::Riscv`].
+//! The models are: [`vtd::Vtd`], [`smmu::Smmu`], [`riscv::Riscv`], [`amd::Amd`].
 
+pub mod amd;
 pub mod judge;
 pub mod known;
 pub mod machine;

@@ -2,6 +2,7 @@
 //!
 //! One leaf is written after the other, and the truth is kept beside them; nothing is read back.
 
+pub mod amd;
 pub mod riscv;
 
 use std::collections::BTreeMap;
