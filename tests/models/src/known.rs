@@ -81,5 +81,23 @@ pub const AMD_LOOPS: KnownError =
 pub const AMD_VERSION_2: KnownError = error("amd-iommu", "v2 tables (GCR3) are not walked");
 
 /// All of them.
-pub const ALL: &[KnownError] =
-    &[VTD_FIVE_LEVELS, VTD_NESTED, SMMU_CONCATENATED, SMMU_PRIVILEGED, SMMU_TBI1, SMMU_UNRECORDED, SMMU_NESTED_ROOT, SMMU_NESTED_TABLES];
+pub const ALL: &[KnownError] = &[
+    VTD_FIVE_LEVELS,
+    VTD_NESTED,
+    SMMU_CONCATENATED,
+    SMMU_PRIVILEGED,
+    SMMU_TBI1,
+    SMMU_UNRECORDED,
+    SMMU_NESTED_ROOT,
+    SMMU_NESTED_TABLES,
+    RISCV_USER,
+    RISCV_TWO_STAGES,
+    RISCV_UPPER_BITS,
+    RISCV_POINTER_BITS,
+    AMD_WIDTH,
+    AMD_SKIPPED,
+    AMD_PRESENT,
+    AMD_EVENTS,
+    AMD_LOOPS,
+    AMD_VERSION_2,
+];
