@@ -9,7 +9,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::process::{self, Child, Command};
+use std::process::{self, Child, Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -20,6 +20,10 @@ pub const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Commands without a result that may be under way at once.
 const POSTED_LIMIT: usize = 64;
+
+/// Runs QEMU, with its standard output, a socket, for both directions, and ends it when nobody holds the other end of the shell's own standard input any longer: also
+/// when the test process is killed.
+const GUARD: &str = r#""$@" <&1 & qemu=$!; exec >/dev/null; cat; kill -9 "$qemu"; wait "$qemu" 2>/dev/null"#;
 
 /// Bytes in one bulk command.
 const BULK: usize = 16384;
@@ -56,13 +60,14 @@ impl Qtest {
         let (stream, theirs) = UnixStream::pair()?;
         stream.set_read_timeout(Some(TIMEOUT))?;
         stream.set_write_timeout(Some(TIMEOUT))?;
-        let child = Command::new(binary)
+        let child = Command::new("/bin/sh")
+            .args(["-c", GUARD, "sh", binary])
             .args(arguments)
             .args(["-nodefaults", "-no-user-config", "-display", "none", "-accel", "tcg", "-icount", "shift=0,sleep=off"])
             .arg("-bios")
             .arg(&firmware)
             .args(["-qtest", "stdio", "-qtest-log", "none"])
-            .stdin(OwnedFd::from(theirs.try_clone()?))
+            .stdin(Stdio::piped())
             .stdout(OwnedFd::from(theirs))
             .stderr(messages)
             .spawn()
@@ -163,9 +168,13 @@ impl Qtest {
 
     fn lost(&mut self, reason: &str) -> anyhow::Error {
         // An answer that comes too late would be taken for another command's.
-        let _ = self.child.kill();
-        let status = self.child.wait().map(|status| status.to_string()).unwrap_or_default();
-        anyhow!("QEMU is lost: {reason} ({status}); its messages: {:?}", self.messages())
+        self.end();
+        anyhow!("QEMU is lost: {reason}; its messages: {:?}", self.messages())
+    }
+
+    fn end(&mut self) {
+        drop(self.child.stdin.take());
+        let _ = self.child.wait();
     }
 
     fn number(&mut self, command: &str) -> Result<u64> {
@@ -254,8 +263,7 @@ impl Qtest {
 
 impl Drop for Qtest {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        self.end();
         let _ = fs::remove_dir_all(&self.folder);
     }
 }
@@ -302,8 +310,24 @@ fn from_base64(text: &str) -> Option<Vec<u8>> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_process_that_ends_at_once_is_an_error_with_its_messages() {
+        for (binary, hint) in [("/bin/ls", "-nodefaults"), ("/no/such/program", "/no/such/program")] {
+            let text = format!("{:#}", Qtest::start(binary, &["-nodefaults"], &[0]).unwrap_err());
+            assert!(text.contains("QEMU is lost") && text.contains(hint), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_an_answer_is_an_error() {
+        // It repeats its arguments for ever.
+        let text = format!("{:#}", Qtest::start("/usr/bin/yes", &["--", "FAIL"], &[0]).unwrap_err());
+        assert!(text.contains("answered \"FAIL"), "{text}");
+    }
 
     #[test]
     fn base64_is_that_of_rfc_4648() {
