@@ -8,8 +8,38 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 use stagecraft_tests::reference::Run;
 use stagecraft_tests::reference::generate::Rng;
+use stagecraft_tests::reference::tables::{Entry, Region, TableConfig};
 
 use crate::{Access, Memory, Model, Outcome, Probe};
+
+/// IOVAs of entries that are not zero and must not translate, in tables of the reference's formats: each a good question. Only to find them is an entry decoded.
+pub fn rejected(memory: &Memory, config: &TableConfig) -> Vec<u64> {
+    fn visit(memory: &Memory, config: &TableConfig, region: &Region, depth: usize, table: u64, start: u64, found: &mut Vec<u64>) {
+        let step = region.steps[depth];
+        for index in 0..step.entries {
+            let position = start + (index << step.shift);
+            let Some(offset) = position.checked_sub(region.table_first).filter(|offset| offset >> region.bits == 0) else { continue };
+            let Ok(entry) = memory.read(table + index * 8, config.big_endian()) else { continue };
+            match config.decode(region.half, step, entry) {
+                Entry::Fault if entry != 0 => found.push(region.first + offset),
+                Entry::Table { address, .. } => visit(memory, config, region, depth + 1, address, position, found),
+                _ => {}
+            }
+        }
+    }
+    let mut found = Vec::new();
+    for region in config.regions().unwrap_or_default() {
+        visit(memory, config, &region, 0, region.root, 0, &mut found);
+    }
+    found
+}
+
+/// Adds IOVAs near the beginning of what some of these entries cover.
+pub fn add_rejected(iovas: &mut Vec<u64>, rejected: &[u64], rng: &mut Rng, count: usize) {
+    if !rejected.is_empty() {
+        iovas.extend((0..count).map(|_| rng.pick(rejected) + rng.below(512) * 8));
+    }
+}
 
 /// What a comparison did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -145,10 +175,12 @@ fn setting(name: &str, default: u64) -> u64 {
     }
 }
 
-/// The seeds of a test's rounds: `STAGECRAFT_ROUNDS` of them, from `STAGECRAFT_SEED` on.
+/// The seeds of a test's rounds: `STAGECRAFT_ROUNDS` of them, from `STAGECRAFT_SEED` on. They are printed.
 pub fn seeds(default_rounds: u64) -> impl Iterator<Item = u64> {
     let first = setting("STAGECRAFT_SEED", 1);
-    (0..setting("STAGECRAFT_ROUNDS", default_rounds)).map(move |round| first.wrapping_add(round))
+    let rounds = setting("STAGECRAFT_ROUNDS", default_rounds);
+    println!("STAGECRAFT_SEED={first} STAGECRAFT_ROUNDS={rounds}");
+    (0..rounds).map(move |round| first.wrapping_add(round))
 }
 
 /// A second stage for a first one: leaves that move each page of `memory` (the first stage's tables, and what else it needs), and that give some of the pages that

@@ -31,6 +31,10 @@ pub const SMMU_PRIVILEGED: KnownError = error("SMMUv3", "AP[1] and APTable[0] ar
 /// TBI1 is not looked at.
 pub const SMMU_TBI1: KnownError = error("SMMUv3", "whether the top byte is ignored in the upper half is taken from TBI0");
 
+/// Blocks where there are none.
+pub const SMMU_BLOCKS: KnownError =
+    error("SMMUv3", "a block descriptor is accepted at levels that have none: with 16K and 64K granules at level 1, and at level 0");
+
 /// Some faults of stage 2 leave no event.
 pub const SMMU_UNRECORDED: KnownError =
     error("SMMUv3", "with stage 2 alone, an IOVA beyond OAS leaves no event: it counts as an error of stage 1, whose CD.R is not set");
@@ -87,6 +91,7 @@ pub const ALL: &[KnownError] = &[
     SMMU_CONCATENATED,
     SMMU_PRIVILEGED,
     SMMU_TBI1,
+    SMMU_BLOCKS,
     SMMU_UNRECORDED,
     SMMU_NESTED_ROOT,
     SMMU_NESTED_TABLES,

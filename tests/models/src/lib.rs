@@ -3,6 +3,9 @@
 //! Nobody who works on Stagecraft wrote these models. A [`Model`] is a QEMU machine without any guest: tables are written into its RAM, the IOMMU's registers are
 //! programmed, and the `edu` device does DMA through it. Each [`Outcome`] says which address a request reached, or how it failed.
 //!
+//! `install-qemu` beside this crate's manifest installs what is needed. Where QEMU is missing the tests say `SKIPPED` and pass; with `CI` in the environment they fail.
+//! `STAGECRAFT_SEED` and `STAGECRAFT_ROUNDS` choose the random address spaces. What the models get wrong is listed in [`known`].
+//!
 //! The models are: [`vtd::Vtd`], [`smmu::Smmu`], [`riscv::Riscv`], [`amd::Amd`].
 
 pub mod amd;

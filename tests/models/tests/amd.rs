@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use anyhow::Context;
 use stagecraft_models::amd::Amd;
-use stagecraft_models::judge::{Tally, compare, interesting, lookup, seeds};
+use stagecraft_models::judge::{Tally, add_rejected, compare, interesting, lookup, seeds};
 use stagecraft_models::tables::amd::{AmdTable, build};
 use stagecraft_models::tables::random_leaves;
 use stagecraft_models::{Access, Board, Model, available};
@@ -34,7 +34,8 @@ fn version_1() {
         let built = &tables.built;
         model.write_memory(&built.memory).unwrap();
         model.set_table(&built.config).unwrap();
-        let iovas = interesting(&built.truth, &mut rng, 120);
+        let mut iovas = interesting(&built.truth, &mut rng, 100);
+        add_rejected(&mut iovas, &built.decoys, &mut rng, 30);
         let expect = |iova, write| lookup(&built.truth, iova, write);
         // See `known::AMD_WIDTH` and `known::AMD_SKIPPED`.
         let width = built.config.windows()[0].1;

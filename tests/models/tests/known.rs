@@ -133,6 +133,20 @@ fn smmu() {
     model.tag_page(TARGET).unwrap();
     assert_eq!(model.dma(u64::MAX - 0xfff, false).unwrap(), Outcome::Reached(TARGET));
     assert_wrong(known::SMMU_TBI1, Some(TARGET), model.dma(0x5aff_ffff_ffff_f000, false).unwrap());
+    // A block of 64 GiB.
+    let config = ArmStage1 { low: Some(half(16384, 40, false)), output_bits: 40, mair: 0xff44, ..ArmStage1::default() };
+    let leaf = Run { iova: 0, address: TARGET, size: 16384, access: Access::RW };
+    let generated = build(TableConfig::ArmStage1(config), &[leaf], &mut rng, PLAIN);
+    let mut memory = generated.snapshot.memory.clone();
+    let first = first_of(&generated);
+    let block = 0x10_0000_0000;
+    memory.write(first.low.unwrap().root + 8, block | 1 << 10 | 3 << 8 | 1 << 6 | 1, false);
+    model.write_memory(&memory).unwrap();
+    model.set_table(&SmmuTables { first: Some(first), ..SmmuTables::default() }).unwrap();
+    model.tag_page(TARGET).unwrap();
+    assert_eq!(model.dma(0, false).unwrap(), Outcome::Reached(TARGET));
+    model.tag_page(block).unwrap();
+    assert_wrong(known::SMMU_BLOCKS, None, model.dma(1 << 36, false).unwrap());
     // Beyond OAS, with stage 2 only.
     let config = ArmStage2 { granule: 4096, input_bits: 39, output_bits: 40, start_level: 1, ..ArmStage2::default() };
     let generated = build(TableConfig::ArmStage2(config), &[page(0x5000, TARGET, Access::RW)], &mut rng, PLAIN);

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 use anyhow::Context;
-use stagecraft_models::judge::{Tally, compare, interesting, lookup, seeds};
+use stagecraft_models::judge::{Tally, add_rejected, compare, interesting, lookup, rejected, seeds};
 use stagecraft_models::vtd::{Mode, Vtd};
 use stagecraft_models::{Board, Model, available};
 use stagecraft_tests::reference::generate::{Options, Rng, build, random_leaves};
@@ -14,7 +14,7 @@ fn rounds(mode: Mode, address_bits: u32) {
     }
     let mut model = Vtd::start(mode, address_bits).unwrap();
     let mut total = Tally::default();
-    for seed in seeds(6) {
+    for seed in seeds(10) {
         let mut rng = Rng::new(seed);
         // RAM goes a bit beyond 39 bits.
         let output_bits = if address_bits == 39 { 39 } else { rng.pick(&[36, 39, 40]) };
@@ -30,7 +30,8 @@ fn rounds(mode: Mode, address_bits: u32) {
         let generated = build(config, &leaves, &mut rng, options);
         model.write_memory(&generated.snapshot.memory).unwrap();
         model.set_table(&generated.config).unwrap();
-        let iovas = interesting(&generated.truth, &mut rng, 150);
+        let mut iovas = interesting(&generated.truth, &mut rng, 120);
+        add_rejected(&mut iovas, &rejected(&generated.snapshot.memory, &generated.config), &mut rng, 30);
         let expect = |iova, write| lookup(&generated.truth, iova, write);
         let tally = compare(&mut model, &iovas, expect, |_, _| true).with_context(|| format!("seed {seed}: {:#x?}", generated.config));
         total.add(tally.unwrap());

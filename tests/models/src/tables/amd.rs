@@ -58,7 +58,8 @@ pub struct AmdBuilt {
 pub fn build(config: AmdTable, leaves: &[Run], places: Range<u64>, rng: &mut Rng) -> AmdBuilt {
     let mut arena = Arena { memory: Memory::default(), places };
     let root = arena.room(4096, rng);
-    let mut tables = vec![(root, config.mode)];
+    // Address, level, first IOVA.
+    let mut tables = vec![(root, config.mode, 0)];
     // What an entry points to: table, level, what it lets through.
     let mut children: BTreeMap<u64, (u64, u32, Access)> = BTreeMap::new();
     let mut truth = Vec::new();
@@ -88,7 +89,7 @@ pub fn build(config: AmdTable, leaves: &[Run], places: Range<u64>, rng: &mut Rng
                 let child = arena.room(4096, rng);
                 let limit = if rng.percent(10) { rng.pick(&[Access::R, Access::W]) } else { Access::RW };
                 arena.write(slot, child | PR | u64::from(next) << 9 | permissions(limit) | ignored(rng));
-                tables.push((child, next));
+                tables.push((child, next, base));
                 (child, next, limit)
             });
             allowed = allowed.and(limit);
@@ -99,15 +100,19 @@ pub fn build(config: AmdTable, leaves: &[Run], places: Range<u64>, rng: &mut Rng
             truth.push(Run { access: allowed, ..*leaf });
         }
     }
+    let mut decoys = Vec::new();
     for _ in 0..30 {
-        let (table, level) = rng.pick(&tables);
-        let slot = table + rng.below(512) * 8;
+        let (table, level, first) = rng.pick(&tables);
+        // The level that mode 6 begins with resolves seven bits.
+        let index = rng.below(if level == 6 { 128 } else { 512 });
+        let slot = table + index * 8;
         if arena.is_free(slot) {
+            decoys.push(first + (index << shift(level)));
             let decoy = decoy(level, rng);
             arena.write(slot, decoy);
         }
     }
-    AmdBuilt { built: Built { config: AmdTable { root, ..config }, memory: arena.memory, truth: merge(truth) }, skipped }
+    AmdBuilt { built: Built { config: AmdTable { root, ..config }, memory: arena.memory, truth: merge(truth), decoys }, skipped }
 }
 
 /// The lowest level of a table that holds all leaves behind an entry of `level` whose first IOVA is `base`.

@@ -22,6 +22,8 @@ pub struct Built<C> {
     pub memory: Memory,
     /// Sorted maximal runs.
     pub truth: Vec<Run>,
+    /// IOVAs of entries that look like something and do not translate.
+    pub decoys: Vec<u64>,
 }
 
 /// Random leaves that do not overlap.

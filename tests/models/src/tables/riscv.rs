@@ -52,12 +52,12 @@ pub fn build(config: RiscvTable, leaves: &[Run], places: Range<u64>, clear_bits:
     let mut arena = Arena { memory: crate::Memory::default(), places };
     let root_entries = if config.second { 2048 } else { 512 };
     let root = arena.room(root_entries * 8, rng);
-    // Address, height, entries.
-    let mut tables = vec![(root, config.levels - 1, root_entries)];
+    // Address, height, entries, first IOVA.
+    let mut tables = vec![(root, config.levels - 1, root_entries, 0)];
     let mut children: BTreeMap<u64, u64> = BTreeMap::new();
     let mut truth = Vec::new();
     for leaf in leaves {
-        let (mut table, mut height, mut entries) = tables[0];
+        let (mut table, mut height, mut entries, _) = tables[0];
         loop {
             let slot = table + (leaf.iova >> (12 + 9 * height)) % entries * 8;
             if leaf.size == 1 << (12 + 9 * height) {
@@ -71,22 +71,31 @@ pub fn build(config: RiscvTable, leaves: &[Run], places: Range<u64>, clear_bits:
             table = *children.entry(slot).or_insert_with(|| {
                 let child = arena.room(4096, rng);
                 arena.write(slot, pointer(child, rng));
-                tables.push((child, height - 1, 512));
+                tables.push((child, height - 1, 512, leaf.iova >> (12 + 9 * height) << (12 + 9 * height)));
                 child
             });
             height -= 1;
             entries = 512;
         }
     }
+    let mut decoys = Vec::new();
     for _ in 0..30 {
-        let (table, height, entries) = rng.pick(&tables);
-        let slot = table + rng.below(entries) * 8;
+        let (table, height, entries, first) = rng.pick(&tables);
+        let index = rng.below(entries);
+        let slot = table + index * 8;
         if arena.is_free(slot) {
+            decoys.push(extend(config, first + (index << (12 + 9 * height))));
             let decoy = decoy(height, rng);
             arena.write(slot, decoy);
         }
     }
-    Built { config: RiscvTable { root, ..config }, memory: arena.memory, truth: merge(truth) }
+    Built { config: RiscvTable { root, ..config }, memory: arena.memory, truth: merge(truth), decoys }
+}
+
+/// The IOVA of a place in the first stage's table: its upper half is the upper end of all IOVAs.
+fn extend(config: RiscvTable, position: u64) -> u64 {
+    let unused = 64 - (12 + 9 * config.levels);
+    if config.second { position } else { ((position << unused).cast_signed() >> unused).cast_unsigned() }
 }
 
 fn ppn(address: u64) -> u64 {
