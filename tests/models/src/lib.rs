@@ -8,6 +8,8 @@
 //!
 //! The models are: [`vtd::Vtd`], [`smmu::Smmu`], [`riscv::Riscv`], [`amd::Amd`].
 
+#![forbid(unsafe_code)]
+
 pub mod amd;
 pub mod judge;
 pub mod known;
