@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::device::{Found, LookupError, Unit};
 use crate::memory::{Budget, Limits, MemoryMap, VmMemory};
-use crate::plugin::{CallError, Outcome, Plugins, PluginsError, Requester, Settings, TableConfig};
+use crate::plugin::{CallError, Outcome, Plugins, PluginsError, Refusal, Requester, Settings, TableConfig};
 use crate::snapshot::{PageMemory, Snapshot, Source, Stream};
 use crate::table::{AddressSpace, Collector, Fault, FormatError, OpenError, Table, Translation, WalkError};
 use crate::{Access, Gpa, Iova, Span};
@@ -168,7 +168,10 @@ impl<'a> Guest<'a> {
     /// As [`Guest::streams`].
     pub fn pasids(&self, id: u64) -> Result<Found<Vec<u32>>, GuestError> {
         match (&self.unit, &self.snapshot.source) {
-            (Some(unit), _) => Ok(unit.pasids(id)?),
+            (Some(unit), _) => match unit.pasids(id) {
+                Err(LookupError::Call(CallError::Refused { refusal: Refusal::Unsupported(_), .. })) => Ok(Found { value: Vec::new(), missing: None }),
+                result => Ok(result?),
+            },
             (None, Source::Tables(entries)) => {
                 let mut value: Vec<u32> = entries.iter().filter(|entry| entry.id == id).filter_map(|entry| entry.pasid).collect();
                 value.sort_unstable();
@@ -188,10 +191,14 @@ impl<'a> Guest<'a> {
             return Err(GuestError::NoDevice { id, known: if known.is_empty() { "none".to_owned() } else { known.join(", ") } });
         };
         let (state, missing) = match (&self.unit, &self.snapshot.source) {
-            (Some(unit), _) => {
-                let Found { value, missing } = unit.lookup(Requester { id, pasid })?;
-                (state(value), missing)
-            }
+            (Some(unit), _) => match unit.lookup(Requester { id, pasid }) {
+                Ok(Found { value, missing }) => (state(value), missing),
+                // One device that uses a rare feature does not hide the others.
+                Err(LookupError::Call(CallError::Refused { plugin, refusal: Refusal::Unsupported(what) })) => {
+                    (State::Blocked(format!("not known: plugin {plugin} does not support {what}")), None)
+                }
+                Err(error) => return Err(error.into()),
+            },
             (None, Source::Tables(entries)) => (listed(entries, id, pasid), None),
             (None, Source::Unit { .. }) => (State::Blocked("no unit".to_owned()), None),
         };

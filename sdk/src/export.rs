@@ -1,4 +1,4 @@
-//! The bridge between the traits and the component's exports. Used by [`export_plugin!`](crate::export_plugin) only.
+//! The bridge between the traits and the component's exports. Used by [`export_format!`](crate::export_format) only.
 
 #[allow(
     missing_docs,
@@ -256,21 +256,21 @@ pub fn suggest_if<F: Format>(format: &str, settings: &Settings, need: &table::Ne
     })
 }
 
-/// See [`export_plugin!`](crate::export_plugin).
+/// See [`export_format!`](crate::export_format).
 #[must_use]
 pub fn table_config(config: types::TableConfig) -> TableConfig {
     install_panic_hook();
     config_in(config)
 }
 
-/// See [`export_plugin!`](crate::export_plugin).
+/// See [`export_format!`](crate::export_format).
 #[must_use]
 pub fn settings(settings: Vec<types::Named>) -> Settings {
     install_panic_hook();
     named_in(settings).collect()
 }
 
-/// See [`export_plugin!`](crate::export_plugin).
+/// See [`export_format!`](crate::export_format).
 #[must_use]
 pub fn no_such_format(name: &str) -> types::Error {
     types::Error::Unsupported(format!("this plugin has no table format `{name}`"))
@@ -279,14 +279,14 @@ pub fn no_such_format(name: &str) -> types::Error {
 /// Makes the crate a plugin: exports the unit and the formats, and carries the manifest in a custom section.
 ///
 /// ```ignore
-/// stagecraft_sdk::export_plugin! {
+/// stagecraft_sdk::export_format! {
 ///     manifest: "../manifest.json",
 ///     unit: MyUnit,
 ///     formats: [FirstStage, SecondStage],
 /// }
 /// ```
 #[macro_export]
-macro_rules! export_plugin {
+macro_rules! export_format {
     (manifest: $manifest:literal, unit: $unit:ty, formats: [$($format:ty),+ $(,)?] $(,)?) => {
         #[cfg(target_arch = "wasm32")]
         #[allow(unsafe_code, missing_docs, missing_debug_implementations, clippy::undocumented_unsafe_blocks)]

@@ -1,11 +1,11 @@
 //! Write a Stagecraft format plugin: what one IOMMU architecture's tables mean, as pure functions.
 //!
 //! A plugin is a crate with one [`Unit`] (which tables does a device use) and one [`Format`] per table format. The host walks, reads, bounds and
-//! builds; the plugin judges patterns. [`export_plugin!`] turns the crate into a WebAssembly component with the interfaces of
+//! builds; the plugin judges patterns. [`export_format!`] turns the crate into a WebAssembly component with the interfaces of
 //! `wit/0.1.0/format.wit`. Compiled natively the same crate is an ordinary library, so its unit and property tests need no Wasm.
 //!
 //! ```text
-//!   Format (tiny functions) --derive--> decode / explain / encode --export_plugin!--> component
+//!   Format (tiny functions) --derive--> decode / explain / encode --export_format!--> component
 //! ```
 
 pub mod bits;

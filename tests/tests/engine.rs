@@ -199,7 +199,7 @@ fn the_largest_page_is_picked() {
     let attributes = Attributes::READ.with(Attributes::WRITE);
     let piece = |first: u64, last: u64, address: u64| Piece { iova: Span { first, last }, address, attributes };
     // 1 GiB and a page on either side, page by page.
-    let pages: Vec<Piece> = (0x3fff_f..=0x8000_0_u64).map(|page| piece(page << 12, (page << 12) + 0xfff, 0x4000_0000 + (page << 12))).collect();
+    let pages: Vec<Piece> = (0x3_ffff_u64..=0x8_0000).map(|page| piece(page << 12, (page << 12) + 0xfff, 0x4000_0000 + (page << 12))).collect();
     let (_, built, _) = round_trip(&open, &pages);
     assert_eq!(built.leaves, 3, "two pages and one gigabyte");
     let (_, built, _) = round_trip(&open, &[piece(0x3fff_f000, 0x8000_0fff, 0x7fff_f000)]);

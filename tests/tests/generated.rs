@@ -74,7 +74,7 @@ fn generated_tables_are_walked_as_they_were_written() {
             assert_eq!(walked, generated.truth, "{what}");
             leaves += walked.len();
             // One address at a time, at edges, in the middle, and beside: the naive walker and the engine give one answer.
-            let stages = [generated.config.clone()];
+            let stages = [generated.config];
             let naive = Walker::new(&generated.snapshot.memory, &stages).unwrap();
             let mut rng = Rng::new(seed);
             for run in walked.iter().take(40) {

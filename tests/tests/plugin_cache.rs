@@ -2,7 +2,6 @@
 
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
 use stagecraft::plugin::{CacheError, Config, Engine, EngineError, LoadError, Plugin, TableConfig};
 use stagecraft::table::Format as _;
@@ -50,10 +49,8 @@ fn an_entry_is_private_and_used_again() {
     let (_folder, cache, entry) = filled();
     assert_eq!((mode(&cache), mode(&entry)), (0o700, 0o600));
     let before = written(&entry);
-    let start = Instant::now();
     works(&load(&cache).expect("from the cache"));
-    assert!(start.elapsed() < Duration::from_millis(100), "nothing was compiled: {:?}", start.elapsed());
-    assert_eq!(written(&entry), before, "and nothing written");
+    assert_eq!(written(&entry), before, "nothing was compiled and written");
 }
 
 #[test]

@@ -143,7 +143,8 @@ fn a_unit_that_behaves_well_is_understood() {
 #[test]
 fn a_handle_on_the_memory_can_be_kept() {
     let memory = Arc::new(Mutex::new(Words::of(1)));
-    lookup(mode::WELL, Arc::clone(&memory)).1.expect("an answer");
+    let (_instance, outcome) = lookup(mode::WELL, Arc::clone(&memory));
+    assert_eq!(outcome, Ok(Outcome::Bypass));
     assert_eq!(memory.lock().expect("not poisoned").reads, 1);
     assert_eq!(Arc::strong_count(&memory), 1, "the instance keeps nothing");
 }
@@ -211,19 +212,34 @@ fn a_long_panic_is_cut() {
     assert!((900..=1024).contains(&trap_text(&error).len()), "{}", trap_text(&error).len());
 }
 
+/// Processor time of this thread.
+fn processor_time() -> Duration {
+    let stat = std::fs::read_to_string("/proc/thread-self/schedstat").expect("schedstat");
+    Duration::from_nanos(stat.split(' ').next().and_then(|nanoseconds| nanoseconds.parse().ok()).expect("nanoseconds"))
+}
+
 #[test]
 fn a_call_that_does_not_return_is_interrupted() {
     let limits = Limits::default();
+    // Processor time, as the limits are: on a busy machine the wall clock says nothing.
     let timed = |limit: Duration, call: &mut dyn FnMut() -> CallError| {
-        let start = Instant::now();
+        let start = processor_time();
         assert_eq!(call(), CallError::Deadline { plugin: "hostile".into(), limit });
-        let took = start.elapsed();
-        assert!(took >= limit && took < limit + Duration::from_secs(2), "{took:?}");
+        let took = processor_time() - start;
+        assert!(took >= limit && took < limit + Duration::from_millis(500), "{took:?}");
     };
     timed(limits.warm, &mut || decode_error(&mut open(mode::LOOP)));
     timed(limits.cold, &mut || plugin().open(&config(mode::LOOP_IN_OPEN)).expect_err("fails"));
     timed(limits.cold, &mut || lookup(mode::LOOP, Words::of(1)).1.expect_err("fails"));
-    timed(limits.cold, &mut || lookup(mode::READS_FOR_EVER, Words::of(1)).1.expect_err("fails"));
+}
+
+#[test]
+fn reads_are_limited() {
+    let memory = Arc::new(Mutex::new(Words::of(1)));
+    // Whatever comes first: no more reads, or the deadline.
+    lookup(mode::READS_FOR_EVER, Arc::clone(&memory)).1.expect_err("fails");
+    let reads = memory.lock().expect("not poisoned").reads;
+    assert!(reads <= 65_536, "{reads}");
 }
 
 #[test]
@@ -247,22 +263,22 @@ fn recursion_without_end_is_a_trap() {
     assert!(matches!(lookup(mode::RECURSE, Words::of(1)).1, Err(CallError::Trap { .. })));
 }
 
-fn resident_bytes() -> usize {
-    let statm = std::fs::read_to_string("/proc/self/statm").expect("statm");
-    statm.split(' ').nth(1).and_then(|pages| pages.parse::<usize>().ok()).expect("pages") * 4096
+/// The most memory that this process ever had.
+fn peak_bytes() -> usize {
+    let status = std::fs::read_to_string("/proc/self/status").expect("status");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("a peak");
+    line.trim().trim_end_matches(" kB").parse::<usize>().expect("a number") << 10
 }
 
 #[test]
 fn lists_that_claim_more_than_there_is_cost_nothing() {
-    let before = resident_bytes();
     let error = call_error(&open(mode::ALIASED).explain(2, 0, LEAF).expect_err("10,000 times the same MiB"));
     nonsense(&error);
     let error = call_error(&open(mode::HUGE).explain(2, 0, LEAF).expect_err("2 GiB that are not there"));
     nonsense(&error);
     let mut instance = plugin().instantiate().expect("an instance");
     nonsense(&instance.pasids(&registers(mode::HUGE), 3, Words::of(1)).expect_err("4 GiB that are not there"));
-    let grown = resident_bytes().saturating_sub(before);
-    assert!(grown < 200 << 20, "{grown} bytes");
+    assert!(peak_bytes() < 400 << 20, "{} bytes", peak_bytes());
 }
 
 #[test]

@@ -83,7 +83,7 @@ fn what_is_no_file_is_not_read() {
 fn the_built_in_plugins_are_found_by_unit_and_by_format() {
     let plugins = Plugins::builtin(&engine()).expect("plugins");
     let names: Vec<&str> = plugins.iter().map(|(manifest, _)| &*manifest.name).collect();
-    assert_eq!(names, ["arm-smmuv3", "intel-vtd"]);
+    assert!(names.is_sorted() && ["arm-smmuv3", "intel-vtd"].iter().all(|name| names.contains(name)), "{names:?}");
     assert!(plugins.iter().all(|(_, origin)| *origin == Origin::Builtin));
     let by_unit = plugins.by_unit("intel-vtd").expect("a plugin");
     let by_format = plugins.by_format("intel-vtd/second-stage").expect("a plugin");
@@ -99,11 +99,13 @@ fn the_built_in_plugins_are_found_by_unit_and_by_format() {
 #[test]
 fn what_is_not_there_is_answered_with_what_there_is() {
     let plugins = Plugins::builtin(&engine()).expect("plugins");
-    let error = plugins.by_unit("amd-vi").expect_err("unknown");
-    assert_eq!(error.to_string(), "no plugin knows the unit `amd-vi`; there are arm-smmuv3, intel-vtd");
+    let units: Vec<&str> = plugins.iter().flat_map(|(manifest, _)| &manifest.units).map(String::as_str).collect();
+    let error = plugins.by_unit("via-agp").expect_err("unknown");
+    assert_eq!(error.to_string(), format!("no plugin knows the unit `via-agp`; there are {}", units.join(", ")));
     let error = plugins.by_format("intel-vtd/third-stage").expect_err("unknown");
-    let formats = "arm-smmuv3/stage1, arm-smmuv3/stage2, intel-vtd/first-stage, intel-vtd/second-stage";
-    assert_eq!(error.to_string(), format!("no plugin knows the table format `intel-vtd/third-stage`; there are {formats}"));
+    let formats: Vec<&str> = plugins.iter().flat_map(|(manifest, _)| &manifest.formats).map(|format| format.name.as_str()).collect();
+    assert!(formats.contains(&"arm-smmuv3/stage1"));
+    assert_eq!(error.to_string(), format!("no plugin knows the table format `intel-vtd/third-stage`; there are {}", formats.join(", ")));
     assert!(Plugins::empty(&engine()).by_unit("x").expect_err("unknown").to_string().ends_with("there are none"));
 }
 
@@ -124,8 +126,9 @@ fn renamed(name: &str) -> Vec<u8> {
 fn a_directorys_plugins_join_and_conflicts_are_named() {
     let folder = folder();
     let engine = engine();
+    let builtin = Plugins::builtin(&engine).expect("plugins").iter().len();
     let plugins = Plugins::builtin(&engine).expect("plugins").with_directory(&open(folder.path())).expect("plugins");
-    assert_eq!(plugins.iter().len(), 3);
+    assert_eq!(plugins.iter().len(), builtin + 1);
     let file = folder.path().join("plugins/hostile.wasm");
     assert!(plugins.iter().any(|(manifest, origin)| manifest.name == "hostile" && *origin == Origin::File(file.clone())));
     plugins.by_format("hostile/radix").expect("a plugin");
@@ -147,8 +150,9 @@ fn a_file_of_a_built_in_plugins_name_replaces_it() {
     std::fs::copy(Path::new(env!("CARGO_MANIFEST_DIR")).join("../host/builtin/intel-vtd.wasm"), plugins.join("vendor.wasm")).expect("copied");
     std::fs::remove_file(plugins.join("hostile.wasm")).expect("removed");
     let all = Plugins::builtin(&engine()).expect("plugins").with_directory(&open(folder.path())).expect("plugins");
-    let origins: Vec<(&str, &Origin)> = all.iter().map(|(manifest, origin)| (&*manifest.name, origin)).collect();
-    assert_eq!(origins, [("arm-smmuv3", &Origin::Builtin), ("intel-vtd", &Origin::File(plugins.join("vendor.wasm")))]);
+    assert_eq!(all.iter().len(), Plugins::builtin(&engine()).expect("plugins").iter().len());
+    let vendor = Origin::File(plugins.join("vendor.wasm"));
+    assert!(all.iter().all(|(manifest, origin)| *origin == if manifest.name == "intel-vtd" { vendor.clone() } else { Origin::Builtin }));
 }
 
 #[test]

@@ -157,7 +157,7 @@ fn source(plugins: &Plugins, format: &str, poison: Option<u64>) -> (TableConfig,
         let access = Access { read: true, write: true };
         match mapped.last_mut() {
             Some(last) if last.iova.last + 1 == iova.first && last.address + last.iova.length_minus_one() + 1 == address => {
-                last.iova.last = iova.last
+                last.iova.last = iova.last;
             }
             _ => mapped.push(Mapping { iova, address, access }),
         }

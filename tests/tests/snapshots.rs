@@ -60,6 +60,34 @@ fn every_device_of_every_snapshot_is_as_expected() {
 }
 
 #[test]
+fn guests_of_other_architectures_are_as_expected_and_convert() {
+    let plugins = plugins();
+    let folder = tempfile::tempdir().unwrap();
+    for fixture in fixtures::others() {
+        let snapshot = Snapshot::load(&fixture.path).unwrap();
+        let guest = Guest::new(&snapshot, &plugins).unwrap();
+        let expected = reference::snapshot::load_expected(&fixture.path).unwrap();
+        assert!(expected.iter().map(|stream| stream.runs.len()).sum::<usize>() > 100, "{}: nothing to compare", fixture.name);
+        for stream in &expected {
+            assert_eq!(runs(&mappings(&guest, stream.id)), stream.runs, "{} device {:#x}", fixture.name, stream.id);
+        }
+        // What was built for them is what a naive reader of the target finds.
+        for (index, format) in ["intel-vtd/first-stage", "intel-vtd/second-stage", "arm-smmuv3/stage1", "arm-smmuv3/stage2"].iter().enumerate() {
+            let conversion = to(&guest, format, &[]).unwrap_or_else(|error| panic!("{} to {format}: {error}", fixture.name));
+            let out = folder.path().join(format!("{}-{index}", fixture.name));
+            snapshot::store(&out, false, "converted", &conversion.map, &snapshot.devices, &conversion.streams, &conversion.arena).unwrap();
+            let naive = reference::snapshot::Snapshot::load(&out).unwrap();
+            for stream in &expected {
+                let reference::detect::Resolution::Tables(stages) = reference::detect::resolve(&naive, stream.id).unwrap() else { continue };
+                let walked = reference::walk::Walker::new(&naive.memory, &stages).unwrap().mappings().unwrap();
+                assert_eq!(reference::merge(walked), stream.runs, "{} to {format}: device {:#x}", fixture.name, stream.id);
+            }
+        }
+        println!("{}: {} devices as expected, and converted", fixture.name, expected.len());
+    }
+}
+
+#[test]
 fn every_dma_goes_where_it_went() {
     let plugins = plugins();
     for fixture in fixtures::all() {

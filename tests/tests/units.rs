@@ -48,7 +48,7 @@ fn check_nested(guest: &Guest<'_>, snapshot: &reference::snapshot::Snapshot, nes
     assert_eq!(mappings(guest, id, pasid, 2, what), nested.truth, "{what}");
     let State::Translated(tables) = guest.stream(id, pasid).unwrap().state else { panic!("{what}") };
     let mut space = guest.open(&tables).unwrap();
-    let stages = [nested.first.config.clone(), nested.second.config.clone()];
+    let stages = [nested.first.config, nested.second.config];
     let both = Walker::new(&snapshot.memory, &stages).unwrap();
     for run in nested.first.truth.iter().take(30) {
         for iova in [run.iova, run.iova + (run.size - 1), run.iova + run.size / 2, run.iova.wrapping_add(run.size)] {

@@ -6,10 +6,9 @@
 
 use rustix::fs::{Mode, OFlags};
 use std::fs::File;
-use std::io::{Read as _, Write as _};
+use std::io::Read as _;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
 use wasmtime::component::Component;
 
 /// Counts up when the engine's configuration or the admission's policy changes: older entries are not looked at.
@@ -89,7 +88,10 @@ impl Cache {
     }
 
     /// Keeps a compiled form.
+    #[cfg(feature = "compile")]
     pub(super) fn put(&self, content: &[u8; 32], artefact: &[u8]) -> Result<(), CacheError> {
+        use std::io::Write as _;
+        use std::sync::atomic::{AtomicU32, Ordering};
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let name = Self::entry(content);
         let temporary = format!(".{name}.{}.{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));

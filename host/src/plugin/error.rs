@@ -57,7 +57,7 @@ pub enum LoadError {
         name: String,
     },
     /// No manifest in the custom section `stagecraft:manifest`.
-    #[error("the plugin carries no manifest in a custom section `stagecraft:manifest`: use `export_plugin!`")]
+    #[error("the plugin carries no manifest in a custom section `stagecraft:manifest`: use `export_format!`")]
     NoManifest,
     /// A manifest that makes no sense.
     #[error("the plugin's manifest: {reason}")]

@@ -10,8 +10,8 @@ use crate::table::Need;
 
 /// Guest memory as a plugin sees it during one call. It is handed over for the call and dropped at its end; [`Arc<Mutex<M>>`] keeps a handle.
 ///
-/// Implementations bound the work: a plugin may ask as often as its time allows, for at most 4,096 bytes at once. The time spent in here does not
-/// count towards the plugin's deadline.
+/// Implementations bound the work: one call may ask 65,536 times, for at most 4,096 bytes at once, and the time spent in here does not count towards the
+/// plugin's deadline.
 pub trait DetectMemory: Send {
     /// `length` bytes at a guest-physical address; none if any of it lies outside guest memory or the budget is spent. Each byte is read once.
     fn read(&mut self, address: u64, length: u32) -> Option<Vec<u8>>;

@@ -8,7 +8,15 @@ use crate::plugin::{DirectoryError, Engine, LoadError, Manifest, Plugin, PluginD
 
 /// The plugins of this repository, as `cargo xtask plugins` built them.
 #[cfg(feature = "builtin-plugins")]
-const BUILTIN: &[&[u8]] = &[include_bytes!("../../builtin/arm-smmuv3.wasm"), include_bytes!("../../builtin/intel-vtd.wasm")];
+const BUILTIN: &[&[u8]] = &[
+    include_bytes!("../../builtin/apple-dart.wasm"),
+    include_bytes!("../../builtin/arm-smmuv3.wasm"),
+    include_bytes!("../../builtin/arm-v7s.wasm"),
+    include_bytes!("../../builtin/intel-vtd.wasm"),
+    include_bytes!("../../builtin/loongarch.wasm"),
+    include_bytes!("../../builtin/riscv-iommu.wasm"),
+    include_bytes!("../../builtin/s390-zpci.wasm"),
+];
 #[cfg(not(feature = "builtin-plugins"))]
 const BUILTIN: &[&[u8]] = &[];
 

@@ -17,18 +17,20 @@ pub(super) struct State {
     said: Option<String>,
     memory_denied: Option<usize>,
     timer: Timer,
+    reads: u32,
     log: LogBudget,
 }
 
 impl State {
     fn new(plugin: Arc<str>, limits: Arc<Limits>) -> Self {
         let log = LogBudget { started: Instant::now(), left: limits.log_messages, dropped: 0 };
-        Self { plugin, memory: None, limits, said: None, memory_denied: None, timer: Timer::default(), log }
+        Self { plugin, memory: None, limits, said: None, memory_denied: None, timer: Timer::default(), reads: 0, log }
     }
 
     /// Host work on behalf of the plugin, which its deadline does not count.
     fn host_work<R>(&mut self, work: impl FnOnce(&mut dyn DetectMemory) -> R) -> Option<R> {
         let memory = self.memory.as_deref_mut()?;
+        self.reads = self.reads.checked_add(1).filter(|&reads| reads <= MAX_READS)?;
         let before = thread_time();
         let result = work(memory);
         self.timer.host += thread_time().saturating_sub(before);
@@ -108,6 +110,8 @@ impl log::Host for State {
 
 /// Most bytes of one read; the WIT says so.
 const MAX_READ: u32 = 4096;
+/// Most reads of one call: four times what a scan of all 2^20 PASIDs takes. The lender's own budget is usually tighter.
+const MAX_READS: u32 = 65_536;
 
 impl guest_memory::Host for State {
     fn read(&mut self, address: u64, length: u32) -> Option<Vec<u8>> {
@@ -224,6 +228,7 @@ fn begin(store: &mut Store<State>, limit: Duration) {
     let state = store.data_mut();
     state.said = None;
     state.memory_denied = None;
+    state.reads = 0;
     state.timer = Timer { limit, ..Timer::default() };
     store.set_epoch_deadline(1);
 }

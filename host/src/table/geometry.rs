@@ -219,7 +219,7 @@ impl Geometry {
         if overlap {
             return refuse("roots overlap when ignored bits are left out");
         }
-        if root.address % u64::from(self.entry_bytes) != 0 || self.output_bits < 64 && root.address >> self.output_bits != 0 {
+        if !root.address.is_multiple_of(u64::from(self.entry_bytes)) || self.output_bits < 64 && root.address >> self.output_bits != 0 {
             return refuse(format_args!("table at {:#x}", root.address));
         }
         Ok(())

@@ -148,11 +148,14 @@ fn no_translation(stage: u8, input: u64) -> Fault {
     Fault { stage, cause: Cause::Entry(FaultKind::Translation), level: None, input, address: None, path: Vec::new() }
 }
 
+/// Output address, what the leaf allows, and the way to it.
+type FoundLeaf = (u64, Attributes, Vec<Step>);
+
 /// Finds out about a single address.
 struct Probe {
     stage: u8,
     input: u64,
-    found: Option<Result<(u64, Attributes, Vec<Step>), Fault>>,
+    found: Option<Result<FoundLeaf, Fault>>,
 }
 
 impl Probe {

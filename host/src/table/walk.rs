@@ -450,7 +450,7 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
                     count
                 }
                 Meaning::Leaf { size_log2, attributes } if size_log2 == lsb && part == slot && known.meaning != Meaning::WholeEntry => {
-                    let whole = (((span.last - iova).checked_add(1).unwrap_or(u64::MAX)) >> lsb).max(1);
+                    let whole = ((span.last - iova).saturating_add(1) >> lsb).max(1);
                     let candidates = &entries[at..entries.len().min(at + whole as usize)];
                     let count = run_length(candidates, known.mask, known.pattern);
                     let run = &candidates[..count];
@@ -517,7 +517,7 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
         if !self.output.contains(address) {
             return self.fault(Cause::Entry(FaultKind::AddressSize), part, Some(address));
         }
-        if address % u64::from(self.layout.bytes) != 0 {
+        if !address.is_multiple_of(u64::from(self.layout.bytes)) {
             return self.fault(Cause::Entry(FaultKind::Misaligned), part, Some(address));
         }
         // A level that was skipped: IOVA bits between the two tables must be zero.

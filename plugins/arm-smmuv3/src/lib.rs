@@ -29,7 +29,7 @@ pub use stage1::Stage1;
 pub use stage2::Stage2;
 pub use unit::Smmuv3;
 
-stagecraft_sdk::export_plugin! {
+stagecraft_sdk::export_format! {
     manifest: "../manifest.json",
     unit: Smmuv3,
     formats: [Stage1, Stage2],

@@ -24,7 +24,7 @@ use stagecraft_sdk::Settings;
 #[allow(unused_imports)] // the macro uses these on wasm32 only
 use crate::{first_stage::FirstStage, second_stage::SecondStage, unit::IntelVtd};
 
-stagecraft_sdk::export_plugin! {
+stagecraft_sdk::export_format! {
     manifest: "../manifest.json",
     unit: IntelVtd,
     formats: [FirstStage, SecondStage],

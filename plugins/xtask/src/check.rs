@@ -65,6 +65,11 @@ pub fn run(root: &Path, strict: bool) -> Result<()> {
     } else {
         "SKIPPED  the larger snapshots of real guests: they are not beside the repository; the small ones in tests/fixtures ran".to_owned()
     });
+    summary.push(if has_qemu() {
+        "ran      with QEMU's IOMMU models".to_owned()
+    } else {
+        "SKIPPED  tables judged by QEMU's IOMMU models: QEMU is not installed (tests/models/install-qemu does it on Debian)".to_owned()
+    });
     if strict && !fixtures.is_dir() {
         bail!("the snapshots of real guests are not beside the repository");
     }
@@ -80,6 +85,14 @@ pub fn cargo(root: &Path) -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(root);
     command
+}
+
+fn has_qemu() -> bool {
+    let there = |machine: &str| {
+        let program = format!("qemu-system-{machine}");
+        Command::new(program).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok_and(|status| status.success())
+    };
+    ["x86_64", "aarch64", "riscv64"].into_iter().all(there)
 }
 
 fn has(subcommand: &str) -> bool {

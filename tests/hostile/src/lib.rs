@@ -9,7 +9,7 @@ use stagecraft_sdk::{
 };
 use std::cell::Cell;
 
-stagecraft_sdk::export_plugin! {
+stagecraft_sdk::export_format! {
     manifest: "../manifest.json",
     unit: Hostile,
     formats: [Radix],

@@ -281,8 +281,16 @@ fn shape(config: &TableConfig) -> (Vec<Tree>, Vec<Window>) {
         let top_entries = 1 << (input_bits - page_bits - stride * top);
         Tree { root: 0, half, page_bits, stride, top, top_entries, largest_leaf, address_bits }
     };
-    let vtd_tree =
-        |levels: u32| Tree { root: 0, half: 0, page_bits: 12, stride: 9, top: levels - 1, top_entries: 512, largest_leaf: 2, address_bits: 52 };
+    let vtd_tree = |levels: u32, output_bits: u32| Tree {
+        root: 0,
+        half: 0,
+        page_bits: 12,
+        stride: 9,
+        top: levels - 1,
+        top_entries: 512,
+        largest_leaf: 2,
+        address_bits: output_bits,
+    };
     match config {
         TableConfig::ArmStage1(config) => {
             let mut trees = Vec::new();
@@ -305,9 +313,11 @@ fn shape(config: &TableConfig) -> (Vec<Tree>, Vec<Window>) {
             // Canonical addresses: 47 or 56 bits at each end.
             let bits = 9 * config.levels + 11;
             let high = u64::MAX - ((1 << bits) - 1);
-            (vec![vtd_tree(config.levels)], vec![Window { first: 0, bits, tree: 0 }, Window { first: high, bits, tree: 0 }])
+            (vec![vtd_tree(config.levels, config.output_bits)], vec![Window { first: 0, bits, tree: 0 }, Window { first: high, bits, tree: 0 }])
         }
-        TableConfig::VtdSecond(config) => (vec![vtd_tree(config.levels)], vec![Window { first: 0, bits: 9 * config.levels + 12, tree: 0 }]),
+        TableConfig::VtdSecond(config) => {
+            (vec![vtd_tree(config.levels, config.output_bits)], vec![Window { first: 0, bits: 9 * config.levels + 12, tree: 0 }])
+        }
     }
 }
 

@@ -68,7 +68,7 @@ fn write_json(out: &mut impl Write, view: &View) -> Result<()> {
             "tables": tables,
         });
         let head = head.to_string();
-        write!(out, "{},\"mappings\":[", head.trim_end_matches('}'))?;
+        write!(out, "{},\"mappings\":[", head.strip_suffix('}').unwrap_or(&head))?;
         let mut mappings = Separator::default();
         for mapping in reach.map_or(&[][..], |reach| reach.collected.collector.mappings()) {
             let Mapping { iova, address, access } = mapping;
@@ -204,7 +204,7 @@ fn write_mappings(out: &mut impl Write, mappings: &[Mapping], few: usize) -> Res
     if mappings.is_empty() {
         return Ok(());
     }
-    // Widths from the first block of rows hold for all: the list is written as it comes, however long it is.
+    // Block by block, so that a long list begins at once and is never held as text.
     for (block, part) in mappings[..mappings.len().min(few)].chunks(4096).enumerate() {
         let headings: &[&str] = if block == 0 { &["IOVA", "LAST", "ADDRESS", "SIZE", "ACCESS"] } else { &[] };
         let mut columns = Columns::new(2, headings).right(&[0, 1, 2, 3]);

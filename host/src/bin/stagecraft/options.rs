@@ -24,9 +24,10 @@ pub struct Cli {
 
 /// Options of all subcommands.
 #[derive(Args, Debug)]
+#[command(next_help_heading = "Options of all commands")]
 pub struct Global {
     /// What to print: text for people, or JSON as docs/json.md describes it
-    #[arg(long, global = true, value_name = "FORM", default_value = "human", hide_possible_values = false)]
+    #[arg(long, global = true, value_name = "FORM", default_value = "human")]
     pub format: Form,
     /// Colours: on a terminal unless NO_COLOR is set, always, or never
     #[arg(long, global = true, value_name = "WHEN", default_value = "auto")]

@@ -87,19 +87,24 @@ impl View {
         seen.stream.missing.map(|page| page.0).or_else(in_table).map(|address| address & !(PAGE - 1))
     }
 
-    /// Says in one line what is not known, if anything is not, and which status that is.
-    pub fn completeness(&self) -> Status {
+    /// What is not known, in one line, if anything is not, and which status that is.
+    pub fn incomplete(&self) -> Option<(Status, String)> {
         let found = self.streams.iter().find_map(|seen| Some((seen, self.missing(seen)?)));
         if let Some((seen, page)) = found {
-            complain(&missing_page(page, &seen.stream));
-            return Status::Trouble;
+            return Some((Status::Trouble, missing_page(page, &seen.stream)));
         }
         let stopped = |seen: &Seen| seen.stopped.clone().or_else(|| self.tables[seen.table?].collected.stopped.clone());
-        if let Some((seen, stopped)) = self.streams.iter().find_map(|seen| Some((seen, stopped(seen)?))) {
-            complain(&format!("device {}: {stopped}; --budget-tables and --budget-leaves allow more", stream_name(&seen.stream)));
-            return Status::Found;
-        }
-        Status::Good
+        let (seen, stopped) = self.streams.iter().find_map(|seen| Some((seen, stopped(seen)?)))?;
+        let what = format!("device {}: {stopped}; --budget-tables and --budget-leaves allow more", stream_name(&seen.stream));
+        Some((Status::Found, what))
+    }
+
+    /// Says what is not known, and which status that is.
+    pub fn completeness(&self) -> Status {
+        self.incomplete().map_or(Status::Good, |(status, what)| {
+            complain(&what);
+            status
+        })
     }
 }
 

@@ -1,0 +1,220 @@
+//! `stagecraft diff`: compares what devices reach in two snapshots.
+
+mod spaces;
+
+use std::collections::HashMap;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+use anyhow::{Result, bail};
+use clap::Args;
+use serde_json::{Value, json};
+use stagecraft::guest::StreamState;
+use stagecraft::table::Mapping;
+
+use crate::failure::Status;
+use crate::json::{self, Separator};
+use crate::options::Global;
+use crate::output::{BAD, Columns, DIM, FEW, GOOD, HEAD, WARN, counted, human, printable, raw, size};
+use crate::session::{Session, load};
+use crate::view::{Seen, View, stream_name};
+
+use spaces::{Change, Range, Target, compare};
+
+/// Compare what devices reach in two snapshots
+///
+/// Devices are matched by id and PASID; their address spaces are compared byte by byte, whatever the format, the page sizes and the place of the tables. Exit
+/// status 0 if devices reach the same, 1 if they do not, 2 if that cannot be said.
+#[derive(Args, Debug)]
+pub struct Arguments {
+    /// Folder with snapshot.json and pages.bin
+    a: PathBuf,
+    /// The folder to compare it with
+    b: PathBuf,
+    /// Show all ranges
+    #[arg(long)]
+    all: bool,
+}
+
+/// How one stream differs, or several whose tables are the same on both sides.
+struct Difference {
+    streams: Vec<StreamState>,
+    /// What it gets in each snapshot; none if it is not there.
+    states: [Option<&'static str>; 2],
+    ranges: Rc<[Range]>,
+}
+
+/// Runs the command.
+pub fn run(global: &Global, arguments: &Arguments) -> Result<Status> {
+    let session = Session::new(global)?;
+    let a = view(&session, &arguments.a)?;
+    let b = view(&session, &arguments.b)?;
+    let (differences, compared) = differences(&a, &b);
+    if global.json() {
+        write_json(&mut raw(), &differences, compared)?;
+    } else {
+        write_human(&mut human(), arguments, &differences, compared)?;
+    }
+    Ok(if differences.is_empty() { Status::Good } else { Status::Found })
+}
+
+/// Everything that devices reach in a snapshot, or an error: half an address space cannot be compared.
+fn view(session: &Session, path: &Path) -> Result<View> {
+    let snapshot = load(path)?;
+    let guest = session.guest(&snapshot)?;
+    let view = View::new(&guest, None)?;
+    match view.incomplete() {
+        Some((_, what)) => bail!("{}: {what}", path.display()),
+        None => Ok(view),
+    }
+}
+
+/// Tables in each snapshot, if there are any.
+type TablePair = (Option<usize>, Option<usize>);
+
+/// How streams differ, and how many there are.
+fn differences(a: &View, b: &View) -> (Vec<Difference>, usize) {
+    let key = |seen: &Seen| (seen.stream.id, seen.stream.pasid);
+    let mut keys: Vec<(u64, Option<u32>)> = a.streams.iter().chain(&b.streams).map(key).collect();
+    keys.sort_unstable();
+    keys.dedup();
+    let in_a: HashMap<_, &Seen> = a.streams.iter().map(|seen| (key(seen), seen)).collect();
+    let in_b: HashMap<_, &Seen> = b.streams.iter().map(|seen| (key(seen), seen)).collect();
+    let mut known: HashMap<TablePair, Rc<[Range]>> = HashMap::new();
+    let mut differences: Vec<Difference> = Vec::new();
+    for key in &keys {
+        let pair = [in_a.get(key).copied(), in_b.get(key).copied()];
+        let Some(stream) = pair.iter().flatten().next().map(|seen| seen.stream.clone()) else { continue };
+        let table = |side: usize| pair[side].and_then(|seen| seen.table);
+        let tables = (table(0), table(1));
+        let ranges = known.entry(tables).or_insert_with(|| compare(mappings(a, tables.0), mappings(b, tables.1)).into());
+        let states = pair.map(|seen| seen.map(|seen| seen.stream.state.as_str()));
+        if states[0] == states[1] && ranges.is_empty() {
+            continue;
+        }
+        let ranges = Rc::clone(ranges);
+        let same = |other: &&mut Difference| tables != (None, None) && other.states == states && Rc::ptr_eq(&other.ranges, &ranges);
+        match differences.iter_mut().find(same) {
+            Some(other) => other.streams.push(stream),
+            None => differences.push(Difference { streams: vec![stream], states, ranges }),
+        }
+    }
+    (differences, keys.len())
+}
+
+fn mappings(view: &View, table: Option<usize>) -> &[Mapping] {
+    table.map_or(&[], |table| view.tables[table].collected.collector.mappings())
+}
+
+/// Ranges and bytes of one kind of change.
+fn total(ranges: &[Range], change: Change) -> (u64, u128) {
+    let of_kind = ranges.iter().filter(|range| range.change() == change);
+    of_kind.fold((0, 0), |(ranges, bytes), range| (ranges + 1, bytes + range.bytes()))
+}
+
+fn write_json(out: &mut impl Write, differences: &[Difference], compared: usize) -> Result<()> {
+    write!(out, "{{\"version\":{},\"same\":{},\"compared\":{compared},\"differences\":[", json::VERSION, differences.is_empty())?;
+    let target = |target: Option<Target>| target.map(|target| json!({"address": json::hex(target.address), "access": target.access.as_str()}));
+    let mut separator = Separator::default();
+    for difference in differences {
+        let totals = |change: Change| {
+            let (ranges, bytes) = total(&difference.ranges, change);
+            json!({"ranges": ranges, "bytes": bytes as u64})
+        };
+        let streams: Vec<Value> = difference.streams.iter().map(|stream| json::stream((stream.id, stream.pasid))).collect();
+        let head = json!({
+            "streams": streams,
+            "states": {"a": difference.states[0], "b": difference.states[1]},
+            "added": totals(Change::Added),
+            "removed": totals(Change::Removed),
+            "changed": totals(Change::Changed),
+        });
+        let head = head.to_string();
+        let head = head.strip_suffix('}').unwrap_or(&head);
+        write!(out, "{}{head},\"ranges\":[", separator.next())?;
+        let mut inner = Separator::default();
+        for range in difference.ranges.iter() {
+            let object = json!({
+                "change": range.change().as_str(),
+                "iova": json::hex(range.iova.first),
+                "size": range.bytes() as u64,
+                "a": target(range.a),
+                "b": target(range.b),
+            });
+            write!(out, "{}{object}", inner.next())?;
+        }
+        write!(out, "]}}")?;
+    }
+    writeln!(out, "]}}")?;
+    Ok(out.flush()?)
+}
+
+fn write_human(out: &mut impl Write, arguments: &Arguments, differences: &[Difference], compared: usize) -> Result<()> {
+    let compared_streams = counted(compared as u64, "stream", "streams");
+    if differences.is_empty() {
+        writeln!(out, "{GOOD}the same{GOOD:#}: {compared_streams} reach the same addresses")?;
+        return Ok(out.flush()?);
+    }
+    let differing: usize = differences.iter().map(|difference| difference.streams.len()).sum();
+    writeln!(out, "{BAD}different{BAD:#}: {differing} of {compared_streams}")?;
+    writeln!(out, "  {DIM}a{DIM:#} {}\n  {DIM}b{DIM:#} {}", arguments.a.display(), arguments.b.display())?;
+    let shown = if arguments.all { differences.len() } else { differences.len().min(FEW) };
+    let few = match shown {
+        _ if arguments.all => usize::MAX,
+        1 => 2 * FEW,
+        _ => 5,
+    };
+    for difference in &differences[..shown] {
+        write_difference(out, difference, few)?;
+    }
+    if differences.len() > shown {
+        writeln!(out, "\n{DIM}and {} (--all){DIM:#}", counted((differences.len() - shown) as u64, "more", "more"))?;
+    }
+    Ok(out.flush()?)
+}
+
+fn write_difference(out: &mut impl Write, difference: &Difference, few: usize) -> Result<()> {
+    let names: Vec<String> = difference.streams.iter().map(stream_name).collect();
+    writeln!(out, "\n{HEAD}{}{HEAD:#}", printable(&names.join(", ")))?;
+    let [a, b] = difference.states.map(|state| state.unwrap_or("not there"));
+    if a != b {
+        writeln!(out, "  {a} in a, {b} in b")?;
+    }
+    let totals = [Change::Removed, Change::Added, Change::Changed].map(|change| (change, total(&difference.ranges, change)));
+    let totals = totals.iter().filter(|(_, (ranges, _))| *ranges > 0);
+    let words = |(change, (ranges, bytes)): &(Change, (u64, u128))| {
+        format!("{} {} in {}", change.as_str(), size(*bytes), counted(*ranges, "range", "ranges"))
+    };
+    let totals: Vec<String> = totals.map(words).collect();
+    if totals.is_empty() {
+        return Ok(());
+    }
+    writeln!(out, "  {}", totals.join(", "))?;
+    let target = |target: Option<Target>| target.map_or("-".to_owned(), |target| format!("{:#x} {}", target.address, target.access));
+    for (block, part) in difference.ranges[..difference.ranges.len().min(few)].chunks(4096).enumerate() {
+        let headings: &[&str] = if block == 0 { &["", "IOVA", "LAST", "SIZE", "IN A", "IN B"] } else { &[] };
+        let mut columns = Columns::new(2, headings).right(&[1, 2, 3]);
+        for range in part {
+            let (mark, style) = match range.change() {
+                Change::Removed => ("-", BAD),
+                Change::Added => ("+", GOOD),
+                Change::Changed => ("~", WARN),
+            };
+            columns.row([
+                crate::output::Cell::styled(mark, style),
+                format!("{:#x}", range.iova.first).into(),
+                format!("{:#x}", range.iova.last).into(),
+                size(range.bytes()).into(),
+                target(range.a).into(),
+                target(range.b).into(),
+            ]);
+        }
+        columns.write(out)?;
+    }
+    let more = difference.ranges.len().saturating_sub(few);
+    if more > 0 {
+        writeln!(out, "  {DIM}and {} (--all){DIM:#}", counted(more as u64, "more range", "more ranges"))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,449 @@
+//! From registers to tables: device directory and device contexts, process directory and process contexts (IOMMU chapter 2).
+//!
+//! A request that hardware would refuse is blocked with the cause that a fault record would have (IOMMU section 3.2). Only untranslated requests are
+//! looked at. What no register says is taken to be as the structures in memory have it: whether `fctl.GXL` can be written, and how wide
+//! quality-of-service ids are.
+
+use stagecraft_sdk::bits::{Field, words};
+use stagecraft_sdk::{Binding, Blocked, Error, Format, GuestMemory, Offer, Outcome, Registers, Requester, TableConfig, Unit};
+
+use crate::entries::WIDEST_OUTPUT;
+use crate::first_stage::FirstStage;
+use crate::second_stage::{NARROW, SecondStage};
+use crate::spec::registers::{capabilities, ddtp, fctl};
+use crate::spec::structures::{atp, device, pointer, process, ta, tc};
+
+/// The architecture.
+#[derive(Clone, Copy, Debug)]
+pub struct RiscvIommu;
+
+/// Most process ids that [`Unit::pasids`] answers.
+const MOST_PASIDS: usize = 1024;
+/// Most tables of process contexts that [`Unit::pasids`] reads.
+const MOST_PROCESS_TABLES: u32 = 1024;
+const PAGE: u64 = 4096;
+/// Physical addresses have at least so many bits.
+const NARROWEST_OUTPUT: u64 = 32;
+
+/// A cause of a fault record: its number, and what the specification calls it.
+#[derive(Clone, Copy)]
+struct Cause(u16, &'static str);
+
+const GUEST_PAGE_FAULT: Cause = Cause(21, "Read guest-page fault");
+const ALL_DISALLOWED: Cause = Cause(256, "All inbound transactions disallowed");
+const DDT_LOAD: Cause = Cause(257, "DDT entry load access fault");
+const DDT_INVALID: Cause = Cause(258, "DDT entry not valid");
+const DDT_MISCONFIGURED: Cause = Cause(259, "DDT entry misconfigured");
+const TYPE_DISALLOWED: Cause = Cause(260, "Transaction type disallowed");
+const PDT_LOAD: Cause = Cause(265, "PDT entry load access fault");
+const PDT_INVALID: Cause = Cause(266, "PDT entry not valid");
+const PDT_MISCONFIGURED: Cause = Cause(267, "PDT entry misconfigured");
+
+/// Why there is no outcome yet.
+enum Stop {
+    Blocked(Blocked),
+    Error(Error),
+}
+
+impl From<Blocked> for Stop {
+    fn from(blocked: Blocked) -> Self {
+        Self::Blocked(blocked)
+    }
+}
+
+fn fault(Cause(number, name): Cause, reason: &str) -> Blocked {
+    Blocked { event: name.to_owned(), section: format!("RISC-V IOMMU 1.0 section 3.2, cause {number}"), reason: reason.to_owned() }
+}
+
+/// `Err` if the condition holds.
+fn unless(condition: bool, cause: Cause, reason: &str) -> Result<(), Blocked> {
+    if condition { Err(fault(cause, reason)) } else { Ok(()) }
+}
+
+/// A page number as an address.
+const fn page(number: u64) -> u64 {
+    number << 12
+}
+
+/// The supported levels of a mode: `first` is a stage's lowest encoding, each further one has one level more.
+fn supported(capabilities: u64, mode: u64, levels: &[(Field, u64)]) -> Option<u64> {
+    let (field, levels) = levels.get(usize::try_from(mode.checked_sub(atp::FEWEST_LEVELS)?).ok()?)?;
+    (field.of(capabilities) == 1).then_some(*levels)
+}
+
+/// A unit that has a device directory.
+struct Hardware {
+    capabilities: u64,
+    big_endian: bool,
+    narrow_guests: bool,
+    output_bits: u64,
+    directory: u64,
+    directory_levels: u32,
+}
+
+/// What the unit does with all requests alike, or how it looks them up.
+enum Mode {
+    Off,
+    Bare,
+    Directory(Hardware),
+}
+
+/// A device context, checked.
+struct Device {
+    tc: u64,
+    fsc: u64,
+    second: Option<TableConfig>,
+    /// MSI page table: its address, mask and pattern.
+    msi: Option<[u64; 3]>,
+}
+
+impl Device {
+    fn has(&self, bit: u64) -> bool {
+        self.tc & bit != 0
+    }
+
+    /// Levels of the process directory; none if there is no such directory.
+    fn process_levels(&self) -> Option<u32> {
+        let mode = atp::MODE.of(self.fsc);
+        (self.has(tc::PDTV) && mode != atp::BARE).then_some(mode as u32)
+    }
+
+    /// A part of the process directory, which is behind the second stage and has a byte order of its own.
+    fn read(&self, memory: &mut dyn GuestMemory, address: u64, bytes: u64) -> Result<Vec<u64>, Error> {
+        let bytes = match &self.second {
+            Some(table) => memory.read_through(table, address, bytes as u32),
+            None => memory.read(address, bytes as u32),
+        }?;
+        Ok(in_order(&bytes, self.has(tc::SBE)))
+    }
+
+    /// The same with the fault that hardware would report.
+    fn read_or_fault<const N: usize>(&self, memory: &mut dyn GuestMemory, address: u64, what: &str) -> Result<[u64; N], Blocked> {
+        let cause = if self.second.is_some() { GUEST_PAGE_FAULT } else { PDT_LOAD };
+        let failed = || fault(cause, &format!("the {what} at {address:#x} cannot be read"));
+        self.read(memory, address, 8 * N as u64).map_err(|_| failed())?.try_into().map_err(|_| failed())
+    }
+
+    /// Word 0 and word 1 of the context of a process, IOMMU section 2.3.2.
+    fn process(&self, levels: u32, id: u64, memory: &mut dyn GuestMemory) -> Result<[u64; 2], Blocked> {
+        let index = [id & 0xff, id >> 8 & 0x1ff, id >> 17];
+        let mut table = page(atp::PPN.of(self.fsc));
+        for level in (1..levels as usize).rev() {
+            let [entry] = self.read_or_fault(memory, table + index[level] * pointer::BYTES, "process directory entry")?;
+            unless(entry & pointer::V == 0, PDT_INVALID, "the process directory entry is not valid")?;
+            unless(entry & pointer::RESERVED != 0, PDT_MISCONFIGURED, "the process directory entry has a reserved bit")?;
+            table = page(pointer::PPN.of(entry));
+        }
+        let context: [u64; 2] = self.read_or_fault(memory, table + index[0] * process::BYTES, "process context")?;
+        unless(context[0] & process::V == 0, PDT_INVALID, "the process context is not valid")?;
+        unless(context[0] & process::RESERVED != 0, PDT_MISCONFIGURED, "the process context has a reserved bit")?;
+        Ok(context)
+    }
+}
+
+/// 64-bit words of a structure in guest memory.
+fn in_order(bytes: &[u8], big_endian: bool) -> Vec<u64> {
+    let mut words = words(bytes);
+    if big_endian {
+        words.iter_mut().for_each(|word| *word = word.swap_bytes());
+    }
+    words
+}
+
+impl Mode {
+    fn new(registers: &Registers) -> Result<Self, Error> {
+        let (capabilities, fctl, ddtp) = (registers.need("CAPABILITIES")?, registers.need("FCTL")?, registers.need("DDTP")?);
+        let mode = ddtp::MODE.of(ddtp);
+        match mode {
+            ddtp::OFF => return Ok(Self::Off),
+            ddtp::BARE => return Ok(Self::Bare),
+            _ if mode <= ddtp::THREE_LEVELS => {}
+            _ => return Err(Error::invalid("DDTP", ddtp, "RISC-V IOMMU 1.0 section 5.5", "this mode is reserved")),
+        }
+        let output_bits = capabilities::PAS.of(capabilities);
+        if output_bits < NARROWEST_OUTPUT {
+            return Err(Error::invalid(
+                "CAPABILITIES",
+                capabilities,
+                "RISC-V IOMMU 1.0 section 5.3",
+                "physical addresses (PAS) have 32 bits at least",
+            ));
+        }
+        Ok(Self::Directory(Hardware {
+            capabilities,
+            big_endian: fctl::BE.of(fctl) == 1,
+            narrow_guests: fctl::GXL.of(fctl) == 1,
+            output_bits: output_bits.min(WIDEST_OUTPUT),
+            directory: page(ddtp::PPN.of(ddtp)),
+            directory_levels: (mode - ddtp::BARE) as u32,
+        }))
+    }
+}
+
+impl Hardware {
+    fn has(&self, capability: Field) -> bool {
+        capability.of(self.capabilities) == 1
+    }
+
+    /// Levels of a second stage with this mode; none if the unit has no such mode.
+    fn second_levels(&self, mode: u64) -> Option<u64> {
+        let wide = [(capabilities::SV39X4, 3), (capabilities::SV48X4, 4), (capabilities::SV57X4, 5)];
+        let narrow = [(capabilities::SV32X4, 2)];
+        supported(self.capabilities, mode, if self.narrow_guests { &narrow } else { &wide })
+    }
+
+    /// The same of a first stage.
+    fn first_levels(&self, mode: u64, narrow_supervisor: bool) -> Option<u64> {
+        let wide = [(capabilities::SV39, 3), (capabilities::SV48, 4), (capabilities::SV57, 5)];
+        let narrow = [(capabilities::SV32, 2)];
+        supported(self.capabilities, mode, if narrow_supervisor { &narrow } else { &wide })
+    }
+
+    /// A configuration with the settings that both stages have.
+    fn table(&self, format: &str, levels: u64, root: u64, output_bits: u64, hardware_update: bool, big_endian: bool) -> TableConfig {
+        let mut table = TableConfig::new(format, &[("levels", levels), ("root", root)]);
+        let wide = levels > 2;
+        let mut set = |name, value, default| {
+            if value != default {
+                table.settings.set(name, value);
+            }
+        };
+        set("output-bits", output_bits, WIDEST_OUTPUT);
+        set("svnapot", u64::from(wide), 0);
+        set("svpbmt", u64::from(wide && self.has(capabilities::SVPBMT)), 0);
+        set("svrsw60t59b", u64::from(wide && self.has(capabilities::SVRSW60T59B)), 0);
+        set("hardware-update", u64::from(hardware_update), 0);
+        set("big-endian", u64::from(big_endian), 0);
+        table
+    }
+
+    /// The context of a device, IOMMU section 2.3.1.
+    fn device(&self, id: u64, memory: &mut dyn GuestMemory) -> Result<Device, Blocked> {
+        let extended = self.has(capabilities::MSI_FLAT);
+        let (leaf_bits, bytes) = if extended { (6, device::EXTENDED_BYTES) } else { (7, device::BYTES) };
+        let too_wide = id >> (leaf_bits + 9 * (self.directory_levels - 1)) != 0;
+        unless(too_wide, TYPE_DISALLOWED, "the device id is wider than the levels of the device directory can look up")?;
+        let index = [id & ((1 << leaf_bits) - 1), id >> leaf_bits & 0x1ff, id >> (leaf_bits + 9)];
+        let mut read = |address: u64, bytes: u64, what: &str| {
+            let failed = || fault(DDT_LOAD, &format!("the {what} at {address:#x} cannot be read"));
+            let words = in_order(&memory.read(address, bytes as u32).map_err(|_| failed())?, self.big_endian);
+            if words.len() as u64 * 8 == bytes { Ok(words) } else { Err(failed()) }
+        };
+        let mut table = self.directory;
+        for level in (1..self.directory_levels as usize).rev() {
+            let words = read(table + index[level] * pointer::BYTES, pointer::BYTES, "device directory entry")?;
+            unless(words[0] & pointer::V == 0, DDT_INVALID, "the device directory entry is not valid")?;
+            unless(words[0] & pointer::RESERVED != 0, DDT_MISCONFIGURED, "the device directory entry has a reserved bit")?;
+            table = page(pointer::PPN.of(words[0]));
+        }
+        let mut context = read(table + index[0] * bytes, bytes, "device context")?;
+        context.resize(8, 0);
+        let context = context.try_into().unwrap_or_default();
+        self.check_device(&context)?;
+        self.check_modes(&context)
+    }
+
+    /// Reserved bits and bits that contradict each other or the unit's capabilities, IOMMU section 2.1.4. The base format's missing words are zero.
+    fn check_device(&self, &[tc, iohgatp, ta, _, msiptp, msi_mask, msi_pattern, last]: &[u64; 8]) -> Result<(), Blocked> {
+        let has = |bit| tc & bit != 0;
+        let wrong = |condition, reason| unless(condition, DDT_MISCONFIGURED, reason);
+        unless(!has(tc::V), DDT_INVALID, "the device context is not valid")?;
+        wrong(tc & tc::RESERVED != 0, "the device context has a reserved bit (tc)")?;
+        let qos = if self.has(capabilities::QOSID) { 0 } else { ta::QOS };
+        wrong(ta & (ta::RESERVED | qos) != 0, "the device context has a reserved bit (ta)")?;
+        let msi_reserved = (msi_mask | msi_pattern) & !device::MSI_PAGE | msiptp & atp::RESERVED | last;
+        wrong(msi_reserved != 0, "the device context has a reserved bit (MSI)")?;
+        wrong(atp::MODE.of(msiptp) > atp::FLAT, "the MSI page table has a reserved mode")?;
+        let services = has(tc::EN_ATS) || has(tc::EN_PRI) || has(tc::PRPR);
+        wrong(services && !self.has(capabilities::ATS), "the unit has no translation services (ATS)")?;
+        wrong(has(tc::EN_PRI) && !has(tc::EN_ATS), "page requests (EN_PRI) are enabled without translation services (EN_ATS)")?;
+        wrong(has(tc::PRPR) && !has(tc::EN_PRI), "responses to page requests (PRPR) are configured without page requests (EN_PRI)")?;
+        if has(tc::T2GPA) {
+            wrong(!self.has(capabilities::T2GPA), "the unit's translation services do not answer guest-physical addresses (T2GPA)")?;
+            wrong(!has(tc::EN_ATS), "guest-physical answers (T2GPA) are enabled without translation services (EN_ATS)")?;
+            wrong(atp::MODE.of(iohgatp) == atp::BARE, "guest-physical answers (T2GPA) are enabled without a second stage")?;
+        }
+        wrong(has(tc::DPE) && !has(tc::PDTV), "a default process (DPE) is enabled without a process directory (PDTV)")?;
+        let updates = has(tc::SADE) || has(tc::GADE);
+        wrong(updates && !self.has(capabilities::AMO_HWAD), "the unit does not set accessed and dirty bits (SADE, GADE)")?;
+        let other_order = has(tc::SBE) != self.big_endian;
+        wrong(other_order && !self.has(capabilities::END), "the unit has only one byte order, and SBE asks for the other")?;
+        wrong(self.narrow_guests && !has(tc::SXL), "guests have 32 bits (GXL), and their supervisors do not (SXL)")
+    }
+
+    /// The modes of the two stages and of the process directory, IOMMU section 2.1.4.
+    fn check_modes(&self, &[tc, iohgatp, _, fsc, msiptp, msi_mask, msi_pattern, _]: &[u64; 8]) -> Result<Device, Blocked> {
+        let wrong = |condition, reason| unless(condition, DDT_MISCONFIGURED, reason);
+        let mut second = None;
+        let mode = atp::MODE.of(iohgatp);
+        if mode != atp::BARE {
+            let levels = self.second_levels(mode).ok_or_else(|| fault(DDT_MISCONFIGURED, "the unit does not have this mode of the second stage"))?;
+            let root = page(atp::PPN.of(iohgatp));
+            wrong(root & 0x3fff != 0, "the second stage's root table is not aligned to 16 KiB")?;
+            wrong(root >> self.output_bits != 0, "the second stage's root table has more address bits than the unit (PAS)")?;
+            let mut table = self.table(SecondStage::NAME, levels, root, self.output_bits, tc & tc::GADE != 0, self.big_endian);
+            if tc & tc::SXL != 0 && levels > 2 {
+                table.settings.set("input-bits", NARROW);
+            }
+            second = Some(table);
+        }
+        wrong(fsc & atp::RESERVED != 0, "the device context has a reserved bit (fsc)")?;
+        if tc & tc::PDTV == 0 {
+            self.check_first(fsc, tc, second.is_some(), DDT_MISCONFIGURED)?;
+        } else {
+            let has = [true, self.has(capabilities::PD8), self.has(capabilities::PD17), self.has(capabilities::PD20)];
+            let mode = atp::MODE.of(fsc);
+            wrong(mode > atp::THREE_LEVELS || !has[(mode & 3) as usize], "the unit does not have this mode of the process directory")?;
+        }
+        let msi = (atp::MODE.of(msiptp) == atp::FLAT).then_some([page(atp::PPN.of(msiptp)), msi_mask, msi_pattern]);
+        Ok(Device { tc, fsc, second, msi })
+    }
+
+    /// Levels of the first stage; none if it is Bare.
+    fn check_first(&self, fsc: u64, tc: u64, behind_second: bool, cause: Cause) -> Result<Option<u64>, Blocked> {
+        unless(fsc & atp::RESERVED != 0, cause, "the context has a reserved bit (fsc)")?;
+        let mode = atp::MODE.of(fsc);
+        if mode == atp::BARE {
+            return Ok(None);
+        }
+        let levels = self.first_levels(mode, tc & tc::SXL != 0);
+        unless(levels.is_none(), cause, "the unit does not have this mode of the first stage")?;
+        let beyond = !behind_second && page(atp::PPN.of(fsc)) >> self.output_bits != 0;
+        unless(beyond, cause, "the first stage's root table has more address bits than the unit (PAS)")?;
+        Ok(levels)
+    }
+
+    /// IOMMU section 2.3.
+    fn lookup(&self, requester: Requester, memory: &mut dyn GuestMemory) -> Result<Outcome, Stop> {
+        let device = self.device(requester.id, memory)?;
+        let refused = requester.pasid.is_some() && !device.has(tc::PDTV);
+        unless(refused, TYPE_DISALLOWED, "the request has a process id, and the device context no process directory (PDTV)")?;
+        let process_id = match requester.pasid {
+            Some(id) => Some(u64::from(id)),
+            None => device.has(tc::DPE).then_some(0),
+        };
+        let mut first = None;
+        if !device.has(tc::PDTV) {
+            first = self.first_stage(&device, device.fsc, DDT_MISCONFIGURED)?;
+        } else if let (Some(id), Some(levels)) = (process_id, device.process_levels()) {
+            let widths = [8, 17, 20];
+            let too_wide = id >> widths[(levels as usize - 1).min(2)] != 0;
+            unless(too_wide, TYPE_DISALLOWED, "the process id is wider than the levels of the process directory can look up")?;
+            let [attributes, fsc] = device.process(levels, id, memory)?;
+            first = self.first_stage(&device, fsc, PDT_MISCONFIGURED)?;
+            // Only a request with a process id can ask for supervisor privilege.
+            if let Some(table) = &mut first
+                && requester.pasid.is_some()
+                && attributes & process::ENS != 0
+            {
+                table.settings.set("supervisor", 1);
+                if attributes & process::SUM != 0 {
+                    table.settings.set("sum", 1);
+                }
+            }
+        }
+        let mut tables: Vec<TableConfig> = first.into_iter().chain(device.second).collect();
+        if let Some([root, mask, pattern]) = device.msi {
+            let reason = "an MSI page table (msiptp) for a device that has no other table";
+            let last = tables.last_mut().ok_or_else(|| Stop::Error(Error::Unsupported(reason.to_owned())))?;
+            last.settings.set("msi-root", root);
+            for (name, value) in [("msi-mask", mask), ("msi-pattern", pattern)] {
+                if value != 0 {
+                    last.settings.set(name, value);
+                }
+            }
+        }
+        Ok(if tables.is_empty() { Outcome::Bypass } else { Outcome::Tables(tables) })
+    }
+
+    fn first_stage(&self, device: &Device, fsc: u64, cause: Cause) -> Result<Option<TableConfig>, Blocked> {
+        let Some(levels) = self.check_first(fsc, device.tc, device.second.is_some(), cause)? else { return Ok(None) };
+        // Guest-physical addresses are as wide as page numbers; the second stage refuses those that it does not take.
+        let output_bits = if device.second.is_some() { WIDEST_OUTPUT } else { self.output_bits };
+        let root = page(atp::PPN.of(fsc));
+        Ok(Some(self.table(FirstStage::NAME, levels, root, output_bits, device.has(tc::SADE), device.has(tc::SBE))))
+    }
+
+    /// See [`Unit::pasids`].
+    fn pasids(&self, id: u64, memory: &mut dyn GuestMemory) -> Vec<u32> {
+        let mut search = Search { found: Vec::new(), tables_left: MOST_PROCESS_TABLES };
+        let Ok(device) = self.device(id, memory) else { return Vec::new() };
+        let Some(levels) = device.process_levels() else { return Vec::new() };
+        search.table(&device, levels, page(atp::PPN.of(device.fsc)), 0, memory);
+        search.found
+    }
+}
+
+/// A search of a process directory for valid contexts.
+struct Search {
+    found: Vec<u32>,
+    tables_left: u32,
+}
+
+impl Search {
+    /// Goes through a table that has so many levels with itself; `first` is the process id of its first entry.
+    fn table(&mut self, device: &Device, levels: u32, address: u64, first: u64, memory: &mut dyn GuestMemory) {
+        if levels == 1 {
+            let Some(left) = self.tables_left.checked_sub(1) else { return };
+            self.tables_left = left;
+        }
+        let bytes = if levels == 3 { 8 * pointer::BYTES } else { PAGE };
+        let Ok(words) = device.read(memory, address, bytes) else { return };
+        if levels == 1 {
+            let contexts = words.into_iter().step_by(process::BYTES as usize / 8);
+            for (id, _) in (first..).zip(contexts).filter(|(_, attributes)| attributes & process::V != 0) {
+                let is_default = id == 0 && device.has(tc::DPE);
+                if !is_default && self.found.len() < MOST_PASIDS {
+                    self.found.push(id as u32);
+                }
+            }
+            return;
+        }
+        let below = if levels == 3 { 17 } else { 8 };
+        for (index, entry) in (0_u64..).zip(words) {
+            let is_over = self.tables_left == 0 || self.found.len() == MOST_PASIDS;
+            if !is_over && entry & pointer::V != 0 && entry & pointer::RESERVED == 0 {
+                self.table(device, levels - 1, page(pointer::PPN.of(entry)), first + (index << below), memory);
+            }
+        }
+    }
+}
+
+/// Device ids have 24 bits.
+fn check_id(id: u64) -> Result<(), Error> {
+    if id >> 24 == 0 { Ok(()) } else { Err(Error::invalid("id", id, "RISC-V IOMMU 1.0 chapter 2", "a device id has 24 bits")) }
+}
+
+impl Unit for RiscvIommu {
+    fn lookup(registers: &Registers, requester: Requester, memory: &mut dyn GuestMemory) -> Result<Outcome, Error> {
+        check_id(requester.id)?;
+        let result = match Mode::new(registers)? {
+            Mode::Off => Err(Stop::Blocked(fault(ALL_DISALLOWED, "the unit is off"))),
+            Mode::Bare => Ok(Outcome::Bypass),
+            Mode::Directory(unit) => unit.lookup(requester, memory),
+        };
+        match result {
+            Ok(outcome) => Ok(outcome),
+            Err(Stop::Blocked(blocked)) => Ok(Outcome::Blocked(blocked)),
+            Err(Stop::Error(error)) => Err(error),
+        }
+    }
+
+    fn pasids(registers: &Registers, id: u64, memory: &mut dyn GuestMemory) -> Result<Vec<u32>, Error> {
+        check_id(id)?;
+        Ok(match Mode::new(registers)? {
+            Mode::Directory(unit) => unit.pasids(id, memory),
+            Mode::Off | Mode::Bare => Vec::new(),
+        })
+    }
+
+    /// The kernel reports nothing about such units.
+    fn offers(kind: u32, _info: &[u8]) -> Result<Vec<Offer>, Error> {
+        Err(Error::Unsupported(format!("hardware information of type {kind} is not a RISC-V IOMMU's: the kernel has none of those")))
+    }
+
+    /// The kernel nests no RISC-V tables.
+    fn bind_data(table: &TableConfig, _context_address: u64) -> Result<Binding, Error> {
+        Err(Error::Unsupported(format!("the kernel nests no tables of format `{}`", table.format)))
+    }
+}

@@ -1,0 +1,169 @@
+//! QEMU's IOMMU models as judges of I/O page tables.
+//!
+//! Nobody who works on Stagecraft wrote these models. A [`Model`] is a QEMU machine without any guest: tables are written into its RAM, the IOMMU's registers are
+//! programmed, and the `edu` device does DMA through it. Each [`Outcome`] says which address a request reached, or how it failed.
+//!
+//! `install-qemu` beside this crate's manifest installs what is needed. Where QEMU is missing the tests say `SKIPPED` and pass; with `CI` in the environment they fail.
+//! `STAGECRAFT_SEED` and `STAGECRAFT_ROUNDS` choose the random address spaces. What the models get wrong is listed in [`known`].
+//!
+//! The models are: [`vtd::Vtd`], [`smmu::Smmu`], [`riscv::Riscv`], [`amd::Amd`].
+
+#![forbid(unsafe_code)]
+
+pub mod amd;
+pub mod judge;
+pub mod known;
+pub mod machine;
+pub mod qtest;
+pub mod riscv;
+pub mod smmu;
+pub mod tables;
+pub mod vtd;
+
+pub use machine::{Board, Machine, available};
+pub use stagecraft_tests::reference::Access;
+pub use stagecraft_tests::reference::snapshot::Memory;
+
+use anyhow::Result;
+
+/// One request of the device: eight bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Probe {
+    /// Where; a multiple of eight.
+    pub iova: u64,
+    /// The device writes.
+    pub write: bool,
+    /// The address that it should reach. Only makes the answer quicker.
+    pub expected: Option<u64>,
+}
+
+/// What the model says of a request that it refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FaultRecord {
+    /// The architecture's number of the reason or event.
+    pub reason: u64,
+    /// The IOVA in the record.
+    pub iova: u64,
+}
+
+/// What became of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It reached this guest-physical address.
+    Reached(u64),
+    /// It was refused, with a record.
+    Fault(FaultRecord),
+    /// It was refused without a record: a read gave zeros, a write arrived in no tagged page.
+    Nothing,
+    /// A read gave this, which is not in any tagged page.
+    Elsewhere(u64),
+}
+
+/// An IOMMU model with a device behind it.
+pub trait Model {
+    /// What describes a device's tables.
+    type Config;
+
+    /// A name for messages.
+    fn name(&self) -> String;
+
+    /// The machine that it lives in.
+    fn machine(&mut self) -> &mut Machine;
+
+    /// Says which tables [`Model::attach`] puts in front of the device. Their pages are written with [`Model::write_page`].
+    ///
+    /// # Errors
+    /// If the model cannot be told of such tables.
+    fn set_table(&mut self, config: &Self::Config) -> Result<()>;
+
+    /// Translates the device's requests, with nothing cached from before.
+    ///
+    /// # Errors
+    /// If QEMU is lost; the same for all that follow.
+    fn attach(&mut self) -> Result<()>;
+
+    /// Lets the device's requests pass untranslated.
+    #[allow(clippy::missing_errors_doc)]
+    fn detach(&mut self) -> Result<()>;
+
+    /// Forgets cached translations. Done before every request: a model that finds a cached translation without the permission refuses without a record.
+    #[allow(clippy::missing_errors_doc)]
+    fn invalidate(&mut self) -> Result<()>;
+
+    /// Takes the oldest fault record.
+    #[allow(clippy::missing_errors_doc)]
+    fn fault_record(&mut self) -> Result<Option<FaultRecord>>;
+
+    /// Writes a page of a table at its guest-physical address.
+    ///
+    /// # Errors
+    /// Also if there is no RAM.
+    fn write_page(&mut self, address: u64, bytes: &[u8; 4096]) -> Result<()> {
+        self.machine().write_page(address, bytes)
+    }
+
+    /// Replaces all tables by these pages.
+    ///
+    /// # Errors
+    /// Also if there is no RAM.
+    fn write_memory(&mut self, memory: &Memory) -> Result<()> {
+        self.machine().clear_pages()?;
+        memory.pages.iter().try_for_each(|(address, bytes)| self.write_page(*address, bytes))
+    }
+
+    /// Makes a page recognisable as a target. Those that hold tables, or are not RAM, stay as they are.
+    #[allow(clippy::missing_errors_doc)]
+    fn tag_page(&mut self, address: u64) -> Result<()> {
+        self.machine().tag_page(address)
+    }
+
+    /// One request.
+    #[allow(clippy::missing_errors_doc)]
+    fn dma(&mut self, iova: u64, write: bool) -> Result<Outcome> {
+        Ok(self.dma_many(&[Probe { iova, write, expected: None }])?[0])
+    }
+
+    /// Requests one after the other. The tables are attached meanwhile, and detached afterwards.
+    ///
+    /// # Errors
+    /// If QEMU is lost, or the device does not do what it should when it is not translated.
+    fn dma_many(&mut self, probes: &[Probe]) -> Result<Vec<Outcome>> {
+        let mut outcomes = Vec::with_capacity(probes.len());
+        for chunk in probes.chunks(machine::SLOTS) {
+            self.detach()?;
+            self.machine().fill_buffer()?;
+            self.attach()?;
+            while self.fault_record()?.is_some() {}
+            let first = outcomes.len();
+            for (slot, probe) in chunk.iter().enumerate() {
+                let mut arrived = None;
+                self.invalidate()?;
+                if probe.write {
+                    arrived = self.machine().device_write(probe.iova, slot, probe.expected)?;
+                } else {
+                    self.machine().device_read(probe.iova, slot)?;
+                }
+                let record = self.fault_record()?;
+                // One request can leave several.
+                while record.is_some() && self.fault_record()?.is_some() {}
+                outcomes.push(match (arrived, record) {
+                    (Some(address), _) => Outcome::Reached(address),
+                    (None, Some(record)) => Outcome::Fault(record),
+                    (None, None) => Outcome::Nothing,
+                });
+            }
+            self.detach()?;
+            let words = self.machine().read_buffer()?;
+            for ((probe, outcome), word) in chunk.iter().zip(&mut outcomes[first..]).zip(words) {
+                if !probe.write && *outcome == Outcome::Nothing {
+                    *outcome = match Machine::tag_address(word) {
+                        Some(address) => Outcome::Reached(address),
+                        None if word == 0 => Outcome::Nothing,
+                        None => Outcome::Elsewhere(word),
+                    };
+                }
+            }
+        }
+        Ok(outcomes)
+    }
+}

@@ -1,0 +1,357 @@
+//! A machine around a model: RAM, PCI configuration, and the `edu` device that does DMA.
+//!
+//! `edu` (PCI 1234:11e8) copies between RAM and its own 4 KiB buffer. Registers in BAR0: 0x80 source, 0x88 destination, 0x90 count, 0x98 command (bit 0 start and
+//! busy, bit 1 direction: 0 from RAM to the device). The buffer is at 0x40000 of the device.
+
+use std::collections::BTreeSet;
+use std::env;
+use std::ops::Range;
+use std::time::Instant;
+
+use anyhow::{Result, bail};
+
+use crate::qtest::{Qtest, TIMEOUT};
+
+/// The buffer, in the device's own addresses.
+const BUFFER: u64 = 0x40000;
+
+/// Words of eight bytes in the buffer: as many questions can be asked between two looks at it.
+pub const SLOTS: usize = 512;
+
+/// The device's place on the root bus: its requester id, StreamID or device_id.
+pub const DEVICE: u64 = EDU_SLOT << 3;
+
+const EDU_SLOT: u64 = 4;
+
+/// The top byte of a word in a tagged page; below it is the word's own address.
+const TAG: u64 = 0x5a << 56;
+
+/// The top byte of a word that only a device write brings to RAM.
+const NONCE: u64 = 0xa5 << 56;
+
+/// Which machine a model lives in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Board {
+    /// `q35` of qemu-system-x86_64.
+    Q35,
+    /// `virt` of qemu-system-aarch64, with the PCI configuration space below 4 GiB.
+    ArmVirt,
+    /// `virt` of qemu-system-riscv64.
+    RiscvVirt,
+}
+
+/// RAM of every machine: sparse, so that leaves of every size have a place in it.
+const RAM_SIZE: u64 = 513 << 30;
+
+impl Board {
+    fn binary(self) -> &'static str {
+        match self {
+            Board::Q35 => "qemu-system-x86_64",
+            Board::ArmVirt => "qemu-system-aarch64",
+            Board::RiscvVirt => "qemu-system-riscv64",
+        }
+    }
+
+    /// Instructions that halt for ever.
+    fn halt(self) -> &'static [u8] {
+        match self {
+            Board::Q35 => &[0xf4],
+            // wfi; b .-4
+            Board::ArmVirt => &[0x7f, 0x20, 0x03, 0xd5, 0xff, 0xff, 0xff, 0x17],
+            // wfi; j .-4
+            Board::RiscvVirt => &[0x73, 0x00, 0x50, 0x10, 0x6f, 0xf0, 0xdf, 0xff],
+        }
+    }
+
+    #[allow(clippy::single_range_in_vec_init)]
+    fn ram(self) -> Vec<Range<u64>> {
+        match self {
+            // q35 leaves holes: for video memory and firmware below 1 MiB, and from 2 GiB to 4 GiB.
+            Board::Q35 => vec![0..0xa_0000, 1 << 20..2 << 30, 4 << 30..RAM_SIZE + (2 << 30)],
+            Board::ArmVirt => vec![1 << 30..RAM_SIZE + (1 << 30)],
+            Board::RiscvVirt => vec![2 << 30..RAM_SIZE + (2 << 30)],
+        }
+    }
+
+    /// Where the driver keeps what the models need besides tables. One MiB; tables and targets stay away from it.
+    pub fn control(self) -> u64 {
+        match self {
+            Board::Q35 => 0x100_0000,
+            Board::ArmVirt | Board::RiscvVirt => 0x1_0000_0000,
+        }
+    }
+
+    /// A BAR address for the n-th device.
+    fn bar(self, index: u64) -> u64 {
+        let window = match self {
+            Board::Q35 => 0xe000_0000,
+            Board::ArmVirt => 0x1000_0000,
+            Board::RiscvVirt => 0x4000_0000,
+        };
+        window + (index << 20)
+    }
+
+    /// The configuration space of the root bus, where it is memory-mapped from the start.
+    fn ecam(self) -> Option<u64> {
+        match self {
+            Board::Q35 => None,
+            Board::ArmVirt => Some(0x3f00_0000),
+            Board::RiscvVirt => Some(0x3000_0000),
+        }
+    }
+}
+
+/// Length of the range at [`Board::control`].
+pub const CONTROL_SIZE: u64 = 1 << 20;
+
+/// A machine with a device that does DMA.
+#[derive(Debug)]
+pub struct Machine {
+    /// Its process.
+    pub qtest: Qtest,
+    board: Board,
+    edu: u64,
+    bars: u64,
+    /// What must not be overwritten by tags or by the device: pages of tables.
+    reserved: BTreeSet<u64>,
+    tagged: BTreeSet<u64>,
+    /// Pages to clear before the next tables.
+    written: BTreeSet<u64>,
+    nonce: u64,
+}
+
+impl Machine {
+    /// Starts a machine; the arguments bring the IOMMU.
+    ///
+    /// # Errors
+    /// If QEMU does not start, or has no such device.
+    pub fn start(board: Board, machine_options: &str, arguments: &[&str]) -> Result<Machine> {
+        let machine = match board {
+            Board::Q35 => "q35",
+            Board::ArmVirt => "virt,gic-version=3,highmem-ecam=off",
+            Board::RiscvVirt => "virt",
+        };
+        let machine = format!("{machine},memory-backend=ram{machine_options}");
+        // Shared memory: private memory would get huge pages, and clearing 2 MiB for every page that is touched costs more than all the rest.
+        let ram = format!("memory-backend-memfd,id=ram,size={RAM_SIZE},share=on,reserve=off");
+        let size = format!("size={RAM_SIZE}B");
+        let edu = format!("edu,addr={EDU_SLOT},dma_mask=0xffffffffffffffff");
+        let mut all = vec!["-machine", machine.as_str(), "-m", size.as_str(), "-object", ram.as_str()];
+        if board == Board::ArmVirt {
+            // Enough physical address bits for the RAM.
+            all.extend(["-cpu", "cortex-a57"]);
+        }
+        all.extend(arguments);
+        all.extend(["-device", &edu]);
+        let qtest = Qtest::start(board.binary(), &all, board.halt())?;
+        let mut machine =
+            Machine { qtest, board, edu: 0, bars: 0, reserved: BTreeSet::new(), tagged: BTreeSet::new(), written: BTreeSet::new(), nonce: 0 };
+        machine.edu = machine.enable(EDU_SLOT)?;
+        let identification = machine.qtest.read4(machine.edu)?;
+        if identification & 0xff != 0xed {
+            bail!("no edu device: its identification reads {identification:#x}");
+        }
+        Ok(machine)
+    }
+
+    /// Which machine this is.
+    pub fn board(&self) -> Board {
+        self.board
+    }
+
+    /// Reads the configuration space of a device on the root bus (function 0).
+    ///
+    /// # Errors
+    /// If QEMU is lost; the same for all that follow.
+    pub fn config_read4(&mut self, slot: u64, offset: u64) -> Result<u32> {
+        match self.board.ecam() {
+            Some(base) => self.qtest.read4(base + (slot << 15) + offset),
+            None => {
+                self.qtest.port_write4(0xcf8, (0x8000_0000 + (slot << 11) + offset) as u32)?;
+                self.qtest.port_read4(0xcfc)
+            }
+        }
+    }
+
+    /// Writes the configuration space of a device on the root bus.
+    #[allow(clippy::missing_errors_doc)]
+    pub fn config_write4(&mut self, slot: u64, offset: u64, value: u32) -> Result<()> {
+        match self.board.ecam() {
+            Some(base) => self.qtest.write4(base + (slot << 15) + offset, value),
+            None => {
+                self.qtest.port_write4(0xcf8, (0x8000_0000 + (slot << 11) + offset) as u32)?;
+                self.qtest.port_write4(0xcfc, value)
+            }
+        }
+    }
+
+    /// Gives a device an address for its BAR0, of up to one MiB, and lets it answer and do DMA. Returns the address.
+    #[allow(clippy::missing_errors_doc)]
+    pub fn enable(&mut self, slot: u64) -> Result<u64> {
+        let bar = self.board.bar(self.bars);
+        self.bars += 1;
+        // Bits 2:1 of a memory BAR: 2 is one of 64 bits.
+        let wide = self.config_read4(slot, 0x10)? & 0b110 == 0b100;
+        self.config_write4(slot, 0x10, bar as u32)?;
+        if wide {
+            self.config_write4(slot, 0x14, 0)?;
+        }
+        // Memory space and bus master.
+        self.config_write4(slot, 4, 6)?;
+        Ok(bar)
+    }
+
+    /// Whether a page is RAM that DMA may read and write: no table, nothing of the driver's.
+    pub fn is_target(&self, page: u64) -> bool {
+        let control = self.board.control();
+        self.is_ram(page) && !(control..control + CONTROL_SIZE).contains(&page) && !self.reserved.contains(&(page - page % 4096))
+    }
+
+    /// Whether an address is RAM.
+    pub fn is_ram(&self, address: u64) -> bool {
+        self.board.ram().iter().any(|range| range.contains(&address))
+    }
+
+    /// Writes a page of a table; DMA keeps away from it.
+    ///
+    /// # Errors
+    /// If the page is not RAM, or QEMU is lost.
+    pub fn write_page(&mut self, page: u64, bytes: &[u8; 4096]) -> Result<()> {
+        let control = self.board.control();
+        if !page.is_multiple_of(4096) || !self.is_ram(page) || (control..control + CONTROL_SIZE).contains(&page) {
+            bail!("{page:#x} is no place for a page of a table");
+        }
+        self.reserved.insert(page);
+        self.tagged.remove(&page);
+        self.written.insert(page);
+        self.qtest.write(page, bytes)
+    }
+
+    /// Clears every page that was written or tagged.
+    #[allow(clippy::missing_errors_doc)]
+    pub fn clear_pages(&mut self) -> Result<()> {
+        for page in std::mem::take(&mut self.written) {
+            self.qtest.fill(page, 4096, 0)?;
+        }
+        self.reserved.clear();
+        self.tagged.clear();
+        Ok(())
+    }
+
+    /// Fills a page with its own addresses, if it is one that DMA may touch and is not filled yet.
+    #[allow(clippy::missing_errors_doc)]
+    pub fn tag_page(&mut self, page: u64) -> Result<()> {
+        let page = page - page % 4096;
+        if !self.is_target(page) || !self.tagged.insert(page) {
+            return Ok(());
+        }
+        self.written.insert(page);
+        let bytes: Vec<u8> = (page..page + 4096).step_by(8).flat_map(|address| (TAG | address).to_le_bytes()).collect();
+        self.qtest.write(page, &bytes)
+    }
+
+    /// The address in a word of a tagged page.
+    pub fn tag_address(word: u64) -> Option<u64> {
+        (word >> 56 == TAG >> 56).then_some(word ^ TAG)
+    }
+
+    /// One transfer between a device address (`device`, an offset into the buffer) and an address on the bus.
+    ///
+    /// # Errors
+    /// If the device does not finish.
+    fn transfer(&mut self, bus: u64, device: u64, count: u64, to_ram: bool) -> Result<()> {
+        let (source, destination) = if to_ram { (BUFFER + device, bus) } else { (bus, BUFFER + device) };
+        self.qtest.write8(self.edu + 0x80, source)?;
+        self.qtest.write8(self.edu + 0x88, destination)?;
+        self.qtest.write8(self.edu + 0x90, count)?;
+        self.qtest.write8(self.edu + 0x98, 1 | u64::from(to_ram) << 1)?;
+        let mut started = None;
+        while self.qtest.read8(self.edu + 0x98)? & 1 != 0 {
+            if started.get_or_insert_with(Instant::now).elapsed() > TIMEOUT {
+                bail!("a DMA transfer does not end");
+            }
+        }
+        Ok(())
+    }
+
+    fn scratch(&self) -> u64 {
+        self.board.control() + CONTROL_SIZE - 4096
+    }
+
+    /// Fills the device's buffer with words that are nowhere else. DMA must be untranslated.
+    ///
+    /// # Errors
+    /// If the buffer does not hold them afterwards.
+    pub fn fill_buffer(&mut self) -> Result<()> {
+        self.nonce += 1;
+        let scratch = self.scratch();
+        let bytes: Vec<u8> = (0..SLOTS).flat_map(|slot| self.nonce_of(slot).to_le_bytes()).collect();
+        self.qtest.write(scratch, &bytes)?;
+        self.transfer(scratch, 0, 4096, false)?;
+        let words = self.read_buffer()?;
+        match words.iter().enumerate().find(|(slot, word)| **word != self.nonce_of(*slot)) {
+            None => Ok(()),
+            Some((slot, word)) => bail!("untranslated DMA does not work: word {slot} of the buffer is {word:#x}"),
+        }
+    }
+
+    fn nonce_of(&self, slot: usize) -> u64 {
+        NONCE | (self.nonce & 0xffff_ffff) << 16 | slot as u64
+    }
+
+    /// The device's buffer, word by word. DMA must be untranslated.
+    #[allow(clippy::missing_errors_doc)]
+    pub fn read_buffer(&mut self) -> Result<Vec<u64>> {
+        let scratch = self.scratch();
+        self.qtest.fill(scratch, 4096, 0)?;
+        self.transfer(scratch, 0, 4096, true)?;
+        let bytes = self.qtest.read(scratch, 4096)?;
+        Ok(bytes.chunks_exact(8).map(|word| u64::from_le_bytes(std::array::from_fn(|index| word[index]))).collect())
+    }
+
+    /// The device reads eight bytes at this IOVA into a word of its buffer.
+    #[allow(clippy::missing_errors_doc)]
+    pub fn device_read(&mut self, iova: u64, slot: usize) -> Result<()> {
+        self.transfer(iova, slot as u64 * 8, 8, false)
+    }
+
+    /// The device writes a word of its buffer, as [`Machine::fill_buffer`] left it, to this IOVA. Returns where it arrived, looking first at `expected` and then in
+    /// all tagged pages; the tag there is restored.
+    #[allow(clippy::missing_errors_doc)]
+    pub fn device_write(&mut self, iova: u64, slot: usize, expected: Option<u64>) -> Result<Option<u64>> {
+        self.transfer(iova, slot as u64 * 8, 8, true)?;
+        let nonce = self.nonce_of(slot);
+        if let Some(address) = expected.filter(|address| self.is_target(*address)) {
+            if self.qtest.read8(address)? == nonce {
+                self.qtest.write8(address, TAG | address)?;
+                return Ok(Some(address));
+            }
+        } else if expected.is_none() && self.tagged.is_empty() {
+            return Ok(None);
+        }
+        for page in self.tagged.clone() {
+            // Every translation keeps the offset in a page.
+            let address = page + iova % 4096;
+            if self.qtest.read8(address)? == nonce {
+                self.qtest.write8(address, TAG | address)?;
+                return Ok(Some(address));
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// Whether to run at all: QEMU is there. If not, prints why; where the environment has `CI`, that is an error.
+///
+/// # Panics
+/// Without QEMU in a continuous integration run.
+pub fn available(board: Board) -> bool {
+    let folders = env::var_os("PATH").unwrap_or_default();
+    let found = env::split_paths(&folders).any(|folder| folder.join(board.binary()).is_file());
+    if !found {
+        let message = format!("SKIPPED: no {}; tests/models/install-qemu installs it", board.binary());
+        assert!(env::var_os("CI").is_none(), "{message}");
+        eprintln!("{message}");
+    }
+    found
+}

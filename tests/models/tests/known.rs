@@ -1,0 +1,270 @@
+//! The known errors of the models are still there. One that is gone can be struck from the list, and the tests that stay away from it may ask more.
+#![allow(clippy::unwrap_used)]
+
+use std::process::Command;
+
+use stagecraft_models::amd::Amd;
+use stagecraft_models::judge::{compare, lookup, second_stage};
+use stagecraft_models::known::{self, KnownError};
+use stagecraft_models::riscv::{Riscv, RiscvTables};
+use stagecraft_models::smmu::{Smmu, SmmuTables, Stages, context_descriptor};
+use stagecraft_models::tables::amd::{self, AmdTable};
+use stagecraft_models::tables::riscv::{self, RiscvTable};
+use stagecraft_models::vtd::{Mode, Vtd};
+use stagecraft_models::{Access, Board, Memory, Model, Outcome, available};
+use stagecraft_tests::reference::Run;
+use stagecraft_tests::reference::generate::{Generated, Options, Rng, build};
+use stagecraft_tests::reference::tables::{ArmHalf, ArmStage1, ArmStage2, TableConfig, VtdSecond};
+
+const PLAIN: Options = Options { clusters: 0, restrictions: false, decoys: false, noise: false };
+
+/// A place for targets, in every machine's RAM.
+const TARGET: u64 = 0x12_0000_0000;
+
+/// The list was made with this version; another one may be better.
+fn right_version() -> bool {
+    let output = Command::new("qemu-system-x86_64").arg("--version").output();
+    output.is_ok_and(|output| String::from_utf8_lossy(&output.stdout).contains("version 10.0."))
+}
+
+/// `right` is what the architecture wants: the address, or none for a fault.
+fn assert_wrong(error: KnownError, right: Option<u64>, outcome: Outcome) {
+    assert!(known::ALL.contains(&error));
+    let correct = match (right, outcome) {
+        (Some(address), Outcome::Reached(reached)) => address == reached,
+        (None, Outcome::Fault(_)) => true,
+        (None, Outcome::Nothing) => error.model == "amd-iommu",
+        _ => false,
+    };
+    let message = format!("{}: {outcome:x?} is right; gone: {}", error.model, error.what);
+    if correct && !right_version() {
+        println!("{message}");
+    } else {
+        assert!(!correct, "{message}");
+    }
+}
+
+fn page(iova: u64, address: u64, access: Access) -> Run {
+    Run { iova, address, size: 4096, access }
+}
+
+fn half(granule: u64, input_bits: u32, top_byte_ignored: bool) -> ArmHalf {
+    ArmHalf { root: 0, granule, input_bits, top_byte_ignored, hierarchical_disabled: false }
+}
+
+fn first_of(generated: &Generated) -> ArmStage1 {
+    let TableConfig::ArmStage1(config) = generated.config else { unreachable!() };
+    config
+}
+
+fn second_of(generated: &Generated) -> ArmStage2 {
+    let TableConfig::ArmStage2(config) = generated.config else { unreachable!() };
+    config
+}
+
+/// Changes every entry that is not zero.
+fn change(memory: &mut Memory, change: impl Fn(u64) -> u64) {
+    let pages: Vec<u64> = memory.pages.keys().copied().collect();
+    for slot in pages.iter().flat_map(|page| (*page..*page + 4096).step_by(8)) {
+        let entry = memory.read(slot, false).unwrap();
+        if entry != 0 {
+            memory.write(slot, change(entry), false);
+        }
+    }
+}
+
+/// A comparison that could not fail would prove nothing.
+#[test]
+fn a_wrong_truth_is_noticed() {
+    if !available(Board::Q35) {
+        return;
+    }
+    let mut model = Vtd::start(Mode::Legacy, 48).unwrap();
+    let config = TableConfig::VtdSecond(VtdSecond { root: 0, levels: 4, input_bits: 48, output_bits: 39, large_2m: true, large_1g: true });
+    let leaves = [page(0x5000, TARGET, Access::RW), page(0x6000, TARGET + 0x9000, Access::R), page(0x8000, TARGET + 0x7000, Access::W)];
+    let generated = build(config, &leaves, &mut Rng::new(1), PLAIN);
+    model.write_memory(&generated.snapshot.memory).unwrap();
+    model.set_table(&generated.config).unwrap();
+    let iovas = [0x5008, 0x6010, 0x7000, 0x8ff8];
+    compare(&mut model, &iovas, |iova, write| lookup(&leaves, iova, write), |_, _| true).unwrap();
+    for wrong in 0..leaves.len() {
+        let mut moved = leaves;
+        moved[wrong].address += 4096;
+        compare(&mut model, &iovas, |iova, write| lookup(&moved, iova, write), |_, _| true).unwrap_err();
+        let mut missing = leaves.to_vec();
+        missing.remove(wrong);
+        compare(&mut model, &iovas, |iova, write| lookup(&missing, iova, write), |_, _| true).unwrap_err();
+        let mut more = leaves;
+        more[wrong].access = Access::RW;
+        assert_eq!(compare(&mut model, &iovas, |iova, write| lookup(&more, iova, write), |_, _| true).is_ok(), wrong == 0);
+    }
+    let more = [page(0x7000, TARGET, Access::R)];
+    compare(&mut model, &[0x7000], |iova, write| lookup(&more, iova, write), |_, _| true).unwrap_err();
+}
+
+#[test]
+fn smmu() {
+    if !available(Board::ArmVirt) {
+        return;
+    }
+    let mut model = Smmu::start(Stages::Nested).unwrap();
+    let mut rng = Rng::new(1);
+    // The second of two concatenated tables.
+    let config = ArmStage2 { granule: 4096, input_bits: 40, output_bits: 40, start_level: 1, ..ArmStage2::default() };
+    let generated = build(TableConfig::ArmStage2(config), &[page(1 << 39, TARGET, Access::RW)], &mut rng, PLAIN);
+    model.write_memory(&generated.snapshot.memory).unwrap();
+    model.set_table(&SmmuTables { second: Some(second_of(&generated)), ..SmmuTables::default() }).unwrap();
+    model.tag_page(TARGET).unwrap();
+    assert_wrong(known::SMMU_CONCATENATED, Some(TARGET), model.dma(1 << 39, false).unwrap());
+    // A leaf without AP[1].
+    let config = ArmStage1 { low: Some(half(4096, 39, false)), output_bits: 40, mair: 0xff44, ..ArmStage1::default() };
+    let generated = build(TableConfig::ArmStage1(config), &[page(0x5000, TARGET, Access::RW)], &mut rng, PLAIN);
+    let mut memory = generated.snapshot.memory.clone();
+    change(&mut memory, |entry| entry & !(1 << 6));
+    model.write_memory(&memory).unwrap();
+    model.set_table(&SmmuTables { first: Some(first_of(&generated)), ..SmmuTables::default() }).unwrap();
+    model.tag_page(TARGET).unwrap();
+    assert_wrong(known::SMMU_PRIVILEGED, None, model.dma(0x5000, false).unwrap());
+    // A tag in the upper half.
+    let config = ArmStage1 { high: Some(half(4096, 39, true)), ..config };
+    let generated = build(TableConfig::ArmStage1(config), &[page(u64::MAX - 0xfff, TARGET, Access::RW)], &mut rng, PLAIN);
+    model.write_memory(&generated.snapshot.memory).unwrap();
+    model.set_table(&SmmuTables { first: Some(first_of(&generated)), ..SmmuTables::default() }).unwrap();
+    model.tag_page(TARGET).unwrap();
+    assert_eq!(model.dma(u64::MAX - 0xfff, false).unwrap(), Outcome::Reached(TARGET));
+    assert_wrong(known::SMMU_TBI1, Some(TARGET), model.dma(0x5aff_ffff_ffff_f000, false).unwrap());
+    // A block of 64 GiB.
+    let config = ArmStage1 { low: Some(half(16384, 40, false)), output_bits: 40, mair: 0xff44, ..ArmStage1::default() };
+    let leaf = Run { iova: 0, address: TARGET, size: 16384, access: Access::RW };
+    let generated = build(TableConfig::ArmStage1(config), &[leaf], &mut rng, PLAIN);
+    let mut memory = generated.snapshot.memory.clone();
+    let first = first_of(&generated);
+    let block = 0x10_0000_0000;
+    memory.write(first.low.unwrap().root + 8, block | 1 << 10 | 3 << 8 | 1 << 6 | 1, false);
+    model.write_memory(&memory).unwrap();
+    model.set_table(&SmmuTables { first: Some(first), ..SmmuTables::default() }).unwrap();
+    model.tag_page(TARGET).unwrap();
+    assert_eq!(model.dma(0, false).unwrap(), Outcome::Reached(TARGET));
+    model.tag_page(block).unwrap();
+    assert_wrong(known::SMMU_BLOCKS, None, model.dma(1 << 36, false).unwrap());
+    // Beyond OAS, with stage 2 only.
+    let config = ArmStage2 { granule: 4096, input_bits: 39, output_bits: 40, start_level: 1, ..ArmStage2::default() };
+    let generated = build(TableConfig::ArmStage2(config), &[page(0x5000, TARGET, Access::RW)], &mut rng, PLAIN);
+    model.write_memory(&generated.snapshot.memory).unwrap();
+    model.set_table(&SmmuTables { second: Some(second_of(&generated)), ..SmmuTables::default() }).unwrap();
+    assert!(matches!(model.dma(1 << 43, false).unwrap(), Outcome::Fault(_)));
+    assert_wrong(known::SMMU_UNRECORDED, None, model.dma(1 << 50, false).unwrap());
+}
+
+#[test]
+fn smmu_with_two_stages() {
+    if !available(Board::ArmVirt) {
+        return;
+    }
+    let mut model = Smmu::start(Stages::Nested).unwrap();
+    let context = 0x8000_1000;
+    // Granule and output bits of stage 1, and the blocks in which stage 2 moves its tables.
+    let mut ask = |granule: u64, output_bits: u32, block: u64| {
+        let mut rng = Rng::new(1);
+        let config = ArmStage1 { low: Some(half(granule, 39, false)), output_bits, mair: 0xff44, ..ArmStage1::default() };
+        // The last entries of the tables, so that they are not in the tables' first pages.
+        let iova = (1 << 39) - granule;
+        let leaf = Run { iova, address: 0x9000_0000, size: granule, access: Access::RW };
+        let first = build(TableConfig::ArmStage1(config), &[leaf], &mut rng, PLAIN);
+        let mut memory = first.snapshot.memory.clone();
+        for (word, index) in context_descriptor(&first_of(&first)).unwrap().into_iter().zip(0..) {
+            memory.write(context + index * 8, word, false);
+        }
+        let (mut leaves, mut moved) = second_stage(&memory, &[], 4096, block, &[], &mut rng);
+        leaves.push(page(0x9000_0000, TARGET, Access::RW));
+        leaves.sort_by_key(|leaf| leaf.iova);
+        let config = ArmStage2 { granule: 4096, input_bits: 40, output_bits: 40, start_level: 0, ..ArmStage2::default() };
+        let second = build(TableConfig::ArmStage2(config), &leaves, &mut rng, PLAIN);
+        moved.pages.extend(second.snapshot.memory.pages.clone());
+        model.write_memory(&moved).unwrap();
+        model.set_table(&SmmuTables { first: Some(first_of(&first)), second: Some(second_of(&second)), context: Some(context) }).unwrap();
+        model.tag_page(TARGET).unwrap();
+        model.dma(iova, false).unwrap()
+    };
+    assert_eq!(ask(4096, 36, 4096), Outcome::Reached(TARGET));
+    assert_wrong(known::SMMU_NESTED_ROOT, Some(TARGET), ask(4096, 32, 4096));
+    assert_eq!(ask(16384, 36, 16384), Outcome::Reached(TARGET));
+    assert_wrong(known::SMMU_NESTED_TABLES, Some(TARGET), ask(16384, 36, 4096));
+}
+
+#[test]
+fn riscv_entries() {
+    if !available(Board::RiscvVirt) {
+        return;
+    }
+    const LEAF: u64 = 0b1110;
+    const USER: u64 = 1 << 4;
+    let mut model = Riscv::start().unwrap();
+    let config = RiscvTable { root: 0, levels: 3, second: false };
+    let leaves: Vec<Run> = (0..16).map(|index| page(0x4000_0000 + index * 4096, TARGET + index * 4096, Access::RW)).collect();
+    let built = riscv::build(config, &leaves, 0x8010_0000..0xb000_0000, false, &mut Rng::new(1));
+    let mut ask = |iova: u64, entry: &dyn Fn(u64) -> u64| {
+        let mut memory = built.memory.clone();
+        // Without the random decoys.
+        change(&mut memory, |value| if value >> 10 << 12 == 0 { 0 } else { entry(value) });
+        model.write_memory(&memory).unwrap();
+        model.set_table(&RiscvTables { first: Some(built.config), second: None }).unwrap();
+        (0..16).for_each(|index| model.tag_page(TARGET + index * 4096).unwrap());
+        model.dma(iova, false).unwrap()
+    };
+    assert_eq!(ask(0x4000_3000, &|entry| entry), Outcome::Reached(TARGET + 0x3000));
+    assert_wrong(known::RISCV_USER, None, ask(0x4000_3000, &|entry| if entry & LEAF == 0 { entry } else { entry & !USER }));
+    assert_wrong(known::RISCV_POINTER_BITS, None, ask(0x4000_3000, &|entry| if entry & LEAF == 0 { entry | USER } else { entry }));
+    // Svnapot: all sixteen entries have N and the same address with 8 in its lowest digit.
+    let napot = |entry: u64| if entry & LEAF == 0 { entry } else { entry & !(0xf << 10) | 8 << 10 | 1 << 63 };
+    assert_wrong(known::RISCV_UPPER_BITS, Some(TARGET + 0x3000), ask(0x4000_3000, &napot));
+}
+
+#[test]
+fn riscv_with_two_stages() {
+    if !available(Board::RiscvVirt) {
+        return;
+    }
+    let mut model = Riscv::start().unwrap();
+    let mut rng = Rng::new(1);
+    let places = || 0x8010_0000..0xb000_0000;
+    let first = riscv::build(RiscvTable { root: 0, levels: 3, second: false }, &[page(0x5000, 0x7000, Access::RW)], places(), false, &mut rng);
+    let mut ask = |access: Access| {
+        let (mut leaves, mut moved) = second_stage(&first.memory, &[], 4096, 4096, &[], &mut rng);
+        leaves.insert(0, page(0x7000, TARGET, access));
+        let second = riscv::build(RiscvTable { root: 0, levels: 3, second: true }, &leaves, places(), false, &mut rng);
+        moved.pages.extend(second.memory.pages.clone());
+        model.write_memory(&moved).unwrap();
+        model.set_table(&RiscvTables { first: Some(first.config), second: Some(second.config) }).unwrap();
+        model.tag_page(TARGET).unwrap();
+        model.dma(0x5000, false).unwrap()
+    };
+    assert_eq!(ask(Access::RW), Outcome::Reached(TARGET));
+    assert_wrong(known::RISCV_TWO_STAGES, Some(TARGET), ask(Access::R));
+}
+
+#[test]
+fn amd_v1() {
+    if !available(Board::Q35) {
+        return;
+    }
+    let mut model = Amd::start().unwrap();
+    let config = AmdTable { root: 0, mode: 3, access: Access::RW };
+    // A seed whose tables leave out level 2.
+    let leaves = [page(0x5000, TARGET, Access::RW)];
+    let build = |seed| amd::build(config, &leaves, 0x4000_0000..0x8000_0000, &mut Rng::new(seed));
+    let tables = (0..1000).map(build).find(|tables| tables.skipped.iter().any(|range| range.end == 1 << 30)).unwrap();
+    assert_eq!(tables.built.truth, leaves);
+    model.set_table(&tables.built.config).unwrap();
+    model.write_memory(&tables.built.memory).unwrap();
+    model.tag_page(TARGET).unwrap();
+    assert_eq!(model.dma(0x5000, false).unwrap(), Outcome::Reached(TARGET));
+    assert_wrong(known::AMD_WIDTH, None, model.dma(0x5000 + (1 << 39), false).unwrap());
+    assert_wrong(known::AMD_SKIPPED, None, model.dma(0x5000 + (1 << 21), false).unwrap());
+    // The leaf's address is the target's.
+    let mut memory = tables.built.memory.clone();
+    change(&mut memory, |entry| if entry & 0xf_ffff_ffff_f000 == TARGET { entry & !1 } else { entry });
+    model.write_memory(&memory).unwrap();
+    model.tag_page(TARGET).unwrap();
+    assert_wrong(known::AMD_PRESENT, None, model.dma(0x5000, false).unwrap());
+}
