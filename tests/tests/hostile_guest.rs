@@ -5,6 +5,8 @@
 mod fixtures;
 mod hostile;
 
+use std::collections::BTreeMap;
+
 use hostile::compare::{self, Found, clip, first_difference, is_orderly, reference_config, same_state, within};
 use hostile::mutate::{absurd, mutate};
 use hostile::{load, nested, plugins, rounds, seed, timed};
@@ -38,6 +40,8 @@ struct Seen {
     translations: u64,
     conversions: u64,
     refused_conversions: u64,
+    /// What requests with and without PASID got, where that was counted.
+    outcomes: BTreeMap<(bool, &'static str), u64>,
     /// Where the engine and the reference disagree.
     differences: Vec<String>,
 }
@@ -79,7 +83,7 @@ impl Case<'_> {
         let mut streams = Vec::new();
         let mut found: Vec<Found> = Vec::new();
         for device in &self.guest.snapshot().devices {
-            for pasid in [None, Some(0), Some(1), Some(77), Some(1 << 19)] {
+            for pasid in [None, Some(0), Some(1), Some(70), Some(1 << 19)] {
                 let stream = self.guest.stream(device.id, pasid);
                 if let Err(error) = &stream
                     && !is_orderly(error)
@@ -343,8 +347,8 @@ fn damaged_guests_with_two_stages() {
     assert!(seen.mappings > 1000 && seen.explained > 100 && seen.conversions > 50, "{seen:?}");
 }
 
-/// Only what leads to the tables is damaged: registers, stream table entries, context descriptors, context and PASID entries. Many more of these, for
-/// what a device gets is quickly asked.
+/// Only what leads to the tables is damaged: stream table entries, context descriptors, context and PASID entries; and what the unit can do is anything.
+/// Many more of these, for what a device gets is quickly asked.
 #[test]
 fn damaged_structures() {
     let seed = seed();
@@ -352,7 +356,7 @@ fn damaged_structures() {
     let mut seen = Seen::default();
     let mut rng = Rng::new(seed);
     for round in 0..rounds(40) {
-        let (mut snapshot, id) = match rng.below(4) {
+        let (mut snapshot, id) = match round % 4 {
             0 => (units::smmu_single(Format::ArmStage1, rng.below(1000)).0, 0x103),
             1 => (units::smmu_single(Format::ArmStage2, rng.below(1000)).0, 0x103),
             2 => ((rng.below(1000)..).find_map(units::smmu_nested).unwrap().0, 0x38),
@@ -360,32 +364,51 @@ fn damaged_structures() {
         };
         snapshot.map = vec![MemoryRange { kind: "ram".to_owned(), first: 0, last: (1 << 52) - 1 }];
         snapshot.devices = vec![Device { label: "0000:00:07.0".to_owned(), id }];
-        // The structures' words that are not zero, and those beside them.
-        let is_structure =
-            |page: u64| (units::STRUCTURES..units::STRUCTURES + 0x10_0000).contains(&page) || (0x20_0000_0000..0x20_0100_0000).contains(&page);
-        let pages: Vec<u64> = snapshot.memory.pages.keys().copied().filter(|page| is_structure(*page)).collect();
+        // Without the tables, except that with two stages a CD is behind the second.
+        let is_structure = |page: u64| (units::STRUCTURES..units::STRUCTURES + 0x10_0000).contains(&page);
+        if id != 0x38 {
+            snapshot.memory.pages.retain(|page, _| is_structure(*page));
+        }
+        // The words of structures that are in use.
+        let in_use = |page: u64| is_structure(page) || (id == 0x38 && (0x20_0000_0000..0x20_0100_0000).contains(&page));
+        let pages: Vec<u64> = snapshot.memory.pages.keys().copied().filter(|page| in_use(*page)).collect();
         let used = |address: &u64| snapshot.memory.read(*address, false).is_ok_and(|word| word != 0);
         let words: Vec<u64> = pages.iter().flat_map(|page| (0..512).map(move |index| page + index * 8)).filter(used).collect();
         let pristine = snapshot;
-        for variant in 0..24 {
+        for variant in 0..40 {
             let mut snapshot = pristine.clone();
-            for _ in 0..rng.below(4) {
-                let at = (rng.pick(&words) & !63) + rng.below(8) * 8;
+            for _ in 0..rng.below(5) {
+                // Structures have up to eight words, of which the first four say most.
+                let at = (rng.pick(&words) & !63) + rng.pick(&[0, 0, 1, 1, 2, 2, 3, 4, 5, 7]) * 8;
                 let word = snapshot.memory.read(at, false).unwrap();
                 snapshot.memory.write(at, word ^ (1 << rng.below(64)), false);
             }
-            for _ in 0..rng.below(3) {
+            // Capabilities that come and go.
+            for name in ["IDR0", "IDR1", "IDR3", "IDR5", "CR2", "CAP", "ECAP"] {
+                let chance = rng.pick(&[0, 0, 2, 5]);
+                let Some(register) = snapshot.registers.get_mut(name) else { continue };
+                let damage = (0..64).filter(|_| rng.percent(chance)).fold(0, |bits: u64, bit| bits | 1 << bit);
+                // Bits 0 to 3 of IDR0 are the stages and table formats, without which little is left to ask.
+                *register ^= if name == "IDR0" && rng.percent(80) { damage & !0xf } else { damage };
+            }
+            if rng.percent(10) {
                 let names: Vec<String> = snapshot.registers.keys().cloned().collect();
-                let register = snapshot.registers.get_mut(&names[rng.below(names.len() as u64) as usize]).unwrap();
-                let width = rng.pick(&[32, 32, 32, 32, 64]);
-                *register ^= 1 << rng.below(width);
+                let name = &names[rng.below(names.len() as u64) as usize];
+                snapshot.registers.insert(name.clone(), absurd(&mut rng));
             }
             let label = format!("structures, seed {seed:#x}, round {round}.{variant}");
             let loaded = load(&snapshot, folder.path());
             let case = Case { label, guest: Guest::new(&loaded, plugins()).unwrap(), reference: snapshot };
-            timed(&case.label, || case.states(&mut seen));
+            let (streams, _) = timed(&case.label, || case.states(&mut seen));
+            for stream in streams {
+                let (asked, kind) = (stream.pasid.is_some(), stream.state.as_str());
+                seen.outcomes.entry((asked, kind)).and_modify(|count| *count += 1).or_insert(1);
+            }
         }
     }
     seen.check();
-    assert!(seen.tables == 0 && seen.states > 1000, "{seen:?}");
+    // Not all of them end at the first check.
+    for kind in ["translated", "blocked"] {
+        assert!(seen.outcomes.get(&(false, kind)).is_some_and(|count| *count > 50), "{:?}", seen.outcomes);
+    }
 }

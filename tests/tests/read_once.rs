@@ -3,6 +3,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, Instant};
 
 use stagecraft::device::Unit;
 use stagecraft::memory::{Budget, Limits, MemoryMap, VmMemory};
@@ -339,7 +340,9 @@ fn a_flipping_entry_is_one_of_its_two_values() {
             });
             let mut opened = open(plugins, &config);
             let mut seen = [0_u64; 2];
-            for _ in 0..400 {
+            // Long enough that both threads run, whatever else the machine does.
+            let start = Instant::now();
+            while start.elapsed() < Duration::from_millis(400) || seen.contains(&0) {
                 let mut collector = Collector::new(false, 10);
                 let span = Span { first: 0, last: (512 << 12) - 1 };
                 opened.walk(&VmMemory(memory), &MemoryMap::everything(48), span, &budget(), &mut collector).unwrap();
@@ -349,10 +352,11 @@ fn a_flipping_entry_is_one_of_its_two_values() {
                     seen[which.unwrap_or_else(|| panic!("{format}: {mapping:x?} was never written"))] += 1;
                 }
                 memory.log.lock().unwrap().given.clear();
+                assert!(start.elapsed() < Duration::from_secs(20), "{format}: only one value is ever seen: {seen:?}");
             }
             done.store(true, Ordering::Relaxed);
             seen
         });
-        assert!(seen.iter().all(|count| *count > 0) && seen.iter().sum::<u64>() == 400 * 512, "{format}: {seen:?}");
+        assert!(seen.iter().sum::<u64>() % 512 == 0, "{format}: {seen:?}");
     }
 }
