@@ -15,6 +15,7 @@ const BUILTIN: &[&[u8]] = &[
     include_bytes!("../../builtin/intel-vtd.wasm"),
     include_bytes!("../../builtin/loongarch.wasm"),
     include_bytes!("../../builtin/riscv-iommu.wasm"),
+    include_bytes!("../../builtin/amd-vi.wasm"),
     include_bytes!("../../builtin/s390-zpci.wasm"),
 ];
 #[cfg(not(feature = "builtin-plugins"))]

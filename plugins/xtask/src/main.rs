@@ -36,13 +36,14 @@ impl PluginCrate {
 }
 
 /// Every plugin that is built here.
-pub const PLUGINS: [PluginCrate; 8] = [
+pub const PLUGINS: [PluginCrate; 9] = [
     PluginCrate { name: "apple-dart", package: "stagecraft-plugin-apple-dart", folder: "plugins/apple-dart", output: "host/builtin" },
     PluginCrate { name: "arm-smmuv3", package: "stagecraft-plugin-arm-smmuv3", folder: "plugins/arm-smmuv3", output: "host/builtin" },
     PluginCrate { name: "arm-v7s", package: "stagecraft-plugin-arm-v7s", folder: "plugins/arm-v7s", output: "host/builtin" },
     PluginCrate { name: "intel-vtd", package: "stagecraft-plugin-intel-vtd", folder: "plugins/intel-vtd", output: "host/builtin" },
     PluginCrate { name: "loongarch", package: "stagecraft-plugin-loongarch", folder: "plugins/loongarch", output: "host/builtin" },
     PluginCrate { name: "riscv-iommu", package: "stagecraft-plugin-riscv-iommu", folder: "plugins/riscv-iommu", output: "host/builtin" },
+    PluginCrate { name: "amd-vi", package: "stagecraft-plugin-amd-vi", folder: "plugins/amd-vi", output: "host/builtin" },
     PluginCrate { name: "s390-zpci", package: "stagecraft-plugin-s390-zpci", folder: "plugins/s390-zpci", output: "host/builtin" },
     PluginCrate { name: "hostile", package: "stagecraft-plugin-hostile", folder: "tests/hostile", output: "tests/hostile/built" },
 ];
