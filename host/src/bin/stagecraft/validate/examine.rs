@@ -108,8 +108,19 @@ impl Examine {
 
 impl Visitor for Examine {
     fn leaves(&mut self, run: &Run<'_>, path: &[Step]) -> Result<(), WalkError> {
-        let first = Span::of_log2(run.iova.0, run.size_log2);
-        self.entry(first, path, run.entries.len() as u64);
+        if run.kinds.is_one() {
+            self.entry(Span::of_log2(run.iova.0, run.size_log2), path, run.entries.len() as u64);
+            return Ok(());
+        }
+        // Leaves of two patterns: each is looked at for itself.
+        let mut path = path.to_vec();
+        for (index, entry) in run.entries.iter().enumerate() {
+            if let Some(step) = path.last_mut() {
+                step.index += u64::from(index > 0);
+                step.entry = Some(*entry);
+            }
+            self.entry(Span::of_log2(run.iova.0 + ((index as u64) << run.size_log2), run.size_log2), &path, 1);
+        }
         Ok(())
     }
 
