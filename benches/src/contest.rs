@@ -1,8 +1,9 @@
 //! Contestants one after the other under criterion, and then in turn, for ratios that a busy machine does not bend.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use criterion::{Criterion, Throughput};
+use rustix::time::{ClockId, clock_gettime};
 
 /// Something that converts once per call.
 pub struct Contestant<'a> {
@@ -63,12 +64,16 @@ pub fn contest(criterion: &mut Criterion, name: &str, entries: u64, rounds: usiz
     println!();
 }
 
-/// Nanoseconds of one run.
+/// Nanoseconds of processor time of one run: the machine may have other work.
 fn turn(contestant: &mut Contestant<'_>) -> f64 {
     (contestant.run)();
-    let start = Instant::now();
+    let start = processor_time();
     (1..RUNS).for_each(|_| (contestant.run)());
-    start.elapsed().as_nanos() as f64 / f64::from(RUNS - 1)
+    processor_time().saturating_sub(start).as_nanos() as f64 / f64::from(RUNS - 1)
+}
+
+fn processor_time() -> Duration {
+    Duration::try_from(clock_gettime(ClockId::ThreadCPUTime)).unwrap_or_default()
 }
 
 fn median(values: impl Iterator<Item = f64>) -> f64 {

@@ -37,7 +37,7 @@ impl Reused {
 
 impl Format for Reused {
     fn geometry(&mut self) -> Result<Geometry, FormatError> {
-        self.with(|format| format.geometry())
+        self.with(Format::geometry)
     }
 
     fn decode(&mut self, level: u8, inherited: u64, pattern: u64) -> Result<Meaning, FormatError> {

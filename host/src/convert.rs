@@ -145,8 +145,16 @@ impl Visitor for Survey {
 struct AllPrivileged<'a, V>(&'a mut V);
 
 impl<V: Visitor> Visitor for AllPrivileged<'_, V> {
+    fn table(&mut self) {
+        self.0.table();
+    }
+
+    fn takes_gaps(&self) -> bool {
+        self.0.takes_gaps()
+    }
+
     fn leaves(&mut self, run: &Run<'_>, path: &[Step]) -> Result<(), WalkError> {
-        self.0.leaves(&Run { attributes: run.attributes.without(Attributes::PRIVILEGED_ONLY), ..*run }, path)
+        self.0.leaves(&Run { kinds: run.kinds.map(|attributes| attributes.without(Attributes::PRIVILEGED_ONLY)), ..*run }, path)
     }
 
     fn piece(&mut self, piece: &Piece, path: &[Step]) -> Result<(), WalkError> {

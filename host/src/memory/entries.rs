@@ -1,10 +1,11 @@
 //! Reading guest memory through `vm-memory`: each entry once, atomically.
 
-use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 use vm_memory::{GuestAddress, GuestMemory, Permissions, VolatileMemory};
 
 use crate::Gpa;
+use crate::memory::atomic;
 use crate::table::ByteOrder;
 
 /// The unit in which tables are read, and the smallest page of any guest: 4 KiB.
@@ -53,11 +54,10 @@ impl<M: GuestMemory + ?Sized> EntryMemory for VmMemory<'_, M> {
             if count * size != slice.len() {
                 return Err(at); // an entry that straddles two regions is no entry
             }
-            for (index, entry) in entries[done..done + count].iter_mut().enumerate() {
-                *entry = match layout.bytes {
-                    8 => slice.get_atomic_ref::<AtomicU64>(index * 8).map_err(|_| at)?.load(Ordering::Relaxed),
-                    _ => u64::from(slice.get_atomic_ref::<AtomicU32>(index * 4).map_err(|_| at)?.load(Ordering::Relaxed)),
-                };
+            let part = &mut entries[done..done + count];
+            let loaded = if layout.bytes == 8 { atomic::load_u64(&slice, part) } else { atomic::load_u32(&slice, part) };
+            if !loaded {
+                return Err(at);
             }
             done += count;
         }

@@ -102,6 +102,12 @@ impl MemoryMap {
         self.targets.get(index).copied().filter(|span| span.contains(address))
     }
 
+    /// All spans that leaves may point to, ascending; neighbouring regions count as one.
+    #[must_use]
+    pub fn targets(&self) -> &[Span] {
+        &self.targets
+    }
+
     /// The parts of `span` that leaves may point to, ascending.
     pub fn targets_within(&self, span: Span) -> impl Iterator<Item = Span> + '_ {
         let start = self.targets.partition_point(|target| target.last < span.first);

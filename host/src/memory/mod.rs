@@ -1,5 +1,6 @@
 //! Guest memory as the engine sees it: a map of what exists, entries read once and atomically, and budgets for all work.
 
+mod atomic;
 mod budget;
 mod entries;
 mod map;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::Gpa;
 use crate::memory::{EntryLayout, EntryMemory, PAGE, ReadError};
-use crate::table::ByteOrder;
+use crate::table::{ByteOrder, lanes};
 
 /// Words of one chunk: 2 MiB.
 const CHUNK: usize = 1 << 18;
@@ -15,13 +15,41 @@ pub struct Arena {
     base: u64,
     limit: u64,
     /// Each covers `CHUNK` words of the address range; a table larger than that is refused with the geometry.
-    chunks: Vec<Box<[u64]>>,
+    chunks: Vec<Chunk>,
     /// Pages handed out so far, from the base.
     used: u64,
     /// Tables given back, by bytes: their offsets.
     free: BTreeMap<u64, Vec<u64>>,
-    /// Tables in use: offset and bytes.
-    live: BTreeMap<u64, u64>,
+    /// For each page that was handed out: the size of the table that starts there, as a power of two, or zero.
+    live: Vec<u8>,
+    /// Bytes of all tables in use.
+    bytes: u64,
+}
+
+/// Words of table memory that begin at a page of the host: tables are shared with hardware by the page, and written by the cache line.
+#[derive(Debug)]
+struct Chunk {
+    memory: Box<[u64]>,
+    first: usize,
+}
+
+impl Chunk {
+    fn new() -> Self {
+        let memory = vec![0; CHUNK + (PAGE / 8) as usize].into_boxed_slice();
+        let first = memory.as_ptr().align_offset(PAGE as usize);
+        Self { memory, first }
+    }
+
+    /// The words from `word` to the end.
+    #[inline]
+    fn words(&self, word: usize) -> &[u64] {
+        &self.memory[self.first + word..self.first + CHUNK]
+    }
+
+    #[inline]
+    fn words_mut(&mut self, word: usize) -> &mut [u64] {
+        &mut self.memory[self.first + word..self.first + CHUNK]
+    }
 }
 
 /// No memory is left for tables.
@@ -42,7 +70,7 @@ impl Arena {
     #[must_use]
     pub fn new(base: u64, limit: u64) -> Self {
         assert!(base.is_multiple_of(Self::ALIGNMENT), "an arena starts at a multiple of 2 MiB");
-        Self { base, limit: limit.min(u64::MAX - base), chunks: Vec::new(), used: 0, free: BTreeMap::new(), live: BTreeMap::new() }
+        Self { base, limit: limit.min(u64::MAX - base), chunks: Vec::new(), used: 0, free: BTreeMap::new(), live: Vec::new(), bytes: 0 }
     }
 
     /// What `base` is a multiple of: no table is larger.
@@ -53,6 +81,7 @@ impl Arena {
         self.used = 0;
         self.free.clear();
         self.live.clear();
+        self.bytes = 0;
     }
 
     /// Address of the first table.
@@ -63,8 +92,8 @@ impl Arena {
 
     /// Bytes of all tables in use; small tables count as the pages that they take.
     #[must_use]
-    pub fn bytes(&self) -> u64 {
-        self.live.values().sum()
+    pub const fn bytes(&self) -> u64 {
+        self.bytes
     }
 
     /// Bytes of memory that the arena holds.
@@ -75,10 +104,11 @@ impl Arena {
 
     /// The pages in use, ascending: address, and its 512 words in the byte order of memory.
     pub fn pages(&self) -> impl Iterator<Item = (Gpa, &[u64])> + '_ {
-        self.live.iter().flat_map(move |(&offset, &bytes)| {
+        let tables = self.live.iter().enumerate().filter(|(_, size_log2)| **size_log2 != 0);
+        tables.map(|(page, size_log2)| (page as u64 * PAGE, 1_u64 << size_log2)).flat_map(move |(offset, bytes)| {
             (offset..offset + bytes).step_by(PAGE as usize).map(move |page| {
                 let word = (page / 8) as usize;
-                (Gpa(self.base + page), &self.chunks[word / CHUNK][word % CHUNK..word % CHUNK + (PAGE / 8) as usize])
+                (Gpa(self.base + page), &self.chunks[word / CHUNK].words(word % CHUNK)[..(PAGE / 8) as usize])
             })
         })
     }
@@ -87,22 +117,43 @@ impl Arena {
     pub(crate) fn allocate(&mut self, bytes: u64) -> Result<u64, Full> {
         let bytes = bytes.next_power_of_two().max(PAGE);
         if let Some(offset) = self.free.get_mut(&bytes).and_then(Vec::pop) {
-            self.live.insert(offset, bytes);
+            self.keep(offset, bytes);
             return Ok(offset);
         }
         let full = Full { base: self.base, limit: self.limit };
         let offset = self.used.next_multiple_of(bytes);
         let end = offset.checked_add(bytes).filter(|end| *end <= self.limit && bytes <= Self::ALIGNMENT).ok_or(full)?;
         while self.capacity() < end {
-            self.chunks.push(vec![0; CHUNK].into_boxed_slice());
+            self.chunks.push(Chunk::new());
         }
         self.used = end;
-        self.live.insert(offset, bytes);
+        self.keep(offset, bytes);
         Ok(offset)
     }
 
+    /// Remembers a table that was handed out.
+    fn keep(&mut self, offset: u64, bytes: u64) {
+        self.bytes += bytes;
+        let page = (offset / PAGE) as usize;
+        if self.live.len() <= page {
+            self.live.resize(page + 1, 0);
+        }
+        self.live[page] = bytes.trailing_zeros() as u8;
+    }
+
+    /// Tells the processor that the table after the last one will be written soon.
+    pub(crate) fn prefetch(&mut self) {
+        let word = (self.used / 8) as usize;
+        if let Some(chunk) = self.chunks.get_mut(word / CHUNK) {
+            lanes::prefetch(&mut chunk.words_mut(word % CHUNK)[..(PAGE / 8) as usize]);
+        }
+    }
+
     pub(crate) fn release(&mut self, offset: u64) {
-        if let Some(bytes) = self.live.remove(&offset) {
+        let size_log2 = self.live.get_mut((offset / PAGE) as usize).map_or(0, std::mem::take);
+        if size_log2 != 0 {
+            let bytes = 1 << size_log2;
+            self.bytes -= bytes;
             self.free.entry(bytes).or_default().push(offset);
         }
     }
@@ -111,7 +162,7 @@ impl Arena {
     #[inline]
     pub(crate) fn words(&mut self, offset: u64) -> &mut [u64] {
         let word = (offset / 8) as usize;
-        &mut self.chunks[word / CHUNK][word % CHUNK..]
+        self.chunks[word / CHUNK].words_mut(word % CHUNK)
     }
 }
 
@@ -120,7 +171,7 @@ impl EntryMemory for Arena {
         let error = ReadError(address);
         let offset = address.0.checked_sub(self.base).filter(|offset| *offset < self.used).ok_or(error)?;
         let word = (offset / 8) as usize;
-        let words = self.chunks.get(word / CHUNK).map(|chunk| &chunk[word % CHUNK..]).ok_or(error)?;
+        let words = self.chunks.get(word / CHUNK).map(|chunk| chunk.words(word % CHUNK)).ok_or(error)?;
         match layout.bytes {
             8 => {
                 let source = words.get(..entries.len()).ok_or(error)?;

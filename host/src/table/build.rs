@@ -9,7 +9,8 @@ use std::sync::Arc;
 use crate::memory::{EntryLayout, EntryMemory};
 use crate::table::arena::{Arena, Full, write_entry};
 use crate::table::format::{Format, FormatError, Meaning};
-use crate::table::geometry::{AddressField, Geometry, Nonsense};
+use crate::table::geometry::{AddressField, ByteOrder, Geometry, Nonsense};
+use crate::table::lanes;
 use crate::table::loss::{Loss, Losses, narrowed};
 use crate::table::remember::Plan;
 use crate::table::walk::{FaultAt, Piece, Run, Step, Visitor, WalkError};
@@ -88,12 +89,17 @@ struct Leaf {
     narrowed: Vec<Loss>,
 }
 
+/// A leaf that becomes more leaves than this takes the slow way.
+const MAX_SPLIT_LOG2: u8 = 5;
+
 /// The leaves of all sizes of one chain for given attributes.
 #[derive(Debug)]
 struct Encoding {
     chain: usize,
     attributes: Attributes,
     leaves: Vec<Option<Arc<Leaf>>>,
+    /// Those that there are, largest first: size and rung.
+    usable: Arc<[(u8, usize, Arc<Leaf>)]>,
 }
 
 /// Whether a table's entries so far are one contiguous range.
@@ -280,16 +286,14 @@ impl<'a> Builder<'a> {
 
     fn lose(&mut self, loss: Loss, piece: &Piece, part: Span) {
         let example = Piece { iova: part, address: piece.address.wrapping_add(part.first - piece.iova.first), attributes: piece.attributes };
-        self.losses.add(loss, example, 1, u128::from(part.length_minus_one()) + 1);
+        self.losses.add(loss, || example, 1, u128::from(part.length_minus_one()) + 1);
     }
 
     /// Maps the part of a piece that lies in a window, with the largest pages that fit.
     fn place(&mut self, window: usize, piece: &Piece, part: Span) -> Result<(), BuildError> {
         let chain = self.windows[window].chain;
         let encoding = self.encoding(chain, piece.attributes)?;
-        let usable: Vec<(u8, usize, Arc<Leaf>)> = (self.chains[chain].sizes.iter().zip(&self.encodings[encoding].leaves))
-            .filter_map(|(&(size, depth), leaf)| leaf.clone().map(|leaf| (size, depth, leaf)))
-            .collect();
+        let usable = Arc::clone(&self.encodings[encoding].usable);
         let Some(&(smallest, _, _)) = usable.last() else {
             self.lose(Loss::Permission, piece, part);
             return Ok(());
@@ -376,7 +380,7 @@ impl<'a> Builder<'a> {
     fn note_narrowed(&mut self, leaf: &Leaf, attributes: Attributes, (iova, address): (u64, u64), pieces: u64, bytes: u128) {
         for loss in &leaf.narrowed {
             let iova = Span { first: iova, last: iova.saturating_add((bytes - 1) as u64) };
-            self.losses.add(*loss, Piece { iova, address, attributes }, pieces, bytes);
+            self.losses.add(*loss, || Piece { iova, address, attributes }, pieces, bytes);
         }
     }
 
@@ -387,10 +391,11 @@ impl<'a> Builder<'a> {
         }
         let sizes = self.chains[chain].sizes.clone();
         let mut leaves = Vec::with_capacity(sizes.len());
-        for (size, depth) in sizes {
-            leaves.push(self.encode(chain, depth, size, attributes)?.map(Arc::new));
+        for (size, depth) in &sizes {
+            leaves.push(self.encode(chain, *depth, *size, attributes)?.map(Arc::new));
         }
-        self.encodings.push(Encoding { chain, attributes, leaves });
+        let usable = sizes.iter().zip(&leaves).filter_map(|(&(size, depth), leaf)| leaf.clone().map(|leaf| (size, depth, leaf))).collect();
+        self.encodings.push(Encoding { chain, attributes, leaves, usable });
         Ok(self.encodings.len() - 1)
     }
 
@@ -575,7 +580,7 @@ impl<'a> Builder<'a> {
         Ok(Built { roots, losses: self.losses, leaves: self.leaves, questions: self.questions })
     }
 
-    /// The fast way: leaves that are as large as the target's slots, one pattern for all of them.
+    /// The fast way: leaves as large as the target's slots, or a few times that, and one or two patterns for all of them.
     fn map_run(&mut self, run: &Run<'_>) -> Result<bool, BuildError> {
         if self.layout.bytes != 8 {
             return Ok(false);
@@ -587,41 +592,93 @@ impl<'a> Builder<'a> {
         };
         let chain = self.windows[window].chain;
         let sizes = &self.chains[chain].sizes;
-        let Some(position) = sizes.iter().position(|(size, _)| *size == run.size_log2) else { return Ok(false) };
-        let depth = sizes[position].1;
+        let Some(position) = sizes.iter().position(|(size, _)| *size <= run.size_log2) else { return Ok(false) };
+        let (size, depth) = sizes[position];
         let rung = &self.chains[chain].rungs[depth];
         // A level with pages above its slots would want to see larger ranges first.
-        if rung.lsb != run.size_log2 || rung.leaf_sizes & !(1 << rung.lsb) != 0 {
+        if rung.lsb != size || rung.leaf_sizes & !(1 << rung.lsb) != 0 {
             return Ok(false);
         }
-        let (lsb, table_entries) = (rung.lsb, rung.entries);
-        let encoding = self.encoding(chain, run.attributes)?;
+        // Where the target has no pages of the source's size, each leaf becomes a few.
+        let (split_log2, table_entries, absent) = (run.size_log2 - size, rung.entries, rung.absent);
+        if split_log2 > MAX_SPLIT_LOG2 || table_entries >> split_log2 == 0 {
+            return Ok(false);
+        }
+        let [attributes, other_attributes] = run.kinds.attributes();
+        let encoding = self.encoding(chain, attributes)?;
         let Some(leaf) = self.encodings[encoding].leaves[position].clone() else { return Ok(false) };
-        if run.within.last > leaf.last_address {
+        let other = if other_attributes == attributes {
+            Arc::clone(&leaf)
+        } else {
+            let encoding = self.encoding(chain, other_attributes)?;
+            match &self.encodings[encoding].leaves[position] {
+                Some(other) => Arc::clone(other),
+                None if run.pieces().all(|piece| piece.attributes == attributes) => Arc::clone(&leaf),
+                None => return Ok(false),
+            }
+        };
+        if run.within.last > leaf.last_address || run.within.last > other.last_address || leaf.field != other.field {
             return Ok(false);
         }
+        let little = self.layout.order == ByteOrder::Little && cfg!(target_endian = "little");
+        let plain = split_log2 == 0 && little && run.field.is_in_place() && leaf.field.is_in_place();
         self.flush()?;
-        let mut done = 0;
+        let (mut done, mut all_others, mut all_gaps) = (0, 0, 0);
         while done < run.entries.len() {
-            let iova = run.iova.0 + ((done as u64) << lsb);
+            let iova = run.iova.0 + ((done as u64) << run.size_log2);
+            let below = (iova - self.windows[window].base) >> size & (table_entries - 1);
+            let count = ((table_entries - below) as usize >> split_log2).min(run.entries.len() - done);
+            let part = &run.entries[done..done + count];
+            done += count;
+            if run.kinds.has_gaps() && part.iter().all(|entry| run.kinds.is_gap(*entry)) {
+                all_gaps += count as u64;
+                continue; // a table with nothing in it is not made
+            }
             self.open_to(window, depth, iova)?;
             let index = self.fill_to(depth, iova)?;
-            let count = ((table_entries - index) as usize).min(run.entries.len() - done);
-            let part = &run.entries[done..done + count];
+            let slots = count << split_log2;
             let offset = self.open[depth].offset;
-            let target = &mut self.arena.words(offset)[index as usize..index as usize + count];
-            transcode(part, run.field, target, leaf.pattern, &leaf.field, self.layout);
-            let (first, contiguous) = (run.field.extract(part[0]), is_contiguous(part, run.field, lsb));
-            let next = first.wrapping_add((count as u64) << lsb);
-            note(&mut self.open[depth], index, count as u64, run.attributes, contiguous.then_some(leaf.pattern), first, next);
-            self.leaves += count as u64;
-            done += count;
+            let target = &mut self.arena.words(offset)[index as usize..index as usize + slots];
+            let patterns = [leaf.pattern, other.pattern];
+            let (others, gaps) = if plain {
+                let address = run.field.in_place & leaf.field.in_place;
+                lanes::transcode(part, run.kinds, target, lanes::Target { patterns, absent: absent.to_le(), address })
+            } else {
+                transcode(part, run, target, (patterns, absent), (&leaf.field, size), self.layout)
+            };
+            let (kind, pattern) = if run.kinds.selector(part[0]) == 0 { (attributes, leaf.pattern) } else { (other_attributes, other.pattern) };
+            let same = |entry: &u64| leaf.pattern == other.pattern || run.kinds.selector(*entry) == run.kinds.selector(part[0]);
+            let contiguous = gaps == 0 && is_contiguous(part, run.field, run.size_log2) && part.iter().all(same);
+            let first = run.field.extract(part[0]);
+            let next = first.wrapping_add((count as u64) << run.size_log2);
+            note(&mut self.open[depth], index, slots as u64, kind, contiguous.then_some(pattern), first, next);
+            self.leaves += (count as u64 - gaps) << split_log2;
+            all_others += others;
+            all_gaps += gaps;
         }
-        if !leaf.narrowed.is_empty() {
-            let bytes = (run.entries.len() as u128) << lsb;
-            self.note_narrowed(&leaf, run.attributes, (run.iova.0, run.field.extract(run.entries[0])), run.entries.len() as u64, bytes);
+        if run.kinds.is_one() {
+            if !leaf.narrowed.is_empty() {
+                let bytes = (run.entries.len() as u128) << run.size_log2;
+                self.note_narrowed(&leaf, attributes, (run.iova.0, run.field.extract(run.entries[0])), run.entries.len() as u64, bytes);
+            }
+        } else {
+            self.note_kind(run, 0, &leaf, run.entries.len() as u64 - all_others - all_gaps);
+            self.note_kind(run, u64::MAX, &other, all_others);
         }
         Ok(true)
+    }
+
+    /// Notes what `count` leaves of one of two kinds lose.
+    fn note_kind(&mut self, run: &Run<'_>, selector: u64, leaf: &Leaf, count: u64) {
+        let example = || {
+            let of_kind = |entry: &u64| !run.kinds.is_gap(*entry) && run.kinds.selector(*entry) == selector;
+            let index = run.entries.iter().position(of_kind).unwrap_or(0);
+            let iova = Span::of_log2(run.iova.0 + ((index as u64) << run.size_log2), run.size_log2);
+            Piece { iova, address: run.field.extract(run.entries[index]), attributes: run.kinds.of(run.entries[index]) }
+        };
+        for loss in leaf.narrowed.iter().filter(|_| count > 0) {
+            self.losses.add(*loss, example, count, u128::from(count) << run.size_log2);
+        }
     }
 
     fn keep(&mut self, result: Result<(), BuildError>) -> Result<(), WalkError> {
@@ -639,6 +696,14 @@ impl Visitor for Builder<'_> {
             Ok(false) => run.pieces().try_for_each(|piece| self.piece(&piece, path)),
             Err(error) => self.keep(Err(error)),
         }
+    }
+
+    fn table(&mut self) {
+        self.arena.prefetch();
+    }
+
+    fn takes_gaps(&self) -> bool {
+        true
     }
 
     fn piece(&mut self, piece: &Piece, _: &[Step]) -> Result<(), WalkError> {
@@ -677,22 +742,31 @@ fn is_contiguous(entries: &[u64], field: &AddressField, size_log2: u8) -> bool {
     entries.iter().enumerate().skip(1).all(|(index, entry)| field.extract(*entry) == first.wrapping_add((index as u64) << size_log2))
 }
 
-/// The hot loop: the address moved, the pattern replaced.
-#[inline]
-fn transcode(source: &[u64], from: &AddressField, target: &mut [u64], pattern: u64, to: &AddressField, layout: EntryLayout) {
-    let plain = layout.order == crate::table::ByteOrder::Little && cfg!(target_endian = "little");
-    if plain && from.is_in_place() && to.is_in_place() {
-        let mask = from.in_place & to.in_place;
-        for (target, source) in target.iter_mut().zip(source) {
-            *target = pattern | source & mask;
+/// Writes leaves with the address moved and the pattern replaced by the one of `patterns` for its kind, each as often as there are pages of `2^size` bytes
+/// in it; how many are of the second kind, and how many entries are gaps. [`lanes::transcode`] is the fast way where nothing moves.
+fn transcode(
+    source: &[u64],
+    run: &Run<'_>,
+    target: &mut [u64],
+    (patterns, absent): ([u64; 2], u64),
+    (to, size): (&AddressField, u8),
+    layout: EntryLayout,
+) -> (u64, u64) {
+    let split_log2 = run.size_log2 - size;
+    let (mut others, mut gaps) = (0, 0);
+    for (index, entry) in source.iter().enumerate() {
+        let (selector, gap) = (run.kinds.selector(*entry), run.kinds.is_gap(*entry));
+        others += u64::from(selector != 0 && !gap);
+        gaps += u64::from(gap);
+        let pattern = patterns[0] ^ (patterns[0] ^ patterns[1]) & selector;
+        let address = run.field.extract(*entry);
+        for part in 0..1_usize << split_log2 {
+            // The caller knows that all addresses fit.
+            let bits = to.insert(address + ((part as u64) << size)).unwrap_or(0);
+            write_entry(target, layout, (index << split_log2) + part, if gap { absent } else { pattern | bits });
         }
-        return;
     }
-    for (index, source) in source.iter().enumerate() {
-        // The caller knows that all addresses fit.
-        let bits = to.insert(from.extract(*source)).unwrap_or(0);
-        write_entry(target, layout, index, pattern | bits);
-    }
+    (others, gaps)
 }
 
 /// Where tables were built can be walked at once.

@@ -1,6 +1,5 @@
 //! What a conversion could not say in the target format.
 
-use std::collections::BTreeMap;
 use std::fmt;
 
 use crate::table::walk::Piece;
@@ -89,35 +88,35 @@ pub struct Count {
 /// Examples that are kept of each loss.
 const EXAMPLES: usize = 8;
 
-/// All losses of a conversion.
+/// All losses of a conversion, in the order of [`Loss::ALL`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Losses(BTreeMap<Loss, Count>);
+pub struct Losses([Count; Loss::ALL.len()]);
 
 impl Losses {
-    pub(crate) fn add(&mut self, loss: Loss, example: Piece, pieces: u64, bytes: u128) {
-        let count = self.0.entry(loss).or_default();
+    pub(crate) fn add(&mut self, loss: Loss, example: impl FnOnce() -> Piece, pieces: u64, bytes: u128) {
+        let count = &mut self.0[loss as usize];
         count.pieces += pieces;
         count.bytes += bytes;
         if count.examples.len() < EXAMPLES {
-            count.examples.push(example);
+            count.examples.push(example());
         }
     }
 
     /// What was lost, refused first.
     pub fn iter(&self) -> impl Iterator<Item = (Loss, &Count)> {
-        self.0.iter().map(|(loss, count)| (*loss, count))
+        Loss::ALL.into_iter().zip(&self.0).filter(|(_, count)| count.pieces > 0)
     }
 
     /// Nothing was lost.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.iter().next().is_none()
     }
 
     /// What was lost of `loss`.
     #[must_use]
     pub fn get(&self, loss: Loss) -> Option<&Count> {
-        self.0.get(&loss)
+        Some(&self.0[loss as usize]).filter(|count| count.pieces > 0)
     }
 
     /// Bytes of IOVA space that are not mapped in the target although they were in the source.

@@ -7,6 +7,7 @@ mod build;
 mod collect;
 mod format;
 mod geometry;
+mod lanes;
 mod loss;
 mod remember;
 mod stages;
@@ -19,4 +20,4 @@ pub use format::{Encoded, FaultKind, Finding, Format, FormatError, Meaning, Need
 pub use geometry::{AddressField, ByteOrder, Geometry, Level, Mark, Nonsense, Root, Segment, Shape};
 pub use loss::{Count, Loss, Losses};
 pub use stages::{AddressSpace, Fault, Translation};
-pub use walk::{Cause, FaultAt, OpenError, Piece, Run, Step, Table, Visitor, WalkError};
+pub use walk::{Cause, FaultAt, Kinds, OpenError, Piece, Run, Step, Table, Visitor, WalkError};

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use crate::Attributes;
 use crate::memory::{Budget, Exhausted};
 use crate::table::format::{Finding, Format, FormatError, Meaning};
 use crate::table::geometry::{AddressField, Geometry, Nonsense, Shape};
@@ -129,6 +130,26 @@ impl Judge {
             }
         }
         self.judge_slowly(plan, level, inherited, entry, budget)
+    }
+
+    /// Another pattern of leaves in the same tables and of the same shape and size as `known`, if one was met recently.
+    #[inline]
+    pub(crate) fn companion(&self, level: u8, known: &Remembered) -> Option<(u64, Attributes)> {
+        let size = |meaning: Meaning| if let Meaning::Leaf { size_log2, attributes } = meaning { Some((size_log2, attributes)) } else { None };
+        let (wanted, _) = size(known.meaning)?;
+        self.recent[usize::from(level)].iter().flatten().find_map(|other| {
+            let (size_log2, attributes) = size(other.meaning)?;
+            let alike = (size_log2, other.mask, other.shape, other.inherited) == (wanted, known.mask, known.shape, known.inherited);
+            (alike && other.pattern != known.pattern).then_some((other.pattern, attributes))
+        })
+    }
+
+    /// An absent entry of the same tables, all of whose bits are pattern, if one was met recently.
+    #[inline]
+    pub(crate) fn absent(&self, level: u8, inherited: u64) -> Option<u64> {
+        let mut recent = self.recent[usize::from(level)].iter().flatten();
+        let absent = |known: &&Remembered| known.meaning == Meaning::Absent && known.mask == u64::MAX && known.inherited == inherited;
+        recent.find(absent).map(|known| known.pattern)
     }
 
     #[cold]

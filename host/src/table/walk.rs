@@ -8,6 +8,7 @@ use std::fmt;
 use crate::memory::{Budget, EntryLayout, EntryMemory, Exhausted, MemoryMap, PAGE};
 use crate::table::format::{FaultKind, Finding, Format, FormatError, Meaning};
 use crate::table::geometry::{AddressField, Geometry, Nonsense, Root};
+use crate::table::lanes::{Pattern, Scanned, all_within, scan};
 use crate::table::remember::{Judge, JudgeError, Plan, Remembered};
 use crate::{Attributes, Gpa, Iova, Span};
 
@@ -22,7 +23,7 @@ pub struct Table {
 /// Memory that walks use again: one buffer per level, and the path.
 #[derive(Default)]
 struct Scratch {
-    buffers: Vec<Box<[u64; BUFFER]>>,
+    buffers: Vec<Box<Buffer>>,
     path: Vec<Step>,
 }
 
@@ -34,6 +35,10 @@ impl fmt::Debug for Scratch {
 
 /// Entries that are read at once: a page of the smallest entries.
 const BUFFER: usize = (PAGE / 4) as usize;
+
+/// Begins at a cache line, for wide registers.
+#[repr(align(64))]
+struct Buffer([u64; BUFFER]);
 
 /// A table cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -140,7 +145,102 @@ pub struct FaultAt<'a> {
     pub path: &'a [Step],
 }
 
-/// Leaves of equal attributes, one per slot, side by side; their targets are in guest memory and aligned.
+/// One or two patterns of leaves, and perhaps the value of absent entries between them. The two are told apart by one bit, so that leaves of both, in any
+/// order, are as fast as leaves of one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Kinds {
+    pattern: u64,
+    /// Bits in which the second pattern differs; zero if there is one only.
+    difference: u64,
+    /// The lowest of them.
+    bit: u32,
+    attributes: [Attributes; 2],
+    /// The absent entry, and all ones if there may be any.
+    absent: u64,
+    gaps: u64,
+}
+
+impl Kinds {
+    const fn one(pattern: u64, attributes: Attributes) -> Self {
+        Self { pattern, difference: 0, bit: 0, attributes: [attributes; 2], absent: 0, gaps: 0 }
+    }
+
+    const fn with(self, pattern: u64, attributes: Attributes) -> Self {
+        let difference = self.pattern ^ pattern;
+        Self { difference, bit: difference.trailing_zeros() % 64, attributes: [self.attributes[0], attributes], ..self }
+    }
+
+    const fn with_gaps(self, absent: u64) -> Self {
+        Self { absent, gaps: u64::MAX, ..self }
+    }
+
+    /// What leaves of the first and of the second kind allow; the same if there is one kind only.
+    #[must_use]
+    pub const fn attributes(&self) -> [Attributes; 2] {
+        self.attributes
+    }
+
+    /// Whether there is one kind only, without gaps.
+    #[must_use]
+    pub const fn is_one(&self) -> bool {
+        self.difference | self.gaps == 0
+    }
+
+    /// The same kinds, with other attributes.
+    #[must_use]
+    pub fn map(self, change: impl Fn(Attributes) -> Attributes) -> Self {
+        Self { attributes: self.attributes.map(change), ..self }
+    }
+
+    /// Whether an entry is absent.
+    #[inline]
+    #[must_use]
+    pub const fn is_gap(&self, entry: u64) -> bool {
+        self.gap(entry) != 0
+    }
+
+    /// All ones for an absent entry, zero for a leaf.
+    #[inline]
+    pub(crate) const fn gap(&self, entry: u64) -> u64 {
+        ((entry == self.absent) as u64).wrapping_neg() & self.gaps
+    }
+
+    /// All ones for a leaf of the second kind, zero for one of the first; anything for an absent entry.
+    #[inline]
+    pub(crate) const fn selector(&self, entry: u64) -> u64 {
+        (((entry ^ self.pattern) & self.difference) >> self.bit & 1).wrapping_neg()
+    }
+
+    pub(crate) const fn pattern(&self) -> u64 {
+        self.pattern
+    }
+
+    /// Zero for an entry of one of these kinds.
+    #[inline]
+    pub(crate) const fn distance(&self, entry: u64, mask: u64) -> u64 {
+        self.leaf_distance(entry, mask) & !self.gap(entry)
+    }
+
+    /// The same without gaps.
+    #[inline]
+    pub(crate) const fn leaf_distance(&self, entry: u64, mask: u64) -> u64 {
+        (entry ^ self.pattern) & mask ^ self.selector(entry) & self.difference
+    }
+
+    pub(crate) const fn has_gaps(&self) -> bool {
+        self.gaps != 0
+    }
+
+    /// What a leaf allows that is of one of these kinds.
+    #[inline]
+    #[must_use]
+    pub const fn of(&self, entry: u64) -> Attributes {
+        self.attributes[(self.selector(entry) & 1) as usize]
+    }
+}
+
+/// Leaves of one or two kinds, one per slot, side by side, perhaps with absent entries between them; their targets are in guest memory and aligned. The first
+/// and the last entry are leaves.
 #[derive(Clone, Copy, Debug)]
 pub struct Run<'a> {
     /// IOVA of the first.
@@ -152,7 +252,7 @@ pub struct Run<'a> {
     /// Where their addresses are.
     pub field: &'a AddressField,
     /// What they allow.
-    pub attributes: Attributes,
+    pub kinds: Kinds,
     /// Every target lies in this span.
     pub within: Span,
 }
@@ -160,10 +260,10 @@ pub struct Run<'a> {
 impl Run<'_> {
     /// The leaves one by one.
     pub fn pieces(&self) -> impl Iterator<Item = Piece> + '_ {
-        self.entries.iter().enumerate().map(|(index, entry)| Piece {
+        self.entries.iter().enumerate().filter(|(_, entry)| !self.kinds.is_gap(**entry)).map(|(index, entry)| Piece {
             iova: Span::of_log2(self.iova.0 + ((index as u64) << self.size_log2), self.size_log2),
             address: self.field.extract(*entry),
-            attributes: self.attributes,
+            attributes: self.kinds.of(*entry),
         })
     }
 }
@@ -181,6 +281,11 @@ pub struct Piece {
 
 /// Hears what a walk finds, in ascending order of IOVA.
 pub trait Visitor {
+    /// Whether runs of leaves may have gaps, about which [`Visitor::absent`] is then not told.
+    fn takes_gaps(&self) -> bool {
+        false
+    }
+
     /// Leaves that are as large as their slots. `path` leads to the first one's entry.
     ///
     /// # Errors
@@ -191,6 +296,9 @@ pub trait Visitor {
         }
         Ok(())
     }
+
+    /// Entries are about to be read: a moment to get ready for them, and nothing more.
+    fn table(&mut self) {}
 
     /// Any other leaf, or the part of one that is in the span and in guest memory. `path` leads to its entry.
     ///
@@ -337,7 +445,7 @@ struct Walker<'a, M: ?Sized, V> {
     budget: &'a Budget,
     visitor: &'a mut V,
     stage: u8,
-    buffers: &'a mut Vec<Box<[u64; BUFFER]>>,
+    buffers: &'a mut Vec<Box<Buffer>>,
     path: &'a mut Vec<Step>,
 }
 
@@ -375,18 +483,19 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
         if wanted_first < first {
             self.visitor.absent(Span { first: span.first, last: place.base + (first << lsb) - 1 }, self.path)?;
         }
-        let mut buffer = self.buffers.pop().unwrap_or_else(|| Box::new([0; BUFFER]));
+        let mut buffer = self.buffers.pop().unwrap_or_else(|| Box::new(Buffer([0; BUFFER])));
         let bytes = u64::from(self.layout.bytes);
         let mut index = first;
         while index <= last {
             // `table` is aligned to the entry size, so a page holds whole entries; an address beyond 2^64 was refused with the geometry or the entry.
             let address = place.table.wrapping_add(index * bytes);
             let count = ((PAGE - address % PAGE) / bytes).min(last - index + 1);
-            let entries = &mut buffer[..count as usize];
+            let entries = &mut buffer.0[..count as usize];
             let here = Span {
                 first: span.first.max(place.base + (index << lsb)),
                 last: span.last.min(Span::of_log2(place.base + ((index + count - 1) << lsb), lsb).last),
             };
+            self.visitor.table();
             match self.read(address, entries) {
                 Ok(()) => self.entries(place, index, entries, here)?,
                 Err(cause) => {
@@ -452,10 +561,7 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
                 Meaning::Leaf { size_log2, attributes } if size_log2 == lsb && part == slot && known.meaning != Meaning::WholeEntry => {
                     let whole = ((span.last - iova).saturating_add(1) >> lsb).max(1);
                     let candidates = &entries[at..entries.len().min(at + whole as usize)];
-                    let count = run_length(candidates, known.mask, known.pattern);
-                    let run = &candidates[..count];
-                    self.leaves(index + at as u64, run, iova, lsb, level.field(known.shape), attributes)?;
-                    count
+                    self.leaves(index + at as u64, candidates, iova, place, &known, attributes)?
                 }
                 Meaning::Leaf { size_log2, attributes } => {
                     self.budget.charge_leaves(1)?;
@@ -535,23 +641,69 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
         }
     }
 
-    /// Leaves as large as their slots with equal patterns.
-    fn leaves(&mut self, index: u64, run: &[u64], iova: u64, size_log2: u8, field: &AddressField, attributes: Attributes) -> Result<(), WalkError> {
-        self.budget.charge_leaves(run.len() as u64)?;
+    /// Leaves as large as their slots: all of the first kind, and of one more, that stand side by side; how many entries these are.
+    fn leaves(
+        &mut self,
+        index: u64,
+        entries: &[u64],
+        iova: u64,
+        place: Place,
+        known: &Remembered,
+        attributes: Attributes,
+    ) -> Result<usize, WalkError> {
+        let level = &self.plan.levels[usize::from(place.level)];
+        let (size_log2, field) = (level.index_lsb, level.field(known.shape));
         let size_mask = Span::of_log2(0, size_log2).last;
+        let within = self.map.target(field.extract(entries[0])).and_then(|target| target.intersection(self.output));
+        // Where this does not hold, every address counts as one outside of memory, and is looked at again.
+        let plain = within.filter(|within| field.is_in_place() && (within.last | field.in_place) >> 63 == 0 && within.last >= size_mask);
+        let (first, last) = plain.map_or((1, 0), |within| (within.first, within.last - size_mask));
+        let mut pattern = Pattern { mask: known.mask, kinds: Kinds::one(known.pattern, attributes), address: field.in_place };
+        // Tables that had leaves of another kind a moment ago have some again.
+        if let Some((other, attributes)) = self.judge.companion(place.level, known) {
+            pattern.kinds = pattern.kinds.with(other, attributes);
+        }
+        if self.visitor.takes_gaps()
+            && let Some(absent) = self.judge.absent(place.level, place.inherited)
+        {
+            pattern.kinds = pattern.kinds.with_gaps(absent);
+        }
+        let Scanned { count, gaps, outside } = scan(entries, pattern, first, last);
+        let run = &entries[..count];
+        let run = &run[..run.iter().rposition(|entry| !pattern.kinds.is_gap(*entry)).map_or(0, |last| last + 1)];
+        self.budget.charge_leaves(count as u64 - gaps)?;
+        let within = if outside || plain.is_none() { self.targets_of(run, field, &pattern.kinds, size_mask) } else { within };
         if field.address_mask & size_mask == 0
-            && let Some(within) = self.map.target(field.extract(run[0])).and_then(|span| span.intersection(self.output))
-            && all_within(run, field, within, size_mask)
+            && let Some(within) = within
         {
             self.set_step(index, Some(run[0]));
-            return self.visitor.leaves(&Run { iova: Iova(iova), size_log2, entries: run, field, attributes, within }, self.path);
+            self.visitor.leaves(&Run { iova: Iova(iova), size_log2, entries: run, field, kinds: pattern.kinds, within }, self.path)?;
+            return Ok(count);
         }
-        for (offset, entry) in run.iter().enumerate() {
+        for (offset, entry) in run.iter().enumerate().filter(|(_, entry)| !pattern.kinds.is_gap(**entry)) {
             let slot = Span::of_log2(iova + ((offset as u64) << size_log2), size_log2);
             self.set_step(index + offset as u64, Some(*entry));
-            self.leaf(slot, field.extract(*entry), 0, size_log2, attributes)?;
+            self.leaf(slot, field.extract(*entry), 0, size_log2, pattern.kinds.of(*entry))?;
         }
-        Ok(())
+        Ok(count)
+    }
+
+    /// A span that all targets of `run` lie in, if all of them are in guest memory, in whichever part of it.
+    #[inline(never)]
+    fn targets_of(&self, run: &[u64], field: &AddressField, kinds: &Kinds, size_mask: u64) -> Option<Span> {
+        let mut spans = [Span { first: 0, last: 0 }; MAX_TARGETS];
+        let targets = self.map.targets().iter().filter_map(|target| target.intersection(self.output));
+        let mut count = 0;
+        for target in targets.filter(|target| target.last >= size_mask) {
+            *spans.get_mut(count)? = target;
+            count += 1;
+        }
+        let spans = &spans[..count];
+        let within = Span { first: spans.first()?.first, last: spans.last()?.last };
+        if (field.address_mask | within.last) >> 63 != 0 {
+            return None;
+        }
+        all_within(run.iter().filter(|entry| !kinds.is_gap(**entry)).map(|entry| field.extract(*entry)), spans, size_mask).then_some(within)
     }
 
     /// One leaf, of which `part` is wanted; `offset` is how far into the leaf that is.
@@ -609,21 +761,5 @@ fn run_length(entries: &[u64], mask: u64, pattern: u64) -> usize {
     count + entries[count..].iter().take_while(|entry| **entry & mask == pattern).count()
 }
 
-/// Whether all targets of the run lie within `span`, up to their last byte.
-#[inline]
-fn all_within(run: &[u64], field: &AddressField, span: Span, size_mask: u64) -> bool {
-    // Addresses and spans below 2^63 differ by less than 2^63, so the sign of the difference tells; others take the slow path.
-    let Some(last) = span.last.checked_sub(size_mask) else { return false };
-    if (field.address_mask | span.last) >> 63 != 0 {
-        return false;
-    }
-    let outside = if field.is_in_place() {
-        let mask = field.in_place;
-        run.iter().fold(0, |outside, entry| outside | (entry & mask).wrapping_sub(span.first) | last.wrapping_sub(entry & mask))
-    } else {
-        run.iter()
-            .map(|entry| field.extract(*entry))
-            .fold(0, |outside, address| outside | address.wrapping_sub(span.first) | last.wrapping_sub(address))
-    };
-    outside >> 63 == 0
-}
+/// Parts of guest memory that are looked at together.
+const MAX_TARGETS: usize = 8;

@@ -80,7 +80,15 @@ fn a_wrong_truth_is_noticed() {
         return;
     }
     let mut model = Vtd::start(Mode::Legacy, 48).unwrap();
-    let config = TableConfig::VtdSecond(VtdSecond { root: 0, levels: 4, input_bits: 48, output_bits: 39, large_2m: true, large_1g: true });
+    let config = TableConfig::VtdSecond(VtdSecond {
+        root: 0,
+        levels: 4,
+        input_bits: 48,
+        output_bits: 39,
+        large_2m: true,
+        large_1g: true,
+        snoop_control: false,
+    });
     let leaves = [page(0x5000, TARGET, Access::RW), page(0x6000, TARGET + 0x9000, Access::R), page(0x8000, TARGET + 0x7000, Access::W)];
     let generated = build(config, &leaves, &mut Rng::new(1), PLAIN);
     model.write_memory(&generated.snapshot.memory).unwrap();

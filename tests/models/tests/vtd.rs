@@ -22,7 +22,15 @@ fn rounds(mode: Mode, address_bits: u32) {
             Mode::ScalableFirst => TableConfig::VtdFirst(VtdFirst { root: 0, levels: 4, output_bits, large_1g: true, execute_disable: true }),
             _ => {
                 let levels = if address_bits == 39 { 3 } else { rng.pick(&[3, 4, 4]) };
-                TableConfig::VtdSecond(VtdSecond { root: 0, levels, input_bits: 12 + 9 * levels, output_bits, large_2m: true, large_1g: true })
+                TableConfig::VtdSecond(VtdSecond {
+                    root: 0,
+                    levels,
+                    input_bits: 12 + 9 * levels,
+                    output_bits,
+                    large_2m: true,
+                    large_1g: true,
+                    snoop_control: false,
+                })
             }
         };
         let options = Options::default();
