@@ -14,6 +14,7 @@ use stagecraft::convert::{ConvertError, Target, convert};
 use stagecraft::guest::{Guest, StreamState};
 use stagecraft::memory::MemoryMap;
 use stagecraft::plugin::TableConfig;
+use stagecraft::snapshot::{PageMemory, Source};
 use stagecraft::table::{AddressSpace, Arena, Cause, Collector, Mapping, Severity, WalkError};
 use stagecraft::{Access, Iova, Span};
 use stagecraft_tests::reference::detect::{resolve, resolve_pasid};
@@ -22,6 +23,7 @@ use stagecraft_tests::reference::snapshot::{Device, Memory, MemoryRange, Snapsho
 use stagecraft_tests::reference::tables;
 use stagecraft_tests::reference::units;
 use stagecraft_tests::reference::walk::Walker;
+use vm_memory::{Bytes, GuestAddress};
 
 const FORMATS: [&str; 4] = ["arm-smmuv3/stage1", "arm-smmuv3/stage2", "intel-vtd/first-stage", "intel-vtd/second-stage"];
 
@@ -374,35 +376,51 @@ fn damaged_structures() {
         let pages: Vec<u64> = snapshot.memory.pages.keys().copied().filter(|page| in_use(*page)).collect();
         let used = |address: &u64| snapshot.memory.read(*address, false).is_ok_and(|word| word != 0);
         let words: Vec<u64> = pages.iter().flat_map(|page| (0..512).map(move |index| page + index * 8)).filter(used).collect();
-        let pristine = snapshot;
-        for variant in 0..40 {
-            let mut snapshot = pristine.clone();
+        // Written and loaded once; each variant is written into the guest's memory, and taken back.
+        let mut loaded = load(&snapshot, folder.path());
+        let mut reference = snapshot.clone();
+        for variant in 0..400 {
+            let mut undo = Vec::new();
+            let write = |reference: &mut Snapshot, memory: &PageMemory, at: u64, word: u64| {
+                reference.memory.write(at, word, false);
+                memory.write_obj(word, GuestAddress(at)).unwrap();
+            };
             for _ in 0..rng.below(5) {
                 // Structures have up to eight words, of which the first four say most.
                 let at = (rng.pick(&words) & !63) + rng.pick(&[0, 0, 1, 1, 2, 2, 3, 4, 5, 7]) * 8;
-                let word = snapshot.memory.read(at, false).unwrap();
-                snapshot.memory.write(at, word ^ (1 << rng.below(64)), false);
+                let word = reference.memory.read(at, false).unwrap();
+                undo.push((at, word));
+                write(&mut reference, &loaded.memory, at, word ^ (1 << rng.below(64)));
             }
             // Capabilities that come and go.
+            reference.registers = snapshot.registers.clone();
             for name in ["IDR0", "IDR1", "IDR3", "IDR5", "CR2", "CAP", "ECAP"] {
                 let chance = rng.pick(&[0, 0, 2, 5]);
-                let Some(register) = snapshot.registers.get_mut(name) else { continue };
+                let Some(register) = reference.registers.get_mut(name) else { continue };
                 let damage = (0..64).filter(|_| rng.percent(chance)).fold(0, |bits: u64, bit| bits | 1 << bit);
                 // Bits 0 to 3 of IDR0 are the stages and table formats, without which little is left to ask.
                 *register ^= if name == "IDR0" && rng.percent(80) { damage & !0xf } else { damage };
             }
             if rng.percent(10) {
-                let names: Vec<String> = snapshot.registers.keys().cloned().collect();
+                let names: Vec<String> = reference.registers.keys().cloned().collect();
                 let name = &names[rng.below(names.len() as u64) as usize];
-                snapshot.registers.insert(name.clone(), absurd(&mut rng));
+                reference.registers.insert(name.clone(), absurd(&mut rng));
             }
-            let label = format!("structures, seed {seed:#x}, round {round}.{variant}");
-            let loaded = load(&snapshot, folder.path());
-            let case = Case { label, guest: Guest::new(&loaded, plugins()).unwrap(), reference: snapshot };
-            let (streams, _) = timed(&case.label, || case.states(&mut seen));
-            for stream in streams {
-                let (asked, kind) = (stream.pasid.is_some(), stream.state.as_str());
-                seen.outcomes.entry((asked, kind)).and_modify(|count| *count += 1).or_insert(1);
+            let Source::Unit { registers, .. } = &mut loaded.source else { panic!("a unit") };
+            *registers = reference.registers.iter().map(|(name, value)| (name.clone(), *value)).collect();
+            let guest = Guest::new(&loaded, plugins()).unwrap();
+            let pasid = rng.pick(&[None, None, None, Some(0), Some(70)]);
+            let label = format!("structures, seed {seed:#x}, round {round}.{variant}, PASID {pasid:?}");
+            let stream = timed(&label, || guest.stream(id, pasid));
+            assert!(stream.as_ref().err().is_none_or(is_orderly), "{label}: {stream:?}");
+            let expected = resolve_pasid(&reference, id, pasid.map(u64::from));
+            if let Err(difference) = same_state(&stream, &expected) {
+                seen.differ(&label, difference);
+            }
+            let kind = stream.map_or("refused", |stream| stream.state.as_str());
+            *seen.outcomes.entry((pasid.is_some(), kind)).or_insert(0) += 1;
+            for (at, word) in undo.into_iter().rev() {
+                write(&mut reference, &loaded.memory, at, word);
             }
         }
     }

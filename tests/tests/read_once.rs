@@ -307,6 +307,15 @@ fn tables_behind_a_second_stage_are_read_once() {
     }
 }
 
+/// Ends the other thread, also when this one panics.
+struct End<'a>(&'a AtomicBool);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Entries are loaded whole: while another thread flips one between two values, a walk sees one or the other.
 #[test]
 fn a_flipping_entry_is_one_of_its_two_values() {
@@ -338,6 +347,7 @@ fn a_flipping_entry_is_one_of_its_two_values() {
                     round += 1;
                 }
             });
+            let _end = End(done);
             let mut opened = open(plugins, &config);
             let mut seen = [0_u64; 2];
             // Long enough that both threads run, whatever else the machine does.
@@ -354,7 +364,6 @@ fn a_flipping_entry_is_one_of_its_two_values() {
                 memory.log.lock().unwrap().given.clear();
                 assert!(start.elapsed() < Duration::from_secs(20), "{format}: only one value is ever seen: {seen:?}");
             }
-            done.store(true, Ordering::Relaxed);
             seen
         });
         assert!(seen.iter().sum::<u64>() % 512 == 0, "{format}: {seen:?}");

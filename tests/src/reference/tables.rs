@@ -325,7 +325,12 @@ impl ArmStage2 {
         let g = granule_bits(self.granule)?;
         let input_bits = arm_input_bits(u64::from(self.input_bits), self.granule, self.lpa2)?;
         // DDI 0487 D8.2.2: the first level resolves at least one bit, and at most four more than a table has, with up to 16 concatenated tables.
-        let lowest = if g == 12 && self.lpa2 { -1 } else { i32::from(g == 16) };
+        // Level -1 exists with 4K and 52-bit addresses, level 0 with 16K only then, and never with 64K.
+        let lowest = match g {
+            12 => -i32::from(self.lpa2),
+            14 => i32::from(!self.lpa2),
+            _ => 1,
+        };
         if !(lowest..=3).contains(&self.start_level) {
             return Err(Problem::Illegal(format!("start-level {}", self.start_level)));
         }
