@@ -7,7 +7,7 @@ use crate::guest::{Guest, GuestError, State, StreamState};
 use crate::memory::{Kind, MemoryMap, Region};
 use crate::plugin::{CallError, Plugin, Settings, TableConfig};
 use crate::snapshot::{Stream, StreamEntry};
-use crate::table::{Arena, BuildError, Builder, Built, FaultAt, Need, Piece, Run, Step, Visitor, WalkError};
+use crate::table::{Arena, BuildError, Builder, Built, FaultAt, Need, Piece, Run, Step, Visitor, WalkError, Window};
 use crate::{Attributes, Gpa, Span};
 
 /// Where converted tables are put, in a hole of the guest's memory map at or above this address.
@@ -67,6 +67,12 @@ pub enum ConvertError {
         /// Those that there are.
         known: String,
     },
+    /// The device has no address space of its own.
+    #[error("device {id:#x} has neither tables nor windows: there is nothing to convert")]
+    Nothing {
+        /// The device.
+        id: u64,
+    },
     /// No part of the guest-physical address space is free for the tables.
     #[error("no hole of {bytes:#x} bytes below 2^{bits} in the guest's memory map for the tables")]
     NoHole {
@@ -82,8 +88,10 @@ pub enum ConvertError {
 pub struct ConvertedTable {
     /// The streams that use it: id and PASID.
     pub streams: Vec<(u64, Option<u32>)>,
-    /// What they used before.
+    /// What they used before; none if they had no table.
     pub source: Vec<TableConfig>,
+    /// What they reached without any table.
+    pub windows: Vec<Window>,
     /// The new table, its roots among the settings.
     pub table: TableConfig,
     /// What was built, and what could not be said.
@@ -186,8 +194,8 @@ pub fn convert(
         return Err(ConvertError::MissingPage { page: page.0 & !(crate::memory::PAGE - 1), id });
     }
     let groups = groups(streams);
-    let bits = plugin.open(&suggested(&plugin, target, &Need { last_address: highest(guest.map()), ..Need::default() })?)?;
-    let bits = output_bits(bits, &target.format)?;
+    let format = plugin.open(&suggested(&plugin, target, &Need { last_address: highest(guest.map()), ..Need::default() })?)?;
+    let bits = table_bits(format, &target.format)?;
     let hole = |from| guest.map().hole(from, target.table_bytes, Arena::ALIGNMENT, bits);
     let base = hole(TABLES_FROM).or_else(|| hole(Arena::ALIGNMENT)).ok_or(ConvertError::NoHole { bytes: target.table_bytes, bits })?;
     let mut arena = Arena::new(base, target.table_bytes);
@@ -201,8 +209,9 @@ pub fn convert(
     for stream in streams {
         let converted = match &stream.state {
             State::Bypass => Stream::Bypass,
+            State::Blocked(reason) if stream.unused => Stream::Unused(reason.clone()),
             State::Blocked(reason) => Stream::Blocked(reason.clone()),
-            State::Translated(_) => {
+            State::Direct(_) | State::Translated(_) => {
                 let table = tables.iter().find(|table: &&ConvertedTable| table.streams.contains(&(stream.id, stream.pasid)));
                 match table {
                     Some(ConvertedTable { table, .. }) => Stream::Table {
@@ -219,17 +228,16 @@ pub fn convert(
     Ok(Conversion { tables, streams: entries, arena, map })
 }
 
-/// The tables that some streams use, and those streams: id and PASID.
-type Group = (Vec<TableConfig>, Vec<(u64, Option<u32>)>);
+/// The first of some streams that go the same way, and all of them: id and PASID.
+type Group<'a> = (&'a StreamState, Vec<(u64, Option<u32>)>);
 
-/// Streams that use the same tables.
-fn groups(streams: &[StreamState]) -> Vec<Group> {
-    let mut groups: Vec<Group> = Vec::new();
-    for stream in streams {
-        let State::Translated(configs) = &stream.state else { continue };
-        match groups.iter_mut().find(|(known, _)| known == configs) {
+/// Streams that go the same way: through the same tables, or to the same windows.
+fn groups(streams: &[StreamState]) -> Vec<Group<'_>> {
+    let mut groups: Vec<Group<'_>> = Vec::new();
+    for stream in streams.iter().filter(|stream| matches!(stream.state, State::Direct(_) | State::Translated(_))) {
+        match groups.iter_mut().find(|(first, _)| first.shares(stream)) {
             Some((_, members)) => members.push((stream.id, stream.pasid)),
-            None => groups.push((configs.clone(), vec![(stream.id, stream.pasid)])),
+            None => groups.push((stream, vec![(stream.id, stream.pasid)])),
         }
     }
     groups
@@ -250,9 +258,11 @@ fn suggested(plugin: &Plugin, target: &Target, need: &Need) -> Result<TableConfi
     Ok(TableConfig { format: target.format.clone(), settings })
 }
 
-fn output_bits(mut format: impl crate::table::Format, name: &str) -> Result<u8, ConvertError> {
-    let geometry = format.geometry().map_err(|error| ConvertError::Build { format: name.to_owned(), error: BuildError::Format(error) })?;
-    Ok(geometry.output_bits)
+/// Below which power of two tables must stand so that entries can point to them: a format's leaves may have more address bits.
+fn table_bits(format: impl crate::table::Format + 'static, name: &str) -> Result<u8, ConvertError> {
+    let mut nowhere = Arena::new(0, 0);
+    let builder = Builder::new(Box::new(format), &mut nowhere).map_err(|error| ConvertError::Build { format: name.to_owned(), error })?;
+    Ok(builder.table_bits())
 }
 
 /// The highest address of the memory map.
@@ -262,13 +272,13 @@ fn highest(map: &MemoryMap) -> u64 {
 
 fn convert_table(
     guest: &Guest<'_>,
-    (configs, streams): &Group,
+    (stream, streams): &Group<'_>,
     target: &Target,
     plugin: &Plugin,
     arena: &mut Arena,
 ) -> Result<ConvertedTable, ConvertError> {
     let walk = |error: WalkError| ConvertError::Guest(error.into());
-    let mut space = guest.open(configs)?;
+    let Some(mut space) = guest.space(stream)? else { return Err(ConvertError::Nothing { id: stream.id }) };
     let mut survey = Survey { need: Need { alignment_log2: 63, ..Need::default() }, leaves: 0, missing: None };
     space.walk(&guest.memory(), guest.map(), Span::ALL, &guest.budget(), &mut survey).map_err(walk)?;
     if let Some(page) = survey.missing {
@@ -292,7 +302,9 @@ fn convert_table(
         config.settings.set(name, root.0);
     }
     let bytes = arena.bytes() - before;
-    Ok(ConvertedTable { streams: streams.clone(), source: configs.clone(), table: config, built, source_leaves: survey.leaves, bytes })
+    let windows = if let State::Direct(windows) = &stream.state { windows.clone() } else { Vec::new() };
+    let (streams, source) = (streams.clone(), stream.tables().to_vec());
+    Ok(ConvertedTable { streams, source, windows, table: config, built, source_leaves: survey.leaves, bytes })
 }
 
 /// The guest's memory map with the memory that the new tables take.

@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use crate::device::{Found, LookupError, Unit};
 use crate::memory::{Budget, Limits, MemoryMap, VmMemory};
-use crate::plugin::{CallError, Outcome, Plugins, PluginsError, Refusal, Requester, Settings, TableConfig};
+use crate::plugin::{BlockKind, CallError, Outcome, Plugins, PluginsError, Refusal, Requester, Settings, TableConfig, Tag};
 use crate::snapshot::{PageMemory, Snapshot, Source, Stream};
-use crate::table::{AddressSpace, Collector, Fault, FormatError, OpenError, Table, Translation, WalkError};
+use crate::table::{AddressSpace, Collector, Fault, FormatError, Intercept, OpenError, Table, Translation, WalkError, Window};
 use crate::{Access, Gpa, Iova, Span};
 
 /// What a requester's DMA gets.
@@ -14,6 +14,8 @@ use crate::{Access, Gpa, Iova, Span};
 pub enum State {
     /// Guest-physical memory as it is.
     Bypass,
+    /// The same for some addresses, at an offset or with less access.
+    Direct(Vec<Window>),
     /// Nothing, for this reason.
     Blocked(String),
     /// One table, or two of which the second translates the outputs of the first.
@@ -25,7 +27,7 @@ impl State {
     #[must_use]
     pub const fn as_str(&self) -> &'static str {
         match self {
-            Self::Bypass => "bypass",
+            Self::Bypass | Self::Direct(_) => "bypass",
             Self::Blocked(_) => "blocked",
             Self::Translated(_) => "translated",
         }
@@ -43,8 +45,37 @@ pub struct StreamState {
     pub pasid: Option<u32>,
     /// What it gets.
     pub state: State,
+    /// Blocked because nobody set anything up for it.
+    pub unused: bool,
+    /// Addresses that something else than the tables serves.
+    pub intercepts: Vec<Intercept>,
+    /// The name of its address space in invalidation commands.
+    pub tag: Tag,
     /// A page that the snapshot lacks and that would have been needed.
     pub missing: Option<Gpa>,
+}
+
+impl StreamState {
+    /// A stream that gets `state`, and of which nothing else is known.
+    #[must_use]
+    pub fn new(label: &str, id: u64, pasid: Option<u32>, state: State) -> Self {
+        Self { label: label.to_owned(), id, pasid, state, unused: false, intercepts: Vec::new(), tag: Tag::default(), missing: None }
+    }
+
+    /// Whether its DMA goes the same way as another's.
+    #[must_use]
+    pub fn shares(&self, other: &Self) -> bool {
+        self.state == other.state && self.intercepts == other.intercepts
+    }
+
+    /// The tables that it uses; none if it uses none.
+    #[must_use]
+    pub fn tables(&self) -> &[TableConfig] {
+        match &self.state {
+            State::Translated(tables) => tables,
+            _ => &[],
+        }
+    }
 }
 
 /// A guest cannot be looked at.
@@ -109,7 +140,7 @@ impl<'a> Guest<'a> {
         let unit = match &snapshot.source {
             Source::Unit { kind, registers } => {
                 let map = Arc::new(snapshot.map.clone());
-                Some(Unit::new(plugins.by_unit(kind)?, registers.clone(), snapshot.memory.clone(), map, limits))
+                Some(Unit::new(plugins.by_unit(kind)?, kind, registers.clone(), snapshot.memory.clone(), map, limits))
             }
             Source::Tables(_) => None,
         };
@@ -190,19 +221,32 @@ impl<'a> Guest<'a> {
             let known: Vec<String> = self.snapshot.devices.iter().map(|device| format!("{:#x} ({})", device.id, device.label)).collect();
             return Err(GuestError::NoDevice { id, known: if known.is_empty() { "none".to_owned() } else { known.join(", ") } });
         };
-        let (state, missing) = match (&self.unit, &self.snapshot.source) {
+        let stream = |state| StreamState::new(&device.label, id, pasid, state);
+        match (&self.unit, &self.snapshot.source) {
             (Some(unit), _) => match unit.lookup(Requester { id, pasid }) {
-                Ok(Found { value, missing }) => (state(value), missing),
+                Ok(Found { value, missing }) => Ok(StreamState { missing, ..found(stream, value) }),
                 // One device that uses a rare feature does not hide the others.
                 Err(LookupError::Call(CallError::Refused { plugin, refusal: Refusal::Unsupported(what) })) => {
-                    (State::Blocked(format!("not known: plugin {plugin} does not support {what}")), None)
+                    Ok(stream(State::Blocked(format!("not known: plugin {plugin} does not support {what}"))))
                 }
-                Err(error) => return Err(error.into()),
+                Err(error) => Err(error.into()),
             },
-            (None, Source::Tables(entries)) => (listed(entries, id, pasid), None),
-            (None, Source::Unit { .. }) => (State::Blocked("no unit".to_owned()), None),
+            (None, Source::Tables(entries)) => Ok(listed(stream, entries, id, pasid)),
+            (None, Source::Unit { .. }) => Ok(stream(State::Blocked("no unit".to_owned()))),
+        }
+    }
+
+    /// The address space of a stream that has one of its own: tables, or windows that go to memory directly. None for one that is bypassed or blocked.
+    ///
+    /// # Errors
+    /// As [`Guest::open`].
+    pub fn space(&self, stream: &StreamState) -> Result<Option<AddressSpace>, GuestError> {
+        let space = match &stream.state {
+            State::Bypass | State::Blocked(_) => return Ok(None),
+            State::Direct(windows) => AddressSpace::direct(windows.clone()),
+            State::Translated(tables) => self.open(tables)?,
         };
-        Ok(StreamState { label: device.label.clone(), id, pasid, state, missing })
+        Ok(Some(space.with_intercepts(stream.intercepts.clone())))
     }
 
     /// Opens the table, or the two tables, of a stream.
@@ -254,24 +298,28 @@ pub struct Collected {
     pub stopped: Option<String>,
 }
 
-fn state(outcome: Outcome) -> State {
+fn found(stream: impl Fn(State) -> StreamState, outcome: Outcome) -> StreamState {
     match outcome {
-        Outcome::Bypass => State::Bypass,
+        Outcome::Bypass => stream(State::Bypass),
+        Outcome::Direct(direct) => StreamState { intercepts: direct.intercepts, ..stream(State::Direct(direct.windows)) },
         Outcome::Blocked(blocked) => {
             let section = if blocked.section.is_empty() { String::new() } else { format!(" ({})", blocked.section) };
-            State::Blocked(format!("{}: {}{section}", blocked.event, blocked.reason))
+            let reason = format!("{}: {}{section}", blocked.event, blocked.reason);
+            StreamState { unused: blocked.kind == BlockKind::Unused, ..stream(State::Blocked(reason)) }
         }
-        Outcome::Tables(tables) => State::Translated(tables),
+        Outcome::Tables(found) => StreamState { intercepts: found.intercepts, tag: found.tag, ..stream(State::Translated(found.tables)) },
     }
 }
 
-fn listed(entries: &[crate::snapshot::StreamEntry], id: u64, pasid: Option<u32>) -> State {
+fn listed(stream: impl Fn(State) -> StreamState, entries: &[crate::snapshot::StreamEntry], id: u64, pasid: Option<u32>) -> StreamState {
+    let unused = |reason: String| StreamState { unused: true, ..stream(State::Blocked(reason)) };
     match entries.iter().find(|entry| (entry.id, entry.pasid) == (id, pasid)).map(|entry| &entry.stream) {
-        Some(Stream::Bypass) => State::Bypass,
-        Some(Stream::Blocked(reason)) => State::Blocked(reason.clone()),
+        Some(Stream::Bypass) => stream(State::Bypass),
+        Some(Stream::Blocked(reason)) => stream(State::Blocked(reason.clone())),
+        Some(Stream::Unused(reason)) => unused(reason.clone()),
         Some(Stream::Table { format, settings }) => {
-            State::Translated(vec![TableConfig { format: format.clone(), settings: settings.iter().cloned().collect::<Settings>() }])
+            stream(State::Translated(vec![TableConfig { format: format.clone(), settings: settings.iter().cloned().collect::<Settings>() }]))
         }
-        None => State::Blocked("the snapshot lists no table for this device".to_owned()),
+        None => unused("the snapshot lists no table for this device".to_owned()),
     }
 }

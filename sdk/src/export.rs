@@ -22,13 +22,15 @@ mod bindings {
     });
 }
 
-pub use bindings::exports::stagecraft::format::{detect, table};
+pub use bindings::exports::stagecraft::format::{detect, queue, table};
 pub use bindings::stagecraft::format::{guest_memory, log, types};
 #[doc(hidden)]
 pub use bindings::*;
 
+use crate::queue::Access;
 use crate::{
-    Attributes, Blocked, ByteOrder, Error, Format, GuestMemory, Meaning, Need, Outcome, Registers, Requester, Settings, Severity, TableConfig, Unit,
+    Attributes, BlockKind, Blocked, ByteOrder, Command, Direct, Error, Event, EventRecord, FaultKind, Format, GuestMemory, Intercept, Meaning, Need,
+    Outcome, Registers, Requester, Settings, Severity, TableConfig, Tag, Translated, Unit, Window,
 };
 
 /// [`GuestMemory`] through the component's import.
@@ -86,28 +88,96 @@ fn mark_out(mark: crate::Mark) -> types::Mark {
     types::Mark { mask: mark.mask, value: mark.value }
 }
 
+fn registers_in(unit: &str, registers: Vec<types::Named>) -> Registers {
+    named_in(registers).collect::<Registers>().of_unit(unit)
+}
+
+fn intercept_out(intercept: Intercept) -> detect::Intercept {
+    let Intercept { passed, mask, value, server, address, section } = intercept;
+    detect::Intercept { passed, mask, value, server, address, section }
+}
+
+fn outcome_out(outcome: Outcome) -> detect::Outcome {
+    match outcome {
+        Outcome::Bypass => detect::Outcome::Bypass,
+        Outcome::Direct(Direct { windows, intercepts }) => {
+            let window = |Window { first, last, address, attributes }| detect::Window { first, last, address, attributes: attributes.pack() };
+            detect::Outcome::Direct(detect::Direct {
+                windows: windows.into_iter().map(window).collect(),
+                intercepts: intercepts.into_iter().map(intercept_out).collect(),
+            })
+        }
+        Outcome::Blocked(Blocked { kind, event, section, reason }) => {
+            let kind = match kind {
+                BlockKind::Unused => detect::BlockKind::Unused,
+                BlockKind::Refused => detect::BlockKind::Refused,
+            };
+            detect::Outcome::Blocked(detect::Blocked { kind, event, section, reason })
+        }
+        Outcome::Tables(Translated { tables, intercepts, tag: Tag { domain, space } }) => detect::Outcome::Tables(detect::Translated {
+            tables: tables.iter().map(config_out).collect(),
+            intercepts: intercepts.into_iter().map(intercept_out).collect(),
+            tag: detect::Tag { domain, space },
+        }),
+    }
+}
+
 /// `detect.lookup` of unit `U`.
 ///
 /// # Errors
 /// As [`Unit::lookup`].
-pub fn lookup<U: Unit>(registers: Vec<types::Named>, requester: detect::Requester) -> Result<detect::Outcome, types::Error> {
+pub fn lookup<U: Unit>(unit: &str, registers: Vec<types::Named>, requester: detect::Requester) -> Result<detect::Outcome, types::Error> {
     install_panic_hook();
-    let registers: Registers = named_in(registers).collect();
     let requester = Requester { id: requester.id, pasid: requester.pasid };
-    match U::lookup(&registers, requester, &mut Imported).map_err(error_out)? {
-        Outcome::Bypass => Ok(detect::Outcome::Bypass),
-        Outcome::Blocked(Blocked { event, section, reason }) => Ok(detect::Outcome::Blocked(detect::Blocked { event, section, reason })),
-        Outcome::Tables(tables) => Ok(detect::Outcome::Tables(tables.iter().map(config_out).collect())),
-    }
+    U::lookup(&registers_in(unit, registers), requester, &mut Imported).map(outcome_out).map_err(error_out)
 }
 
 /// `detect.pasids` of unit `U`.
 ///
 /// # Errors
 /// As [`Unit::pasids`].
-pub fn pasids<U: Unit>(registers: Vec<types::Named>, id: u64) -> Result<Vec<u32>, types::Error> {
+pub fn pasids<U: Unit>(unit: &str, registers: Vec<types::Named>, id: u64) -> Result<Vec<u32>, types::Error> {
     install_panic_hook();
-    U::pasids(&named_in(registers).collect(), id, &mut Imported).map_err(error_out)
+    U::pasids(&registers_in(unit, registers), id, &mut Imported).map_err(error_out)
+}
+
+/// `queue.decode-commands` of unit `U`.
+///
+/// # Errors
+/// As [`Unit::decode_commands`].
+pub fn decode_commands<U: Unit>(unit: &str, registers: Vec<types::Named>, commands: &[u8]) -> Result<Vec<u64>, types::Error> {
+    install_panic_hook();
+    let commands = U::decode_commands(&registers_in(unit, registers), commands).map_err(error_out)?;
+    Ok(commands.into_iter().flat_map(Command::pack).collect())
+}
+
+/// `queue.encode-event` of unit `U`.
+///
+/// # Errors
+/// As [`Unit::encode_event`].
+pub fn encode_event<U: Unit>(unit: &str, registers: Vec<types::Named>, event: queue::Event) -> Result<queue::EventRecord, types::Error> {
+    install_panic_hook();
+    let event = Event {
+        fault: fault_kind_in(event.fault),
+        name: event.name,
+        stage: event.stage,
+        level: event.level,
+        id: event.id,
+        pasid: event.pasid,
+        iova: event.iova,
+        intermediate: event.intermediate,
+        reading_table: event.reading_table,
+        unreadable: event.unreadable,
+        access: match event.access {
+            queue::Access::Read => Access::Read,
+            queue::Access::Write => Access::Write,
+            queue::Access::Execute => Access::Execute,
+        },
+        privileged: event.privileged,
+        domain: event.domain,
+    };
+    let EventRecord { queue, bytes } = U::encode_event(&registers_in(unit, registers), &event).map_err(error_out)?;
+    Ok(queue::EventRecord { queue, bytes })
 }
 
 /// `detect.offers` of unit `U`.
@@ -225,8 +295,22 @@ impl<F: Format> Opened for F {
     }
 }
 
-fn fault_kind_out(kind: crate::FaultKind) -> types::FaultKind {
-    use crate::FaultKind as From;
+fn fault_kind_in(kind: types::FaultKind) -> FaultKind {
+    use types::FaultKind as From;
+    match kind {
+        From::Translation => FaultKind::Translation,
+        From::Permission => FaultKind::Permission,
+        From::AccessFlag => FaultKind::AccessFlag,
+        From::AddressSize => FaultKind::AddressSize,
+        From::Reserved => FaultKind::Reserved,
+        From::Misaligned => FaultKind::Misaligned,
+        From::Unreadable => FaultKind::Unreadable,
+        From::Configuration => FaultKind::Configuration,
+    }
+}
+
+fn fault_kind_out(kind: FaultKind) -> types::FaultKind {
+    use FaultKind as From;
     match kind {
         From::Translation => types::FaultKind::Translation,
         From::Permission => types::FaultKind::Permission,
@@ -292,7 +376,7 @@ macro_rules! export_format {
         #[allow(unsafe_code, missing_docs, missing_debug_implementations, clippy::undocumented_unsafe_blocks)]
         mod stagecraft_exports {
             use super::*;
-            use $crate::export::{self, detect, table, types};
+            use $crate::export::{self, detect, queue, table, types};
 
             // A custom section of the module, read by the host before it compiles anything. `#[used]` would keep a second copy in the data.
             #[unsafe(link_section = "stagecraft:manifest")]
@@ -302,17 +386,26 @@ macro_rules! export_format {
             struct Resource(Box<dyn export::Opened>);
 
             impl detect::Guest for Plugin {
-                fn lookup(registers: Vec<types::Named>, requester: detect::Requester) -> Result<detect::Outcome, types::Error> {
-                    export::lookup::<$unit>(registers, requester)
+                fn lookup(unit: String, registers: Vec<types::Named>, requester: detect::Requester) -> Result<detect::Outcome, types::Error> {
+                    export::lookup::<$unit>(&unit, registers, requester)
                 }
-                fn pasids(registers: Vec<types::Named>, id: u64) -> Result<Vec<u32>, types::Error> {
-                    export::pasids::<$unit>(registers, id)
+                fn pasids(unit: String, registers: Vec<types::Named>, id: u64) -> Result<Vec<u32>, types::Error> {
+                    export::pasids::<$unit>(&unit, registers, id)
                 }
                 fn offers(kind: u32, info: Vec<u8>) -> Result<Vec<detect::Offer>, types::Error> {
                     export::offers::<$unit>(kind, &info)
                 }
                 fn bind_data(table: types::TableConfig, context_address: u64) -> Result<detect::Binding, types::Error> {
                     export::bind_data::<$unit>(table, context_address)
+                }
+            }
+
+            impl queue::Guest for Plugin {
+                fn decode_commands(unit: String, registers: Vec<types::Named>, commands: Vec<u8>) -> Result<Vec<u64>, types::Error> {
+                    export::decode_commands::<$unit>(&unit, registers, &commands)
+                }
+                fn encode_event(unit: String, registers: Vec<types::Named>, event: queue::Event) -> Result<queue::EventRecord, types::Error> {
+                    export::encode_event::<$unit>(&unit, registers, event)
                 }
             }
 

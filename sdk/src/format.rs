@@ -30,7 +30,8 @@ impl Segment {
 /// If `entry & mask == value`, the bits of `address` carry the output address and all others are the pattern.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Shape {
-    /// Bits that decide; none of them is an address bit.
+    /// Bits that decide; none of them is an address bit of this shape. One that is an address bit of a later shape needs another to tell the two apart:
+    /// in both masks, with different values.
     pub mask: u64,
     /// Their value.
     pub value: u64,
@@ -227,6 +228,15 @@ impl Next {
     }
 }
 
+/// Bytes of a leaf that do not exist. At least one byte is left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Missing {
+    /// How many at its beginning.
+    pub front: u32,
+    /// How many at its end.
+    pub back: u32,
+}
+
 /// What an entry is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Meaning {
@@ -246,6 +256,15 @@ pub enum Meaning {
         /// What it allows.
         attributes: Attributes,
     },
+    /// A leaf of `2^size_log2` bytes that shows only a part of them; requests elsewhere fault. At most 4 GiB.
+    Part {
+        /// Size of the whole.
+        size_log2: u8,
+        /// What the part allows.
+        attributes: Attributes,
+        /// Bytes that do not exist.
+        missing: Missing,
+    },
     /// Hardware would report this.
     Fault(FaultKind),
     /// Size or validity depend on address bits.
@@ -260,6 +279,9 @@ impl Meaning {
             Self::Absent => (0, 0),
             Self::Table { next, inherited } => (1 | (next.level as u64) << 8 | (next.first as u64) << 16 | (next.last as u64) << 32, inherited),
             Self::Leaf { size_log2, attributes } => (2 | (size_log2 as u64) << 8 | attributes.pack() << 16, 0),
+            Self::Part { size_log2, attributes, missing: Missing { front, back } } => {
+                (2 | (size_log2 as u64) << 8 | attributes.pack() << 16, front as u64 | (back as u64) << 32)
+            }
             Self::Fault(kind) => (3 | (kind as u64) << 8, 0),
             Self::WholeEntry => (4, 0),
         }
@@ -329,6 +351,11 @@ impl Findings {
         self.0.push(Finding { severity: Severity::Warning, kind: FaultKind::Reserved, bits, section, reason: reason.to_owned() });
     }
 
+    /// Worth knowing about `bits`, and nothing is wrong.
+    pub fn info(&mut self, bits: u64, section: &'static str, reason: &str) {
+        self.0.push(Finding { severity: Severity::Info, kind: FaultKind::Permission, bits, section, reason: reason.to_owned() });
+    }
+
     /// `pattern` has bits of `reserved` and hardware faults: names the bits that are set.
     pub fn reserved(&mut self, pattern: u64, reserved: u64, section: &'static str, reason: &str) {
         if pattern & reserved != 0 {
@@ -389,7 +416,7 @@ pub struct Need {
 /// | 2 | [`levels`](Format::levels), [`roots`](Format::roots), [`output_bits`](Format::output_bits) ...: what do the tables look like? |
 /// | 3 | [`kind`](Format::kind): what do the type bits say? |
 /// | 4 | [`check`](Format::check): is anything wrong with it? |
-/// | 5 | [`next`](Format::next) and [`inherit`](Format::inherit) for a table; [`leaf_size_log2`](Format::leaf_size_log2) and [`attributes`](Format::attributes) for a leaf |
+/// | 5 | [`next`](Format::next) and [`inherit`](Format::inherit) for a table; [`leaf_size_log2`](Format::leaf_size_log2), [`attributes`](Format::attributes) and [`missing`](Format::missing) for a leaf |
 /// | 6 | [`encode_leaf`](Format::encode_leaf), [`encode_table`](Format::encode_table): the other direction |
 pub trait Format: Sized {
     /// Full name: plugin, slash, table format.
@@ -449,6 +476,12 @@ pub trait Format: Sized {
     /// The size of a leaf.
     fn leaf_size_log2(&self, level: u8, pattern: u64) -> u8;
 
+    /// The bytes that a leaf does not show; none, if it shows all of them.
+    fn missing(&self, level: u8, pattern: u64) -> Option<Missing> {
+        let _ = (level, pattern);
+        None
+    }
+
     /// What a leaf allows, restrictions from above included.
     fn attributes(&self, level: u8, inherited: u64, pattern: u64) -> Attributes;
 
@@ -498,7 +531,13 @@ pub trait Format: Sized {
         }
         match kind {
             Kind::Table => Meaning::Table { next: self.next(level, pattern), inherited: self.inherit(level, inherited, pattern) },
-            _ => Meaning::Leaf { size_log2: self.leaf_size_log2(level, pattern), attributes: self.attributes(level, inherited, pattern) },
+            _ => {
+                let (size_log2, attributes) = (self.leaf_size_log2(level, pattern), self.attributes(level, inherited, pattern));
+                match self.missing(level, pattern) {
+                    Some(missing) => Meaning::Part { size_log2, attributes, missing },
+                    None => Meaning::Leaf { size_log2, attributes },
+                }
+            }
         }
     }
 
@@ -590,6 +629,8 @@ mod tests {
         let attributes = Attributes { write: true, writable_when_dirty: true, memory_type: MemoryType::Device, ..Attributes::default() };
         assert_eq!(attributes.pack(), 0b10_0010_0010);
         assert_eq!(Meaning::Leaf { size_log2: 0x15, attributes }.pack(), (0x222 << 16 | 0x1502, 0));
+        let missing = Missing { front: 0x1234, back: 0x5678 };
+        assert_eq!(Meaning::Part { size_log2: 0x15, attributes, missing }.pack(), (0x222 << 16 | 0x1502, 0x5678_0000_1234));
         assert_eq!(Meaning::Fault(FaultKind::Configuration).pack(), (0x703, 0));
         assert_eq!(Meaning::WholeEntry.pack(), (4, 0));
     }

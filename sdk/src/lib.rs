@@ -13,11 +13,13 @@ mod config;
 #[doc(hidden)]
 pub mod export;
 mod format;
+pub mod queue;
 mod unit;
 
 pub use config::{Error, Invalid, Settings, TableConfig};
 pub use format::{
-    Attributes, ByteOrder, Encoded, FaultKind, Finding, Findings, Format, Geometry, Kind, Level, Mark, Meaning, MemoryType, Need, Next, Root,
-    Segment, Severity, Shape,
+    Attributes, ByteOrder, Encoded, FaultKind, Finding, Findings, Format, Geometry, Kind, Level, Mark, Meaning, MemoryType, Missing, Need, Next,
+    Root, Segment, Severity, Shape,
 };
-pub use unit::{Binding, Blocked, GuestMemory, Offer, Outcome, Registers, Requester, Unit};
+pub use queue::{Command, Effect, Event, EventRecord, Scope};
+pub use unit::{Binding, BlockKind, Blocked, Direct, GuestMemory, Intercept, Offer, Outcome, Registers, Requester, Tag, Translated, Unit, Window};

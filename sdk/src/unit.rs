@@ -1,6 +1,6 @@
 //! From a unit's registers to the tables that a device uses.
 
-use crate::{Error, TableConfig};
+use crate::{Attributes, Command, Error, Event, EventRecord, TableConfig};
 
 /// Reads guest memory on behalf of [`Unit::lookup`]; bounded by the host. Read a structure once, whole, and keep it.
 pub trait GuestMemory {
@@ -17,15 +17,30 @@ pub trait GuestMemory {
     fn read_through(&mut self, table: &TableConfig, address: u64, length: u32) -> Result<Vec<u8>, Error>;
 }
 
-/// Registers by their architectural names.
+/// A unit's registers by their architectural names, and which kind of unit it is.
 #[derive(Clone, Debug, Default)]
-pub struct Registers(Vec<(String, u64)>);
+pub struct Registers {
+    unit: String,
+    values: Vec<(String, u64)>,
+}
 
 impl Registers {
+    /// The same registers of a unit of this kind.
+    #[must_use]
+    pub fn of_unit(self, unit: &str) -> Self {
+        Self { unit: unit.to_owned(), ..self }
+    }
+
+    /// The kind of unit: one of the manifest's `units`. The host always says it; registers that a test collects have none.
+    #[must_use]
+    pub fn unit(&self) -> &str {
+        &self.unit
+    }
+
     /// The register `name`, if the host gave it.
     #[must_use]
     pub fn get(&self, name: &str) -> Option<u64> {
-        self.0.iter().find(|(n, _)| n == name).map(|&(_, value)| value)
+        self.values.iter().find(|(n, _)| n == name).map(|&(_, value)| value)
     }
 
     /// The register `name`.
@@ -39,7 +54,7 @@ impl Registers {
 
 impl FromIterator<(String, u64)> for Registers {
     fn from_iter<T: IntoIterator<Item = (String, u64)>>(registers: T) -> Self {
-        Self(registers.into_iter().collect())
+        Self { unit: String::new(), values: registers.into_iter().collect() }
     }
 }
 
@@ -52,9 +67,20 @@ pub struct Requester {
     pub pasid: Option<u32>,
 }
 
+/// Why a requester is blocked at all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BlockKind {
+    /// Nobody set anything up for it, or it is set up to be refused: drivers leave devices that nobody uses so.
+    Unused,
+    /// Something was set up, and hardware refuses it.
+    Refused,
+}
+
 /// Every DMA of the requester is refused.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Blocked {
+    /// Whether anybody wanted something else.
+    pub kind: BlockKind,
     /// The event or fault reason of the architecture, such as `C_BAD_STE`.
     pub event: String,
     /// Document and section.
@@ -64,10 +90,83 @@ pub struct Blocked {
 }
 
 impl Blocked {
-    /// As an [`Outcome`].
+    /// Something was set up, and hardware refuses it.
     #[must_use]
-    pub fn outcome(event: &str, section: &str, reason: &str) -> Outcome {
-        Outcome::Blocked(Self { event: event.to_owned(), section: section.to_owned(), reason: reason.to_owned() })
+    pub fn refused(event: &str, section: &str, reason: &str) -> Self {
+        Self { kind: BlockKind::Refused, event: event.to_owned(), section: section.to_owned(), reason: reason.to_owned() }
+    }
+
+    /// Nothing was set up.
+    #[must_use]
+    pub fn unused(event: &str, section: &str, reason: &str) -> Self {
+        Self { kind: BlockKind::Unused, ..Self::refused(event, section, reason) }
+    }
+}
+
+/// IOVAs that go to guest-physical memory without any table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Window {
+    /// Lowest IOVA.
+    pub first: u64,
+    /// Highest IOVA.
+    pub last: u64,
+    /// Where the lowest goes; the others follow.
+    pub address: u64,
+    /// What is allowed.
+    pub attributes: Attributes,
+}
+
+/// Addresses that something else than the tables serves: those with `address & mask == value`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Intercept {
+    /// How many tables an address has passed when it is compared: 0, it is the IOVA.
+    pub passed: u8,
+    /// Bits that are compared.
+    pub mask: u64,
+    /// Their value.
+    pub value: u64,
+    /// What serves them, such as `MSI page table`.
+    pub server: String,
+    /// Where that stands in guest memory, if it does.
+    pub address: Option<u64>,
+    /// Document and section.
+    pub section: String,
+}
+
+/// By which numbers invalidation commands name an address space.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tag {
+    /// VMID, domain id, GSCID.
+    pub domain: Option<u32>,
+    /// ASID, PASID, PSCID: within the domain.
+    pub space: Option<u32>,
+}
+
+/// DMA of some addresses goes to guest-physical memory without any table.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Direct {
+    /// 1 to 16, sorted and not overlapping; IOVAs in none of them fault.
+    pub windows: Vec<Window>,
+    /// At most 16, none of which has passed a table.
+    pub intercepts: Vec<Intercept>,
+}
+
+/// The tables of a requester.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Translated {
+    /// One table, or two of which the second translates the outputs of the first.
+    pub tables: Vec<TableConfig>,
+    /// Addresses that the tables do not serve; at most 16.
+    pub intercepts: Vec<Intercept>,
+    /// Its name in invalidation commands.
+    pub tag: Tag,
+}
+
+impl Translated {
+    /// Tables without intercepts.
+    #[must_use]
+    pub fn new(tables: Vec<TableConfig>, tag: Tag) -> Self {
+        Self { tables, intercepts: Vec::new(), tag }
     }
 }
 
@@ -76,10 +175,12 @@ impl Blocked {
 pub enum Outcome {
     /// Guest-physical memory as it is.
     Bypass,
+    /// The same for some addresses, at an offset or with less access.
+    Direct(Direct),
     /// Nothing.
     Blocked(Blocked),
-    /// One table, or two of which the second translates the outputs of the first.
-    Tables(Vec<TableConfig>),
+    /// What tables say.
+    Tables(Translated),
 }
 
 /// A table format that a real unit accepts, with the limits of its settings.
@@ -104,7 +205,8 @@ pub struct Binding {
 
 /// An IOMMU architecture's device structures.
 pub trait Unit {
-    /// What requests of `requester` get. What hardware would refuse in guest memory is [`Outcome::Blocked`].
+    /// What requests of `requester` get. What hardware would refuse in guest memory is [`Outcome::Blocked`]. A plugin for several kinds of unit asks
+    /// [`Registers::unit`].
     ///
     /// # Errors
     /// Registers that are missing or contradict each other.
@@ -127,4 +229,23 @@ pub trait Unit {
     /// # Errors
     /// [`Error::Unsupported`] if the kernel has no nesting for this format.
     fn bind_data(table: &TableConfig, context_address: u64) -> Result<Binding, Error>;
+
+    /// What a batch of raw entries of the command queue asks for, in order. It ends with the first illegal command, and may ask for more than the commands do,
+    /// never for less.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] if this plugin does not know the commands, [`Error::Invalid`] for a part of an entry or a register that is missing.
+    fn decode_commands(registers: &Registers, commands: &[u8]) -> Result<Vec<Command>, Error> {
+        let _ = (registers, commands);
+        Err(Error::Unsupported("commands of this architecture".to_owned()))
+    }
+
+    /// The architecture's record of `event`, and where it goes.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] if there is no record of such a thing, or this plugin does not know it; [`Error::Invalid`] for what a record cannot hold.
+    fn encode_event(registers: &Registers, event: &Event) -> Result<EventRecord, Error> {
+        let _ = (registers, event);
+        Err(Error::Unsupported("event records of this architecture".to_owned()))
+    }
 }

@@ -276,11 +276,131 @@ fn nonsense_is_refused() {
     refuse("a value outside its mask", &|g| g.levels[1].shapes[0].value = 1 << 63);
     refuse("a shape decided by its address", &|g| g.levels[1].shapes[0].mask |= 1 << 20);
     refuse("a shape decided by another's address", &|g| g.levels[1].shapes.push(Shape { mask: 1 << 20, value: 0, address: Vec::new() }));
+    // An earlier shape may be decided by address bits of a later one if another bit tells the two apart, and not otherwise.
+    let with = |mask, value| {
+        let mut geometry = good.clone();
+        geometry.levels[1].shapes.insert(0, Shape { mask, value, address: Vec::new() });
+        geometry.check()
+    };
+    assert!(with(1 << 20 | LEAF | TABLE, 1 << 20).is_ok(), "neither leaf nor table");
+    assert!(with(1 << 20 | TABLE, 1 << 20).is_err(), "the leaf's address, and no bit that leaves do not have");
+    assert!(with(1 << 20 | LEAF | TABLE, 1 << 20 | LEAF).is_err());
+    assert!(with(1 << 20 | LEAF, 1 << 20 | LEAF).is_err());
     refuse("a segment without width", &|g| g.levels[1].shapes[0].address[0].width = 0);
     refuse("a segment that leaves the entry", &|g| g.levels[1].shapes[0].address[0].entry_lsb = 60);
     refuse("segments that overlap", &|g| g.levels[1].shapes[0].address = vec![Segment { entry_lsb: 12, address_lsb: 12, width: 8 }; 2]);
     refuse("tiny leaves", &|g| g.levels[1].leaf_sizes |= 1);
     refuse("13 bits too few of output", &|g| g.output_bits = 11);
+}
+
+/// The first shape that matches, and the rest of the entry.
+fn matched(shapes: &[Shape], entry: u64) -> (Option<usize>, u64, u64) {
+    let shape = shapes.iter().position(|shape| entry & shape.mask == shape.value);
+    let address = shape.map_or(0, |index| shapes[index].address.iter().fold(0, |bits, s| bits | (u64::MAX >> (64 - s.width)) << s.entry_lsb));
+    (shape, entry & !address, address)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 4096, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Shapes over eight bits, all of whose entries are tried: where the check passes, a pattern never stands for entries of two shapes.
+    #[test]
+    fn patterns_of_checked_shapes_tell_the_shape(words in prop::collection::vec((0_u64..256, 0_u64..256, 0_u8..7, 1_u8..4), 1..5)) {
+        let shapes: Vec<Shape> = words
+            .iter()
+            .map(|&(mask, value, lsb, width)| {
+                let segment = Segment { entry_lsb: lsb, address_lsb: lsb + 12, width: width.min(8 - lsb) };
+                let address = (u64::MAX >> (64 - segment.width)) << lsb;
+                Shape { mask: mask & !address, value: value & mask & !address, address: vec![segment] }
+            })
+            .collect();
+        let mut geometry = Toy::new(&[9], 12, 8, ByteOrder::Little, 0, false).geometry;
+        geometry.levels[0].shapes.clone_from(&shapes);
+        let sound = (0..256).all(|entry| {
+            let (shape, pattern, address) = matched(&shapes, entry);
+            // What the engine does with a remembered pattern: compare under its mask.
+            (0..256).filter(|other| other & !address == pattern).all(|other| matched(&shapes, other).0 == shape)
+        });
+        if geometry.check().is_ok() {
+            prop_assert!(sound, "{shapes:x?}");
+        }
+    }
+}
+
+#[test]
+fn a_shape_decided_by_address_bits_of_another_is_walked_right() {
+    // One level; bit 18 tells large leaves from small ones, and is an address bit of neither but of what has bit 1 clear.
+    struct Sections(Geometry);
+    impl Format for Sections {
+        fn geometry(&mut self) -> Result<Geometry, FormatError> {
+            Ok(self.0.clone())
+        }
+        fn decode(&mut self, _: u8, _: u64, pattern: u64) -> Result<Meaning, FormatError> {
+            Ok(match pattern & (1 << 18 | 2) {
+                2 => Meaning::Leaf { size_log2: 20, attributes: Attributes::READ },
+                0 => Meaning::Fault(if pattern == 1 { FaultKind::Reserved } else { FaultKind::Translation }),
+                _ => Meaning::Leaf { size_log2: 24, attributes: Attributes::READ.with(Attributes::WRITE) },
+            })
+        }
+        fn decode_entry(&mut self, _: u8, _: u64, _: u64) -> Result<Meaning, FormatError> {
+            Ok(Meaning::Absent)
+        }
+        fn explain(&mut self, _: u8, _: u64, _: u64) -> Result<Vec<Finding>, FormatError> {
+            Ok(Vec::new())
+        }
+        fn encode_leaf(&mut self, _: u8, _: u8, _: Attributes) -> Result<Option<Encoded>, FormatError> {
+            Ok(None)
+        }
+        fn encode_table(&mut self, _: u8, _: u8) -> Result<Option<u64>, FormatError> {
+            Ok(None)
+        }
+    }
+    struct Words(Vec<u64>);
+    impl stagecraft::memory::EntryMemory for Words {
+        fn read_entries(
+            &self,
+            address: stagecraft::Gpa,
+            _: stagecraft::memory::EntryLayout,
+            entries: &mut [u64],
+        ) -> Result<(), stagecraft::memory::ReadError> {
+            for (index, entry) in entries.iter_mut().enumerate() {
+                *entry = self.0.get((address.0 - 0x4000) as usize / 4 + index).copied().unwrap_or(0);
+            }
+            Ok(())
+        }
+    }
+    let in_place = |lsb: u8, width: u8| Segment { entry_lsb: lsb, address_lsb: lsb, width };
+    let large = vec![in_place(24, 8), Segment { entry_lsb: 20, address_lsb: 32, width: 4 }, Segment { entry_lsb: 5, address_lsb: 36, width: 4 }];
+    let shapes = vec![
+        Shape { mask: 1 << 18 | 2, value: 1 << 18 | 2, address: large },
+        Shape { mask: 2, value: 2, address: vec![in_place(20, 12)] },
+        Shape { mask: 2, value: 0, address: vec![in_place(10, 22)] },
+    ];
+    let level = Level { index_lsb: 20, index_bits: 6, shapes, ..Level::default() };
+    let root = Root { setting: "root".to_owned(), last: (1 << 26) - 1, address: 0x4000, ..Root::default() };
+    let geometry = Geometry { roots: vec![root], levels: vec![level], entry_bytes: 4, order: ByteOrder::Little, output_bits: 40, privileged: false };
+    geometry.check().unwrap();
+    // A table's address with bit 18, small leaves, a large one of 40 bits in all its slots, and the same entries again in another order.
+    let mut words = vec![0x0004_0001, 0x1230_0002, 0x1240_0002, 0x1250_0002];
+    words.resize(16, 0x0004_0001);
+    words.extend([0x5674_0002 | 0xa << 20 & 0xf0_0000 | 0x9 << 5; 16]);
+    words.extend([0x1230_0002, 0x0004_0001, 0x5674_0002 | 0x9 << 5]);
+    let mut table = Table::open(Box::new(Sections(geometry))).unwrap();
+    let mut collector = Collector::new(false, 64);
+    table.walk(&Words(words.clone()), &MemoryMap::everything(40), Span::ALL, &Budget::new(Limits::default()), &mut collector).unwrap();
+    let high = |entry: u64| (entry & 0xff00_0000) | (entry >> 20 & 0xf) << 32 | (entry >> 5 & 0xf) << 36;
+    let mapping = |first: u64, size: u64, address, write| Mapping {
+        iova: Span { first, last: first + size - 1 },
+        address,
+        access: Access { read: true, write },
+    };
+    let expected = [
+        mapping(0x10_0000, 0x30_0000, 0x1230_0000, false),
+        mapping(0x100_0000, 0x100_0000, high(words[16]), true),
+        mapping(0x200_0000, 0x10_0000, 0x1230_0000, false),
+        mapping(0x220_0000, 0x10_0000, high(words[34]) + 0x20_0000, true),
+    ];
+    assert_eq!(collector.mappings(), expected);
 }
 
 #[test]

@@ -4,12 +4,13 @@ use std::fmt::Write as _;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
-use stagecraft::Attributes;
+use stagecraft::plugin::queue::{Effect, Event, EventAccess, MAX_COMMAND_BYTES, Scope};
 use stagecraft::plugin::{
-    Binding, Blocked, CallError, Config, DetectMemory, Engine, Instance, Limits, Outcome, Plugin, PluginFormat, Refusal, Requester, Settings,
-    TableConfig, Ticker,
+    Binding, BlockKind, Blocked, CallError, Config, DetectMemory, Direct, Engine, Instance, Limits, Outcome, Plugin, PluginFormat, Refusal,
+    Requester, Settings, TableConfig, Ticker, Translated,
 };
-use stagecraft::table::{FaultKind, Format as _, FormatError, Meaning, Need, Next, Severity};
+use stagecraft::table::{FaultKind, Format as _, FormatError, Meaning, Missing, Need, Next, Severity, Window};
+use stagecraft::{Attributes, Span};
 use stagecraft_plugin_hostile::mode;
 
 const HOSTILE: &[u8] = include_bytes!("../hostile/built/hostile.wasm");
@@ -93,7 +94,7 @@ fn registers(mode: u64) -> Vec<(String, u64)> {
 
 fn lookup(mode: u64, memory: impl DetectMemory + 'static) -> (Instance, Result<Outcome, CallError>) {
     let mut instance = plugin().instantiate().expect("an instance");
-    let outcome = instance.lookup(&registers(mode), Requester { id: 3, pasid: None }, memory);
+    let outcome = instance.lookup("hostile", &registers(mode), Requester { id: 3, pasid: None }, memory);
     (instance, outcome)
 }
 
@@ -122,14 +123,19 @@ fn a_plugin_that_behaves_well_is_understood() {
 fn a_unit_that_behaves_well_is_understood() {
     let outcome = |word| lookup(mode::WELL, Words::of(word)).1.expect("an answer");
     assert_eq!(outcome(1), Outcome::Bypass);
-    assert_eq!(outcome(0x9000), Outcome::Tables(vec![TableConfig::new("hostile/radix", &[("root", 0x9000)])]));
-    let blocked = Blocked { event: "H_BLOCKED".to_owned(), section: "hostile section 3".to_owned(), reason: "the word is zero".to_owned() };
+    assert_eq!(outcome(0x9000), Outcome::Tables(Translated::of(vec![TableConfig::new("hostile/radix", &[("root", 0x9000)])])));
+    let blocked = Blocked {
+        kind: BlockKind::Refused,
+        event: "H_BLOCKED".to_owned(),
+        section: "hostile section 3".to_owned(),
+        reason: "the word is zero".to_owned(),
+    };
     assert_eq!(outcome(0), Outcome::Blocked(blocked));
     let through = lookup(mode::READ_THROUGH, Words::of(0x5000)).1.expect("an answer");
-    assert_eq!(through, Outcome::Tables(vec![TableConfig::new("hostile/radix", &[("root", 0x5000)])]));
+    assert_eq!(through, Outcome::Tables(Translated::of(vec![TableConfig::new("hostile/radix", &[("root", 0x5000)])])));
 
     let mut instance = plugin().instantiate().expect("an instance");
-    assert_eq!(instance.pasids(&registers(0), 3, Words::of(0)).expect("pasids"), [1, 2, 3]);
+    assert_eq!(instance.pasids("hostile", &registers(0), 3, Words::of(0)).expect("pasids"), [1, 2, 3]);
     let offers = instance.offers(7, &[39]).expect("offers");
     assert_eq!((&*offers[0].format, &offers[0].limits[..]), ("hostile/radix", &[("width".to_owned(), 39)][..]));
     let binding = Binding { kind: 7, data: 0x1000_u64.to_le_bytes().to_vec(), context: 64_u64.to_le_bytes().to_vec() };
@@ -165,7 +171,7 @@ fn a_refusal_is_the_plugins_own_words_and_breaks_nothing() {
     let unsupported = |error: CallError| matches!(error, CallError::Refused { refusal: Refusal::Unsupported(_), .. });
     assert!(unsupported(instance.offers(8, &[1]).expect_err("refused")));
     assert!(unsupported(plugin().open(&config(mode::UNSUPPORTED)).expect_err("refused")));
-    let error = instance.lookup(&registers(0), Requester::default(), Words { budget: Some(0), ..Words::default() }).expect_err("refused");
+    let error = instance.lookup("hostile", &registers(0), Requester::default(), Words { budget: Some(0), ..Words::default() }).expect_err("refused");
     assert_eq!(error, CallError::Refused { plugin: "hostile".into(), refusal: Refusal::Unreadable(0x2000) });
     assert!(instance.offers(7, &[1]).is_ok(), "it keeps working");
     assert_eq!(instance.failed(), None);
@@ -174,7 +180,7 @@ fn a_refusal_is_the_plugins_own_words_and_breaks_nothing() {
 #[test]
 fn names_that_the_manifest_does_not_have_do_not_reach_the_plugin() {
     let mut instance = plugin().instantiate().expect("an instance");
-    let mut ask = |name: &str| instance.lookup(&[("ROOT".to_owned(), 1), (name.to_owned(), 1)], Requester::default(), Words::of(1));
+    let mut ask = |name: &str| instance.lookup("hostile", &[("ROOT".to_owned(), 1), (name.to_owned(), 1)], Requester::default(), Words::of(1));
     let error = ask("ROUTE").expect_err("unknown");
     assert_eq!(error.to_string(), "plugin hostile knows no register `ROUTE`; there are MODE, ROOT, EXTRA*");
     assert_eq!(ask("ROOT").expect_err("twice"), CallError::Twice { what: "register", name: "ROOT".to_owned() });
@@ -277,7 +283,7 @@ fn lists_that_claim_more_than_there_is_cost_nothing() {
     let error = call_error(&open(mode::HUGE).explain(2, 0, LEAF).expect_err("2 GiB that are not there"));
     nonsense(&error);
     let mut instance = plugin().instantiate().expect("an instance");
-    nonsense(&instance.pasids(&registers(mode::HUGE), 3, Words::of(1)).expect_err("4 GiB that are not there"));
+    nonsense(&instance.pasids("hostile", &registers(mode::HUGE), 3, Words::of(1)).expect_err("4 GiB that are not there"));
     assert!(peak_bytes() < 400 << 20, "{} bytes", peak_bytes());
 }
 
@@ -285,6 +291,8 @@ fn lists_that_claim_more_than_there_is_cost_nothing() {
 fn answers_without_a_meaning_are_refused_and_named() {
     let error = decode_error(&mut open(mode::NO_MEANING));
     assert!(nonsense(&error).contains("attributes 0x241 have no meaning"), "{error}");
+    let error = decode_error(&mut open(mode::NOTHING_LEFT));
+    assert!(nonsense(&error).contains("lacks 0x800 bytes at its beginning and 0x800 at its end"), "{error}");
     let error = call_error(&open(mode::NO_SUCH_LEVEL).decode(0, 0, 1).expect_err("no such level"));
     assert!(nonsense(&error).contains("level kind 200; there are 3"), "{error}");
     let error = call_error(&open(mode::WHOLE_AGAIN).decode_entry(2, 0, LEAF).expect_err("again"));
@@ -303,9 +311,70 @@ fn outcomes_without_a_meaning_are_refused_and_named() {
     assert!(nonsense(&outcome(mode::FOREIGN_FORMAT)).contains("`other/format`, which its manifest does not name"));
     assert!(nonsense(&outcome(mode::THREE_TABLES)).contains("3 tables for one requester"));
     assert!(nonsense(&outcome(mode::NO_TABLES)).contains("0 tables for one requester"));
-    let pasids = |mode| plugin().instantiate().expect("an instance").pasids(&registers(mode), 3, Words::of(1)).expect_err("nonsense");
+    assert!(nonsense(&outcome(mode::OVERLAPPING_WINDOWS)).contains("windows that overlap"));
+    let pasids = |mode| plugin().instantiate().expect("an instance").pasids("hostile", &registers(mode), 3, Words::of(1)).expect_err("nonsense");
     assert!(nonsense(&pasids(mode::MANY_PASIDS)).contains("100000 PASIDs; at most 1024"));
     assert!(nonsense(&pasids(mode::FICKLE)).contains("do not ascend"));
+}
+
+#[test]
+fn a_plugin_is_told_the_kind_of_unit_and_only_one_that_it_knows() {
+    let mut instance = plugin().instantiate().expect("an instance");
+    let error = instance.lookup("hostel", &registers(0), Requester::default(), Words::of(1)).expect_err("unknown");
+    assert_eq!(error.to_string(), "plugin hostile knows no unit `hostel`; there are hostile");
+    assert!(instance.pasids("", &registers(0), 3, Words::of(1)).is_err() && instance.decode_commands("", &registers(0), &[]).is_err());
+    assert_eq!(instance.calls(), 0);
+}
+
+#[test]
+fn windows_and_parts_of_leaves_are_understood() {
+    let Outcome::Direct(direct) = lookup(mode::DIRECT, Words::of(1)).1.expect("an answer") else { panic!("not direct") };
+    let window = Window { iova: Span { first: 0, last: 0xffff_ffff }, address: 0x7000, attributes: Attributes::READ };
+    assert_eq!(direct, Direct { windows: vec![window], intercepts: Vec::new() });
+    let missing = Missing { front: 16, back: 256 };
+    let attributes = Attributes::READ.with(Attributes::COHERENT);
+    assert_eq!(open(mode::PARTS).decode(2, 0, LEAF).expect("an answer"), Meaning::Part { size_log2: 12, attributes, missing });
+}
+
+#[test]
+fn commands_and_events_pass_the_sandbox_checked() {
+    let decode = |mode, commands: &[u8]| plugin().instantiate().expect("an instance").decode_commands("hostile", &registers(mode), commands);
+    let effects: Vec<Effect> = decode(mode::WELL, &[0, 1, 2, 0xff]).expect("an answer").iter().map(|item| item.effect).collect();
+    let scope = Scope { leaf: false, second_stage: false, domain: Some(3), space: None, id: None };
+    let range = Effect::Range { scope, iova: Span { first: 0, last: 0x1fff } };
+    assert_eq!(effects, [Effect::Nothing, Effect::Everything, range, Effect::Illegal(7)]);
+    assert_eq!(decode(mode::WELL, &[]).expect("an answer"), []);
+    assert_eq!(decode(mode::WELL, &[0; 0x8000]).expect("an answer").len(), 0x8000);
+    let error = decode(mode::WELL, &[0; MAX_COMMAND_BYTES + 1]).expect_err("too long");
+    assert_eq!(error.to_string(), "65537 bytes of commands are too many for one call: the limit is 65536");
+    assert!(nonsense(&decode(mode::WELL, &[0xff, 0]).expect_err("nonsense")).contains("after the illegal command 0"));
+    assert!(nonsense(&decode(mode::WRONG_ORDER, &[0, 1]).expect_err("nonsense")).contains("command 0 after command 1"));
+    assert!(nonsense(&decode(mode::NO_MEANING, &[0]).expect_err("nonsense")).contains("of command 65535, of 1 bytes"));
+    assert!(matches!(decode(mode::PANIC, &[0]), Err(CallError::Trap { .. })));
+    assert!(matches!(decode(mode::LOOP, &[0]), Err(CallError::Deadline { .. })));
+    assert!(matches!(decode(mode::BOMB, &[0]), Err(CallError::MemoryCap { .. })));
+
+    let event = Event {
+        fault: FaultKind::Translation,
+        name: None,
+        stage: 2,
+        level: Some(3),
+        id: 0x38,
+        pasid: Some(7),
+        iova: 0x1234_5000,
+        intermediate: None,
+        reading_table: false,
+        unreadable: None,
+        access: EventAccess::Write,
+        privileged: false,
+        domain: None,
+    };
+    let encode = |mode| plugin().instantiate().expect("an instance").encode_event("hostile", &registers(mode), &event);
+    let record = encode(mode::WELL).expect("an answer");
+    let words: Vec<u8> = [0x38_u64, 0x1234_5000, 7, 2].iter().flat_map(|word| word.to_le_bytes()).collect();
+    assert_eq!((&*record.queue, record.bytes), ("log", words));
+    assert!(nonsense(&encode(mode::LONG_RECORD).expect_err("nonsense")).contains("an event record of 100000 bytes"));
+    assert!(matches!(encode(mode::UNSUPPORTED), Err(CallError::Refused { refusal: Refusal::Unsupported(_), .. })));
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use stagecraft::device::Unit;
 use stagecraft::memory::{Budget, Limits, MemoryMap, VmMemory};
-use stagecraft::plugin::{Config, Engine, Outcome, Plugins, Requester, TableConfig};
+use stagecraft::plugin::{Config, Engine, Outcome, Plugins, Requester, TableConfig, Translated};
 use stagecraft::table::{AddressSpace, Arena, Builder, Collector, Mapping, Piece, Table};
 use stagecraft::{Access, Attributes, Iova, Span};
 use stagecraft_tests::reference::generate::Format;
@@ -255,11 +255,13 @@ fn lookup(plugins: &Plugins, snapshot: &Snapshot, requester: Requester, reads: u
     let map = Arc::new(MemoryMap::everything(52));
     let registers: Vec<(String, u64)> = snapshot.registers.iter().map(|(name, value)| (name.clone(), *value)).collect();
     let plugin = plugins.by_unit(&snapshot.unit_kind).unwrap();
-    let look = |memory: Restless| Unit::new(plugin.clone(), registers.clone(), memory, Arc::clone(&map), Limits::default()).lookup(requester);
+    let look = |memory: Restless| {
+        Unit::new(plugin.clone(), &snapshot.unit_kind, registers.clone(), memory, Arc::clone(&map), Limits::default()).lookup(requester)
+    };
     let still = restless(&snapshot.memory);
     still.log.lock().unwrap().poison = None;
     let expected = look(still).unwrap();
-    assert!(matches!(&expected.value, Outcome::Tables(tables) if !tables.is_empty()), "{expected:?}");
+    assert!(matches!(&expected.value, Outcome::Tables(Translated { tables, .. }) if !tables.is_empty()), "{expected:?}");
     let memory = restless(&snapshot.memory);
     assert_eq!(look(memory.clone()).unwrap(), expected);
     assert_eq!(memory.assert_read_once(&snapshot.unit_kind), reads, "{:x?}", memory.log.lock().unwrap().given);
@@ -292,8 +294,8 @@ fn tables_behind_a_second_stage_are_read_once() {
             let memory = restless(&snapshot.memory);
             memory.log.lock().unwrap().poison = None;
             let plugin = plugins.by_unit(&snapshot.unit_kind).unwrap();
-            let unit = Unit::new(plugin, registers, memory.clone(), Arc::clone(&map), Limits::default());
-            let Outcome::Tables(tables) = unit.lookup(Requester { id, pasid: None }).unwrap().value else { panic!("{seed}") };
+            let unit = Unit::new(plugin, &snapshot.unit_kind, registers, memory.clone(), Arc::clone(&map), Limits::default());
+            let Outcome::Tables(Translated { tables, .. }) = unit.lookup(Requester { id, pasid: None }).unwrap().value else { panic!("{seed}") };
             let mut space = AddressSpace::nested(open(plugins, &tables[0]), open(plugins, &tables[1]));
             memory.log.lock().unwrap().given.clear();
             let mut collector = Collector::new(false, 10);

@@ -303,7 +303,7 @@ impl Naive<'_> {
                     self.found.leaves.push((first, last, address, attributes));
                 }
                 Meaning::Table { next, inherited } => self.table(next.level, address, first, inherited, (from.max(first), to.min(last))),
-                Meaning::WholeEntry => panic!("these formats have no such entries"),
+                Meaning::Part { .. } | Meaning::WholeEntry => panic!("these formats have no such entries"),
             }
         }
     }

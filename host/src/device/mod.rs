@@ -37,6 +37,7 @@ pub enum LookupError {
 #[derive(Clone, Debug)]
 pub struct Unit<M> {
     plugin: Plugin,
+    kind: String,
     registers: Vec<(String, u64)>,
     memory: M,
     map: Arc<MemoryMap>,
@@ -44,10 +45,11 @@ pub struct Unit<M> {
 }
 
 impl<M: GuestMemory + Clone + Send + 'static> Unit<M> {
-    /// A unit of the architecture that `plugin` knows. `memory` is cloned for each lookup: a handle, as `vm-memory`'s collections are.
+    /// A unit of the architecture that `plugin` knows; `kind` is one of the units that its manifest names. `memory` is cloned for each lookup: a handle, as
+    /// `vm-memory`'s collections are.
     #[must_use]
-    pub fn new(plugin: Plugin, registers: Vec<(String, u64)>, memory: M, map: Arc<MemoryMap>, limits: Limits) -> Self {
-        Self { plugin, registers, memory, map, limits }
+    pub fn new(plugin: Plugin, kind: &str, registers: Vec<(String, u64)>, memory: M, map: Arc<MemoryMap>, limits: Limits) -> Self {
+        Self { plugin, kind: kind.to_owned(), registers, memory, map, limits }
     }
 
     /// What requests of `requester` get.
@@ -56,7 +58,7 @@ impl<M: GuestMemory + Clone + Send + 'static> Unit<M> {
     /// The plugin refuses the registers or fails, or the limits are reached.
     pub fn lookup(&self, requester: Requester) -> Result<Found<Outcome>, LookupError> {
         let reader = self.reader();
-        let outcome = self.plugin.instantiate()?.lookup(&self.registers, requester, Arc::clone(&reader));
+        let outcome = self.plugin.instantiate()?.lookup(&self.kind, &self.registers, requester, Arc::clone(&reader));
         finish(&reader, outcome)
     }
 
@@ -66,7 +68,7 @@ impl<M: GuestMemory + Clone + Send + 'static> Unit<M> {
     /// As [`Unit::lookup`].
     pub fn pasids(&self, id: u64) -> Result<Found<Vec<u32>>, LookupError> {
         let reader = self.reader();
-        let pasids = self.plugin.instantiate()?.pasids(&self.registers, id, Arc::clone(&reader));
+        let pasids = self.plugin.instantiate()?.pasids(&self.kind, &self.registers, id, Arc::clone(&reader));
         finish(&reader, pasids)
     }
 

@@ -186,7 +186,7 @@ pub enum CallError {
     Unknown {
         /// Name of the plugin.
         plugin: Arc<str>,
-        /// `register` or `table format`.
+        /// `register`, `unit` or `table format`.
         what: &'static str,
         /// What was asked for.
         name: String,
@@ -200,6 +200,16 @@ pub enum CallError {
         what: &'static str,
         /// Its name.
         name: String,
+    },
+    /// The caller gave more than one call takes.
+    #[error("{bytes} bytes of {what} are too many for one call: the limit is {limit}")]
+    TooLong {
+        /// What there is too much of.
+        what: &'static str,
+        /// How much was given.
+        bytes: usize,
+        /// The limit.
+        limit: usize,
     },
     /// All [`Limits::instances`](super::Limits::instances) are in use.
     #[error("no room for another instance of plugin {plugin}: all {limit} are in use")]

@@ -4,8 +4,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::plugin::bindings::exports::stagecraft::format::{detect, table};
 use crate::plugin::bindings::stagecraft::format::types;
+use crate::plugin::queue::{Event, EventRecord, Invalidation, MAX_COMMAND_BYTES};
 use crate::plugin::store::{Pace, Sandbox};
-use crate::plugin::{CallError, Plugin, Settings, TableConfig, error, words};
+use crate::plugin::{CallError, Outcome, Plugin, Settings, TableConfig, error, outcome, queue, words};
 use crate::table::Need;
 
 /// Guest memory as a plugin sees it during one call. It is handed over for the call and dropped at its end; [`Arc<Mutex<M>>`] keeps a handle.
@@ -37,28 +38,6 @@ pub struct Requester {
     pub id: u64,
     /// PASID or SubstreamID; 20 bits.
     pub pasid: Option<u32>,
-}
-
-/// Every DMA of a requester is refused, and what the architecture would report.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Blocked {
-    /// The event or fault reason, such as `C_BAD_STE`.
-    pub event: String,
-    /// Document and section.
-    pub section: String,
-    /// One sentence in lower case without a full stop.
-    pub reason: String,
-}
-
-/// What a requester's DMA gets.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Outcome {
-    /// Guest-physical memory as it is.
-    Bypass,
-    /// Nothing.
-    Blocked(Blocked),
-    /// One table, or two: the outputs of the first are the inputs of the second.
-    Tables(Vec<TableConfig>),
 }
 
 /// A table format that a real unit accepts, with the limits of its settings.
@@ -123,49 +102,35 @@ impl Instance {
         self.sandbox.calls()
     }
 
-    /// What requests of `requester` get. What hardware would refuse in guest memory is [`Outcome::Blocked`].
+    /// What requests of `requester` get from a unit of kind `unit`. What hardware would refuse in guest memory is [`Outcome::Blocked`].
     ///
     /// # Errors
-    /// [`CallError::Refused`] if registers are missing or contradict each other, [`CallError::Unknown`] and [`CallError::Twice`] for register names,
-    /// and everything that can go wrong with a call.
-    pub fn lookup(&mut self, registers: &[(String, u64)], requester: Requester, memory: impl DetectMemory + 'static) -> Result<Outcome, CallError> {
-        let registers = self.registers(registers)?;
+    /// [`CallError::Refused`] if registers are missing or contradict each other, [`CallError::Unknown`] and [`CallError::Twice`] for the kind of unit and for
+    /// register names, and everything that can go wrong with a call.
+    pub fn lookup(
+        &mut self,
+        unit: &str,
+        registers: &[(String, u64)],
+        requester: Requester,
+        memory: impl DetectMemory + 'static,
+    ) -> Result<Outcome, CallError> {
+        let registers = self.registers(unit, registers)?;
         let requester = detect::Requester { id: requester.id, pasid: requester.pasid };
         let answer = self.with_memory(memory, |sandbox| {
-            sandbox.call(Pace::Cold, |exports, store| exports.stagecraft_format_detect().call_lookup(store, &registers, requester))
+            sandbox.call(Pace::Cold, |exports, store| exports.stagecraft_format_detect().call_lookup(store, unit, &registers, requester))
         })?;
-        match answer.map_err(|error| self.sandbox.refused(error))? {
-            detect::Outcome::Bypass => Ok(Outcome::Bypass),
-            detect::Outcome::Blocked(detect::Blocked { event, section, reason }) => {
-                Ok(Outcome::Blocked(Blocked { event: error::clean(&event), section: error::clean(&section), reason: error::clean(&reason) }))
-            }
-            detect::Outcome::Tables(tables) => self.tables(tables),
-        }
-    }
-
-    fn tables(&self, tables: Vec<types::TableConfig>) -> Result<Outcome, CallError> {
-        if tables.is_empty() || tables.len() > 2 {
-            return Err(self.sandbox.nonsense(format!("{} tables for one requester; there are 1 and 2", tables.len())));
-        }
-        let mut configs = Vec::with_capacity(tables.len());
-        for table in tables {
-            let config = words::table_config(table).map_err(|what| self.sandbox.nonsense(what))?;
-            if self.plugin.check_format(&config.format).is_err() {
-                return Err(self.sandbox.nonsense(format!("a table of format `{}`, which its manifest does not name", config.format)));
-            }
-            configs.push(config);
-        }
-        Ok(Outcome::Tables(configs))
+        let answer = answer.map_err(|error| self.sandbox.refused(error))?;
+        outcome::outcome(answer, |format| self.plugin.check_format(format).is_ok()).map_err(|what| self.sandbox.nonsense(what))
     }
 
     /// The PASIDs for which `id` has a valid context: ascending, at most 1,024.
     ///
     /// # Errors
     /// As [`Instance::lookup`].
-    pub fn pasids(&mut self, registers: &[(String, u64)], id: u64, memory: impl DetectMemory + 'static) -> Result<Vec<u32>, CallError> {
-        let registers = self.registers(registers)?;
+    pub fn pasids(&mut self, unit: &str, registers: &[(String, u64)], id: u64, memory: impl DetectMemory + 'static) -> Result<Vec<u32>, CallError> {
+        let registers = self.registers(unit, registers)?;
         let answer = self.with_memory(memory, |sandbox| {
-            sandbox.call(Pace::Cold, |exports, store| exports.stagecraft_format_detect().call_pasids(store, &registers, id))
+            sandbox.call(Pace::Cold, |exports, store| exports.stagecraft_format_detect().call_pasids(store, unit, &registers, id))
         })?;
         let pasids = answer.map_err(|error| self.sandbox.refused(error))?;
         if pasids.len() > MAX_PASIDS {
@@ -175,6 +140,37 @@ impl Instance {
             return Err(self.sandbox.nonsense("PASIDs that do not ascend, or of more than 20 bits"));
         }
         Ok(pasids)
+    }
+
+    /// What a batch of raw entries of a command queue asks for, in their order; the first illegal command is the last item. `commands` are whole entries, at most
+    /// [`MAX_COMMAND_BYTES`].
+    ///
+    /// # Errors
+    /// [`CallError::Refused`] if the plugin does not know the commands, or for a part of an entry; [`CallError::TooLong`] for too many; as
+    /// [`Instance::lookup`].
+    pub fn decode_commands(&mut self, unit: &str, registers: &[(String, u64)], commands: &[u8]) -> Result<Vec<Invalidation>, CallError> {
+        if commands.len() > MAX_COMMAND_BYTES {
+            return Err(CallError::TooLong { what: "commands", bytes: commands.len(), limit: MAX_COMMAND_BYTES });
+        }
+        let registers = self.registers(unit, registers)?;
+        let answer = self
+            .sandbox
+            .call(Pace::Cold, |exports, store| exports.stagecraft_format_queue().call_decode_commands(store, unit, &registers, commands))?;
+        let items = answer.map_err(|error| self.sandbox.refused(error))?;
+        queue::invalidations(&items, commands.len()).map_err(|what| self.sandbox.nonsense(what))
+    }
+
+    /// The architecture's record of a request that failed, and where it goes.
+    ///
+    /// # Errors
+    /// [`CallError::Refused`] if the architecture has no record of such a thing; as [`Instance::lookup`].
+    pub fn encode_event(&mut self, unit: &str, registers: &[(String, u64)], event: &Event) -> Result<EventRecord, CallError> {
+        let registers = self.registers(unit, registers)?;
+        let event = queue::event_in(event);
+        let answer =
+            self.sandbox.call(Pace::Cold, |exports, store| exports.stagecraft_format_queue().call_encode_event(store, unit, &registers, &event))?;
+        let record = answer.map_err(|error| self.sandbox.refused(error))?;
+        queue::record(record).map_err(|what| self.sandbox.nonsense(what))
     }
 
     /// Which table formats a real unit accepts, given the kernel's `iommu_hw_info` data type and bytes.
@@ -234,9 +230,13 @@ impl Instance {
         words::settings(suggested).map_err(|what| self.sandbox.nonsense(what))
     }
 
-    /// Registers for the plugin, names checked against the manifest.
-    fn registers(&self, registers: &[(String, u64)]) -> Result<Vec<types::Named>, CallError> {
+    /// Registers for the plugin; their names and the kind of unit are checked against the manifest.
+    fn registers(&self, unit: &str, registers: &[(String, u64)]) -> Result<Vec<types::Named>, CallError> {
         let manifest = self.plugin.manifest();
+        if !manifest.units.iter().any(|known| known == unit) {
+            let known = manifest.units.join(", ");
+            return Err(CallError::Unknown { plugin: self.sandbox.plugin(), what: "unit", name: unit.to_owned(), known });
+        }
         for (index, (name, _)) in registers.iter().enumerate() {
             if !manifest.knows_register(name) {
                 let known = manifest.registers.join(", ");

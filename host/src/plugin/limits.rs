@@ -12,7 +12,8 @@ pub struct Limits {
     pub memory_bytes: usize,
     /// Instances that exist at the same time: open formats, and instances for `detect`. Their memory is reserved address space until used.
     pub instances: u32,
-    /// Processor time of one cold call (`lookup`, `pasids`, `offers`, `bind-data`, `suggest`, `open`, and instantiation).
+    /// Processor time of one cold call (`lookup`, `pasids`, `offers`, `bind-data`, `decode-commands`, `encode-event`, `suggest`, `open`, and
+    /// instantiation).
     pub cold: Duration,
     /// Processor time of one warm call (`geometry`, `decode`, `decode-entry`, `explain`, `encode-leaf`, `encode-table`).
     pub warm: Duration,

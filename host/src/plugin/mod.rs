@@ -1,7 +1,8 @@
 //! Format plugins: sandboxed WebAssembly components that know one IOMMU architecture each.
 //!
 //! ```text
-//!   bytes --admission--> manifest --compile, or cache--> Plugin --instantiate--> Instance       lookup, pasids, offers, bind_data, suggest
+//!   bytes --admission--> manifest --compile, or cache--> Plugin --instantiate--> Instance       lookup, pasids, offers, bind_data, suggest,
+//!                                                          |                         decode_commands, encode_event
 //!                                                          |
 //!                                                          +------open-------->  PluginFormat   the table engine's Format
 //! ```
@@ -37,6 +38,8 @@ mod format;
 mod instance;
 mod limits;
 mod manifest;
+mod outcome;
+pub mod queue;
 mod registry;
 mod store;
 mod ticker;
@@ -50,9 +53,10 @@ pub use directory::{DirectoryError, PluginDirectory};
 pub use engine::{Config, Engine, EngineError};
 pub use error::{CallError, LoadError, Refusal};
 pub use format::PluginFormat;
-pub use instance::{Binding, Blocked, DetectMemory, Instance, Offer, Outcome, Requester};
+pub use instance::{Binding, DetectMemory, Instance, Offer, Requester};
 pub use limits::Limits;
 pub use manifest::{FormatManifest, Manifest, SettingManifest};
+pub use outcome::{BlockKind, Blocked, Direct, Outcome, Tag, Translated};
 pub use registry::{Origin, Plugins, PluginsError};
 pub use ticker::Ticker;
 

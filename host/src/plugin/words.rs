@@ -5,7 +5,7 @@ use crate::plugin::bindings::exports::stagecraft::format::table as wit;
 use crate::plugin::bindings::stagecraft::format::types;
 use crate::plugin::error::clean;
 use crate::plugin::{Refusal, Settings, TableConfig};
-use crate::table::{ByteOrder, FaultKind, Finding, Geometry, Level, Mark, Meaning, Next, Root, Segment, Severity, Shape};
+use crate::table::{ByteOrder, FaultKind, Finding, Geometry, Level, Mark, Meaning, Missing, Next, Root, Segment, Severity, Shape};
 
 /// Most settings of one configuration.
 const MAX_SETTINGS: usize = 64;
@@ -25,8 +25,8 @@ pub(super) fn meaning(meaning: types::Meaning, levels: usize) -> Result<Meaning,
     if word & !named != 0 {
         return Err(format!("word {word:#x} has bits {:#x}, which have no meaning", word & !named));
     }
-    if inherited != 0 && kind != 1 {
-        return Err(format!("word {word:#x} is not a table and yet something is inherited ({inherited:#x})"));
+    if inherited != 0 && kind != 1 && kind != 2 {
+        return Err(format!("word {word:#x} is neither a table nor a leaf and yet something is inherited ({inherited:#x})"));
     }
     let byte = (word >> 8 & 0xff) as u8;
     Ok(match kind {
@@ -46,7 +46,15 @@ pub(super) fn meaning(meaning: types::Meaning, levels: usize) -> Result<Meaning,
             if byte < 8 {
                 return Err(format!("word {word:#x} is a leaf of {} bytes", 1_u32 << byte));
             }
-            Meaning::Leaf { size_log2: byte, attributes }
+            let missing = Missing { front: inherited as u32, back: (inherited >> 32) as u32 };
+            let bytes = 1_u128 << byte;
+            if inherited != 0 && (byte > 32 || u128::from(missing.front) + u128::from(missing.back) >= bytes) {
+                return Err(format!("a leaf of 2^{byte} bytes lacks {:#x} bytes at its beginning and {:#x} at its end", missing.front, missing.back));
+            }
+            match inherited {
+                0 => Meaning::Leaf { size_log2: byte, attributes },
+                _ => Meaning::Part { size_log2: byte, attributes, missing },
+            }
         }
         3 => match FaultKind::ALL.get(usize::from(byte)) {
             Some(kind) => Meaning::Fault(*kind),
@@ -196,6 +204,8 @@ mod tests {
         assert_eq!(unpack(1 | 3 << 8 | 5 << 16 | 0x1ff << 32, 9), Ok(table));
         let attributes = Attributes::READ.with(Attributes::COHERENT);
         assert_eq!(unpack(2 | 21 << 8 | 0x41 << 16, 0), Ok(Meaning::Leaf { size_log2: 21, attributes }));
+        let missing = Missing { front: 0x800, back: 0x7ff };
+        assert_eq!(unpack(2 | 12 << 8 | 1 << 16, 0x7ff_0000_0800), Ok(Meaning::Part { size_log2: 12, attributes: Attributes::READ, missing }));
         assert_eq!(unpack(3 | 4 << 8, 0), Ok(Meaning::Fault(FaultKind::Reserved)));
         assert_eq!(unpack(4, 0), Ok(Meaning::WholeEntry));
     }
@@ -211,6 +221,8 @@ mod tests {
         refused(1 << 48 | 1, 0, "which have no meaning");
         refused(2 | 0x55 << 8, 0, "bits 0x4000, which");
         refused(4, 1, "inherited (0x1)");
+        refused(2 | 12 << 8, 0x800_0000_0800, "lacks 0x800 bytes at its beginning and 0x800 at its end");
+        refused(2 | 33 << 8, 1, "a leaf of 2^33 bytes lacks 0x1 bytes");
         refused(1 | 4 << 8 | 1 << 32, 0, "level kind 4; there are 4");
         refused(1 | 2 << 16 | 1 << 32, 0, "empty range of indexes 2..=1");
         refused(2 | 7 << 8, 0, "a leaf of 128 bytes");

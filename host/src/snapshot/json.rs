@@ -81,6 +81,8 @@ struct Table1 {
     #[serde(default)]
     reason: Option<String>,
     #[serde(default)]
+    unused: bool,
+    #[serde(default)]
     format: Option<String>,
     #[serde(default)]
     root: Option<Number>,
@@ -196,7 +198,10 @@ fn stream(table: Table1) -> Result<Stream, String> {
     let id = table.id.0;
     match (table.state.as_deref(), table.format) {
         (Some("bypass"), None) => Ok(Stream::Bypass),
-        (Some("blocked"), None) => Ok(Stream::Blocked(table.reason.unwrap_or_else(|| "blocked in the snapshot".to_owned()))),
+        (Some("blocked"), None) => {
+            let reason = table.reason.unwrap_or_else(|| "blocked in the snapshot".to_owned());
+            Ok(if table.unused { Stream::Unused(reason) } else { Stream::Blocked(reason) })
+        }
         (None | Some("translated"), Some(format)) => {
             let mut settings = table.settings.0;
             let given = settings.iter().any(|(name, _)| name == "root");

@@ -45,6 +45,8 @@ pub enum Stream {
     Bypass,
     /// Every DMA is refused, with the reason.
     Blocked(String),
+    /// The same, because nobody set anything up for the device.
+    Unused(String),
 }
 
 /// A requester of a converted snapshot.

@@ -145,9 +145,12 @@ fn stream(entry: &StreamEntry) -> Value {
         Stream::Bypass => {
             object.insert("state".to_owned(), Value::from("bypass"));
         }
-        Stream::Blocked(reason) => {
+        Stream::Blocked(reason) | Stream::Unused(reason) => {
             object.insert("state".to_owned(), Value::from("blocked"));
             object.insert("reason".to_owned(), Value::from(reason.as_str()));
+            if matches!(entry.stream, Stream::Unused(_)) {
+                object.insert("unused".to_owned(), Value::from(true));
+            }
         }
     }
     object.into()

@@ -178,6 +178,18 @@ impl<'a> Builder<'a> {
         &self.plan.geometry
     }
 
+    /// Tables must stand below `2^table_bits` so that entries, and everything that holds a root's address, can point to them.
+    #[must_use]
+    pub fn table_bits(&self) -> u8 {
+        let above = |chain: &'_ Chain| chain.rungs.split_last().map_or(0, |(_, above)| above.len());
+        let fields = self.chains.iter().flat_map(|chain| &chain.rungs[..above(chain)]).map(|rung| {
+            // Address bits below the lowest one of the field are those of the table's size.
+            let field = rung.table_field.address_mask;
+            (!(field | field.wrapping_sub(1) & !field)).trailing_zeros() as u8
+        });
+        fields.chain([self.plan.geometry.output_bits]).min().unwrap_or(0)
+    }
+
     fn plan_chains(&mut self) -> Result<(), BuildError> {
         for root in self.plan.geometry.roots.clone() {
             let chain = match self.chains.iter().position(|chain| chain.setting == root.setting && chain.rungs[0].kind == root.level) {
@@ -303,14 +315,10 @@ impl<'a> Builder<'a> {
             let address = piece.address + (first - piece.iova.first);
             let left = part.last - first;
             let fits = |size: u8| (first | address) & low_bits(size) == 0 && left >= low_bits(size);
-            let step = match usable.iter().position(|(size, _, _)| fits(*size)) {
+            let reaches = |size: u8, leaf: &Leaf| address.saturating_add(low_bits(size)) <= leaf.last_address;
+            let step = match usable.iter().position(|(size, _, leaf)| fits(*size) && reaches(*size, leaf)) {
                 Some(choice) => {
                     let (size, depth, leaf) = &usable[choice];
-                    let last_address = address.saturating_add(low_bits(*size));
-                    if last_address > leaf.last_address {
-                        self.lose(Loss::OutputRange, piece, Span { first, last: part.last });
-                        return Ok(());
-                    }
                     // As many pages of this size as there are before a larger one may fit, or the end.
                     let mut last = part.last;
                     if let Some((larger, _, _)) = choice.checked_sub(1).map(|larger| &usable[larger])
@@ -321,6 +329,13 @@ impl<'a> Builder<'a> {
                     let room = (leaf.last_address - address).min(last - first);
                     let count = (room >> size) + u64::from(room & low_bits(*size) == low_bits(*size));
                     self.write_pages(window, *depth, *size, leaf, piece.attributes, (first, address), count.max(1))?
+                }
+                // Larger pages may have more address bits: up to the next place where one of those may fit.
+                None if usable.iter().any(|(size, _, _)| fits(*size)) => {
+                    let wider = usable.iter().rev().find(|(size, _, leaf)| reaches(*size, leaf) && (first ^ address) & low_bits(*size) == 0);
+                    let last = wider.map_or(part.last, |(size, _, _)| (first | low_bits(*size)).min(part.last));
+                    self.lose(Loss::OutputRange, piece, Span { first, last });
+                    last - first
                 }
                 None => {
                     // Up to the next place where the smallest page may fit: never, if IOVA and address disagree below it.

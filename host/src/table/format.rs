@@ -16,6 +16,15 @@ pub struct Next {
     pub last: u16,
 }
 
+/// Bytes of a leaf that do not exist. At least one byte is left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Missing {
+    /// How many at its beginning.
+    pub front: u32,
+    /// How many at its end.
+    pub back: u32,
+}
+
 /// What an entry is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Meaning {
@@ -34,6 +43,15 @@ pub enum Meaning {
         size_log2: u8,
         /// What it allows, restrictions from above included.
         attributes: Attributes,
+    },
+    /// A leaf of at most 4 GiB that shows only a part of its bytes; requests to the others are [`FaultKind::Permission`] faults.
+    Part {
+        /// The whole would map `2^size_log2` bytes.
+        size_log2: u8,
+        /// What the part allows, restrictions from above included.
+        attributes: Attributes,
+        /// What it does not show.
+        missing: Missing,
     },
     /// Hardware would report this.
     Fault(FaultKind),

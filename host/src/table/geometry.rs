@@ -16,7 +16,7 @@ pub struct Segment {
 /// If `entry & mask == value`, the bits of `address` carry the output address and all others are the pattern.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Shape {
-    /// Bits that decide; none of them is an address bit.
+    /// Bits that decide. None of them is an address bit of this shape; of a shape that is tried later only if another bit tells the two apart.
     pub mask: u64,
     /// Their value.
     pub value: u64,
@@ -183,15 +183,8 @@ impl Geometry {
         if level.leaf_sizes & 0xff != 0 {
             return refuse("leaves smaller than 256 bytes");
         }
-        let (mut deciding, mut address) = (0, 0);
-        for shape in &level.shapes {
-            address |= check_shape(shape, bits)?;
-            deciding |= shape.mask;
-        }
-        if deciding & address != 0 {
-            return refuse("a shape is decided by bits that are address bits in it or in another shape");
-        }
-        Ok(())
+        let address = level.shapes.iter().map(|shape| check_shape(shape, bits)).collect::<Result<Vec<u64>, _>>()?;
+        check_told_apart(&level.shapes, &address)
     }
 
     fn check_root(&self, index: usize, root: &Root) -> Result<(), Nonsense> {
@@ -230,6 +223,31 @@ impl Geometry {
     pub fn table_bytes(&self, level: u8) -> u64 {
         self.levels[usize::from(level)].entries() * u64::from(self.entry_bytes)
     }
+}
+
+/// Checks that the pattern alone decides which shape matches; `address` has the address bits of each shape.
+///
+/// What is relied on: for an entry `e` whose first matching shape is `T`, with pattern `p = e & !T.address`, every entry with `e' & !T.address == p` has `T` as
+/// its first match, `p` itself among them. Then a pattern that is remembered with its shape stands for entries of that shape only, two shapes never have a
+/// pattern in common, and leaves of equal mask can be compared without asking for their shape.
+///
+/// Why it holds: such an `e'` differs from `e` in bits of `T.address` only, and none of those is in `T.mask`, so `e'` matches `T`. Let `S` be tried before `T`;
+/// `e` does not match it. If no bit of `S.mask` is in `T.address`, `S` sees the same bits of `e'` as of `e` and does not match either. Otherwise there is a bit
+/// in both masks in which the values differ, and `e'` matches `T`, so it does not match `S`. Entries that match no shape are all pattern: there
+/// `e' == e`.
+fn check_told_apart(shapes: &[Shape], address: &[u64]) -> Result<(), Nonsense> {
+    for (index, (shape, address)) in shapes.iter().zip(address).enumerate() {
+        if shape.mask & address != 0 {
+            return refuse("a shape is decided by bits that are address bits in it");
+        }
+        for earlier in &shapes[..index] {
+            let told_apart = (earlier.value ^ shape.value) & earlier.mask & shape.mask != 0;
+            if earlier.mask & address != 0 && !told_apart {
+                return refuse("a shape is decided by address bits of a later one, and no other bit tells the two apart");
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Checks one shape; its address bits in the entry.

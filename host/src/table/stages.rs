@@ -6,15 +6,23 @@
 use std::cell::RefCell;
 
 use crate::memory::{Budget, EntryLayout, EntryMemory, MemoryMap, ReadError};
+use crate::table::direct::{self, Window};
+use crate::table::intercept::{Compared, Intercept, Intercepted};
 use crate::table::walk::{Cause, FaultAt, Piece, Step, Table, Visitor, WalkError};
 use crate::table::{FaultKind, Finding, FormatError};
 use crate::{Access, Attributes, Gpa, Iova, Span};
 
-/// A device's I/O address space: one table, or a first stage whose outputs a second stage translates.
+/// A device's I/O address space: one table, or a first stage whose outputs a second stage translates; or no table at all.
 #[derive(Debug)]
 pub struct AddressSpace {
-    inner: Table,
-    outer: Option<Box<Table>>,
+    source: Source,
+    intercepts: Vec<Intercept>,
+}
+
+#[derive(Debug)]
+enum Source {
+    Direct(Vec<Window>),
+    Tables { inner: Table, outer: Option<Box<Table>> },
 }
 
 /// A DMA's target.
@@ -47,24 +55,40 @@ impl AddressSpace {
     /// An address space of one table.
     #[must_use]
     pub const fn single(table: Table) -> Self {
-        Self { inner: table, outer: None }
+        Self { source: Source::Tables { inner: table, outer: None }, intercepts: Vec::new() }
     }
 
     /// An address space of two: `outer` translates what `inner` puts out, and where `inner`'s tables are.
     #[must_use]
     pub fn nested(inner: Table, outer: Table) -> Self {
-        Self { inner, outer: Some(Box::new(outer)) }
+        Self { source: Source::Tables { inner, outer: Some(Box::new(outer)) }, intercepts: Vec::new() }
+    }
+
+    /// An address space without tables. Windows are sorted, do not overlap, and end below 2^64 on both sides.
+    #[must_use]
+    pub const fn direct(windows: Vec<Window>) -> Self {
+        Self { source: Source::Direct(windows), intercepts: Vec::new() }
+    }
+
+    /// The same, with addresses that something else serves: requests there are faults of [`Cause::Intercepted`].
+    #[must_use]
+    pub fn with_intercepts(self, intercepts: Vec<Intercept>) -> Self {
+        Self { intercepts, ..self }
     }
 
     /// The tables, first stage first.
     pub fn tables(&self) -> impl Iterator<Item = &Table> {
-        std::iter::once(&self.inner).chain(self.outer.as_deref())
+        let tables = match &self.source {
+            Source::Direct(_) => [None, None],
+            Source::Tables { inner, outer } => [Some(inner), outer.as_deref()],
+        };
+        tables.into_iter().flatten()
     }
 
     /// Whether requests count as privileged whatever they say.
     #[must_use]
     pub fn privileged(&self) -> bool {
-        self.inner.geometry().privileged
+        self.tables().next().is_some_and(|table| table.geometry().privileged)
     }
 
     /// How often the formats were asked anything.
@@ -78,9 +102,10 @@ impl AddressSpace {
     /// # Errors
     /// The format failed.
     pub fn explain(&mut self, stage: u8, step: &Step) -> Result<Vec<Finding>, FormatError> {
-        match (&mut self.outer, stage) {
-            (Some(outer), 2) => outer.explain(step),
-            _ => self.inner.explain(step),
+        match (&mut self.source, stage) {
+            (Source::Direct(_), _) => Ok(Vec::new()),
+            (Source::Tables { outer: Some(outer), .. }, 2) => outer.explain(step),
+            (Source::Tables { inner, .. }, _) => inner.explain(step),
         }
     }
 
@@ -96,12 +121,38 @@ impl AddressSpace {
         budget: &Budget,
         visitor: &mut V,
     ) -> Result<(), WalkError> {
-        let Some(outer) = &mut self.outer else { return self.inner.walk(memory, map, span, budget, visitor) };
-        let intermediate = MemoryMap::everything(64);
-        let outer = Outer::new(outer, memory, map, budget);
-        let mut flatten = Flatten { outer: &outer, visitor };
-        let result = self.inner.walk_stage(1, &outer, &intermediate, span, budget, &mut flatten);
-        outer.finish(result)
+        if self.intercepts.is_empty() {
+            return self.walk_unfiltered(memory, map, span, budget, visitor);
+        }
+        let tables = self.tables().count() as u8;
+        let intercepts = std::mem::take(&mut self.intercepts);
+        // Between two tables there is another place to compare.
+        let rules = [(0, Compared::Iova), (tables.max(1), Compared::Output)];
+        let mut filter = Intercepted { intercepts: &intercepts, rules: &rules, tables, budget, visitor };
+        let result = match &mut self.source {
+            Source::Tables { inner, outer: Some(outer) } => {
+                let between = [(1, Compared::Output)];
+                flatten(inner, outer, memory, map, span, budget, &mut filter, Some((&intercepts, &between)))
+            }
+            _ => self.walk_unfiltered(memory, map, span, budget, &mut filter),
+        };
+        self.intercepts = intercepts;
+        result
+    }
+
+    fn walk_unfiltered<M: EntryMemory + ?Sized, V: Visitor>(
+        &mut self,
+        memory: &M,
+        map: &MemoryMap,
+        span: Span,
+        budget: &Budget,
+        visitor: &mut V,
+    ) -> Result<(), WalkError> {
+        match &mut self.source {
+            Source::Direct(windows) => direct::walk(windows, map, span, budget, visitor),
+            Source::Tables { inner, outer: None } => inner.walk(memory, map, span, budget, visitor),
+            Source::Tables { inner, outer: Some(outer) } => flatten(inner, outer, memory, map, span, budget, visitor, None),
+        }
     }
 
     /// Where an access of one byte at `iova` goes.
@@ -117,18 +168,34 @@ impl AddressSpace {
         budget: &Budget,
     ) -> Result<Result<Translation, Fault>, WalkError> {
         let privileged = self.privileged();
-        let Some((_, canonical)) = self.inner.root(iova) else { return Ok(Err(no_translation(1, iova.0))) };
+        let intercepts = &self.intercepts;
+        let caught = |passed: u8, address: u64| intercepts.iter().any(|intercept| intercept.passed == passed && intercept.matches(address));
+        if caught(0, iova.0) {
+            return Ok(Err(intercepted(1, iova.0)));
+        }
+        let (inner, outer) = match &mut self.source {
+            Source::Direct(windows) => {
+                let mut probe = Probe::new(1, iova.0);
+                direct::walk(windows, map, Span { first: iova.0, last: iova.0 }, budget, &mut probe)?;
+                return Ok(probe.allowed(access, privileged).map(|(address, attributes)| Translation { address: Gpa(address), attributes }));
+            }
+            Source::Tables { inner, outer } => (inner, outer),
+        };
+        let Some((_, canonical)) = inner.root(iova) else { return Ok(Err(no_translation(1, iova.0))) };
         let here = Span { first: canonical.0, last: canonical.0 };
-        let Some(outer) = &mut self.outer else {
+        let Some(outer) = outer else {
             let mut probe = Probe::new(1, iova.0);
-            self.inner.walk(memory, map, here, budget, &mut probe)?;
-            return Ok(probe.allowed(access, privileged).map(|(address, attributes)| Translation { address: Gpa(address), attributes }));
+            inner.walk(memory, map, here, budget, &mut probe)?;
+            return Ok(match probe.allowed(access, privileged) {
+                Ok((address, _)) if caught(1, address) => Err(intercepted(1, address)),
+                allowed => allowed.map(|(address, attributes)| Translation { address: Gpa(address), attributes }),
+            });
         };
         let intermediate = MemoryMap::everything(64);
         let mut probe = Probe::new(1, iova.0);
         {
             let outer = Outer::new(outer, memory, map, budget);
-            let result = self.inner.walk_stage(1, &outer, &intermediate, here, budget, &mut probe);
+            let result = inner.walk_stage(1, &outer, &intermediate, here, budget, &mut probe);
             outer.finish(result)?;
             if let Some(fault) = outer.failed.take() {
                 return Ok(Err(fault));
@@ -138,10 +205,49 @@ impl AddressSpace {
             Ok(found) => found,
             Err(fault) => return Ok(Err(fault)),
         };
+        if caught(1, address) {
+            return Ok(Err(intercepted(2, address)));
+        }
         let mut probe = Probe::new(2, address);
         outer.walk_stage(2, memory, map, Span { first: address, last: address }, budget, &mut probe)?;
-        Ok(probe.allowed(access, true).map(|(address, outer)| Translation { address: Gpa(address), attributes: attributes.through(outer) }))
+        Ok(match probe.allowed(access, true) {
+            Ok((address, _)) if caught(2, address) => Err(intercepted(2, address)),
+            allowed => allowed.map(|(address, outer)| Translation { address: Gpa(address), attributes: attributes.through(outer) }),
+        })
     }
+}
+
+/// Intercepts, and which of them count where.
+type Filter<'a> = (&'a [Intercept], &'a [(u8, Compared)]);
+
+/// Walks two tables as one. `between` is what is compared after the first.
+#[allow(clippy::too_many_arguments)]
+fn flatten<M: EntryMemory + ?Sized, V: Visitor>(
+    inner: &mut Table,
+    outer: &mut Table,
+    memory: &M,
+    map: &MemoryMap,
+    span: Span,
+    budget: &Budget,
+    visitor: &mut V,
+    between: Option<Filter<'_>>,
+) -> Result<(), WalkError> {
+    let intermediate = MemoryMap::everything(64);
+    let outer = Outer::new(outer, memory, map, budget);
+    let mut flatten = Flatten { outer: &outer, visitor };
+    let result = match between {
+        None => inner.walk_stage(1, &outer, &intermediate, span, budget, &mut flatten),
+        Some((intercepts, rules)) => {
+            let mut filter = Intercepted { intercepts, rules, tables: 2, budget, visitor: &mut flatten };
+            inner.walk_stage(1, &outer, &intermediate, span, budget, &mut filter)
+        }
+    };
+    outer.finish(result)
+}
+
+/// The fault of an address that something else serves.
+fn intercepted(stage: u8, address: u64) -> Fault {
+    Fault { stage, cause: Cause::Intercepted, level: None, input: address, address: Some(address), path: Vec::new() }
 }
 
 fn no_translation(stage: u8, input: u64) -> Fault {

@@ -6,10 +6,10 @@
 use std::fmt;
 
 use crate::memory::{Budget, EntryLayout, EntryMemory, Exhausted, MemoryMap, PAGE};
-use crate::table::format::{FaultKind, Finding, Format, FormatError, Meaning};
+use crate::table::format::{FaultKind, Finding, Format, FormatError, Meaning, Missing};
 use crate::table::geometry::{AddressField, Geometry, Nonsense, Root};
 use crate::table::lanes::{Pattern, Scanned, all_within, scan};
-use crate::table::remember::{Judge, JudgeError, Plan, Remembered};
+use crate::table::remember::{Judge, JudgeError, LevelPlan, Plan, Remembered};
 use crate::{Attributes, Gpa, Iova, Span};
 
 /// A table in memory, with the format that explains it and what that format said so far.
@@ -116,6 +116,8 @@ pub enum Cause {
     OutsideMemory,
     /// A page that the memory map promises and that cannot be read.
     Missing,
+    /// Something else than the tables serves this address: an [`Intercept`](crate::table::Intercept).
+    Intercepted,
 }
 
 impl Cause {
@@ -126,6 +128,7 @@ impl Cause {
             Self::Entry(kind) => kind.as_str(),
             Self::OutsideMemory => "outside-memory",
             Self::Missing => "missing-page",
+            Self::Intercepted => "intercepted",
         }
     }
 }
@@ -564,18 +567,13 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
                     self.leaves(index + at as u64, candidates, iova, place, &known, attributes)?
                 }
                 Meaning::Leaf { size_log2, attributes } => {
-                    self.budget.charge_leaves(1)?;
                     self.set_step(index + at as u64, Some(entry));
-                    let address = level.field(known.shape).extract(entry);
-                    let size = size_log2.max(lsb);
-                    // A whole-entry leaf has its size in address bits: they are not address. A leaf above its slot shows the piece under it.
-                    let address = if known.meaning == Meaning::WholeEntry { address & !Span::of_log2(0, size).last } else { address };
-                    if size_log2 < lsb {
-                        self.fault(Cause::Entry(FaultKind::Reserved), part, None)?;
-                    } else {
-                        let offset = part.first & Span::of_log2(0, size).last;
-                        self.leaf(part, address, offset, size, attributes)?;
-                    }
+                    self.single_leaf(level, lsb, &known, entry, part, size_log2, attributes, NOTHING_MISSING)?;
+                    1
+                }
+                Meaning::Part { size_log2, attributes, missing } => {
+                    self.set_step(index + at as u64, Some(entry));
+                    self.single_leaf(level, lsb, &known, entry, part, size_log2, attributes, missing)?;
                     1
                 }
                 Meaning::Table { next, inherited } => {
@@ -591,6 +589,45 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
                 }
                 Meaning::WholeEntry => return Err(Nonsense("the format wants to see a whole entry that it has seen".to_owned()).into()),
             };
+        }
+        Ok(())
+    }
+
+    /// A leaf that is looked at for itself. `part` is what is wanted of its slot, which `2^lsb` bytes are in.
+    #[allow(clippy::too_many_arguments)]
+    fn single_leaf(
+        &mut self,
+        level: &LevelPlan,
+        lsb: u8,
+        known: &Remembered,
+        entry: u64,
+        part: Span,
+        size_log2: u8,
+        attributes: Attributes,
+        missing: Missing,
+    ) -> Result<(), WalkError> {
+        self.budget.charge_leaves(1)?;
+        if size_log2 < lsb {
+            return self.fault(Cause::Entry(FaultKind::Reserved), part, None);
+        }
+        let below = Span::of_log2(0, size_log2).last;
+        let address = level.field(known.shape).extract(entry);
+        // A whole-entry leaf has its size in address bits: they are not address. A leaf above its slot shows the piece under it.
+        let address = if known.meaning == Meaning::WholeEntry { address & !below } else { address };
+        if missing == NOTHING_MISSING {
+            return self.leaf(part, address, part.first & below, size_log2, attributes);
+        }
+        let base = part.first & !below;
+        let Some(shown) = Span::new(base.saturating_add(missing.front.into()), (base | below).saturating_sub(missing.back.into())) else {
+            return self.fault(Cause::Entry(FaultKind::Permission), part, None);
+        };
+        let Some(here) = part.intersection(shown) else { return self.fault(Cause::Entry(FaultKind::Permission), part, None) };
+        if part.first < here.first {
+            self.fault(Cause::Entry(FaultKind::Permission), Span { first: part.first, last: here.first - 1 }, None)?;
+        }
+        self.leaf(here, address, here.first & below, size_log2, attributes)?;
+        if here.last < part.last {
+            self.fault(Cause::Entry(FaultKind::Permission), Span { first: here.last + 1, last: part.last }, None)?;
         }
         Ok(())
     }
@@ -740,6 +777,9 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
         }
     }
 }
+
+/// A leaf that shows all of its bytes.
+const NOTHING_MISSING: Missing = Missing { front: 0, back: 0 };
 
 const fn last_index(last: u16) -> u64 {
     if last == u16::MAX { u64::MAX } else { last as u64 }

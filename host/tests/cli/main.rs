@@ -4,6 +4,7 @@
 mod changes;
 mod errors;
 mod golden;
+mod outcomes;
 mod reports;
 mod streams;
 mod support;

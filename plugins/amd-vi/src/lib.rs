@@ -5,6 +5,7 @@
 //! | `spec` | bit layouts, with the sections of the specification (publication 48882, revision 3.10) |
 //! | [`mod@unit`] | registers, device table and guest CR3 tables |
 //! | [`kernel`] | what a real unit accepts; how the kernel is told |
+//! | `queue` | commands and event log entries |
 //! | [`v1`] | `amd-vi/v1`: host tables, the units' own format |
 //! | [`v2`] | `amd-vi/v2`: guest tables, the processors' format |
 //!
@@ -23,6 +24,7 @@
 //! "no host tables".
 
 pub mod kernel;
+mod queue;
 mod spec;
 pub mod unit;
 pub mod v1;

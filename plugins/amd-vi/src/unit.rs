@@ -10,9 +10,9 @@
 //! | Mode 1 to 6 | the host table, with IR and IW of the entry |
 //! | Mode 0 | no translation, if IR and IW are set; nothing, if both are clear |
 //!
-//! Mode 0 with one of IR and IW alone is a bypass for reads or for writes only. No outcome of the contract says that, and no table does, so the answer is
-//! that this is not supported. The same goes for the exclusion range and for address routing (MARC), which let some addresses by untranslated. A guest table
-//! without a host table takes IR and IW into its own settings.
+//! Mode 0 with one of IR and IW alone is a bypass for reads or for writes only. The exclusion range and address routing (MARC) let some addresses by
+//! untranslated beside a table; no outcome of the contract says that, so the answer is that this is not supported. A guest table without a host table takes IR
+//! and IW into its own settings.
 //!
 //! A request that hardware would refuse is blocked with the event that it would log (section 2.5). Not judged here: interrupt addresses and the other
 //! special ranges at the top of the address space, which do not walk whatever the tables say.
@@ -21,10 +21,14 @@
 //! is so only if CONTROL.GCR3TRPMode says so.
 
 use stagecraft_sdk::bits::words;
-use stagecraft_sdk::{Binding, Blocked, Error, Format, GuestMemory, Offer, Outcome, Registers, Requester, TableConfig, Unit};
+use stagecraft_sdk::{
+    Attributes, Binding, Blocked, Command, Direct, Error, EventRecord, Format, GuestMemory, Offer, Outcome, Registers, Requester, TableConfig, Tag,
+    Translated, Unit, Window,
+};
 
+use crate::queue;
 use crate::spec::device_table::{
-    BYTES, EX, GIOV, GLX, GUEST_PAGING_MODE, GV, HAD, HOST_ROOT, IR, IW, MODE, RESERVED_0, TV, V, WORDS, gcr3, gcr3_root,
+    BYTES, DOMAIN_ID, EX, GIOV, GLX, GUEST_PAGING_MODE, GV, HAD, HOST_ROOT, IR, IW, MODE, RESERVED_0, TV, V, WORDS, gcr3, gcr3_root,
 };
 use crate::spec::registers::{control, devtab, efr, exclusion};
 use crate::v1::{V1, input_bits};
@@ -85,7 +89,13 @@ impl From<Error> for Stop {
 
 fn blocked(event: Event, reason: &str) -> Stop {
     let (name, section) = event.name_and_section();
-    Stop::Blocked(Blocked { event: name.to_owned(), section: section.to_owned(), reason: reason.to_owned() })
+    Stop::Blocked(Blocked::refused(name, section, reason))
+}
+
+/// `Err` if the condition holds, because nothing was set up.
+fn unused_if(condition: bool, event: Event, reason: &str) -> Result<(), Stop> {
+    let (name, section) = event.name_and_section();
+    if condition { Err(Stop::Blocked(Blocked::unused(name, section, reason))) } else { Ok(()) }
 }
 
 /// `Err` if the condition holds.
@@ -95,6 +105,12 @@ fn unless(condition: bool, event: Event, reason: &str) -> Result<(), Stop> {
 
 fn unsupported(what: &str) -> Stop {
     Stop::Error(Error::Unsupported(what.to_owned()))
+}
+
+/// All of guest memory as it is, for reads or for writes only.
+fn one_way(read: bool, write: bool) -> Direct {
+    let attributes = Attributes { read, write, coherent: true, ..Attributes::default() };
+    Direct { windows: vec![Window { first: 0, last: u64::MAX, address: 0, attributes }], intercepts: Vec::new() }
 }
 
 /// A unit that translates.
@@ -151,7 +167,7 @@ impl Hardware {
         let bits = 16 - self.segments.len().trailing_zeros();
         let (segment, index) = (self.segments[(id >> bits) as usize], id & ((1 << bits) - 1));
         let (offset, size) = (index * u64::from(BYTES), (devtab::SIZE.of(segment) + 1) * u64::from(PAGE));
-        unless(offset >= size, Event::IllegalDevTableEntry, "the DeviceID is beyond the device table")?;
+        unused_if(offset >= size, Event::IllegalDevTableEntry, "the DeviceID is beyond the device table")?;
         let address = devtab::BASE.in_place(segment) + offset;
         let read = memory.read(address, BYTES).ok().and_then(|bytes| words(&bytes).try_into().ok());
         read.ok_or_else(|| blocked(Event::DevTabHardwareError, &format!("the device table entry at {address:#x} cannot be read")))
@@ -170,7 +186,7 @@ impl Hardware {
         if self.controls(control::MARC_EN) {
             return Err(unsupported("memory address routing and control (MARC), whose apertures are beside the tables"));
         }
-        unless(entry[0] & TV == 0, Event::IoPageFault, "the translation fields of the device table entry are not valid (TV)")?;
+        unused_if(entry[0] & TV == 0, Event::IoPageFault, "the translation fields of the device table entry are not valid (TV)")?;
         Ok(Some(entry))
     }
 
@@ -205,7 +221,8 @@ impl Hardware {
         let Some(entry) = self.translating_entry(requester.id, memory)? else { return Ok(Outcome::Bypass) };
         let host = self.host_table(&entry)?;
         let (read, write) = (entry[0] & IR != 0, entry[0] & IW != 0);
-        unless(!read && !write, Event::IoPageFault, "the device table entry allows neither reads nor writes (IR, IW)")?;
+        unused_if(!read && !write, Event::IoPageFault, "the device table entry allows neither reads nor writes (IR, IW)")?;
+        let domain = Some(DOMAIN_ID.of(entry[1]) as u32);
         let pasid = match requester.pasid {
             Some(_) if !self.has_guest_tables(&entry) => {
                 return Err(blocked(Event::InvalidDeviceRequest, "the device has no guest tables (GV), and the request has a PASID"));
@@ -214,28 +231,28 @@ impl Hardware {
             None if self.has_guest_tables(&entry) && entry[0] & GIOV != 0 => 0,
             None => {
                 return match host {
-                    Some(host) => Ok(Outcome::Tables(vec![host])),
+                    Some(host) => Ok(Outcome::Tables(Translated::new(vec![host], Tag { domain, space: None }))),
                     None if read && write => Ok(Outcome::Bypass),
-                    None => Err(unsupported("paging mode 0 with one of IR and IW alone: a bypass for reads or for writes only")),
+                    None => Ok(Outcome::Direct(one_way(read, write))),
                 };
             }
         };
         let root = self.guest_root(&entry, pasid, &mut GuestPhysical { memory, host: host.as_ref() })?;
         let guest = self.guest_table(&entry, root, pasid, host.is_some())?;
-        Ok(Outcome::Tables([guest].into_iter().chain(host).collect()))
+        Ok(Outcome::Tables(Translated::new([guest].into_iter().chain(host).collect(), Tag { domain, space: Some(pasid) })))
     }
 
     /// The root of a PASID's guest table, section 2.2.6.
     fn guest_root(&self, entry: &[u64; WORDS], pasid: u32, memory: &mut GuestPhysical<'_>) -> Result<u64, Stop> {
         let levels = self.gcr3_levels(entry)?;
-        unless(pasid >> PASID_BITS[levels - 1] != 0, Event::IoPageFault, "the PASID is beyond the guest CR3 table (GLX)")?;
+        unused_if(pasid >> PASID_BITS[levels - 1] != 0, Event::IoPageFault, "the PASID is beyond the guest CR3 table (GLX)")?;
         let mut table = gcr3_root(entry);
         let mut translated = self.controls(control::GCR3_TRP_MODE);
         for level in (0..levels).rev() {
             let address = table + (u64::from(pasid) >> (9 * level) & (gcr3::ENTRIES - 1)) * 8;
             let unreadable = || blocked(Event::PageTabHardwareError, &format!("the guest CR3 table entry at {address:#x} cannot be read"));
             let next = memory.read(address, 8, translated).ok().and_then(|words| words.first().copied()).ok_or_else(unreadable)?;
-            unless(next & gcr3::V == 0, Event::IoPageFault, "the guest CR3 table entry of the PASID is not valid")?;
+            unused_if(next & gcr3::V == 0, Event::IoPageFault, "the guest CR3 table entry of the PASID is not valid")?;
             unless(next & gcr3::RESERVED != 0, Event::IoPageFault, "the guest CR3 table entry of the PASID has a reserved bit")?;
             table = gcr3::ADDRESS.in_place(next);
             translated = true;
@@ -343,5 +360,13 @@ impl Unit for AmdVi {
 
     fn bind_data(table: &TableConfig, context_address: u64) -> Result<Binding, Error> {
         kernel::bind_data(table, context_address)
+    }
+
+    fn decode_commands(_registers: &Registers, commands: &[u8]) -> Result<Vec<Command>, Error> {
+        queue::decode(commands)
+    }
+
+    fn encode_event(_registers: &Registers, event: &stagecraft_sdk::Event) -> Result<EventRecord, Error> {
+        queue::encode(event)
     }
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use proptest::prelude::*;
 use stagecraft_plugin_amd_vi::{unit::AmdVi, v1::V1, v2::V2};
-use stagecraft_sdk::{Error, Format, GuestMemory, Outcome, Registers, Requester, TableConfig, Unit};
+use stagecraft_sdk::{Direct, Error, Format, GuestMemory, Outcome, Registers, Requester, TableConfig, Tag, Translated, Unit, Window};
 
 /// 64-bit words by address; what was never written reads as zero below `end`, and nothing can be read from there on. What is read through a host table
 /// stands at `OFFSET` above its guest-physical address.
@@ -116,7 +116,7 @@ fn unsupported(given: &[(&str, u64)], memory: &Memory) -> String {
 }
 
 fn settings(outcome: Outcome) -> String {
-    let Outcome::Tables(tables) = outcome else { panic!("no tables: {outcome:?}") };
+    let Outcome::Tables(Translated { tables, .. }) = outcome else { panic!("no tables: {outcome:?}") };
     let one = |table: TableConfig| {
         let list: Vec<_> =
             table.settings.iter().map(|(name, value)| if name == "root" { format!("root={value:#x}") } else { format!("{name}={value}") }).collect();
@@ -167,7 +167,9 @@ fn mode_0_goes_by_the_entrys_permissions() {
     assert_eq!(ask(&[], &entry([VALID | RW, 0, 0]), None), Outcome::Bypass);
     assert_eq!(event(ask(&[], &entry([VALID, 0, 0]), None)), PAGE_FAULT);
     for alone in [IR, IW] {
-        assert!(unsupported(&[], &entry([VALID | alone, 0, 0])).contains("mode 0"));
+        let Outcome::Direct(Direct { windows, intercepts }) = ask(&[], &entry([VALID | alone, 0, 0]), None) else { panic!("not direct") };
+        let [Window { first: 0, last: u64::MAX, address: 0, attributes }] = windows[..] else { panic!("{windows:?}") };
+        assert_eq!((attributes.read, attributes.write, intercepts.len()), (alone == IR, alone == IW, 0));
     }
 }
 
@@ -433,7 +435,10 @@ fn bind_data_is_a_guests_device_table_entry() {
     // the unit under a guest with this entry and this table in memory finds the same table again
     let mut memory = entry([words[0], words[1], words[2]]);
     memory.words.extend((0..512).map(|slot| (GCR3 + slot * 8, context[slot as usize])));
-    assert_eq!(ask(&[], &memory, None), Outcome::Tables(vec![TableConfig::new("amd-vi/v2", &good)]));
+    assert_eq!(
+        ask(&[], &memory, None),
+        Outcome::Tables(Translated::new(vec![TableConfig::new("amd-vi/v2", &good)], Tag { domain: Some(0), space: Some(0) }))
+    );
 
     let refused = |name: &str, value| {
         let mut settings: BTreeMap<&str, u64> = good.into_iter().collect();
@@ -501,7 +506,7 @@ proptest! {
         let outcome = AmdVi::lookup(&registers(&given), Requester { id, pasid }, &mut memory);
         prop_assert!(memory.reads <= 4);
         match outcome {
-            Ok(Outcome::Tables(tables)) => {
+            Ok(Outcome::Tables(Translated { tables, .. })) => {
                 prop_assert!(!tables.is_empty() && tables.len() <= 2);
                 for table in tables {
                     // what lookup answers can be opened

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 use stagecraft_plugin_amd_vi::{unit::AmdVi, v1::V1, v2::V2};
 use stagecraft_sdk::bits::mask;
-use stagecraft_sdk::{Attributes, Error, Format, Geometry, GuestMemory, Meaning, Outcome, Registers, Requester, TableConfig, Unit};
+use stagecraft_sdk::{Attributes, Error, Format, Geometry, GuestMemory, Meaning, Outcome, Registers, Requester, TableConfig, Translated, Unit};
 
 #[derive(Clone)]
 struct Pages(HashMap<u64, Vec<u8>>);
@@ -130,7 +130,7 @@ impl Guest {
     }
 
     fn pieces(&mut self, id: u64) -> Vec<Piece> {
-        let Outcome::Tables(tables) = self.lookup(id) else { panic!("{id:#x}") };
+        let Outcome::Tables(Translated { tables, .. }) = self.lookup(id) else { panic!("{id:#x}") };
         assert_eq!(tables.len(), 1);
         match tables[0].format.as_str() {
             V1::NAME => pieces::<V1>(&tables[0], &mut self.pages),

@@ -2,13 +2,13 @@
 //!
 //! * Permissions are inverted: an entry that says nothing allows everything. A leaf may be written and not read.
 //! * DART1 has its address in place (bits 35:12), DART2 shifted right by four (bits 37:10 are address bits 41:14).
-//! * A leaf may be cut to a range of its page, in units of a 4,096th of a page. Such a leaf is not one of the contract's, whose leaves fill their slots, so it
-//!   faults here: less passes than would, never more. DART1 can turn the range off; drivers do so, and write whole ranges besides.
+//! * A leaf may be cut to a range of its page, in units of a 4,096th of a page; requests outside fault. DART1 can turn the range off; drivers do so, and
+//!   write whole ranges besides. A range whose end lies before its beginning leaves nothing, and faults as a whole.
 //! * Leaves are in the last level only.
 
 use stagecraft_sdk::bits::mask;
 use stagecraft_sdk::{
-    Attributes, Encoded, Error, FaultKind, Findings, Format, Kind, Level, Mark, MemoryType, Need, Next, Root, Segment, Settings, Shape,
+    Attributes, Encoded, Error, FaultKind, Findings, Format, Kind, Level, Mark, MemoryType, Missing, Need, Next, Root, Segment, Settings, Shape,
 };
 
 use crate::spec::entry::{ADDRESS_1, ADDRESS_2, FIRST, LAST, NO_CACHE_2, NO_READ_1, NO_READ_2, NO_WRITE_1, NO_WRITE_2, VALID, WHOLE_PAGE_1};
@@ -18,6 +18,9 @@ const TABLES: &str = "Linux, Apple DART page tables";
 pub(crate) const NAMES: &[&str] = &["granule", "levels", "input-bits", "output-bits", "root", "root-1", "root-2", "root-3"];
 /// The settings that hold roots.
 pub(crate) const ROOTS: [&str; 4] = ["root", "root-1", "root-2", "root-3"];
+
+/// Units of a page, by which a part of it is named.
+const UNITS: u32 = 4096;
 
 /// `apple-dart/dart1`.
 pub type Dart1 = Dart<1>;
@@ -147,10 +150,11 @@ impl<const VERSION: u8> Format for Dart<VERSION> {
             Kind::Absent => {}
             Kind::Table => findings.should_be_zero(pattern, !VALID, TABLES, ignored),
             Kind::Leaf => {
-                let whole = FIRST.of(pattern) == 0 && LAST.of(pattern) == LAST.of(u64::MAX);
-                if level == 0 && Self::has_range(pattern) && !whole {
-                    let reason = "only a part of the page may be used: such a leaf is not supported, none of it is mapped";
-                    findings.error(FaultKind::Reserved, FIRST.mask() | LAST.mask(), TABLES, reason);
+                if Self::has_range(pattern) && FIRST.of(pattern) > LAST.of(pattern) {
+                    let reason = "the part of the page that may be used ends before it begins";
+                    findings.error(FaultKind::Permission, FIRST.mask() | LAST.mask(), TABLES, reason);
+                } else if self.missing(level, pattern).is_some() {
+                    findings.info(FIRST.mask() | LAST.mask(), TABLES, "only a part of the page may be used");
                 }
                 let flags = if Self::FIRST_VERSION { WHOLE_PAGE_1 } else { NO_CACHE_2 };
                 let known = VALID | Self::NO_READ | Self::NO_WRITE | flags | FIRST.mask() | LAST.mask();
@@ -167,6 +171,17 @@ impl<const VERSION: u8> Format for Dart<VERSION> {
     fn leaf_size_log2(&self, level: u8, pattern: u64) -> u8 {
         let _ = pattern;
         self.slot_log2(level)
+    }
+
+    fn missing(&self, level: u8, pattern: u64) -> Option<Missing> {
+        let (first, last) = (FIRST.of(pattern) as u32, LAST.of(pattern) as u32);
+        let whole = first == 0 && last == UNITS - 1;
+        if level != 0 || !Self::has_range(pattern) || whole {
+            return None;
+        }
+        // Checked: the part does not end before it begins.
+        let unit = (1_u32 << self.granule_log2) / UNITS;
+        Some(Missing { front: first * unit, back: (UNITS - 1 - last) * unit })
     }
 
     fn attributes(&self, level: u8, inherited: u64, pattern: u64) -> Attributes {
@@ -215,7 +230,6 @@ mod tests {
         Meaning::Leaf { size_log2: 14, attributes: Attributes { read, write, coherent, ..Attributes::default() } }
     }
 
-    const RESERVED: Meaning = Meaning::Fault(FaultKind::Reserved);
     /// What Linux writes for a page that may be read and written.
     const PAGE_1: u64 = 0x000f_ff00_0000_0003;
     const PAGE_2: u64 = 0x000f_ff00_0000_0001;
@@ -238,24 +252,38 @@ mod tests {
                 1 => leaf(true, true, false),
                 2 => leaf(true, false, true),
                 3 => leaf(false, true, true),
-                40..64 => RESERVED,
+                // The last unit is not the page's last any more, the first one not its first.
+                40..52 => part(0, 1 << (bit - 40)),
+                52..64 => part(1 << (bit - 52), 0),
                 _ => leaf(true, true, true),
             };
             assert_eq!(two.decode(0, 0, PAGE_2 ^ 1 << bit), expected, "DART2 bit {bit}");
         }
     }
 
+    /// A page of 16 KiB that may be read and written, without so many units at its beginning and its end.
+    fn part(front: u32, back: u32) -> Meaning {
+        let attributes = Attributes { read: true, write: true, coherent: true, ..Attributes::default() };
+        Meaning::Part { size_log2: 14, attributes, missing: Missing { front: 4 * front, back: 4 * back } }
+    }
+
     #[test]
-    fn a_part_of_a_page_is_no_leaf_unless_the_range_is_off() {
+    fn a_part_of_a_page_is_named_in_units_unless_the_range_is_off() {
         let (one, two) = (open::<1>(&[]), open::<2>(&[]));
-        for (first, last) in [(1, 0xfff), (0, 0xffe), (0x400, 0x7ff), (0, 0), (0xfff, 0)] {
+        for (first, last) in [(1, 0xfff), (0, 0xffe), (0x400, 0x7ff), (0, 0), (0xfff, 0xfff)] {
             let range = FIRST.put(first) | LAST.put(last);
-            assert_eq!(one.decode(0, 0, VALID | range), RESERVED);
+            let part = part(first as u32, 0xfff - last as u32);
+            assert_eq!(one.decode(0, 0, VALID | range), part);
             assert_eq!(one.decode(0, 0, VALID | WHOLE_PAGE_1 | range), leaf(true, true, true));
-            assert_eq!(two.decode(0, 0, VALID | range), RESERVED);
-            assert_eq!(two.decode(0, 0, VALID | NO_CACHE_2 | range), RESERVED);
+            assert_eq!(two.decode(0, 0, VALID | range), part);
+            assert_eq!(two.explain(0, 0, VALID | range)[0].severity, Severity::Info);
         }
         assert_eq!(one.decode(0, 0, VALID | LAST.mask()), leaf(true, true, true));
+        let nothing = FIRST.put(0x400) | LAST.put(0x3ff);
+        assert_eq!(two.decode(0, 0, VALID | nothing), Meaning::Fault(FaultKind::Permission));
+        // Pages of 4 KiB have units of one byte.
+        let Meaning::Part { missing, .. } = open::<1>(&[("granule", 4096)]).decode(0, 0, VALID | FIRST.put(1) | LAST.put(1)) else { panic!() };
+        assert_eq!(missing, Missing { front: 1, back: 0xffe });
     }
 
     #[test]

@@ -3,7 +3,7 @@
 
 use proptest::prelude::*;
 use stagecraft_plugin_apple_dart::unit::AppleDart;
-use stagecraft_sdk::{Error, GuestMemory, Outcome, Requester, TableConfig, Unit};
+use stagecraft_sdk::{BlockKind, Error, GuestMemory, Outcome, Registers, Requester, TableConfig, Translated, Unit};
 
 struct NoMemory;
 
@@ -17,14 +17,18 @@ impl GuestMemory for NoMemory {
     }
 }
 
+fn ask_of(unit: &str, registers: &[(&str, u64)]) -> Result<Outcome, Error> {
+    let registers: Registers = registers.iter().map(|&(name, value)| (name.to_owned(), value)).collect();
+    AppleDart::lookup(&registers.of_unit(unit), Requester { id: 0xa, pasid: None }, &mut NoMemory)
+}
+
 fn ask(registers: &[(&str, u64)]) -> Result<Outcome, Error> {
-    let registers = registers.iter().map(|&(name, value)| (name.to_owned(), value)).collect();
-    AppleDart::lookup(&registers, Requester { id: 0xa, pasid: None }, &mut NoMemory)
+    ask_of("apple-dart", registers)
 }
 
 fn text(outcome: Result<Outcome, Error>) -> String {
     match outcome {
-        Ok(Outcome::Tables(tables)) => {
+        Ok(Outcome::Tables(Translated { tables, .. })) => {
             let settings = tables[0].settings.iter().map(|(name, value)| format!(" {name}={value:#x}")).collect::<String>();
             tables[0].format.clone() + &settings
         }
@@ -60,6 +64,29 @@ fn t8110_has_one_root_and_says_its_widths() {
     assert_eq!(with(2), "Ok(Bypass)");
     assert_eq!([with(0), with(3)], ["NO_TTBR", "NO_TTBR"]);
     assert!(with(0x81).contains("Unsupported"));
+}
+
+#[test]
+fn the_kind_of_unit_says_which_registers_and_tables_there_are() {
+    let ttbr = ("TTBR_a_2", 1 << 31 | 0x100_0000_4000_u64 >> 12);
+    let with = |unit, tcr, more: &[(&str, u64)]| text(ask_of(unit, &[&[("TCR_a", tcr), PAGES_16K, ttbr], more].concat()));
+    assert_eq!(with("apple-dart-t6000", 0x80, &[]), "apple-dart/dart2 granule=0x4000 root-2=0x10000004000");
+    assert_eq!(with("apple-dart-t8020", 0x80, &[]), "apple-dart/dart1 granule=0x4000 root-2=0x10000004000");
+    // Registers of another kind say nothing.
+    assert_eq!(with("apple-dart-t6000", 0x80, &[PARAMS3]), "apple-dart/dart2 granule=0x4000 root-2=0x10000004000");
+    assert_eq!(with("apple-dart-t8020", 0x80, &[PARAMS3]), "apple-dart/dart1 granule=0x4000 root-2=0x10000004000");
+    assert_eq!(with("apple-dart-t6000", 0x100, &[]), "Ok(Bypass)");
+    assert_eq!(with("apple-dart-t8110", 1, &[]), "invalid PARAMS3");
+    assert_eq!(with("apple-dart-t8110", 2, &[]), "Ok(Bypass)");
+}
+
+#[test]
+fn a_stream_that_nobody_set_up_is_unused() {
+    let kind = |tcr| match ask(&[("TCR_a", tcr), PAGES_16K]) {
+        Ok(Outcome::Blocked(blocked)) => blocked.kind,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!([kind(0), kind(0x180), kind(0x80)], [BlockKind::Unused, BlockKind::Refused, BlockKind::Refused]);
 }
 
 #[test]

@@ -6,7 +6,7 @@ use crate::Stage1;
 use crate::spec::registers::{address_size, idr0, idr3, l1cd};
 use crate::spec::{Slot, Words, cd, ste};
 use crate::stage1::LINUX_MAIR;
-use crate::stream::{Features, Stop, Stream, blocked, read_failed, refused, structure, unsupported};
+use crate::stream::{Features, Stop, Stream, blocked, read_failed, refused, structure, unsupported, unused};
 use crate::vmsa::{Granule, align_down, root_alignment};
 
 /// Bytes that one read may have.
@@ -55,9 +55,9 @@ impl<'a> Contexts<'a> {
                 2 => Ok(Some(0)),
                 _ => blocked("F_STREAM_DISABLED", "IHI 0070 section 5.2, S1DSS", "requests without SubstreamID are refused"),
             },
-            Some(_) if self.max == 0 => blocked("C_BAD_SUBSTREAMID", "IHI 0070 section 5.2, S1CDMax", "substreams are disabled"),
+            Some(_) if self.max == 0 => unused("C_BAD_SUBSTREAMID", "IHI 0070 section 5.2, S1CDMax", "substreams are disabled"),
             Some(pasid) if u64::from(pasid) >> self.max != 0 => {
-                blocked("C_BAD_SUBSTREAMID", "IHI 0070 section 5.2, S1CDMax", "the SubstreamID lies outside the context descriptor table")
+                unused("C_BAD_SUBSTREAMID", "IHI 0070 section 5.2, S1CDMax", "the SubstreamID lies outside the context descriptor table")
             }
             Some(0) if self.zero_is_taken() => {
                 blocked("F_STREAM_DISABLED", "IHI 0070 section 5.2, S1DSS", "substream 0 is for requests without SubstreamID")
@@ -87,7 +87,7 @@ impl<'a> Contexts<'a> {
     fn leaf_table(&self, descriptor: u64, leaf: u8) -> Result<u64, Stop> {
         let bad = |reason: &str| blocked("C_BAD_SUBSTREAMID", "IHI 0070 section 5.3", reason);
         if l1cd::V.of(descriptor) == 0 {
-            return bad("the level 1 context descriptor is not valid");
+            return unused("C_BAD_SUBSTREAMID", "IHI 0070 section 5.3", "the level 1 context descriptor is not valid");
         }
         let address = align_down(l1cd::L2PTR.in_place(descriptor), leaf + 6);
         let limit = if self.stream.stage2.is_some() { self.features.intermediate_bits() } else { self.features.output_bits() };
@@ -251,7 +251,7 @@ impl RangeSlots {
 fn check(words: &Words, entry: &Words, features: &Features, stream: &Stream, off: (bool, bool)) -> Result<(), Stop> {
     let bad = |section: &str, reason: &str| blocked("C_BAD_CD", &format!("IHI 0070 section 5.4, {section}"), reason);
     if !cd::V.is_set(words) {
-        return bad("V", "the context descriptor is not valid");
+        return unused("C_BAD_CD", "IHI 0070 section 5.4, V", "the context descriptor is not valid");
     }
     if features.idr0(idr0::TERM_MODEL) != 0 && !cd::A.is_set(words) {
         return bad("A", "faults always abort: A must be 1");
@@ -304,7 +304,7 @@ pub(crate) fn config(words: &Words, entry: &Words, features: &Features, stream: 
     let low = if off_low { None } else { Some(LOW.size(words, features)?) };
     let high = if off_high { None } else { Some(HIGH.size(words, features)?) };
     let Some(any) = low.as_ref().or(high.as_ref()) else {
-        return blocked("F_TRANSLATION", "IHI 0070 section 5.4.1.1", "both ranges are disabled: every address faults");
+        return unused("F_TRANSLATION", "IHI 0070 section 5.4.1.1", "both ranges are disabled: every address faults");
     };
     let pan = !stream.single_privilege && cd::PAN.is_set(words);
     if pan && stream.privileged && features.has3(idr3::EPAN) && cd::EPAN.is_set(words) {

@@ -8,6 +8,7 @@
 //! | `stream` | registers to stream table entry |
 //! | `context` | stream table entry to context descriptor |
 //! | `kernel` | the same facts as Linux passes them |
+//! | `queue` | commands and event records |
 //! | [`Smmuv3`] | all of that put together |
 //!
 //! What the architecture has and this plugin does not: AArch32 (LPAE) and 128-bit tables, permission indirection and overlays, the attribute index
@@ -18,6 +19,7 @@
 
 mod context;
 mod kernel;
+mod queue;
 mod spec;
 mod stage1;
 mod stage2;

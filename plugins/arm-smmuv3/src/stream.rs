@@ -28,7 +28,12 @@ impl From<Error> for Stop {
 
 /// The hardware refuses the request.
 pub(crate) fn blocked<T>(event: &str, section: &str, reason: &str) -> Result<T, Stop> {
-    Err(Stop::Blocked(Blocked { event: event.to_owned(), section: section.to_owned(), reason: reason.to_owned() }))
+    Err(Stop::Blocked(Blocked::refused(event, section, reason)))
+}
+
+/// The same where nothing was set up for the requester.
+pub(crate) fn unused<T>(event: &str, section: &str, reason: &str) -> Result<T, Stop> {
+    Err(Stop::Blocked(Blocked::unused(event, section, reason)))
 }
 
 /// A feature that this plugin does not have.
@@ -155,7 +160,7 @@ pub(crate) fn find(registers: &Registers, features: &Features, id: u64, memory: 
     let log2size = strtab_base_cfg::LOG2SIZE.of(cfg) as u8;
     let range = u64::from(log2size).min(idr1::SIDSIZE.of(features.idr1)).min(32);
     if id >> range != 0 {
-        return blocked("C_BAD_STREAMID", "IHI 0070 section 6.3.25", "the StreamID lies outside the stream table");
+        return unused("C_BAD_STREAMID", "IHI 0070 section 6.3.25", "the StreamID lies outside the stream table");
     }
     let two_levels = features.idr0(idr0::ST_LEVEL) != 0 && strtab_base_cfg::FMT.of(cfg) == 1;
     let address = if two_levels {
@@ -180,14 +185,14 @@ fn second_level(bytes: &[u8], split: u8, id: u64) -> Result<u64, Stop> {
     let span = l1std::SPAN.of(descriptor) as u8;
     let section = "IHI 0070 section 5.1";
     if span == 0 || span > 11 {
-        return blocked("C_BAD_STREAMID", section, "the level 1 stream table descriptor is invalid");
+        return unused("C_BAD_STREAMID", section, "the level 1 stream table descriptor is invalid");
     }
     if span > split + 1 {
         return blocked("C_BAD_STREAMID", section, "the span of the level 1 stream table descriptor exceeds the split point");
     }
     let index = id & ((1 << split) - 1);
     if index >> (span - 1) != 0 {
-        return blocked("C_BAD_STREAMID", section, "the StreamID lies outside the span of its level 1 stream table descriptor");
+        return unused("C_BAD_STREAMID", section, "the StreamID lies outside the span of its level 1 stream table descriptor");
     }
     Ok(align_down(l1std::L2PTR.in_place(descriptor), 6 + (span - 1)) + index * 64)
 }
@@ -203,6 +208,8 @@ pub(crate) struct Stream {
     pub(crate) single_privilege: bool,
     /// PRIVCFG says that requests are privileged.
     pub(crate) privileged: bool,
+    /// Its translations belong to this VMID.
+    pub(crate) vmid: Option<u32>,
 }
 
 impl Stream {
@@ -210,11 +217,11 @@ impl Stream {
     pub(crate) fn new(words: &Words, features: &Features) -> Result<Self, Stop> {
         let bad = |section: &str, reason: &str| blocked("C_BAD_STE", &format!("IHI 0070 section 5.2, {section}"), reason);
         if !ste::V.is_set(words) {
-            return bad("V", "the stream table entry is not valid");
+            return unused("C_BAD_STE", "IHI 0070 section 5.2, V", "the stream table entry is not valid");
         }
         let config = ste::CONFIG.of(words);
         if config & 0b100 == 0 {
-            return blocked("ABORT", "IHI 0070 section 5.2, Config", "the stream is disabled; no event is recorded");
+            return unused("ABORT", "IHI 0070 section 5.2, Config", "the stream is disabled; no event is recorded");
         }
         let (stage1, stage2) = (config & 1 != 0, config & 2 != 0);
         if stage1 && features.idr0(idr0::S1P) == 0 {
@@ -247,7 +254,8 @@ impl Stream {
         }
         let stage2 = if stage2 { Some(stage2_config(words, features)?) } else { None };
         let privileged = features.permissions_can_be_overridden() && ste::PRIVCFG.of(words) == 3;
-        Ok(Self { stage1, stage2, single_privilege: strw == 2 && !features.e2h, privileged })
+        let vmid = vmid_counts.then(|| ste::S2VMID.of(words) as u32);
+        Ok(Self { stage1, stage2, single_privilege: strw == 2 && !features.e2h, privileged, vmid })
     }
 
     fn check_stage1(words: &Words, features: &Features, stage2: bool) -> Result<(), Stop> {

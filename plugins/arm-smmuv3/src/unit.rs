@@ -7,11 +7,15 @@
 //! stream table (linear, two levels) -> stream table entry (STE) -> stage 2 table
 //! ```
 
-use stagecraft_sdk::{Binding, Error, GuestMemory, Offer, Outcome, Registers, Requester, TableConfig, Unit};
+use stagecraft_sdk::{
+    Binding, Command, Error, Event, EventRecord, GuestMemory, Offer, Outcome, Registers, Requester, TableConfig, Tag, Translated, Unit,
+};
 
 use crate::context::{self, Contexts};
+use crate::queue::{self, Commands};
+use crate::spec::cd;
 use crate::spec::registers::{cr0, gbpa};
-use crate::stream::{self, Features, Stop, Stream, blocked};
+use crate::stream::{self, Features, Stop, Stream, blocked, unused};
 
 /// An Arm SMMUv3, Non-secure streams.
 #[derive(Clone, Copy, Debug)]
@@ -20,7 +24,7 @@ pub struct Smmuv3;
 fn translate(registers: &Registers, requester: Requester, memory: &mut dyn GuestMemory) -> Result<Outcome, Stop> {
     if cr0::SMMUEN.of(registers.need("CR0")?) == 0 {
         if gbpa::ABORT.of(registers.get("GBPA").unwrap_or(0)) != 0 {
-            return blocked("ABORT", "IHI 0070 section 6.3.14", "the SMMU is disabled and GBPA refuses everything; no event is recorded");
+            return unused("ABORT", "IHI 0070 section 6.3.14", "the SMMU is disabled and GBPA refuses everything; no event is recorded");
         }
         return Ok(Outcome::Bypass);
     }
@@ -32,14 +36,17 @@ fn translate(registers: &Registers, requester: Requester, memory: &mut dyn Guest
     }
     let contexts = Contexts::new(&entry, &features, &stream);
     let mut tables: Vec<TableConfig> = Vec::new();
+    let mut tag = Tag { domain: stream.vmid, space: None };
     if stream.stage1
         && let Some(index) = contexts.select(requester.pasid)?
     {
         let words = contexts.find(index, memory)?;
         tables.push(context::config(&words, &entry, &features, &stream)?);
+        // In EL2, where there is one privilege level, translations have no ASID.
+        tag.space = (!stream.single_privilege).then(|| cd::ASID.of(&words) as u32);
     }
     tables.extend(stream.stage2);
-    Ok(if tables.is_empty() { Outcome::Bypass } else { Outcome::Tables(tables) })
+    Ok(if tables.is_empty() { Outcome::Bypass } else { Outcome::Tables(Translated::new(tables, tag)) })
 }
 
 fn list(registers: &Registers, id: u64, memory: &mut dyn GuestMemory) -> Result<Vec<u32>, Stop> {
@@ -75,5 +82,13 @@ impl Unit for Smmuv3 {
 
     fn bind_data(table: &TableConfig, context_address: u64) -> Result<Binding, Error> {
         crate::kernel::bind_data(table, context_address)
+    }
+
+    fn decode_commands(registers: &Registers, commands: &[u8]) -> Result<Vec<Command>, Error> {
+        Commands::new(registers)?.decode(commands)
+    }
+
+    fn encode_event(_registers: &Registers, event: &Event) -> Result<EventRecord, Error> {
+        queue::encode(event)
     }
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use common::{Guest, leaves, walk};
 use stagecraft_plugin_arm_smmuv3::{Smmuv3, Stage1, Stage2};
-use stagecraft_sdk::{Format, Outcome, Registers, Requester, TableConfig, Unit};
+use stagecraft_sdk::{Format, Outcome, Registers, Requester, TableConfig, Translated, Unit};
 
 /// The value of `"key": ...` in a line of these files.
 fn field<'a>(line: &'a str, key: &str) -> Option<&'a str> {
@@ -54,7 +54,7 @@ fn load(folder: &Path) -> (Registers, Guest) {
 
 fn table(registers: &Registers, guest: &mut Guest, id: u64) -> TableConfig {
     match Smmuv3::lookup(registers, Requester { id, pasid: None }, guest).unwrap() {
-        Outcome::Tables(mut tables) if tables.len() == 1 => tables.remove(0),
+        Outcome::Tables(Translated { mut tables, .. }) if tables.len() == 1 => tables.remove(0),
         other => panic!("{id:#x}: {other:?}"),
     }
 }

@@ -502,7 +502,7 @@ proptest! {
         match format.decode(level, inherited, entry) {
             Meaning::Fault(_) => prop_assert!(errors),
             Meaning::Table { next, .. } => prop_assert!(usize::from(next.level) < format.levels().len()),
-            Meaning::WholeEntry => prop_assert!(false),
+            Meaning::Part { .. } | Meaning::WholeEntry => prop_assert!(false),
             Meaning::Absent | Meaning::Leaf { .. } => prop_assert!(!errors),
         }
         let _ = format.encode_leaf(level, (entry & 0xff) as u8, Attributes::unpack(entry));

@@ -246,7 +246,7 @@ proptest! {
         match format.decode(level, entry, entry) {
             Meaning::Fault(_) => prop_assert!(errors),
             Meaning::Table { next, .. } => prop_assert!(usize::from(next.level) < format.levels().len()),
-            Meaning::WholeEntry => prop_assert!(false),
+            Meaning::Part { .. } | Meaning::WholeEntry => prop_assert!(false),
             Meaning::Absent | Meaning::Leaf { .. } => prop_assert!(!errors),
         }
     }

@@ -6,7 +6,7 @@ mod common;
 use common::{Guest, registers, settings};
 use proptest::prelude::*;
 use stagecraft_plugin_arm_smmuv3::{Smmuv3, Stage1, Stage2};
-use stagecraft_sdk::{Error, Format, Outcome, Registers, Requester, Settings, TableConfig, Unit};
+use stagecraft_sdk::{Error, Format, Outcome, Registers, Requester, Settings, TableConfig, Translated, Unit};
 
 /// Stages 1 and 2, AArch64, HTTU with dirty marks, hypervisor contexts, ATS, 16-bit ids, two-level tables, everything configurable.
 const IDR0: u64 = 0b11 | 2 << 2 | 2 << 6 | 1 << 9 | 1 << 10 | 1 << 12 | 1 << 18 | 1 << 19 | 1 << 27;
@@ -91,7 +91,7 @@ impl Case {
 
     fn tables(self) -> Vec<TableConfig> {
         match self.lookup() {
-            Ok(Outcome::Tables(tables)) => tables,
+            Ok(Outcome::Tables(Translated { tables, .. })) => tables,
             other => panic!("{other:?}"),
         }
     }
@@ -171,7 +171,7 @@ fn two_level_stream_tables() {
         match Smmuv3::lookup(&case.registers(), Requester { id, pasid: None }, &mut case.guest).unwrap() {
             Outcome::Bypass => "bypass".to_owned(),
             Outcome::Blocked(blocked) => blocked.event,
-            other @ Outcome::Tables(_) => panic!("{other:?}"),
+            other => panic!("{other:?}"),
         }
     };
     assert_eq!(make(8, 0x1234, entries | 9), "bypass");
@@ -498,7 +498,7 @@ fn stage_2_start_levels() {
         let word2 = S2[0] & !(0xffff << 32 | 7 << 48) | (64 - bits) << 32 | sl0 << 38 | 3 << 44 | tg << 46 | 6 << 48;
         let case = case([0xd, 0, word2, TABLE | more]).set("IDR3", IDR3 | idr3).set("IDR5", idr5);
         match case.lookup() {
-            Ok(Outcome::Tables(tables)) => Some(Stage2::open(&tables[0].settings).unwrap().levels()[0].number),
+            Ok(Outcome::Tables(Translated { tables, .. })) => Some(Stage2::open(&tables[0].settings).unwrap().levels()[0].number),
             Ok(Outcome::Blocked(blocked)) if blocked.event == "C_BAD_STE" => None,
             other => panic!("{other:?}"),
         }
@@ -696,7 +696,7 @@ proptest! {
         }
         case.place();
         let registers = case.registers();
-        if let Ok(Outcome::Tables(tables)) = Smmuv3::lookup(&registers, Requester { id: 5, pasid }, &mut case.guest) {
+        if let Ok(Outcome::Tables(Translated { tables, .. })) = Smmuv3::lookup(&registers, Requester { id: 5, pasid }, &mut case.guest) {
             for table in tables {
                 let opened = if table.format == Stage1::NAME { Stage1::open(&table.settings).map(|f| f.geometry()) } else { Stage2::open(&table.settings).map(|f| f.geometry()) };
                 prop_assert!(opened.is_ok(), "{:?} {:?}", opened, table);

@@ -1,7 +1,8 @@
 //! `arm-v7s/short`: 32-bit addresses, 4-byte entries, two levels.
 //!
 //! * First-level entries cover 1 MiB: a table of 256 small pages, a section, or a sixteenth of a supersection. Second-level entries cover 4 KiB: a small
-//!   page, or a sixteenth of a large one. Each of the sixteen entries says the whole leaf's address.
+//!   page, or a sixteenth of a large one. Each of the sixteen entries says the whole leaf's address. Supersections alone may have 40 bits of address
+//!   (`output-bits`); where the unit has less, an address beyond is an address-size fault.
 //! * TTBCR.N (`split`) cuts the input range in two. The low range's table is as short as the range, the high range's is whole though
 //!   its beginning is never used.
 //! * First-level entries belong to one of 16 domains: no access, permissions count, or they do not. A domain without access faults at the first level.
@@ -23,8 +24,20 @@ const ACCESS: &str = "DDI 0406 section B3.7.1";
 const DOMAINS: &str = "DDI 0406 section B3.7.3";
 const MEMORY: &str = "DDI 0406 section B3.8";
 
-pub(crate) const NAMES: &[&str] =
-    &["split", "root", "root-high", "access-flag", "tex-remap", "prrr", "nmrr", "domains", "execute-never-privileged", "supersections", "privileged"];
+pub(crate) const NAMES: &[&str] = &[
+    "split",
+    "root",
+    "root-high",
+    "access-flag",
+    "tex-remap",
+    "prrr",
+    "nmrr",
+    "domains",
+    "execute-never-privileged",
+    "supersections",
+    "output-bits",
+    "privileged",
+];
 
 /// Type 1 device, 4 and 7 normal; memory with S set is shareable.
 pub(crate) const LINUX_PRRR: u64 = 0x8008_8204;
@@ -65,6 +78,7 @@ pub struct Short {
     domains: u64,
     pxn: bool,
     supersections: bool,
+    output_bits: u8,
     privileged: bool,
 }
 
@@ -148,6 +162,7 @@ impl Format for Short {
             domains: settings.within("domains", ALL_CLIENTS, 0, 0xffff_ffff, DOMAINS)?,
             pxn: settings.flag("execute-never-privileged", false)?,
             supersections: settings.flag("supersections", true)?,
+            output_bits: settings.within("output-bits", 32, 32, 40, ENTRIES)? as u8,
             privileged: settings.flag("privileged", false)?,
         };
         for (name, root, size) in [("root", format.low, 0x4000 >> format.split), ("root-high", format.high, 0x4000)] {
@@ -180,11 +195,17 @@ impl Format for Short {
             dirty: Mark::default(),
         };
         let first_level = |index_bits| {
-            let shapes = vec![
+            let mut shapes = vec![
                 shape(first::SECTION, first::SECTION, first::ADDRESS),
                 // Tables, and what is left of them in absent entries.
                 shape(first::SECTION, 0, first::TABLE_ADDRESS),
             ];
+            if self.supersections {
+                let moved = |(high, low), lsb| Segment::moved(high, low, lsb);
+                let mut supersection = shape(first::SECTION | first::SUPERSECTION, first::SECTION | first::SUPERSECTION, first::SUPERSECTION_ADDRESS);
+                supersection.address.extend([moved(first::ADDRESS_35_32, 32), moved(first::ADDRESS_39_36, 36)]);
+                shapes.insert(0, supersection);
+            }
             let supersections = if self.supersections { 1 << SUPERSECTION_LOG2 } else { 0 };
             level(1, SECTION_LOG2, index_bits, shapes, 1 << SECTION_LOG2 | supersections)
         };
@@ -224,7 +245,7 @@ impl Format for Short {
     }
 
     fn output_bits(&self) -> u8 {
-        32
+        self.output_bits
     }
 
     fn entry_bytes(&self) -> u8 {
@@ -260,13 +281,8 @@ impl Format for Short {
             if !self.pxn {
                 findings.reserved(pattern, first::PXN, ENTRIES, "entries of type 3 are reserved where there is no PXN");
             }
-            if pattern & first::SUPERSECTION != 0 {
-                if self.supersections {
-                    let reason = "a supersection beyond 32 bits is not supported";
-                    findings.reserved(pattern, first::DOMAIN.mask(), ENTRIES, reason);
-                } else {
-                    findings.reserved(pattern, first::SUPERSECTION, ENTRIES, "there are no supersections here");
-                }
+            if !self.supersections {
+                findings.reserved(pattern, first::SUPERSECTION, ENTRIES, "there are no supersections here");
             }
         } else if TYPE.of(pattern) == second::LARGE {
             findings.should_be_zero(pattern, second::LARGE_UNUSED, ENTRIES, "these bits should be zero");
@@ -510,7 +526,7 @@ mod tests {
         assert_eq!(format.decode(SECOND, NO_CHECKS, SMALL | 0x201), leaf(12, rwx()));
         assert_eq!(format.decode(SECOND, NO_CHECKS, SMALL & !0x10), FLAG);
         // Supersections are in domain 0, whatever stands there.
-        assert_eq!(format.decode(FIRST_LOW, 0, SECTION | 1 << 18 | 1 << 5), RESERVED);
+        assert_eq!(format.decode(FIRST_LOW, 0, SECTION | 1 << 18), leaf(24, rwx()));
         let none = open(&[("domains", 0)]);
         assert_eq!((none.decode(FIRST_LOW, 0, SECTION | 1 << 18), none.encode_table(FIRST_LOW, SECOND)), (DENIED, None));
         assert_eq!(none.encode_leaf(SECOND, 12, rwx()), None);
@@ -531,14 +547,16 @@ mod tests {
     }
 
     #[test]
-    fn supersections_of_32_bit_addresses() {
+    fn supersections() {
         let (with, without) = (open(&[]), open(&[("supersections", 0)]));
         assert_eq!(without.decode(FIRST_LOW, 0, SECTION | 1 << 18), RESERVED);
-        for bit in 5..9 {
-            assert_eq!(with.decode(FIRST_LOW, 0, SECTION | 1 << 18 | 1 << bit), RESERVED, "address bit {}", bit + 31);
-        }
-        // Address bits 35:32 stand where a section has its lowest: to the host they are a misaligned address.
-        assert_eq!(address_bits(&with.levels()[1].shapes[0]), 0xfff0_0000);
+        // Address bits 35:32 and 39:36 stand where a section has its lowest, and its domain.
+        let shapes = &with.levels()[1].shapes;
+        assert_eq!(shapes.iter().map(address_bits).collect::<Vec<_>>(), [0xfff0_01e0, 0xfff0_0000, 0xffff_fc00]);
+        let moved: Vec<_> = shapes[0].address.iter().map(|segment| (segment.entry_lsb, segment.address_lsb, segment.width)).collect();
+        assert_eq!(moved, [(24, 24, 8), (20, 32, 4), (5, 36, 4)]);
+        assert_eq!(without.levels()[1].shapes.len(), 2);
+        assert_eq!((with.output_bits(), open(&[("output-bits", 40)]).output_bits()), (32, 40));
         assert_eq!(without.levels()[1].leaf_sizes, 1 << 20);
         assert_eq!(with.encode_leaf(FIRST_LOW, 24, rwx()).unwrap().pattern, SECTION & !(1 << 17) | 1 << 18);
         assert_eq!(without.encode_leaf(FIRST_LOW, 24, rwx()), None);
@@ -560,8 +578,7 @@ mod tests {
             let geometry = open(settings).geometry();
             assert_eq!((geometry.entry_bytes, geometry.output_bits), (4, 32));
             for level in &geometry.levels {
-                let deciding = level.shapes.iter().fold(0, |bits, shape| bits | shape.mask);
-                assert!(level.shapes.iter().all(|shape| address_bits(shape) & deciding == 0 && shape.value & !shape.mask == 0));
+                assert!(level.shapes.iter().all(|shape| address_bits(shape) & shape.mask == 0 && shape.value & !shape.mask == 0));
             }
             let range = |root: &Root| (root.setting, root.first, root.last, geometry.levels[usize::from(root.level)].index_bits);
             geometry.roots.iter().map(range).collect::<Vec<_>>()
@@ -584,6 +601,8 @@ mod tests {
             ("prrr", 1 << 32),
             ("domains", 1 << 32),
             ("access-flag", 2),
+            ("output-bits", 31),
+            ("output-bits", 41),
             ("levels", 2),
         ] {
             match Short::open(&[(name.to_owned(), value)].into_iter().collect()) {

@@ -37,8 +37,14 @@ pub(crate) mod first {
     pub(crate) const SUPERSECTION: u64 = bit(18);
     /// Address of a second-level table: highest and lowest bit.
     pub(crate) const TABLE_ADDRESS: (u8, u8) = (31, 10);
-    /// Address of a section: highest and lowest bit. The lowest four bits of a supersection's are zero, or address bits 35:32.
+    /// Address of a section: highest and lowest bit.
     pub(crate) const ADDRESS: (u8, u8) = (31, 20);
+    /// Address of a supersection: highest and lowest bit.
+    pub(crate) const SUPERSECTION_ADDRESS: (u8, u8) = (31, 24);
+    /// Supersection: address bits 35:32, where a section has its lowest.
+    pub(crate) const ADDRESS_35_32: (u8, u8) = (23, 20);
+    /// Supersection: address bits 39:36, where a section has its domain.
+    pub(crate) const ADDRESS_39_36: (u8, u8) = (8, 5);
     /// Table entry: should be zero; bit 3 (non-secure) and bit 9 (implementation defined) say nothing here.
     pub(crate) const TABLE_UNUSED: u64 = mask(4, 4);
 }

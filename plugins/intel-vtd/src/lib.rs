@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `spec` | bit layouts, with the sections of the specification (D51397-018, revision 5.10) |
 //! | [`mod@unit`] | registers, root, context and PASID structures; what a real unit accepts; how the kernel is told |
+//! | `queue` | invalidation descriptors and fault records |
 //! | [`first_stage`] | `intel-vtd/first-stage`: x86-64 tables |
 //! | [`second_stage`] | `intel-vtd/second-stage`: the tables of legacy mode, and of scalable mode below the first stage or alone |
 //!
@@ -15,6 +16,7 @@
 //! RAM is then for the memory map to judge. `output-bits` overrides it where the truth is known.
 
 pub mod first_stage;
+mod queue;
 pub mod second_stage;
 mod spec;
 pub mod unit;

@@ -7,10 +7,14 @@
 //! second stage's AW of a first-stage entry on units without a second stage, and hardware goes along.
 
 use stagecraft_sdk::bits::{mask, words};
-use stagecraft_sdk::{Binding, Blocked, Error, Format, GuestMemory, Offer, Outcome, Registers, Requester, TableConfig, Unit};
+use stagecraft_sdk::{
+    Binding, BlockKind, Blocked, Command, Error, Event, EventRecord, Format, GuestMemory, Offer, Outcome, Registers, Requester, TableConfig, Tag,
+    Translated, Unit,
+};
 
 use crate::DEFAULT_OUTPUT_BITS;
 use crate::first_stage::FirstStage;
+use crate::queue;
 use crate::second_stage::{SecondStage, WIDEST, address_width};
 use crate::spec::registers::{cap, ecap, gsts, rtaddr};
 use crate::spec::structures::{POINTER, PRESENT, context, directory, pasid, root, scalable_context};
@@ -36,12 +40,22 @@ const VTD_S1_WPE: u64 = 1 << 2;
 
 /// A fault condition of table 30: its code, the number that a fault record would have, and a sentence.
 fn fault(event: &str, number: u8, reason: &str) -> Blocked {
-    Blocked { event: event.to_owned(), section: format!("D51397 section 7.1.3, fault reason {number:X}h"), reason: reason.to_owned() }
+    Blocked::refused(event, &format!("D51397 section 7.1.3, fault reason {number:X}h"), reason)
+}
+
+/// The same where nothing was set up for the requester.
+fn unused(event: &str, number: u8, reason: &str) -> Blocked {
+    Blocked { kind: BlockKind::Unused, ..fault(event, number, reason) }
 }
 
 /// `Err` if the condition holds.
 fn unless(condition: bool, event: &str, number: u8, reason: &str) -> Result<(), Blocked> {
     if condition { Err(fault(event, number, reason)) } else { Ok(()) }
+}
+
+/// `Err` if the condition holds, because nothing was set up.
+fn unused_if(condition: bool, event: &str, number: u8, reason: &str) -> Result<(), Blocked> {
+    if condition { Err(unused(event, number, reason)) } else { Ok(()) }
 }
 
 /// `N` words at `address`, read once.
@@ -144,7 +158,7 @@ impl Hardware {
         match self.mode {
             rtaddr::LEGACY => self.legacy(requester, memory),
             rtaddr::SCALABLE => self.scalable(requester, memory),
-            rtaddr::ABORT if self.has(ecap::ADMS) => Err(fault("RTA.4", 0x33, "the unit aborts all DMA")),
+            rtaddr::ABORT if self.has(ecap::ADMS) => Err(unused("RTA.4", 0x33, "the unit aborts all DMA")),
             rtaddr::ABORT => Err(fault("RTA.1.1", 0x30, "the root table register asks for abort-DMA mode, which the unit does not have")),
             _ => Err(fault("RTA.1.2", 0x30, "the root table register has a reserved translation table mode")),
         }
@@ -153,16 +167,16 @@ impl Hardware {
     /// Section 3.4.2.
     fn legacy(&self, requester: Requester, memory: &mut dyn GuestMemory) -> Result<Outcome, Blocked> {
         unless(self.io_permissions, "RTA.1.4", 0x30, "I/O permissions are enabled in legacy mode")?;
-        unless(requester.pasid.is_some(), "RTA.2", 0x31, "legacy mode has no requests with PASID")?;
+        unused_if(requester.pasid.is_some(), "RTA.2", 0x31, "legacy mode has no requests with PASID")?;
         let (bus, function) = (requester.id >> 8 & 0xff, requester.id & 0xff);
         let [low, high] = read(memory, self.root_table + bus * u64::from(root::BYTES), "LRT.1", 8, "root entry")?;
-        unless(low & PRESENT == 0, "LRT.2", 1, "the root entry of this bus is not present")?;
+        unused_if(low & PRESENT == 0, "LRT.2", 1, "the root entry of this bus is not present")?;
         let reserved = low & (root::RESERVED | self.beyond_host()) | high;
         unless(reserved != 0, "LRT.3", 0xa, "the root entry has a reserved bit")?;
 
         let address = POINTER.in_place(low) + function * u64::from(context::BYTES);
         let [low, high] = read(memory, address, "LCT.1", 9, "context entry")?;
-        unless(low & PRESENT == 0, "LCT.2", 2, "the context entry is not present")?;
+        unused_if(low & PRESENT == 0, "LCT.2", 2, "the context entry is not present")?;
         let reserved = low & (context::RESERVED_0 | self.beyond_host()) | high & context::RESERVED_1;
         let reserved = reserved != 0 || self.domain_is_too_wide(context::DID.of(high));
         unless(reserved, "LCT.3", 0xb, "the context entry has a reserved bit")?;
@@ -172,7 +186,10 @@ impl Hardware {
             context::DEVICE_TLB if !self.has(ecap::DT) => {
                 Err(fault("LCT.4.2", 3, "the translation type (TT) is for device TLBs, which the unit does not have"))
             }
-            context::SECOND_STAGE | context::DEVICE_TLB => Ok(Outcome::Tables(vec![self.second_stage(POINTER.in_place(low), levels, false)])),
+            context::SECOND_STAGE | context::DEVICE_TLB => {
+                let tag = Tag { domain: Some(context::DID.of(high) as u32), space: None };
+                Ok(Outcome::Tables(Translated::new(vec![self.second_stage(POINTER.in_place(low), levels, false)], tag)))
+            }
             _ => Err(fault("LCT.4.2", 3, "the unit does not have this translation type (TT)")),
         }
     }
@@ -185,14 +202,14 @@ impl Hardware {
         unless(own > largest, "SCT.4.2", 0x43, "RID_PASID is beyond the PASID directory")?;
         let Some(pasid) = requester.pasid.map(u64::from) else {
             let entry = self.pasid_entry(context[0], own, memory)?;
-            return self.translation(&entry, context[1] & scalable_context::RID_PRIV != 0);
+            return self.translation(&entry, own, context[1] & scalable_context::RID_PRIV != 0);
         };
         unless(pasid > self.largest_pasid(), "SGN.10", 0x89, "the PASID has more bits than the unit supports (PSS)")?;
-        unless(context[0] & scalable_context::PASIDE == 0, "SCT.6", 0x45, "the context entry does not enable PASIDs")?;
-        unless(pasid > largest, "SCT.7", 0x46, "the PASID is beyond the PASID directory")?;
+        unused_if(context[0] & scalable_context::PASIDE == 0, "SCT.6", 0x45, "the context entry does not enable PASIDs")?;
+        unused_if(pasid > largest, "SCT.7", 0x46, "the PASID is beyond the PASID directory")?;
         unless(pasid == own, "SCT.9", 0x48, "the PASID is the one that requests without PASID use (RID_PASID)")?;
         let entry = self.pasid_entry(context[0], pasid, memory)?;
-        self.translation(&entry, false)
+        self.translation(&entry, pasid, false)
     }
 
     /// PASIDs have 20 bits at most, and as many as PSS says.
@@ -206,13 +223,13 @@ impl Hardware {
         let (bus, function) = (id >> 8 & 0xff, id & 0xff);
         let halves: [u64; 2] = read(memory, self.root_table + bus * u64::from(root::BYTES), "SRT.1", 0x38, "scalable-mode root entry")?;
         let half = halves[usize::from(function >= 0x80)];
-        unless(half & PRESENT == 0, "SRT.2", 0x39, "this half of the scalable-mode root entry is not present")?;
+        unused_if(half & PRESENT == 0, "SRT.2", 0x39, "this half of the scalable-mode root entry is not present")?;
         let reserved = halves.iter().any(|half| half & PRESENT != 0 && half & (root::RESERVED | self.beyond_host()) != 0);
         unless(reserved, "SRT.3", 0x3a, "the scalable-mode root entry has a reserved bit")?;
 
         let address = POINTER.in_place(half) + (function & 0x7f) * u64::from(scalable_context::BYTES);
         let entry: [u64; 4] = read(memory, address, "SCT.1", 0x40, "scalable-mode context entry")?;
-        unless(entry[0] & PRESENT == 0, "SCT.2", 0x41, "the scalable-mode context entry is not present")?;
+        unused_if(entry[0] & PRESENT == 0, "SCT.2", 0x41, "the scalable-mode context entry is not present")?;
         let mut reserved_0 = scalable_context::RESERVED_0 | self.beyond_host();
         let mut reserved_1 = scalable_context::RESERVED_1;
         for (capability, bits) in [
@@ -241,13 +258,13 @@ impl Hardware {
     fn pasid_entry(&self, context: u64, pasid: u64, memory: &mut dyn GuestMemory) -> Result<[u64; 8], Blocked> {
         let address = POINTER.in_place(context) + (pasid >> 6) * u64::from(directory::BYTES);
         let [entry] = read(memory, address, "SPD.1", 0x50, "PASID directory entry")?;
-        unless(entry & PRESENT == 0, "SPD.2", 0x51, "the PASID directory entry is not present")?;
+        unused_if(entry & PRESENT == 0, "SPD.2", 0x51, "the PASID directory entry is not present")?;
         let reserved = entry & (directory::RESERVED | self.beyond_host()) != 0;
         unless(reserved, "SPD.3", 0x52, "the PASID directory entry has a reserved bit")?;
 
         let address = POINTER.in_place(entry) + (pasid & 0x3f) * u64::from(pasid::BYTES);
         let entry: [u64; 8] = read(memory, address, "SPT.1", 0x58, "PASID table entry")?;
-        unless(entry[0] & PRESENT == 0, "SPT.2", 0x59, "the PASID table entry is not present")?;
+        unused_if(entry[0] & PRESENT == 0, "SPT.2", 0x59, "the PASID table entry is not present")?;
         let mut reserved = entry[0] & (pasid::RESERVED_0 | self.beyond_host()) | entry[1] & pasid::RESERVED_1;
         reserved |= entry[2] & (pasid::RESERVED_2 | self.beyond_host()) | entry[3] | entry[4] & pasid::RESERVED_4;
         reserved |= entry[5] & pasid::RESERVED_5 | entry[6] | entry[7];
@@ -265,7 +282,7 @@ impl Hardware {
     }
 
     /// What a PASID table entry does with a request: section 9.6.
-    fn translation(&self, entry: &[u64; 8], privileged: bool) -> Result<Outcome, Blocked> {
+    fn translation(&self, entry: &[u64; 8], pasid: u64, privileged: bool) -> Result<Outcome, Blocked> {
         let kind = pasid::PGTT.of(entry[0]);
         let capability = match kind {
             pasid::FIRST_STAGE => Some(ecap::FSTS),
@@ -294,16 +311,18 @@ impl Hardware {
         unless(privileged && entry[2] & pasid::SRE == 0, "SPT.6", 0x5d, "RID_PRIV makes requests privileged, and SRE refuses those")?;
 
         let second = second_levels.map(|levels| self.second_stage(POINTER.in_place(entry[0]), levels, entry[0] & pasid::SSADE != 0));
+        let tag = Tag { domain: Some(pasid::DID.of(entry[1]) as u32), space: Some(pasid as u32) };
+        let tables = |tables| Ok(Outcome::Tables(Translated::new(tables, tag)));
         match (kind, second, second_levels) {
-            (pasid::FIRST_STAGE, ..) => Ok(Outcome::Tables(vec![self.first_stage(entry, self.host_bits(), privileged)])),
-            (pasid::SECOND_STAGE, Some(second), _) => Ok(Outcome::Tables(vec![second])),
+            (pasid::FIRST_STAGE, ..) => tables(vec![self.first_stage(entry, self.host_bits(), privileged)]),
+            (pasid::SECOND_STAGE, Some(second), _) => tables(vec![second]),
             (pasid::NESTED, Some(second), Some(levels)) => {
                 // The first stage's addresses are guest-physical: they end where the second stage's input does.
                 let input_bits = self.guest_bits().clamp(12, address_width(levels));
                 let beyond = POINTER.in_place(entry[2]) >> input_bits != 0;
                 unless(beyond, "SPT.4.4", 0x5b, "the first-stage table is beyond the second stage's input addresses")?;
                 let first = self.first_stage(entry, input_bits.min(self.host_bits()), privileged);
-                Ok(Outcome::Tables(vec![first, second]))
+                tables(vec![first, second])
             }
             _ => Ok(Outcome::Bypass),
         }
@@ -416,5 +435,13 @@ impl Unit for IntelVtd {
         }
         let words: [u64; 3] = [flags, root, address_width(levels)];
         Ok(Binding { kind: HWPT_DATA_VTD_S1, data: words.iter().flat_map(|word| word.to_le_bytes()).collect(), context: Vec::new() })
+    }
+
+    fn decode_commands(registers: &Registers, commands: &[u8]) -> Result<Vec<Command>, Error> {
+        queue::decode(registers, commands)
+    }
+
+    fn encode_event(registers: &Registers, event: &Event) -> Result<EventRecord, Error> {
+        queue::encode(registers, event)
     }
 }

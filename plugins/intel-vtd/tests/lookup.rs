@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use proptest::prelude::*;
 use stagecraft_plugin_intel_vtd::unit::IntelVtd;
-use stagecraft_sdk::{Error, GuestMemory, Outcome, Registers, Requester, TableConfig, Unit};
+use stagecraft_sdk::{Error, GuestMemory, Outcome, Registers, Requester, TableConfig, Translated, Unit};
 
 /// 64-bit words by address; what was never written reads as zero below `end`, and nothing can be read from there on.
 #[derive(Clone)]
@@ -90,7 +90,7 @@ fn event(outcome: Outcome) -> String {
 }
 
 fn settings(outcome: Outcome) -> String {
-    let Outcome::Tables(tables) = outcome else { panic!("no tables: {outcome:?}") };
+    let Outcome::Tables(Translated { tables, .. }) = outcome else { panic!("no tables: {outcome:?}") };
     let one = |table: TableConfig| {
         let list: Vec<_> =
             table.settings.iter().map(|(name, value)| if name == "root" { format!("root={value:#x}") } else { format!("{name}={value}") }).collect();
@@ -476,7 +476,7 @@ proptest! {
         let mut memory = Hostile { seed, set: u64::from(tame), clear, reads: 0 };
         let outcome = IntelVtd::lookup(&registers(cap, ecap, rtaddr), Requester { id, pasid }, &mut memory).unwrap();
         prop_assert!(memory.reads <= 4);
-        if let Outcome::Tables(tables) = outcome {
+        if let Outcome::Tables(Translated { tables, .. }) = outcome {
             for table in tables {
                 use stagecraft_plugin_intel_vtd::{first_stage::FirstStage, second_stage::SecondStage};
                 use stagecraft_sdk::Format;

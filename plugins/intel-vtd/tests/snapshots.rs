@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde_json::Value;
 use stagecraft_plugin_intel_vtd::{first_stage::FirstStage, second_stage::SecondStage, unit::IntelVtd};
-use stagecraft_sdk::{Attributes, Error, Format, Geometry, GuestMemory, Meaning, Outcome, Registers, Requester, TableConfig, Unit};
+use stagecraft_sdk::{Attributes, Error, Format, Geometry, GuestMemory, Meaning, Outcome, Registers, Requester, TableConfig, Translated, Unit};
 
 struct Pages(HashMap<u64, Vec<u8>>);
 
@@ -91,7 +91,9 @@ fn check(folder: &Path) {
     let mut by_device = HashMap::new();
     for stream in json(&folder.join("expected.json"))["streams"].as_array().unwrap() {
         let id = number(&stream["id"]);
-        let Outcome::Tables(tables) = IntelVtd::lookup(&registers, Requester { id, pasid: None }, &mut pages).unwrap() else { panic!("{id:#x}") };
+        let Outcome::Tables(Translated { tables, .. }) = IntelVtd::lookup(&registers, Requester { id, pasid: None }, &mut pages).unwrap() else {
+            panic!("{id:#x}")
+        };
         assert_eq!(tables.len(), 1);
         let found = match tables[0].format.as_str() {
             FirstStage::NAME => leaves::<FirstStage>(&tables[0], &mut pages),

@@ -76,7 +76,6 @@ impl Entries {
             let reason = format!("the root table must be aligned to {root_bytes} bytes and lie below 2^{}", entries.output_bits);
             return Err(Error::invalid("root", entries.root, WALK, &reason));
         }
-        check_msi(settings)?;
         Ok(entries)
     }
 
@@ -294,22 +293,6 @@ impl Entries {
     pub(crate) fn encode_table(&self, level: u8, next: u8) -> Option<u64> {
         (level < self.levels && level.checked_sub(1) == Some(next)).then_some(V)
     }
-}
-
-/// Where MSI pages are, for people: see the crate's documentation.
-fn check_msi(settings: &Settings) -> Result<(), Error> {
-    const SECTION: &str = "RISC-V IOMMU 1.0 section 2.1.3.6";
-    let root = settings.or("msi-root", 0);
-    if root & 0xfff != 0 || root >> WIDEST_OUTPUT != 0 {
-        return Err(Error::invalid("msi-root", root, SECTION, "the MSI page table must be aligned to 4096 bytes and lie below 2^56"));
-    }
-    for name in ["msi-mask", "msi-pattern"] {
-        let value = settings.within(name, 0, 0, crate::spec::structures::device::MSI_PAGE, SECTION)?;
-        if value != 0 && settings.get("msi-root").is_none() {
-            return Err(Error::invalid(name, value, SECTION, "there is no MSI page table (msi-root)"));
-        }
-    }
-    Ok(())
 }
 
 /// `settings` with as many levels as `holds` wants, of 8-byte entries.

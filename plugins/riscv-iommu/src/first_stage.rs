@@ -16,21 +16,7 @@ use crate::entries::{Entries, Stage, suggest_levels};
 use crate::in_manifest_order;
 
 const PROCESS: &str = "RISC-V IOMMU 1.0 section 2.2.3.1";
-const NAMES: &[&str] = &[
-    "levels",
-    "root",
-    "output-bits",
-    "svnapot",
-    "svpbmt",
-    "svrsw60t59b",
-    "hardware-update",
-    "big-endian",
-    "supervisor",
-    "sum",
-    "msi-root",
-    "msi-mask",
-    "msi-pattern",
-];
+const NAMES: &[&str] = &["levels", "root", "output-bits", "svnapot", "svpbmt", "svrsw60t59b", "hardware-update", "big-endian", "supervisor", "sum"];
 
 /// `riscv-iommu/first-stage`.
 #[derive(Clone, Debug)]

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `spec` | bit layouts, with the sections of the specifications |
 //! | [`mod@unit`] | registers, device and process directories, device and process contexts |
+//! | `queue` | commands and fault records |
 //! | `entries` | what the entries of both stages have in common |
 //! | [`first_stage`] | `riscv-iommu/first-stage`: Sv32, Sv39, Sv48, Sv57 |
 //! | [`second_stage`] | `riscv-iommu/second-stage`: Sv32x4, Sv39x4, Sv48x4, Sv57x4 |
@@ -12,12 +13,12 @@
 //!
 //! With `msiptp.MODE` Flat, hardware compares the page number of what the first stage answered with a pattern, and sends accesses to such pages
 //! through an MSI page table instead of the second stage. That table is indexed by arbitrary bits of the page number and has entries of 16 bytes that
-//! may stand for interrupt files in memory: it is no part of this contract's tables. So the last table of such a device carries `msi-root`, `msi-mask`
-//! and `msi-pattern`, which say where it is and which pages it takes, and which change nothing about what the table's own entries mean. Where
-//! there is no table to carry them, the device is unsupported.
+//! may stand for interrupt files in memory: it is no part of this contract's tables. Such addresses are reported as intercepted: IOVAs where there is no first
+//! stage, its outputs where there is one. Reads of tables and directories behind the second stage are not intercepted.
 
 mod entries;
 pub mod first_stage;
+mod queue;
 pub mod second_stage;
 mod spec;
 pub mod unit;

@@ -11,20 +11,7 @@ use crate::entries::{Entries, Stage, suggest_levels};
 use crate::in_manifest_order;
 
 const WIDTHS: &str = "RISC-V Privileged 1.12 section 8.5.1";
-const NAMES: &[&str] = &[
-    "levels",
-    "root",
-    "output-bits",
-    "input-bits",
-    "svnapot",
-    "svpbmt",
-    "svrsw60t59b",
-    "hardware-update",
-    "big-endian",
-    "msi-root",
-    "msi-mask",
-    "msi-pattern",
-];
+const NAMES: &[&str] = &["levels", "root", "output-bits", "input-bits", "svnapot", "svpbmt", "svrsw60t59b", "hardware-update", "big-endian"];
 
 /// Bytes of the root table, and what it is aligned to.
 const ROOT_BYTES: u64 = 16 << 10;

@@ -5,10 +5,14 @@
 //! quality-of-service ids are.
 
 use stagecraft_sdk::bits::{Field, words};
-use stagecraft_sdk::{Binding, Blocked, Error, Format, GuestMemory, Offer, Outcome, Registers, Requester, TableConfig, Unit};
+use stagecraft_sdk::{
+    Attributes, Binding, BlockKind, Blocked, Command, Direct, Error, Event, EventRecord, Format, GuestMemory, Intercept, Offer, Outcome, Registers,
+    Requester, TableConfig, Tag, Translated, Unit, Window,
+};
 
 use crate::entries::WIDEST_OUTPUT;
 use crate::first_stage::FirstStage;
+use crate::queue;
 use crate::second_stage::{NARROW, SecondStage};
 use crate::spec::registers::{capabilities, ddtp, fctl};
 use crate::spec::structures::{atp, device, pointer, process, ta, tc};
@@ -39,20 +43,17 @@ const PDT_LOAD: Cause = Cause(265, "PDT entry load access fault");
 const PDT_INVALID: Cause = Cause(266, "PDT entry not valid");
 const PDT_MISCONFIGURED: Cause = Cause(267, "PDT entry misconfigured");
 
-/// Why there is no outcome yet.
-enum Stop {
-    Blocked(Blocked),
-    Error(Error),
-}
-
-impl From<Blocked> for Stop {
-    fn from(blocked: Blocked) -> Self {
-        Self::Blocked(blocked)
-    }
-}
+/// All of them, for fault records.
+const CAUSES: [Cause; 9] =
+    [GUEST_PAGE_FAULT, ALL_DISALLOWED, DDT_LOAD, DDT_INVALID, DDT_MISCONFIGURED, TYPE_DISALLOWED, PDT_LOAD, PDT_INVALID, PDT_MISCONFIGURED];
 
 fn fault(Cause(number, name): Cause, reason: &str) -> Blocked {
-    Blocked { event: name.to_owned(), section: format!("RISC-V IOMMU 1.0 section 3.2, cause {number}"), reason: reason.to_owned() }
+    Blocked::refused(name, &format!("RISC-V IOMMU 1.0 section 3.2, cause {number}"), reason)
+}
+
+/// `Err` if the condition holds, because nothing was set up for the requester.
+fn unused_if(condition: bool, cause: Cause, reason: &str) -> Result<(), Blocked> {
+    if condition { Err(Blocked { kind: BlockKind::Unused, ..fault(cause, reason) }) } else { Ok(()) }
 }
 
 /// `Err` if the condition holds.
@@ -91,7 +92,10 @@ enum Mode {
 /// A device context, checked.
 struct Device {
     tc: u64,
+    ta: u64,
     fsc: u64,
+    /// The guest's id, if there is a second stage.
+    guest: Option<u32>,
     second: Option<TableConfig>,
     /// MSI page table: its address, mask and pattern.
     msi: Option<[u64; 3]>,
@@ -100,6 +104,35 @@ struct Device {
 impl Device {
     fn has(&self, bit: u64) -> bool {
         self.tc & bit != 0
+    }
+
+    /// What goes to the MSI page table: guest-physical addresses of interrupt files, IOMMU section 2.1.3.6. They are compared before the second stage.
+    fn intercept(&self, passed: u8) -> Option<Intercept> {
+        let [root, mask, pattern] = self.msi?;
+        let mask = !page(mask) & !(PAGE - 1);
+        Some(Intercept {
+            passed,
+            mask,
+            value: page(pattern) & mask,
+            server: "MSI page table".to_owned(),
+            address: Some(root),
+            section: "RISC-V IOMMU 1.0 section 2.1.3.6".to_owned(),
+        })
+    }
+
+    /// What a request gets that the first stage, with the id of its address space, translates.
+    fn outcome(self, first: Option<(TableConfig, u32)>) -> Outcome {
+        let intercepts: Vec<Intercept> = self.intercept(u8::from(first.is_some())).into_iter().collect();
+        let (first, space) = first.unzip();
+        let tables: Vec<TableConfig> = first.into_iter().chain(self.second).collect();
+        if !tables.is_empty() {
+            return Outcome::Tables(Translated { tables, intercepts, tag: Tag { domain: self.guest, space } });
+        }
+        if intercepts.is_empty() {
+            return Outcome::Bypass;
+        }
+        let attributes = Attributes { read: true, write: true, execute: true, coherent: true, ..Attributes::default() };
+        Outcome::Direct(Direct { windows: vec![Window { first: 0, last: u64::MAX, address: 0, attributes }], intercepts })
     }
 
     /// Levels of the process directory; none if there is no such directory.
@@ -130,12 +163,12 @@ impl Device {
         let mut table = page(atp::PPN.of(self.fsc));
         for level in (1..levels as usize).rev() {
             let [entry] = self.read_or_fault(memory, table + index[level] * pointer::BYTES, "process directory entry")?;
-            unless(entry & pointer::V == 0, PDT_INVALID, "the process directory entry is not valid")?;
+            unused_if(entry & pointer::V == 0, PDT_INVALID, "the process directory entry is not valid")?;
             unless(entry & pointer::RESERVED != 0, PDT_MISCONFIGURED, "the process directory entry has a reserved bit")?;
             table = page(pointer::PPN.of(entry));
         }
         let context: [u64; 2] = self.read_or_fault(memory, table + index[0] * process::BYTES, "process context")?;
-        unless(context[0] & process::V == 0, PDT_INVALID, "the process context is not valid")?;
+        unused_if(context[0] & process::V == 0, PDT_INVALID, "the process context is not valid")?;
         unless(context[0] & process::RESERVED != 0, PDT_MISCONFIGURED, "the process context has a reserved bit")?;
         Ok(context)
     }
@@ -222,7 +255,7 @@ impl Hardware {
         let extended = self.has(capabilities::MSI_FLAT);
         let (leaf_bits, bytes) = if extended { (6, device::EXTENDED_BYTES) } else { (7, device::BYTES) };
         let too_wide = id >> (leaf_bits + 9 * (self.directory_levels - 1)) != 0;
-        unless(too_wide, TYPE_DISALLOWED, "the device id is wider than the levels of the device directory can look up")?;
+        unused_if(too_wide, TYPE_DISALLOWED, "the device id is wider than the levels of the device directory can look up")?;
         let index = [id & ((1 << leaf_bits) - 1), id >> leaf_bits & 0x1ff, id >> (leaf_bits + 9)];
         let mut read = |address: u64, bytes: u64, what: &str| {
             let failed = || fault(DDT_LOAD, &format!("the {what} at {address:#x} cannot be read"));
@@ -232,7 +265,7 @@ impl Hardware {
         let mut table = self.directory;
         for level in (1..self.directory_levels as usize).rev() {
             let words = read(table + index[level] * pointer::BYTES, pointer::BYTES, "device directory entry")?;
-            unless(words[0] & pointer::V == 0, DDT_INVALID, "the device directory entry is not valid")?;
+            unused_if(words[0] & pointer::V == 0, DDT_INVALID, "the device directory entry is not valid")?;
             unless(words[0] & pointer::RESERVED != 0, DDT_MISCONFIGURED, "the device directory entry has a reserved bit")?;
             table = page(pointer::PPN.of(words[0]));
         }
@@ -247,7 +280,7 @@ impl Hardware {
     fn check_device(&self, &[tc, iohgatp, ta, _, msiptp, msi_mask, msi_pattern, last]: &[u64; 8]) -> Result<(), Blocked> {
         let has = |bit| tc & bit != 0;
         let wrong = |condition, reason| unless(condition, DDT_MISCONFIGURED, reason);
-        unless(!has(tc::V), DDT_INVALID, "the device context is not valid")?;
+        unused_if(!has(tc::V), DDT_INVALID, "the device context is not valid")?;
         wrong(tc & tc::RESERVED != 0, "the device context has a reserved bit (tc)")?;
         let qos = if self.has(capabilities::QOSID) { 0 } else { ta::QOS };
         wrong(ta & (ta::RESERVED | qos) != 0, "the device context has a reserved bit (ta)")?;
@@ -272,7 +305,7 @@ impl Hardware {
     }
 
     /// The modes of the two stages and of the process directory, IOMMU section 2.1.4.
-    fn check_modes(&self, &[tc, iohgatp, _, fsc, msiptp, msi_mask, msi_pattern, _]: &[u64; 8]) -> Result<Device, Blocked> {
+    fn check_modes(&self, &[tc, iohgatp, ta, fsc, msiptp, msi_mask, msi_pattern, _]: &[u64; 8]) -> Result<Device, Blocked> {
         let wrong = |condition, reason| unless(condition, DDT_MISCONFIGURED, reason);
         let mut second = None;
         let mode = atp::MODE.of(iohgatp);
@@ -296,7 +329,8 @@ impl Hardware {
             wrong(mode > atp::THREE_LEVELS || !has[(mode & 3) as usize], "the unit does not have this mode of the process directory")?;
         }
         let msi = (atp::MODE.of(msiptp) == atp::FLAT).then_some([page(atp::PPN.of(msiptp)), msi_mask, msi_pattern]);
-        Ok(Device { tc, fsc, second, msi })
+        let guest = second.is_some().then(|| atp::GSCID.of(iohgatp) as u32);
+        Ok(Device { tc, ta, fsc, guest, second, msi })
     }
 
     /// Levels of the first stage; none if it is Bare.
@@ -314,23 +348,25 @@ impl Hardware {
     }
 
     /// IOMMU section 2.3.
-    fn lookup(&self, requester: Requester, memory: &mut dyn GuestMemory) -> Result<Outcome, Stop> {
+    fn lookup(&self, requester: Requester, memory: &mut dyn GuestMemory) -> Result<Outcome, Blocked> {
         let device = self.device(requester.id, memory)?;
         let refused = requester.pasid.is_some() && !device.has(tc::PDTV);
-        unless(refused, TYPE_DISALLOWED, "the request has a process id, and the device context no process directory (PDTV)")?;
+        unused_if(refused, TYPE_DISALLOWED, "the request has a process id, and the device context no process directory (PDTV)")?;
         let process_id = match requester.pasid {
             Some(id) => Some(u64::from(id)),
             None => device.has(tc::DPE).then_some(0),
         };
         let mut first = None;
+        let mut space = ta::PSCID.of(device.ta) as u32;
         if !device.has(tc::PDTV) {
             first = self.first_stage(&device, device.fsc, DDT_MISCONFIGURED)?;
         } else if let (Some(id), Some(levels)) = (process_id, device.process_levels()) {
             let widths = [8, 17, 20];
             let too_wide = id >> widths[(levels as usize - 1).min(2)] != 0;
-            unless(too_wide, TYPE_DISALLOWED, "the process id is wider than the levels of the process directory can look up")?;
+            unused_if(too_wide, TYPE_DISALLOWED, "the process id is wider than the levels of the process directory can look up")?;
             let [attributes, fsc] = device.process(levels, id, memory)?;
             first = self.first_stage(&device, fsc, PDT_MISCONFIGURED)?;
+            space = ta::PSCID.of(attributes) as u32;
             // Only a request with a process id can ask for supervisor privilege.
             if let Some(table) = &mut first
                 && requester.pasid.is_some()
@@ -342,18 +378,8 @@ impl Hardware {
                 }
             }
         }
-        let mut tables: Vec<TableConfig> = first.into_iter().chain(device.second).collect();
-        if let Some([root, mask, pattern]) = device.msi {
-            let reason = "an MSI page table (msiptp) for a device that has no other table";
-            let last = tables.last_mut().ok_or_else(|| Stop::Error(Error::Unsupported(reason.to_owned())))?;
-            last.settings.set("msi-root", root);
-            for (name, value) in [("msi-mask", mask), ("msi-pattern", pattern)] {
-                if value != 0 {
-                    last.settings.set(name, value);
-                }
-            }
-        }
-        Ok(if tables.is_empty() { Outcome::Bypass } else { Outcome::Tables(tables) })
+        let first = first.map(|table| (table, space));
+        Ok(device.outcome(first))
     }
 
     fn first_stage(&self, device: &Device, fsc: u64, cause: Cause) -> Result<Option<TableConfig>, Blocked> {
@@ -418,15 +444,11 @@ impl Unit for RiscvIommu {
     fn lookup(registers: &Registers, requester: Requester, memory: &mut dyn GuestMemory) -> Result<Outcome, Error> {
         check_id(requester.id)?;
         let result = match Mode::new(registers)? {
-            Mode::Off => Err(Stop::Blocked(fault(ALL_DISALLOWED, "the unit is off"))),
+            Mode::Off => unused_if(true, ALL_DISALLOWED, "the unit is off").map(|()| Outcome::Bypass),
             Mode::Bare => Ok(Outcome::Bypass),
             Mode::Directory(unit) => unit.lookup(requester, memory),
         };
-        match result {
-            Ok(outcome) => Ok(outcome),
-            Err(Stop::Blocked(blocked)) => Ok(Outcome::Blocked(blocked)),
-            Err(Stop::Error(error)) => Err(error),
-        }
+        Ok(result.unwrap_or_else(Outcome::Blocked))
     }
 
     fn pasids(registers: &Registers, id: u64, memory: &mut dyn GuestMemory) -> Result<Vec<u32>, Error> {
@@ -445,5 +467,13 @@ impl Unit for RiscvIommu {
     /// The kernel nests no RISC-V tables.
     fn bind_data(table: &TableConfig, _context_address: u64) -> Result<Binding, Error> {
         Err(Error::Unsupported(format!("the kernel nests no tables of format `{}`", table.format)))
+    }
+
+    fn decode_commands(_registers: &Registers, commands: &[u8]) -> Result<Vec<Command>, Error> {
+        queue::decode(commands)
+    }
+
+    fn encode_event(_registers: &Registers, event: &Event) -> Result<EventRecord, Error> {
+        queue::encode(event, &CAUSES.map(|Cause(number, name)| (number, name)))
     }
 }

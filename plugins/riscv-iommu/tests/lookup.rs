@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use common::line;
 use proptest::prelude::*;
 use stagecraft_plugin_riscv_iommu::unit::RiscvIommu;
-use stagecraft_sdk::{Error, GuestMemory, Outcome, Registers, Requester, TableConfig, Unit};
+use stagecraft_sdk::{Direct, Error, GuestMemory, Intercept, Outcome, Registers, Requester, TableConfig, Translated, Unit};
 
 /// 64-bit words by address, in the byte order given; what was never written reads as zero below `end`, and nothing can be read from there on. Behind a
 /// second stage, guest-physical addresses are found `BEHIND` further up.
@@ -165,7 +165,7 @@ fn cause(outcome: Outcome) -> u16 {
 }
 
 fn tables(outcome: Outcome) -> String {
-    let Outcome::Tables(tables) = outcome else { panic!("no tables: {outcome:?}") };
+    let Outcome::Tables(Translated { tables, .. }) = outcome else { panic!("no tables: {outcome:?}") };
     let one = |table: TableConfig| format!("{} {}", table.format.trim_start_matches("riscv-iommu/"), line(&table.settings));
     tables.into_iter().map(one).collect::<Vec<_>>().join("; ")
 }
@@ -402,13 +402,34 @@ fn msi_page_tables_are_told() {
     let of = |context| RiscvIommu::lookup(&registers(CAP | MSI_FLAT, 0, ONE_LEVEL), Requester { id: 5, pasid: None }, &mut extended(context));
     let msi = [atp(1, 0x9999_9000), 0xff, 0x2_8000, 0];
     let with = |head: [u64; 4], msi: [u64; 4]| std::array::from_fn(|index| if index < 4 { head[index] } else { msi[index - 4] });
-    let said = "msi-root=0x99999000 msi-mask=255 msi-pattern=163840";
     let first = "first-stage levels=3 root=0x12345000 svnapot=1";
     let second = "second-stage levels=3 root=0x56788000 svnapot=1";
-    assert_eq!(tables(of(with([V, atp(8, SECOND), 0, SV39_TABLE], msi)).unwrap()), format!("{first}; {second} {said}"));
-    assert_eq!(tables(of(with([V, 0, 0, SV39_TABLE], msi)).unwrap()), format!("{first} {said}"));
-    assert_eq!(tables(of(with([V, 0, 0, SV39_TABLE], [atp(1, 0), 0, 0, 0])).unwrap()), format!("{first} msi-root=0x0"));
-    assert!(matches!(of(with([V, 0, 0, 0], msi)), Err(Error::Unsupported(_))));
+    let caught = |outcome: Outcome| match outcome {
+        Outcome::Tables(Translated { intercepts, .. }) | Outcome::Direct(Direct { intercepts, .. }) => intercepts,
+        other => panic!("{other:?}"),
+    };
+    // Which pages: all page number bits but the low eight, from the pattern.
+    let intercept = |passed| {
+        let address = Some(0x9999_9000);
+        let (server, section) = ("MSI page table".to_owned(), "RISC-V IOMMU 1.0 section 2.1.3.6".to_owned());
+        vec![Intercept { passed, mask: !0xf_ffff, value: 0x2800_0000, server, address, section }]
+    };
+    for (head, passed, said) in [
+        ([V, atp(8, SECOND), 0, SV39_TABLE], 1, format!("{first}; {second}")),
+        ([V, 0, 0, SV39_TABLE], 1, first.to_owned()),
+        ([V, atp(8, SECOND), 0, 0], 0, second.to_owned()),
+    ] {
+        let outcome = of(with(head, msi)).unwrap();
+        assert_eq!(caught(outcome.clone()), intercept(passed));
+        assert_eq!(tables(outcome), said);
+    }
+    let outcome = of(with([V, 0, 0, 0], msi)).unwrap();
+    assert!(matches!(&outcome, Outcome::Direct(Direct { windows, .. }) if windows.len() == 1 && windows[0].last == u64::MAX));
+    assert_eq!(caught(outcome), intercept(0));
+    // Pattern bits under the mask play no part.
+    let low = of(with([V, 0, 0, SV39_TABLE], [atp(1, 0), 0xff, 0x2_80ff, 0])).unwrap();
+    assert_eq!(caught(low)[0].value, 0x2800_0000);
+    assert_eq!(caught(of(with([V, 0, 0, SV39_TABLE], [0x999, 0xff, 0x2_8000, 0])).unwrap()), []);
     // off: mask and pattern mean nothing
     assert_eq!(tables(of(with([V, 0, 0, SV39_TABLE], [0x999, 0xff, 0x2_8000, 0])).unwrap()), first);
     let mut wrong = vec![[atp(2, 0), 0, 0, 0], [atp(15, 0), 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 1 << 63]];
@@ -634,7 +655,7 @@ proptest! {
         let registers = registers(capabilities, fctl, mode);
         let outcome = RiscvIommu::lookup(&registers, Requester { id, pasid }, &mut memory);
         prop_assert!(memory.reads <= 6);
-        if let Ok(Outcome::Tables(tables)) = outcome {
+        if let Ok(Outcome::Tables(Translated { tables, .. })) = outcome {
             for table in tables {
                 use stagecraft_plugin_riscv_iommu::{first_stage::FirstStage, second_stage::SecondStage};
                 use stagecraft_sdk::Format;

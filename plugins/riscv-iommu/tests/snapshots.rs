@@ -8,7 +8,7 @@ use std::path::Path;
 
 use serde_json::Value;
 use stagecraft_plugin_riscv_iommu::{first_stage::FirstStage, unit::RiscvIommu};
-use stagecraft_sdk::{Attributes, Error, Format, Geometry, GuestMemory, Meaning, Outcome, Registers, Requester, TableConfig, Unit};
+use stagecraft_sdk::{Attributes, Error, Format, Geometry, GuestMemory, Meaning, Outcome, Registers, Requester, TableConfig, Translated, Unit};
 
 struct Pages(HashMap<u64, Vec<u8>>);
 
@@ -102,7 +102,7 @@ fn check(folder: &Path) {
         let id = number(&stream["id"]);
         let tables = match RiscvIommu::lookup(&registers, Requester { id, pasid: None }, &mut pages).unwrap() {
             Outcome::Bypass if stream["mappings"].as_array().unwrap().is_empty() => continue,
-            Outcome::Tables(tables) => tables,
+            Outcome::Tables(Translated { tables, .. }) => tables,
             other => panic!("{id:#x}: {other:?}"),
         };
         assert_eq!(tables.len(), 1);

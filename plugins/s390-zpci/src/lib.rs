@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `spec` | bit layouts of the anchor and of the entries |
 //! | [`mod@unit`] | registration: anchor, and the bounds of the input addresses |
+//! | `queue` | refreshes |
 //! | [`dma`] | `s390-zpci/dma`: region, segment and page tables |
 //!
 //! # Sources
@@ -16,6 +17,7 @@
 //! Storage keys are not looked at.
 
 pub mod dma;
+mod queue;
 mod spec;
 pub mod unit;
 

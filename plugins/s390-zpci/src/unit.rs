@@ -4,6 +4,12 @@
 //! per function. They come as the registers `IOTA_<id>`, `BASE_<id>` and `LIMIT_<id>`, with the function's id in hexadecimal digits. Nothing in guest
 //! memory is read.
 //!
+//! # No table
+//!
+//! A function that is registered without an anchor does DMA to absolute addresses at an offset: the lowest input address (PBA) goes to absolute address 0. An anchor
+//! may also designate one frame of memory; what lies within it is reached without a table. Which of the input addresses the frame's first byte belongs to is
+//! known only where the bounds lie within one multiple of the frame's size and begin at it; elsewhere the answer is that this is not supported.
+//!
 //! # An anchor, or only an address
 //!
 //! An anchor says what it designates, in its low bits. Drivers keep the table's address and add those bits when they register it, and a tracer may see
@@ -11,9 +17,13 @@
 //! holds the addresses up to the limit, region-third at least. The types in the table's entries are not asked: what is in memory must
 //! not choose how it is read.
 
-use stagecraft_sdk::{Binding, Blocked, Error, Format, GuestMemory, Offer, Outcome, Registers, Requester, TableConfig, Unit};
+use stagecraft_sdk::{
+    Attributes, Binding, Blocked, Command, Direct, Error, Event, EventRecord, Format, GuestMemory, Offer, Outcome, Registers, Requester, TableConfig,
+    Tag, Translated, Unit, Window,
+};
 
 use crate::dma::{Dma, last_iova};
+use crate::queue;
 use crate::spec::iota;
 
 /// The architecture.
@@ -45,10 +55,9 @@ impl Register {
 }
 
 /// What an anchor designates.
-struct Anchor {
-    levels: u8,
-    root: u64,
-    read_only: bool,
+enum Anchor {
+    Table { levels: u8, root: u64, read_only: bool },
+    Frame { address: u64, size_log2: u32, read_only: bool },
 }
 
 /// The table that `register` designates; `last` is the highest input address.
@@ -59,8 +68,9 @@ fn anchor(register: &Register, last: u64) -> Result<Anchor, Error> {
             return Err(register.refuse("neither an anchor that enables translation (bit 11) nor the address of a table of 16 KiB"));
         }
         let levels = (3..5).find(|levels| last <= last_iova(*levels)).unwrap_or(5);
-        return Ok(Anchor { levels, root: iota, read_only: false });
+        return Ok(Anchor::Table { levels, root: iota, read_only: false });
     }
+    let read_only = iota & iota::PROTECTED != 0;
     let levels = match iota::DESIGNATION.of(iota) {
         iota::PAGE_TABLE if iota::FRAME_SIZE.of(iota) == iota::FRAME_4K => 1,
         iota::PAGE_TABLE => return Err(Error::Unsupported("a page table of frames that are larger than 4 KiB".to_owned())),
@@ -68,21 +78,33 @@ fn anchor(register: &Register, last: u64) -> Result<Anchor, Error> {
         iota::REGION_THIRD_TABLE => 3,
         iota::REGION_SECOND_TABLE => 4,
         iota::REGION_FIRST_TABLE => 5,
-        iota::FRAME | iota::IO_FRAME => return Err(Error::Unsupported("an anchor that designates a frame of memory and no table".to_owned())),
+        iota::FRAME | iota::IO_FRAME => {
+            let Some(size_log2) = iota::FRAMES_LOG2.get(iota::FRAME_SIZE.of(iota) as usize) else {
+                return Err(register.refuse("this frame size is reserved"));
+            };
+            let address = iota::ORIGIN.in_place(iota) >> size_log2 << size_log2;
+            return Ok(Anchor::Frame { address, size_log2: *size_log2, read_only });
+        }
         _ => return Err(register.refuse("this designation type is reserved")),
     };
-    Ok(Anchor { levels, root: iota::ORIGIN.in_place(iota), read_only: iota & iota::PROTECTED != 0 })
+    Ok(Anchor::Table { levels, root: iota::ORIGIN.in_place(iota), read_only })
+}
+
+/// Input addresses `first..=last` go to `address` and what follows it.
+fn direct(first: u64, last: u64, address: u64, read_only: bool) -> Outcome {
+    let attributes = Attributes { read: true, write: !read_only, coherent: true, ..Attributes::default() };
+    Outcome::Direct(Direct { windows: vec![Window { first, last, address, attributes }], intercepts: Vec::new() })
 }
 
 impl Unit for S390Zpci {
     fn lookup(registers: &Registers, requester: Requester, _memory: &mut dyn GuestMemory) -> Result<Outcome, Error> {
         if requester.pasid.is_some() {
-            return Ok(Blocked::outcome("INVALAS", SECTION, "zPCI has no requests with PASID"));
+            return Ok(Outcome::Blocked(Blocked::refused("INVALAS", SECTION, "zPCI has no requests with PASID")));
         }
         let [iota, base, limit] = ["IOTA", "BASE", "LIMIT"].map(|what| Register::new(registers, what, requester.id));
         let registered = iota.value.is_some_and(|value| value != 0) || limit.value.is_some_and(|value| value != 0);
         if !registered {
-            return Ok(Blocked::outcome("INVALAS", SECTION, "the function has no I/O address translation registered"));
+            return Ok(Outcome::Blocked(Blocked::unused("INVALAS", SECTION, "the function has no I/O address translation registered")));
         }
         // Registration drops the bits below a page.
         let (first, last) = (base.need()? & !0xfff, limit.need()? | 0xfff);
@@ -90,10 +112,16 @@ impl Unit for S390Zpci {
             return Err(limit.refuse("the highest input address is below the lowest one"));
         }
         if iota.need()? == 0 {
-            let what = format!("a function that is not translated: its input addresses are absolute ones plus {first:#x}");
-            return if first == 0 && last == u64::MAX { Ok(Outcome::Bypass) } else { Err(Error::Unsupported(what)) };
+            return Ok(if first == 0 && last == u64::MAX { Outcome::Bypass } else { direct(first, last, 0, false) });
         }
-        let Anchor { levels, root, read_only } = anchor(&iota, last)?;
+        let (levels, root, read_only) = match anchor(&iota, last)? {
+            Anchor::Table { levels, root, read_only } => (levels, root, read_only),
+            Anchor::Frame { address, size_log2, read_only } => {
+                let within = first.trailing_zeros() >= size_log2 && last >> size_log2 == first >> size_log2;
+                let what = "bounds that are not those of the one frame that the anchor designates";
+                return if within { Ok(direct(first, last, address, read_only)) } else { Err(Error::Unsupported(what.to_owned())) };
+            }
+        };
         if first > last_iova(levels) {
             return Err(base.refuse("the lowest input address is beyond what the designated table can hold"));
         }
@@ -102,7 +130,7 @@ impl Unit for S390Zpci {
         if read_only {
             table.settings.set("read-only", 1);
         }
-        Ok(Outcome::Tables(vec![table]))
+        Ok(Outcome::Tables(Translated::new(vec![table], Tag::default())))
     }
 
     fn pasids(_registers: &Registers, _id: u64, _memory: &mut dyn GuestMemory) -> Result<Vec<u32>, Error> {
@@ -116,5 +144,14 @@ impl Unit for S390Zpci {
 
     fn bind_data(table: &TableConfig, _context_address: u64) -> Result<Binding, Error> {
         Err(Error::Unsupported(format!("the kernel nests no tables of format `{}` on zPCI", table.format)))
+    }
+
+    fn decode_commands(_registers: &Registers, commands: &[u8]) -> Result<Vec<Command>, Error> {
+        queue::decode(commands)
+    }
+
+    /// The record of an error has the function's handle and its id, which nothing here knows.
+    fn encode_event(_registers: &Registers, event: &Event) -> Result<EventRecord, Error> {
+        Err(Error::Unsupported(format!("an error event of function {:#x}: it names a handle that no register tells", event.id)))
     }
 }

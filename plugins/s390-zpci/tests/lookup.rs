@@ -4,7 +4,7 @@
 use proptest::prelude::*;
 use stagecraft_plugin_s390_zpci::dma::Dma;
 use stagecraft_plugin_s390_zpci::unit::S390Zpci;
-use stagecraft_sdk::{Error, Format, GuestMemory, Meaning, Outcome, Registers, Requester, TableConfig, Unit};
+use stagecraft_sdk::{Direct, Error, Format, GuestMemory, Meaning, Outcome, Registers, Requester, TableConfig, Translated, Unit, Window};
 
 /// Nothing may be read: a function's table is known from its registers alone.
 struct NoMemory;
@@ -37,7 +37,7 @@ fn registered(iota: u64, base: u64, limit: u64) -> Result<Outcome, Error> {
 }
 
 fn settings(outcome: Result<Outcome, Error>) -> String {
-    let Ok(Outcome::Tables(tables)) = outcome else { panic!("no tables: {outcome:?}") };
+    let Ok(Outcome::Tables(Translated { tables, .. })) = outcome else { panic!("no tables: {outcome:?}") };
     let [table] = &tables[..] else { panic!("{tables:?}") };
     assert_eq!(table.format, Dma::NAME);
     Dma::open(&table.settings).unwrap();
@@ -70,10 +70,32 @@ fn an_anchor_names_its_table() {
 
 #[test]
 fn an_anchor_of_something_else_is_not_guessed_at() {
-    for other in [0x810, 0x812, 0x814, 0x81d, 0x81e] {
+    for other in [0x81d, 0x81e] {
         assert!(is_unsupported(&registered(TABLE | other, BASE, LIMIT)), "{other:#x}");
     }
-    assert_eq!(refused(registered(TABLE | 0x818, BASE, LIMIT)), "IOTA_100a0");
+    for reserved in [0x818, 0x813, 0x817] {
+        assert_eq!(refused(registered(TABLE | reserved, BASE, LIMIT)), "IOTA_100a0", "{reserved:#x}");
+    }
+}
+
+fn window(outcome: Result<Outcome, Error>) -> (u64, u64, u64, bool) {
+    let Ok(Outcome::Direct(Direct { windows, intercepts })) = outcome else { panic!("not direct: {outcome:?}") };
+    let [Window { first, last, address, attributes }] = windows[..] else { panic!("{windows:?}") };
+    assert!(intercepts.is_empty() && attributes.read && !attributes.execute);
+    (first, last, address, attributes.write)
+}
+
+#[test]
+fn an_anchor_may_designate_one_frame() {
+    for designation in [0x810, 0x814] {
+        let ask = |low: u64, base, limit| registered(0x1_8765_4000 | designation | low, base, limit);
+        assert_eq!(window(ask(0, BASE, BASE + 0xfff)), (BASE, BASE + 0xfff, 0x1_8765_4000, true));
+        assert_eq!(window(ask(1, BASE, BASE + 0xf_ffff)), (BASE, BASE + 0xf_ffff, 0x1_8760_0000, true));
+        assert_eq!(window(ask(2, BASE, BASE + 0x2fff)), (BASE, BASE + 0x2fff, 0x1_8000_0000, true));
+        assert_eq!(window(ask(0x200, BASE, BASE + 5)), (BASE, BASE + 0xfff, 0x1_8765_4000, false), "protected");
+        assert!(is_unsupported(&ask(0, BASE, BASE + 0x1000)), "more than a frame");
+        assert!(is_unsupported(&ask(1, BASE + 0x1000, BASE + 0x1fff)), "not at its beginning");
+    }
 }
 
 #[test]
@@ -109,10 +131,12 @@ fn a_function_that_is_not_registered_is_blocked() {
 }
 
 #[test]
-fn a_function_without_translation_is_bypassed_only_if_its_addresses_are_the_guests() {
+fn a_function_without_translation_reaches_absolute_addresses_at_an_offset() {
     assert_eq!(registered(0, 0, u64::MAX), Ok(Outcome::Bypass));
-    assert!(is_unsupported(&registered(0, BASE, LIMIT)));
-    assert!(is_unsupported(&registered(0, 0, LIMIT)));
+    assert_eq!(window(registered(0, BASE, LIMIT)), (BASE, LIMIT, 0, true));
+    assert_eq!(window(registered(0, 0, LIMIT)), (0, LIMIT, 0, true));
+    assert_eq!(window(registered(0, 0x1234, 0x5678)), (0x1000, 0x5fff, 0, true));
+    assert_eq!(refused(registered(0, BASE, BASE - 1)), "LIMIT_100a0");
 }
 
 #[test]
@@ -136,7 +160,7 @@ proptest! {
         let anchors = [iota, (iota & !0xfff) | 0x800 | designation, iota & !0x3fff];
         for iota in anchors {
             let outcome = registered(iota, base >> keep, limit);
-            if let Ok(Outcome::Tables(tables)) = outcome {
+            if let Ok(Outcome::Tables(Translated { tables, .. })) = outcome {
                 let root = Dma::open(&tables[0].settings).unwrap().geometry().roots.remove(0);
                 prop_assert!(root.first <= root.last && root.first >= (base >> keep) & !0xfff && root.last <= limit | 0xfff);
             }

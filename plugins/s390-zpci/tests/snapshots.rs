@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde_json::Value;
 use stagecraft_plugin_s390_zpci::{dma::Dma, unit::S390Zpci};
-use stagecraft_sdk::{Error, Format, Geometry, GuestMemory, Meaning, Outcome, Registers, Requester, TableConfig, Unit};
+use stagecraft_sdk::{Error, Format, Geometry, GuestMemory, Meaning, Outcome, Registers, Requester, TableConfig, Translated, Unit};
 
 struct Pages(HashMap<u64, Vec<u8>>);
 
@@ -97,7 +97,9 @@ fn real_drivers_tables_are_understood_exactly() {
     let registers: Registers = registers.iter().map(|(name, value)| (name.clone(), number(value))).collect();
     for stream in json(&folder.join("expected.json"))["streams"].as_array().unwrap() {
         let id = number(&stream["id"]);
-        let Outcome::Tables(tables) = S390Zpci::lookup(&registers, Requester { id, pasid: None }, &mut pages).unwrap() else { panic!("{id:#x}") };
+        let Outcome::Tables(Translated { tables, .. }) = S390Zpci::lookup(&registers, Requester { id, pasid: None }, &mut pages).unwrap() else {
+            panic!("{id:#x}")
+        };
         let [table] = &tables[..] else { panic!("{tables:?}") };
         let format = Dma::open(&table.settings).unwrap();
         let geometry = format.geometry();

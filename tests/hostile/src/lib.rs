@@ -4,8 +4,9 @@
 
 use stagecraft_sdk::bits::{bit, mask};
 use stagecraft_sdk::{
-    Attributes, Binding, Blocked, Encoded, Error, FaultKind, Finding, Findings, Format, GuestMemory, Kind, Level, Need, Next, Offer, Outcome,
-    Registers, Requester, Root, Segment, Settings, Severity, Shape, TableConfig, Unit,
+    Attributes, Binding, Blocked, Command, Direct, Effect, Encoded, Error, Event, EventRecord, FaultKind, Finding, Findings, Format, GuestMemory,
+    Kind, Level, Missing, Need, Next, Offer, Outcome, Registers, Requester, Root, Scope, Segment, Settings, Severity, Shape, TableConfig, Tag,
+    Translated, Unit, Window,
 };
 use std::cell::Cell;
 
@@ -71,6 +72,18 @@ pub mod mode {
     pub const THREE_TABLES: u64 = 25;
     /// `lookup` answers no table.
     pub const NO_TABLES: u64 = 26;
+    /// `lookup` answers two windows that overlap.
+    pub const OVERLAPPING_WINDOWS: u64 = 27;
+    /// `lookup` answers the device's memory at an offset, which is `EXTRA1`.
+    pub const DIRECT: u64 = 28;
+    /// Leaves lack more bytes than they have.
+    pub const NOTHING_LEFT: u64 = 29;
+    /// Leaves lack their first 16 bytes, and their last 256.
+    pub const PARTS: u64 = 30;
+    /// `decode_commands` answers items in the wrong order.
+    pub const WRONG_ORDER: u64 = 31;
+    /// `encode_event` answers 100,000 bytes.
+    pub const LONG_RECORD: u64 = 32;
 }
 
 const PRESENT: u64 = bit(0);
@@ -223,6 +236,14 @@ impl Format for Radix {
         30 - 9 * level
     }
 
+    fn missing(&self, _: u8, _: u64) -> Option<Missing> {
+        match self.mode {
+            mode::NOTHING_LEFT => Some(Missing { front: 0x800, back: 0x800 }),
+            mode::PARTS => Some(Missing { front: 16, back: 256 }),
+            _ => None,
+        }
+    }
+
     fn attributes(&self, _: u8, inherited: u64, pattern: u64) -> Attributes {
         let write = pattern & WRITE != 0 && inherited & 1 == 0;
         Attributes {
@@ -304,6 +325,7 @@ impl Unit for Hostile {
     fn lookup(registers: &Registers, requester: Requester, memory: &mut dyn GuestMemory) -> Result<Outcome, Error> {
         let root = registers.need("ROOT")?;
         let table = |root| TableConfig::new(Radix::NAME, &[("root", root)]);
+        let tables = |tables| Ok(Outcome::Tables(Translated::new(tables, Tag::default())));
         match registers.get("MODE").unwrap_or(0) {
             mode::PANIC => panic!("told to panic for device {:#x}", requester.id),
             mode::LOOP => spin(),
@@ -313,23 +335,28 @@ impl Unit for Hostile {
             }
             mode::LOG_FLOOD => flood(),
             mode::UNSUPPORTED => return Err(Error::Unsupported("told not to support this".to_owned())),
-            mode::FOREIGN_FORMAT => return Ok(Outcome::Tables(vec![TableConfig::new("other/format", &[])])),
-            mode::THREE_TABLES => return Ok(Outcome::Tables(vec![table(0), table(0), table(0)])),
-            mode::NO_TABLES => return Ok(Outcome::Tables(Vec::new())),
+            mode::FOREIGN_FORMAT => return tables(vec![TableConfig::new("other/format", &[])]),
+            mode::THREE_TABLES => return tables(vec![table(0), table(0), table(0)]),
+            mode::NO_TABLES => return tables(Vec::new()),
+            mode::OVERLAPPING_WINDOWS => return Ok(Outcome::Direct(Direct { windows: vec![window(0); 2], intercepts: Vec::new() })),
+            mode::DIRECT => {
+                let windows = vec![window(registers.need("EXTRA1")?)];
+                return Ok(Outcome::Direct(Direct { windows, intercepts: Vec::new() }));
+            }
             mode::READS_FOR_EVER => while memory.read(root, 4096).is_ok() {},
             mode::READS_TOO_MUCH => {
                 memory.read(root, 1 << 20)?;
             }
             mode::READ_THROUGH => {
                 let word = memory.read_through(&table(registers.need("EXTRA1")?), root, 8)?;
-                return Ok(Outcome::Tables(vec![table(word_of(&word)?)]));
+                return tables(vec![table(word_of(&word)?)]);
             }
             _ => {}
         }
         match word_of(&memory.read(root + 8 * requester.id, 8)?)? {
-            0 => Ok(Blocked::outcome("H_BLOCKED", "hostile section 3", "the word is zero")),
+            0 => Ok(Outcome::Blocked(Blocked::refused("H_BLOCKED", "hostile section 3", "the word is zero"))),
             1 => Ok(Outcome::Bypass),
-            root => Ok(Outcome::Tables(vec![table(root)])),
+            root => tables(vec![table(root)]),
         }
     }
 
@@ -350,10 +377,44 @@ impl Unit for Hostile {
         Ok(vec![Offer { format: Radix::NAME.to_owned(), limits: vec![("width".to_owned(), u64::from(*width))] }])
     }
 
+    /// A command is one byte: 0 nothing, 1 everything, 0xff illegal; any other a range of so many pages.
+    fn decode_commands(registers: &Registers, commands: &[u8]) -> Result<Vec<Command>, Error> {
+        let decode = |command: u8| match command {
+            0 => Effect::Nothing,
+            1 => Effect::Everything,
+            0xff => Effect::Illegal(7),
+            pages => Effect::Range(Scope::ALL.domain(3).range(0, (u64::from(pages) << 12) - 1)),
+        };
+        let mut all: Vec<Command> = (0..).zip(commands).map(|(index, command)| Command { index, effect: decode(*command) }).collect();
+        match registers.get("MODE").unwrap_or(0) {
+            mode::PANIC => panic!("told to panic for {} commands", commands.len()),
+            mode::LOOP => spin(),
+            mode::BOMB => explode(),
+            mode::WRONG_ORDER => all.reverse(),
+            mode::NO_MEANING => all.push(Command { index: u16::MAX, effect: Effect::Nothing }),
+            _ => {}
+        }
+        Ok(all)
+    }
+
+    fn encode_event(registers: &Registers, event: &Event) -> Result<EventRecord, Error> {
+        match registers.get("MODE").unwrap_or(0) {
+            mode::LONG_RECORD => Ok(EventRecord { queue: "log".to_owned(), bytes: vec![0; 100_000] }),
+            mode::UNSUPPORTED => Err(Error::Unsupported("told not to support this".to_owned())),
+            _ => Ok(EventRecord::of_words("log", &[event.id, event.iova, u64::from(event.pasid.unwrap_or(0)), u64::from(event.stage)])),
+        }
+    }
+
     fn bind_data(table: &TableConfig, context_address: u64) -> Result<Binding, Error> {
         let root = table.settings.get("root").ok_or_else(|| Error::invalid("root", 0, "", "missing"))?;
         Ok(Binding { kind: 7, data: root.to_le_bytes().to_vec(), context: context_address.to_le_bytes().to_vec() })
     }
+}
+
+/// Addresses below 2^32, which go to memory at an offset.
+fn window(address: u64) -> Window {
+    let attributes = Attributes { read: true, ..Attributes::default() };
+    Window { first: 0, last: 0xffff_ffff, address, attributes }
 }
 
 fn word_of(bytes: &[u8]) -> Result<u64, Error> {

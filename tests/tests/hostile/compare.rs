@@ -244,6 +244,7 @@ pub fn same_state(engine: &Result<StreamState, GuestError>, reference: &Result<R
     let said = match engine {
         Ok(stream) => match &stream.state {
             State::Bypass => "bypass".to_owned(),
+            State::Direct(windows) => format!("bypass in {} windows", windows.len()),
             State::Blocked(reason) => format!("blocked: {reason}"),
             State::Translated(tables) => tables.iter().map(|table| format!("<{table}>")).collect::<Vec<_>>().join(" then "),
         },

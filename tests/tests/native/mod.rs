@@ -23,6 +23,10 @@ fn meaning(meaning: sdk::Meaning) -> Result<Meaning, FormatError> {
         sdk::Meaning::Absent => Meaning::Absent,
         sdk::Meaning::Table { next, inherited } => Meaning::Table { next: Next { level: next.level, first: next.first, last: next.last }, inherited },
         sdk::Meaning::Leaf { size_log2, attributes: allowed } => Meaning::Leaf { size_log2, attributes: attributes(allowed)? },
+        sdk::Meaning::Part { size_log2, attributes: allowed, missing } => {
+            let missing = table::Missing { front: missing.front, back: missing.back };
+            Meaning::Part { size_log2, attributes: attributes(allowed)?, missing }
+        }
         sdk::Meaning::Fault(kind) => Meaning::Fault(fault(kind)),
         sdk::Meaning::WholeEntry => Meaning::WholeEntry,
     })

@@ -14,7 +14,7 @@ use stagecraft::snapshot::{Device, Snapshot, SnapshotError, store};
 use stagecraft::table::{Count, Loss, Piece};
 
 use crate::failure::{Status, complain};
-use crate::inspect::describe;
+use crate::inspect::{describe, describe_windows};
 use crate::json;
 use crate::numbers::{number, setting};
 use crate::options::Global;
@@ -160,6 +160,9 @@ fn report(conversion: &Conversion, out: Option<&Path>) -> Value {
             "streams": table.streams.iter().copied().map(json::stream).collect::<Vec<_>>(),
             "source": table.source.iter().map(json::table).collect::<Vec<_>>(),
         });
+        if let Some(object) = object.as_object_mut().filter(|_| !table.windows.is_empty()) {
+            object.insert("windows".to_owned(), table.windows.iter().map(json::window).collect());
+        }
         // Format, root and settings stand beside the streams.
         if let (Some(object), Value::Object(target)) = (object.as_object_mut(), json::table(&table.table)) {
             object.extend(target);
@@ -201,12 +204,15 @@ fn write_table(out: &mut impl Write, guest: &Guest<'_>, index: usize, table: &Co
     let mut rows = Columns::new(2, &[]);
     let name = |(id, pasid): (u64, Option<u32>)| {
         let label = guest.snapshot().device(id).map_or(String::new(), |device| device.label.clone());
-        stream_name(&stagecraft::guest::StreamState { label, id, pasid, state: State::Bypass, missing: None })
+        stream_name(&stagecraft::guest::StreamState::new(&label, id, pasid, State::Bypass))
     };
     let users: Vec<String> = table.streams.iter().copied().map(name).collect();
     rows.row([Cell::styled("used by", DIM), users.join(", ").into()]);
     for config in &table.source {
         rows.row([Cell::styled("from", DIM), describe(config, plugins).into()]);
+    }
+    if !table.windows.is_empty() {
+        rows.row([Cell::styled("from", DIM), format!("no table: {}", describe_windows(&table.windows)).into()]);
     }
     let (before, after) = (counted(table.source_leaves, "leaf", "leaves"), counted(table.built.leaves, "leaf", "leaves"));
     rows.row([Cell::styled("size", DIM), format!("{before} before, {after} in {} after", size(table.bytes.into())).into()]);

@@ -10,14 +10,14 @@ use stagecraft::Access;
 use stagecraft::guest::{Guest, State};
 use stagecraft::plugin::{Plugins, TableConfig};
 use stagecraft::snapshot::{Snapshot, Source};
-use stagecraft::table::Mapping;
+use stagecraft::table::{Intercept, Mapping, Window};
 
 use crate::failure::Status;
 use crate::json::{self, Separator};
 use crate::options::Global;
 use crate::output::{BAD, Cell, Columns, DIM, FEW, GOOD, HEAD, PLAIN, WARN, count, counted, human, printable, raw, size};
 use crate::session::{Session, device, load};
-use crate::view::{Reach, Seen, View};
+use crate::view::{Seen, View};
 
 /// Show which tables each device uses, and what maps where
 ///
@@ -58,8 +58,8 @@ fn write_json(out: &mut impl Write, view: &View) -> Result<()> {
         write!(out, "{}", streams.next())?;
         let stream = &seen.stream;
         let reach = seen.table.map(|table| &view.tables[table]);
-        let tables: Vec<Value> = reach.map_or(Vec::new(), |reach| reach.configs.iter().map(json::table).collect());
-        let head = json!({
+        let tables: Vec<Value> = stream.tables().iter().map(json::table).collect();
+        let mut head = json!({
             "label": stream.label,
             "id": json::hex(stream.id),
             "pasid": stream.pasid,
@@ -67,6 +67,9 @@ fn write_json(out: &mut impl Write, view: &View) -> Result<()> {
             "reason": view.reason(seen),
             "tables": tables,
         });
+        if let Some(head) = head.as_object_mut().filter(|_| !stream.intercepts.is_empty()) {
+            head.insert("intercepts".to_owned(), stream.intercepts.iter().map(json::intercept).collect());
+        }
         let head = head.to_string();
         write!(out, "{},\"mappings\":[", head.strip_suffix('}').unwrap_or(&head))?;
         let mut mappings = Separator::default();
@@ -137,12 +140,16 @@ fn write_stream(columns: &mut Columns, view: &View, seen: &Seen) {
     let stream = &seen.stream;
     let style = match &stream.state {
         State::Translated(_) => GOOD,
-        State::Bypass => WARN,
+        State::Bypass | State::Direct(_) => WARN,
         State::Blocked(_) => DIM,
     };
     let reach = seen.table.map(|table| &view.tables[table]);
-    let formats = |reach: &Reach| reach.configs.iter().map(|config| &*config.format).collect::<Vec<_>>().join(" through ");
-    let what: Vec<String> = reach.map(formats).into_iter().chain(view.reason(seen)).collect();
+    let formats = match &stream.state {
+        State::Translated(configs) => Some(configs.iter().map(|config| &*config.format).collect::<Vec<_>>().join(" through ")),
+        State::Direct(windows) => Some(counted(windows.len() as u64, "window without a table", "windows without a table")),
+        _ => None,
+    };
+    let what: Vec<String> = formats.into_iter().chain(view.reason(seen)).collect();
     columns.row([
         printable(&stream.label).into(),
         format!("{:#x}", stream.id).into(),
@@ -165,11 +172,17 @@ fn write_table(out: &mut impl Write, plugins: &Plugins, view: &View, index: usiz
     let reach = &view.tables[index];
     let collector = &reach.collected.collector;
     let mappings = collector.mappings();
-    for (stage, config) in reach.configs.iter().enumerate() {
+    if let State::Direct(windows) = &reach.stream.state {
+        writeln!(out, "{HEAD}No table #{}{HEAD:#}  {}", index + 1, describe_windows(windows))?;
+    }
+    for (stage, config) in reach.stream.tables().iter().enumerate() {
         let what = if stage == 0 { format!("Table #{}", index + 1) } else { "  whose outputs go through".to_owned() };
         writeln!(out, "{HEAD}{what}{HEAD:#}  {}", describe(config, plugins))?;
     }
     let mut rows = Columns::new(2, &[]);
+    for intercept in &reach.stream.intercepts {
+        rows.row([Cell::styled("intercepted", WARN), describe_intercept(intercept).into()]);
+    }
     let users: Vec<String> = view.users(index).map(crate::view::stream_name).collect();
     rows.row([Cell::styled("used by", DIM), users.join(", ").into()]);
     let span = match (mappings.first(), mappings.last()) {
@@ -223,6 +236,25 @@ fn write_mappings(out: &mut impl Write, mappings: &[Mapping], few: usize) -> Res
         writeln!(out, "  {DIM}and {} (--all){DIM:#}", counted((mappings.len() - few) as u64, "more run", "more runs"))?;
     }
     Ok(())
+}
+
+/// Windows without a table, for people.
+pub fn describe_windows(windows: &[Window]) -> String {
+    let window = |window: &Window| format!("{} to {:#x} {}", window.iova, window.address, window.attributes.access(true));
+    windows.iter().map(window).collect::<Vec<_>>().join(", ")
+}
+
+/// What is intercepted, for people.
+pub fn describe_intercept(intercept: &Intercept) -> String {
+    let Intercept { passed, mask, value, server, address, section } = intercept;
+    let what = match passed {
+        0 => "IOVAs",
+        1 => "outputs of the first table",
+        _ => "outputs of the second table",
+    };
+    let at = address.map_or(String::new(), |address| format!(" at {address:#x}"));
+    let section = if section.is_empty() { String::new() } else { format!(" ({section})") };
+    printable(&format!("{what} with {value:#x} under mask {mask:#x}, by the {server}{at}{section}"))
 }
 
 /// A configuration for people: settings that are what they usually are, and off, are left out.

@@ -4,6 +4,7 @@ use std::fmt;
 
 use serde_json::{Map, Value, json};
 use stagecraft::plugin::{Settings, TableConfig};
+use stagecraft::table::{Intercept, Window};
 
 /// Version of all JSON forms.
 pub const VERSION: u64 = 1;
@@ -23,6 +24,20 @@ pub fn settings(settings: &Settings) -> Value {
 /// Format, root and settings of a table.
 pub fn table(config: &TableConfig) -> Value {
     json!({"format": config.format, "root": config.settings.get("root").map(hex), "settings": settings(&config.settings)})
+}
+
+/// Addresses that something else than the tables serves.
+pub fn intercept(intercept: &Intercept) -> Value {
+    let Intercept { passed, mask, value, server, address, section } = intercept;
+    let section = Some(section).filter(|section| !section.is_empty());
+    json!({"passed": passed, "mask": hex(*mask), "value": hex(*value), "server": server, "address": address.map(hex), "section": section})
+}
+
+/// IOVAs that go to memory without any table.
+pub fn window(window: &Window) -> Value {
+    let bytes = u128::from(window.iova.length_minus_one()) + 1;
+    let access = window.attributes.access(true).as_str();
+    json!({"iova": hex(window.iova.first), "address": hex(window.address), "size": u64::try_from(bytes).unwrap_or(u64::MAX), "access": access})
 }
 
 /// A stream's id and PASID.

@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 use stagecraft::guest::{Guest, State, StreamState};
@@ -109,10 +109,12 @@ fn answer(guest: &Guest<'_>, device: &Device, pasid: Option<u32>, iova: Iova, ac
             Answer::Fails(Failed::bare(Cause::OutsideMemory.as_str(), reason.to_owned()))
         }
         State::Blocked(reason) => Answer::Fails(Failed::bare("blocked", reason.clone())),
-        State::Translated(configs) => {
-            let mut space = guest.open(configs)?;
+        State::Direct(_) | State::Translated(_) => {
+            let space = guest.space(&found)?;
+            let Some(mut space) = space else { bail!("device {} has no address space", stream_name(&found)) };
             match guest.translate(&mut space, iova, access)? {
                 Ok(translation) => Answer::Goes(translation.address.0, Some(translation.attributes.to_string())),
+                Err(fault) if fault.cause == Cause::Intercepted => Answer::Fails(Failed::intercepted(&found, &fault)),
                 Err(fault) => {
                     if fault.cause == Cause::Missing {
                         missing = missing.or(fault.address);
@@ -128,6 +130,17 @@ fn answer(guest: &Guest<'_>, device: &Device, pasid: Option<u32>, iova: Iova, ac
 impl Failed {
     const fn bare(kind: &'static str, reason: String) -> Self {
         Self { kind, stage: None, level: None, reason, section: None, path: Vec::new() }
+    }
+
+    /// The address is none of the tables' business.
+    fn intercepted(stream: &StreamState, fault: &Fault) -> Self {
+        let matches = |intercept: &&stagecraft::table::Intercept| fault.address.is_some_and(|address| intercept.matches(address));
+        let intercept = stream.intercepts.iter().find(matches);
+        let server = intercept.map_or("something else", |intercept| &intercept.server);
+        let address = fault.address.map_or(String::new(), |address| format!(" {address:#x}"));
+        let section = intercept.map(|intercept| intercept.section.clone()).filter(|section| !section.is_empty());
+        let reason = format!("address{address} is intercepted: the {server} serves it, and not the tables");
+        Self { section, stage: Some(fault.stage), ..Self::bare(Cause::Intercepted.as_str(), reason) }
     }
 
     fn new(space: &mut AddressSpace, fault: Fault, access: Access) -> Result<Self> {
@@ -156,6 +169,7 @@ fn sentence(fault: &Fault, access: Access) -> String {
     match fault.cause {
         Cause::OutsideMemory => format!("the guest has no memory at address{address}"),
         Cause::Missing => format!("the snapshot has no page for address{address}"),
+        Cause::Intercepted => format!("address{address} is intercepted: something else than the tables serves it"),
         Cause::Entry(FaultKind::Translation) if fault.path.is_empty() => "no table covers this address".to_owned(),
         Cause::Entry(FaultKind::Translation) => "nothing is mapped here".to_owned(),
         Cause::Entry(FaultKind::Permission) => {

@@ -4,7 +4,7 @@ use anyhow::Result;
 use stagecraft::device::LookupError;
 use stagecraft::guest::{Collected, Guest, GuestError, State, StreamState};
 use stagecraft::memory::PAGE;
-use stagecraft::plugin::{CallError, TableConfig};
+use stagecraft::plugin::CallError;
 use stagecraft::snapshot::Device;
 
 use crate::failure::{Status, complain};
@@ -15,7 +15,7 @@ use crate::session::name;
 pub struct View {
     /// Each device, and after it its PASIDs, sorted by id.
     pub streams: Vec<Seen>,
-    /// What translated streams use, in the order of the first stream.
+    /// What streams with an address space of their own use, in the order of the first stream.
     pub tables: Vec<Reach>,
 }
 
@@ -23,7 +23,7 @@ pub struct View {
 pub struct Seen {
     /// What it gets.
     pub stream: StreamState,
-    /// Index into the tables if it is translated.
+    /// Index into the tables if it has an address space of its own.
     pub table: Option<usize>,
     /// Why looking for its tables ended early, if it did.
     pub stopped: Option<String>,
@@ -31,8 +31,8 @@ pub struct Seen {
 
 /// What devices reach through one table, or through two.
 pub struct Reach {
-    /// The table, or the two.
-    pub configs: Vec<TableConfig>,
+    /// The first stream that goes this way.
+    pub stream: StreamState,
     /// Mappings and faults.
     pub collected: Collected,
 }
@@ -42,24 +42,24 @@ impl View {
     pub fn new(guest: &Guest<'_>, only: Option<&Device>) -> Result<Self> {
         let streams = streams(guest, only)?;
         let mut view = Self { streams: Vec::with_capacity(streams.len()), tables: Vec::new() };
-        let mut known: Vec<Vec<TableConfig>> = Vec::new();
+        let mut known: Vec<StreamState> = Vec::new();
         for (stream, stopped) in streams {
-            let table = match &stream.state {
-                State::Translated(configs) => Some(known.iter().position(|other| other == configs).unwrap_or_else(|| {
-                    known.push(configs.clone());
+            let table = matches!(stream.state, State::Translated(_) | State::Direct(_)).then(|| {
+                known.iter().position(|other| other.shares(&stream)).unwrap_or_else(|| {
+                    known.push(stream.clone());
                     known.len() - 1
-                })),
-                _ => None,
-            };
+                })
+            });
             view.streams.push(Seen { stream, table, stopped });
         }
         let progress = Progress::new("walking tables");
         let all = known.len();
-        for (done, configs) in known.into_iter().enumerate() {
+        for (done, stream) in known.into_iter().enumerate() {
             progress.at(done, all);
-            let mut space = guest.open(&configs)?;
+            // Only streams with an address space are known.
+            let Some(mut space) = guest.space(&stream)? else { continue };
             let collected = guest.collect(&mut space, 0)?;
-            view.tables.push(Reach { configs, collected });
+            view.tables.push(Reach { stream, collected });
         }
         Ok(view)
     }
@@ -149,8 +149,7 @@ fn stream(guest: &Guest<'_>, device: &Device, pasid: Option<u32>) -> Result<(Str
     match guest.stream(device.id, pasid) {
         Ok(stream) => Ok((stream, None)),
         Err(GuestError::Lookup(LookupError::Exhausted(exhausted))) => {
-            let state = State::Blocked("not known".to_owned());
-            let stream = StreamState { label: device.label.clone(), id: device.id, pasid, state, missing: None };
+            let stream = StreamState::new(&device.label, device.id, pasid, State::Blocked("not known".to_owned()));
             Ok((stream, Some(exhausted.to_string())))
         }
         Err(error) => Err(of_device(error, device)),

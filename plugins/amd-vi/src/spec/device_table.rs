@@ -34,6 +34,8 @@ pub(crate) const GCR3_14_12: Field = Field::new(60, 58);
 pub(crate) const IR: u64 = bit(61);
 /// Word 0: writes pass.
 pub(crate) const IW: u64 = bit(62);
+/// Word 1: domain id, by which translations are invalidated.
+pub(crate) const DOMAIN_ID: Field = Field::new(15, 0);
 /// Word 1: guest CR3 table, address bits 30:15.
 pub(crate) const GCR3_30_15: Field = Field::new(31, 16);
 /// Word 1: the exclusion range is for this device.
@@ -76,7 +78,7 @@ mod tests {
     #[test]
     fn every_field_stands_where_the_specification_says() {
         assert_layout(&[(HAD, 0b10), (MODE, 0b101), (HOST_ROOT, 0xa_1234_5678), (GLX, 0b01), (GCR3_14_12, 0b110)], 0x1900_a123_4567_8b00);
-        assert_layout(&[(GCR3_30_15, 0xbeef), (GCR3_51_31, 0x15_5555)], 0xaaaa_a800_beef_0000);
+        assert_layout(&[(DOMAIN_ID, 0x1234), (GCR3_30_15, 0xbeef), (GCR3_51_31, 0x15_5555)], 0xaaaa_a800_beef_1234);
         assert_layout(&[(GUEST_PAGING_MODE, 0b01)], 1 << 54);
         assert_layout(&[(gcr3::ADDRESS, 0x9_8765_4321)], 0x9876_5432_1000);
         assert_eq!([V, TV, GIOV, GV, IR, IW, EX, gcr3::V].map(u64::trailing_zeros), [0, 1, 54, 55, 61, 62, 39, 0]);

@@ -43,6 +43,8 @@ pub(crate) mod idr0 {
         NS1ATS = [11:11];
         /// 16-bit ASIDs.
         ASID16 = [12:12];
+        /// Page requests are there.
+        PRI = [16:16];
         /// 16-bit VMIDs.
         VMID16 = [18:18];
         /// Two-level CD tables.
@@ -79,6 +81,8 @@ pub(crate) mod idr3 {
         FWB = [8:8];
         /// TxSZ up to 48 (47 with 64K).
         STT = [9:9];
+        /// Invalidation by ranges.
+        RIL = [10:10];
         /// CD.E0PD0 and CD.E0PD1 work.
         E0PD = [13:13];
         /// CD.EPAN works.

@@ -108,7 +108,7 @@ pub fn walk(format: &impl Format, guest: &Guest, iova: u64) -> Result<(u64, Attr
         match format.decode(next.level, inherited, pattern) {
             Meaning::Absent => return Err(FaultKind::Translation),
             Meaning::Fault(kind) => return Err(kind),
-            Meaning::WholeEntry => panic!("Arm has no such entries"),
+            Meaning::Part { .. } | Meaning::WholeEntry => panic!("Arm has no such entries"),
             _ if address >> geometry.output_bits != 0 => return Err(FaultKind::AddressSize),
             Meaning::Table { next: below, inherited: word } => (table, next, inherited) = (address, below, word),
             Meaning::Leaf { size_log2, attributes } => return Ok((address | (iova & ((1 << size_log2) - 1)), attributes)),

@@ -78,6 +78,14 @@ pub(crate) mod gsts {
     pub(crate) const TES: Field = Field::new(31, 31);
 }
 
+/// Invalidation Queue Address Register, section 11.4.9.3.
+pub(crate) mod iqa {
+    use super::Field;
+
+    /// Descriptors have 32 bytes instead of 16.
+    pub(crate) const DW: Field = Field::new(11, 11);
+}
+
 /// Root Table Address Register, section 11.4.5.
 pub(crate) mod rtaddr {
     use super::Field;
@@ -99,7 +107,7 @@ pub(crate) mod rtaddr {
 
 #[cfg(test)]
 mod tests {
-    use super::{cap, ecap, gsts, rtaddr};
+    use super::{cap, ecap, gsts, iqa, rtaddr};
     use crate::spec::assert_layout;
 
     #[test]
@@ -134,6 +142,7 @@ mod tests {
             assert_layout(&[(field, 1)], 1 << position);
         }
         assert_layout(&[(gsts::TES, 1)], 0x8000_0000);
+        assert_layout(&[(iqa::DW, 1)], 0x800);
         assert_layout(&[(rtaddr::SSIRWE, 1), (rtaddr::TTM, 0b01), (rtaddr::RTA, 0xf_edcb_a987_6543)], 0xfedc_ba98_7654_3480);
     }
 }

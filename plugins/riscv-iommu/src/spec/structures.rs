@@ -56,8 +56,10 @@ pub(crate) mod atp {
 
     /// Page number.
     pub(crate) const PPN: Field = Field::new(43, 0);
-    /// Must be zero; in word 1 of a device context it is the guest's id.
+    /// Must be zero; in word 1 of a device context it is [`GSCID`].
     pub(crate) const RESERVED: u64 = mask(59, 44);
+    /// Word 1 of a device context: the guest's id.
+    pub(crate) const GSCID: Field = Field::new(59, 44);
     /// Mode.
     pub(crate) const MODE: Field = Field::new(63, 60);
 
@@ -73,9 +75,12 @@ pub(crate) mod atp {
 
 /// Word 2 of a device context, IOMMU section 2.1.3.3.
 pub(crate) mod ta {
-    use super::mask;
+    use super::{Field, mask};
 
-    /// Must be zero. Bits 31:12 are the id of the address space.
+    /// Id of the address space; also in word 0 of a process context.
+    pub(crate) const PSCID: Field = Field::new(31, 12);
+
+    /// Must be zero.
     pub(crate) const RESERVED: u64 = mask(11, 0) | mask(39, 32);
     /// Quality-of-service ids, reserved on a unit without them.
     pub(crate) const QOS: u64 = mask(63, 40);
@@ -127,7 +132,8 @@ mod tests {
 
     #[test]
     fn fields_and_reserved_bits_make_whole_words() {
-        let space = 0xffff_f000;
+        let space = ta::PSCID.mask();
+        assert_eq!((space, atp::GSCID.mask()), (0xffff_f000, atp::RESERVED));
         assert_partition(&[pointer::V, pointer::PPN.mask(), pointer::RESERVED]);
         assert_partition(&[0xfff, 0xff00_0000, tc::RESERVED]);
         assert_partition(&[atp::PPN.mask(), atp::RESERVED, atp::MODE.mask()]);

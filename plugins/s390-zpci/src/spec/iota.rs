@@ -32,6 +32,8 @@ pub(crate) const PAGE_TABLE: u64 = 7;
 
 /// [`FRAME_SIZE`]: 4 KiB.
 pub(crate) const FRAME_4K: u64 = 0;
+/// Frames by [`FRAME_SIZE`], log2 of their bytes; 3 is reserved.
+pub(crate) const FRAMES_LOG2: [u32; 3] = [12, 20, 31];
 
 #[cfg(test)]
 mod tests {

@@ -90,7 +90,9 @@ fn differences(a: &View, b: &View) -> (Vec<Difference>, usize) {
         let tables = (table(0), table(1));
         let ranges = known.entry(tables).or_insert_with(|| compare(mappings(a, tables.0), mappings(b, tables.1)).into());
         let states = pair.map(|seen| seen.map(|seen| seen.stream.state.as_str()));
-        if states[0] == states[1] && ranges.is_empty() {
+        // Windows without a table, and a table that maps the same, reach the same.
+        let same_way = states[0] == states[1] || tables.0.is_some() && tables.1.is_some();
+        if same_way && ranges.is_empty() {
             continue;
         }
         let ranges = Rc::clone(ranges);

@@ -14,7 +14,6 @@ use clap::Args;
 use serde_json::json;
 use stagecraft::Span;
 use stagecraft::guest::{Guest, GuestError, State, StreamState};
-use stagecraft::plugin::TableConfig;
 use stagecraft::snapshot::SnapshotError;
 use stagecraft::table::WalkError;
 
@@ -50,8 +49,8 @@ pub struct Arguments {
 
 /// What is drawn of one table, or of two.
 pub struct Section {
-    /// The table, or the two.
-    pub configs: Vec<TableConfig>,
+    /// The first stream that goes this way.
+    pub stream: StreamState,
     /// Who uses it.
     pub users: Vec<String>,
     /// What is mapped.
@@ -102,7 +101,7 @@ fn look(guest: &Guest<'_>, streams: Vec<(StreamState, Option<String>)>) -> Resul
             note(Status::Found, format!("device {}: {stopped}", stream_name(&stream)));
         }
         let name = stream_name(&stream);
-        let configs = match &stream.state {
+        match &stream.state {
             State::Bypass => {
                 others.push(format!("{name}: bypass, all of guest memory as it is"));
                 continue;
@@ -111,13 +110,13 @@ fn look(guest: &Guest<'_>, streams: Vec<(StreamState, Option<String>)>) -> Resul
                 others.push(format!("{name}: blocked, {reason}"));
                 continue;
             }
-            State::Translated(configs) => configs,
-        };
-        if let Some(section) = sections.iter_mut().find(|section| section.configs == *configs) {
+            State::Direct(_) | State::Translated(_) => {}
+        }
+        if let Some(section) = sections.iter_mut().find(|section| section.stream.shares(&stream)) {
             section.users.push(name);
             continue;
         }
-        let mut space = guest.open(configs)?;
+        let Some(mut space) = guest.space(&stream)? else { continue };
         let mut areas = Areas::new(guest.map(), space.privileged());
         let stopped = match space.walk(&guest.memory(), guest.map(), Span::ALL, &guest.budget(), &mut areas) {
             Ok(()) => None,
@@ -130,7 +129,7 @@ fn look(guest: &Guest<'_>, streams: Vec<(StreamState, Option<String>)>) -> Resul
             note(Status::Found, format!("device {name}: {stopped}; --budget-tables and --budget-leaves allow more"));
         }
         let Areas { areas, leaves, faults, .. } = areas;
-        sections.push(Section { configs: configs.clone(), users: vec![name], areas, leaves, faults, stopped });
+        sections.push(Section { stream, users: vec![name], areas, leaves, faults, stopped });
     }
     Ok((sections, others, incomplete))
 }

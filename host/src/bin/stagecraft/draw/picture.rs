@@ -12,13 +12,14 @@
 //! Each row has its own scale; longer strips are larger parts of the address space (logarithmically), so that 4 KiB do not look like 4 GiB.
 
 use stagecraft::Access;
+use stagecraft::guest::State;
 use stagecraft::memory::Kind;
 use stagecraft::plugin::Plugins;
 
 use super::Section;
 use super::rows::{Block, Row, blocks, rows};
 use super::svg::Svg;
-use crate::inspect::describe;
+use crate::inspect::{describe, describe_windows};
 use crate::output::{count, counted, printable, size};
 
 const WIDTH: u32 = 1200;
@@ -162,7 +163,10 @@ fn legend(svg: &mut Svg, y: f64) -> f64 {
 
 fn heading(svg: &mut Svg, y: f64, index: usize, section: &Section, plugins: &Plugins) -> f64 {
     svg.line((LEFT, y), (f64::from(WIDTH) - LEFT, y), "rule");
-    let configs: Vec<String> = section.configs.iter().map(|config| describe(config, plugins)).collect();
+    let mut configs: Vec<String> = section.stream.tables().iter().map(|config| describe(config, plugins)).collect();
+    if let State::Direct(windows) = &section.stream.state {
+        configs.push(format!("no table, {}", describe_windows(windows)));
+    }
     svg.text((LEFT, y + 24.0), "heading", &clip(&format!("Table #{}: {}", index + 1, configs.join(" through ")), 140));
     svg.text((LEFT, y + 42.0), "small", &clip(&format!("used by {}", printable(&section.users.join(", "))), 180));
     let mapped: u128 = section.areas.iter().map(super::areas::Area::bytes).sum();

@@ -115,10 +115,10 @@ pub fn run(global: &Global, arguments: &Arguments) -> Result<Status> {
             report.stops(stopped, stream);
         }
         match &stream.state {
-            State::Bypass => {}
-            State::Blocked(reason) if stream.missing.is_some() || stopped.is_some() || is_unused(reason) => {}
+            State::Bypass | State::Direct(_) => {}
+            State::Blocked(_) if stream.missing.is_some() || stopped.is_some() || stream.unused => {}
             State::Blocked(reason) => report.blocked(stream, reason),
-            State::Translated(configs) => match groups.iter_mut().find(|group| group.configs == configs) {
+            State::Translated(configs) => match groups.iter_mut().find(|group| group.streams[0].shares(stream)) {
                 Some(group) => group.streams.push(stream.clone()),
                 None => groups.push(Group { configs, streams: vec![stream.clone()] }),
             },
@@ -142,12 +142,6 @@ pub fn run(global: &Global, arguments: &Arguments) -> Result<Status> {
         complain(&what);
         status.max(incomplete)
     }))
-}
-
-/// Whether a device is blocked because nobody set anything up for it: drivers leave unused devices so.
-fn is_unused(reason: &str) -> bool {
-    let unused = ["not present", "not valid", "disabled", "aborts", "lies outside", "beyond the", "descriptor is invalid", "lists no table"];
-    unused.iter().any(|words| reason.contains(words))
 }
 
 impl Report {
@@ -291,6 +285,7 @@ fn sentence(cause: Cause, address: Option<u64>) -> String {
     match cause {
         Cause::OutsideMemory => format!("the guest has no memory at address{address}"),
         Cause::Missing => format!("the snapshot has no page for address{address}"),
+        Cause::Intercepted => format!("address{address} is intercepted: something else than the tables serves it"),
         Cause::Entry(kind) if address.is_empty() => describe(kind).to_owned(),
         Cause::Entry(kind) => format!("{}:{address}", describe(kind)),
     }

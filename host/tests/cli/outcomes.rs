@@ -1,0 +1,233 @@
+//! What a device's DMA gets besides plain tables: windows without a table, addresses that something else serves, parts of pages, supersections.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::PathBuf;
+
+use serde_json::{Value, json};
+
+use crate::support::{folder, hex, run};
+
+/// A guest that is made up: 64-bit words where structures are, 16 MiB of RAM at 0x80000000, device memory at 0x28000000.
+struct Guest {
+    unit: Value,
+    pages: BTreeMap<u64, Vec<u8>>,
+    id: u64,
+}
+
+impl Guest {
+    fn new(unit: &Value, id: u64) -> Self {
+        Self { unit: unit.clone(), pages: BTreeMap::new(), id }
+    }
+
+    fn write(mut self, address: u64, bytes: &[u8]) -> Self {
+        for (offset, byte) in (address..).zip(bytes) {
+            self.pages.entry(offset & !0xfff).or_insert_with(|| vec![0; 4096])[(offset & 0xfff) as usize] = *byte;
+        }
+        self
+    }
+
+    fn words(self, address: u64, words: &[u64]) -> Self {
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        self.write(address, &bytes)
+    }
+
+    /// A table of 16 KiB.
+    fn table(self, address: u64, words: &[u64]) -> Self {
+        self.write(address, &[0; 0x4000]).words(address, words)
+    }
+
+    fn save(&self, test: &str) -> PathBuf {
+        let path = folder(test).join("guest");
+        fs::create_dir(&path).unwrap();
+        let mut snapshot = json!({
+            "version": 1,
+            "memory": [
+                {"kind": "device", "first": "0x28000000", "last": "0x28ffffff"},
+                {"kind": "ram", "first": "0x80000000", "last": "0x80ffffff"},
+                {"kind": "ram", "first": "0x500000000", "last": "0x500ffffff"},
+            ],
+            "devices": [{"label": "under-test", "id": self.id}],
+            "page_size": 4096,
+            "pages": self.pages.keys().map(|page| format!("{page:#x}")).collect::<Vec<_>>(),
+        });
+        for (name, value) in self.unit.as_object().unwrap() {
+            snapshot[name] = value.clone();
+        }
+        fs::write(path.join("snapshot.json"), snapshot.to_string()).unwrap();
+        fs::write(path.join("pages.bin"), self.pages.values().flatten().copied().collect::<Vec<u8>>()).unwrap();
+        path
+    }
+}
+
+fn stream(path: &str) -> Value {
+    run(&["inspect", path, "--format", "json"]).good().json()["streams"][0].clone()
+}
+
+fn translate(path: &str, iova: &str, access: &str) -> Value {
+    run(&["translate", path, "--device", "under-test", "--iova", iova, "--access", access, "--format", "json"]).json()
+}
+
+fn mapping(iova: u64, address: u64, size: u64, access: &str) -> Value {
+    json!({"iova": format!("{iova:#x}"), "address": format!("{address:#x}"), "size": size, "access": access})
+}
+
+fn convert(path: &str, to: &str, out: &str) -> Value {
+    run(&["convert", path, "--to", to, "--out", out, "--format", "json"]).good().json()
+}
+
+#[test]
+fn a_function_without_tables_reaches_memory_at_an_offset() {
+    // The guest's memory from zero on is not there; what is there shows at the same offset from the lowest input address.
+    let unit = json!({"unit": {"kind": "s390-zpci", "registers": {"IOTA_10000": "0x0", "BASE_10000": "0x100000000", "LIMIT_10000": "0x180ffffff"}}});
+    let saved = Guest::new(&unit, 0x1_0000).save("direct");
+    let path = saved.to_str().unwrap();
+    let found = stream(path);
+    assert_eq!((&found["state"], &found["tables"], &found["reason"]), (&json!("bypass"), &json!([]), &json!(null)));
+    let expected = [mapping(0x1_2800_0000, 0x2800_0000, 0x100_0000, "rw"), mapping(0x1_8000_0000, 0x8000_0000, 0x100_0000, "rw")];
+    assert_eq!(found["mappings"], json!(expected));
+    assert_eq!(translate(path, "0x180001234", "w"), json!({"succeeds": true, "address": "0x80001234"}));
+    let kind = |iova: &str| translate(path, iova, "r")["fault"]["kind"].clone();
+    assert_eq!([kind("0x80001234"), kind("0x181000000"), kind("0x100000000")], [json!("translation"), json!("translation"), json!("outside-memory")]);
+    assert!(run(&["inspect", path]).good().stdout.contains("1 window without a table"));
+    assert_eq!(run(&["validate", path]).good().status, 0);
+
+    let out = saved.with_file_name("out");
+    let out = out.to_str().unwrap();
+    let report = convert(path, "intel-vtd/second-stage", out);
+    assert_eq!(report["tables"][0]["losses"], json!([]));
+    assert_eq!((&report["tables"][0]["source"], &report["tables"][0]["windows"][0]["iova"]), (&json!([]), &json!("0x100000000")));
+    let converted = stream(out);
+    assert_eq!((&converted["state"], &converted["mappings"]), (&json!("translated"), &json!(expected)));
+    assert_eq!(run(&["diff", path, out]).good().status, 0, "both reach the same");
+
+    // A target whose addresses end before says so.
+    let out = saved.with_file_name("short");
+    let report = convert(path, "arm-v7s/short", out.to_str().unwrap());
+    let losses: Vec<&Value> = report["tables"][0]["losses"].as_array().unwrap().iter().map(|loss| &loss["loss"]).collect();
+    assert_eq!(losses, ["input-range"]);
+}
+
+/// A RISC-V IOMMU with one device context in the extended format at 0x80001000, and an Sv39 table at 0x80002000.
+fn riscv(context: [u64; 8], first: bool) -> Guest {
+    let capabilities = 0x10_u64 | 1 << 9 | 1 << 17 | 1 << 22 | 56 << 32;
+    let ddtp = (0x8000_1000_u64 >> 12) << 10 | 2;
+    let registers = json!({"CAPABILITIES": format!("{capabilities:#x}"), "FCTL": "0x0", "DDTP": format!("{ddtp:#x}")});
+    let unit = json!({"unit": {"kind": "riscv-iommu", "registers": registers}});
+    // V R W X U A D: a leaf. The root's first entry leads to a second table, and that to a third.
+    let (table, leaf) = (1, 0xdf);
+    let entry = |address: u64, flags: u64| address >> 12 << 10 | flags;
+    let guest = Guest::new(&unit, 3).words(0x8000_1000 + 3 * 64, &context);
+    let guest = guest.words(0x8000_4000, &[entry(0x8000_5000, table)]).words(0x8000_5000, &[entry(0x8000_6000, table)]);
+    // Four pages, one of which is where the guest sees interrupt files.
+    let pages = [0x8010_0000, 0x2800_0000, 0x2800_1000, 0x8010_3000].map(|address| entry(address, leaf));
+    let guest = guest.words(0x8000_6000, &pages);
+    if first { guest } else { guest.words(0x8000_6008, &[entry(0x8020_0000, leaf)]) }
+}
+
+#[test]
+fn msi_addresses_are_not_the_tables_business() {
+    let (sv39, bare) = (8 << 60 | 0x8000_4000_u64 >> 12, 0);
+    let msi = [1 << 60 | 0x8000_9000_u64 >> 12, 0, 0x2_8000, 0];
+    let with = |iohgatp: u64, fsc: u64| [1, iohgatp, 0, fsc, msi[0], msi[1], msi[2], msi[3]];
+
+    // After the first stage: the page that leads to 0x28000000.
+    let saved = riscv(with(bare, sv39), true).save("msi-first");
+    let path = saved.to_str().unwrap();
+    let found = stream(path);
+    let intercept = json!([{"passed": 1, "mask": "0xfffffffffffff000", "value": "0x28000000", "server": "MSI page table", "address": "0x80009000",
+        "section": "RISC-V IOMMU 1.0 section 2.1.3.6"}]);
+    assert_eq!(found["intercepts"], intercept);
+    let expected = [mapping(0, 0x8010_0000, 0x1000, "rw"), mapping(0x2000, 0x2800_1000, 0x1000, "rw"), mapping(0x3000, 0x8010_3000, 0x1000, "rw")];
+    assert_eq!(found["mappings"], json!(expected));
+    assert_eq!(translate(path, "0x2004", "w"), json!({"succeeds": true, "address": "0x28001004"}));
+    let fault = translate(path, "0x1004", "w")["fault"].clone();
+    assert_eq!((&fault["kind"], &fault["stage"]), (&json!("intercepted"), &json!(1)));
+    assert!(fault["reason"].as_str().unwrap().contains("0x28000004 is intercepted: the MSI page table serves it"), "{fault}");
+    assert!(run(&["inspect", path]).good().stdout.contains("outputs of the first table with 0x28000000 under mask"));
+    let out = saved.with_file_name("out");
+    convert(path, "arm-smmuv3/stage1", out.to_str().unwrap());
+    assert_eq!(stream(out.to_str().unwrap())["mappings"], json!(expected), "an intercepted page is not mapped elsewhere");
+
+    // Without a first stage the IOVA is compared, before the second stage: 0x28000000 is nowhere in this table.
+    let guest = riscv(with(8 << 60 | 0x8002_0000_u64 >> 12, bare), false).table(0x8002_0000, &[0x8000_5000 >> 12 << 10 | 1]);
+    let saved = guest.save("msi-second");
+    let path = saved.to_str().unwrap();
+    assert_eq!(stream(path)["intercepts"][0]["passed"], 0);
+    assert_eq!(translate(path, "0x28000004", "w")["fault"]["kind"], "intercepted");
+    assert_eq!(translate(path, "0x28001004", "w")["fault"]["kind"], "translation");
+    assert_eq!(translate(path, "0x1004", "w"), json!({"succeeds": true, "address": "0x80200004"}));
+
+    // Between two stages: the first one's outputs. Its tables are behind the second, which is the identity here.
+    let identity: Vec<u64> = (0..2048).map(|index: u64| (index << 30) >> 12 << 10 | 0xdf).collect();
+    let guest = riscv(with(8 << 60 | 0x8001_0000_u64 >> 12, sv39), true).words(0x8001_0000, &identity);
+    let saved = guest.save("msi-nested");
+    let path = saved.to_str().unwrap();
+    assert_eq!(stream(path)["mappings"], json!(expected));
+    let fault = translate(path, "0x1004", "w")["fault"].clone();
+    assert_eq!((&fault["kind"], &fault["stage"]), (&json!("intercepted"), &json!(2)));
+
+    // No stage at all.
+    let saved = riscv(with(bare, bare), true).save("msi-bare");
+    let path = saved.to_str().unwrap();
+    let found = stream(path);
+    assert_eq!((&found["state"], &found["mappings"][0]["iova"]), (&json!("bypass"), &json!("0x28001000")));
+    assert_eq!(translate(path, "0x28000fff", "w")["fault"]["kind"], "intercepted");
+    assert_eq!(translate(path, "0x80000000", "w"), json!({"succeeds": true, "address": "0x80000000"}));
+}
+
+#[test]
+fn a_part_of_a_page_is_all_that_a_device_reaches() {
+    // Units of 4 bytes: 0x010..=0xffe of the first page, all of the second.
+    let leaf = |first: u64, last: u64, address: u64| first << 52 | last << 40 | address >> 4 | 1;
+    let table = json!({"tables": [{"id": 3, "format": "apple-dart/dart2", "root": "0x80004000", "settings": {}}]});
+    let guest = Guest::new(&table, 3).table(0x8000_4000, &[0x8000_8000 >> 4 | 1]);
+    let saved = guest.table(0x8000_8000, &[leaf(0x10, 0xffe, 0x8010_0000), leaf(0, 0xfff, 0x8020_0000)]).save("parts");
+    let path = saved.to_str().unwrap();
+    let expected = [mapping(0x40, 0x8010_0040, 0x3fbc, "rw"), mapping(0x4000, 0x8020_0000, 0x4000, "rw")];
+    assert_eq!(stream(path)["mappings"], json!(expected));
+    let fault = translate(path, "0x3f", "r")["fault"].clone();
+    assert_eq!((&fault["kind"], &fault["stage"]), (&json!("permission"), &json!(1)));
+    assert_eq!(
+        [translate(path, "0x3ffc", "r")["fault"]["kind"].clone(), translate(path, "0x3ffb", "r")["succeeds"].clone()],
+        [json!("permission"), json!(true)]
+    );
+    let out = saved.with_file_name("out");
+    let report = convert(path, "intel-vtd/second-stage", out.to_str().unwrap());
+    let loss = &report["tables"][0]["losses"][0];
+    // Of the first page 0x1000..=0x2fff is whole in pages of 4 KiB.
+    assert_eq!((&loss["loss"], &loss["bytes"]), (&json!("granule"), &json!(0xfc0 + 0xffc)));
+    let expected = [mapping(0x1000, 0x8010_1000, 0x2000, "rw"), mapping(0x4000, 0x8020_0000, 0x4000, "rw")];
+    assert_eq!(stream(out.to_str().unwrap())["mappings"], json!(expected));
+}
+
+#[test]
+fn supersections_reach_beyond_32_bits() {
+    let table = |bits: u64| json!({"tables": [{"id": 3, "format": "arm-v7s/short", "root": "0x80004000", "settings": {"output-bits": bits}}]});
+    let save = |bits: u64, test: &str| {
+        // A section, a table entry whose address has bit 18, and a supersection at 0x5_00000000.
+        let mut words = vec![0x8010_1c0e_u32, 0x8004_0001];
+        words.resize(16, 0);
+        words.extend([0x0054_1c0e_u32; 16]);
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        Guest::new(&table(bits), 3).table(0x8000_4000, &[]).write(0x8000_4000, &bytes).write(0x8004_0000, &0x8030_0c7e_u32.to_le_bytes()).save(test)
+    };
+    let saved = save(40, "supersections");
+    let path = saved.to_str().unwrap();
+    let expected = [
+        mapping(0, 0x8010_0000, 0x10_0000, "rw"),
+        mapping(0x10_0000, 0x8030_0000, 0x1000, "rw"),
+        mapping(0x100_0000, 0x5_0000_0000, 0x100_0000, "rw"),
+    ];
+    assert_eq!(stream(path)["mappings"], json!(expected));
+    let short = save(32, "supersections-32");
+    assert_eq!(translate(short.to_str().unwrap(), "0x1000000", "r")["fault"]["kind"], "address-size");
+    // There and back: as a target it makes supersections of what lies above 32 bits, and its tables below.
+    let (vtd, back) = (saved.with_file_name("vtd"), saved.with_file_name("back"));
+    convert(path, "intel-vtd/first-stage", vtd.to_str().unwrap());
+    let (vtd, back) = (vtd.to_str().unwrap(), back.to_str().unwrap());
+    let report = run(&["convert", vtd, "--to", "arm-v7s/short", "--set", "output-bits=40", "--out", back, "--format", "json"]).good().json();
+    assert_eq!(report["tables"][0]["losses"], json!([]));
+    assert!(hex(&report["tables"][0]["root"]) >> 32 == 0);
+    assert_eq!(stream(back)["mappings"], json!(expected));
+}

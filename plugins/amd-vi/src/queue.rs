@@ -1,0 +1,151 @@
+//! Commands and events: 48882 sections 2.4 and 2.5. An entry of the command buffer has 16 bytes, and so has one of the event log.
+//!
+//! Where more is forgotten than a command asks for: pages of a guest-physical range mean all IOVAs of a nested address space, reserved bits are not judged,
+//! and `INVALIDATE_IOMMU_ALL` counts as legal whether or not the unit says that it has it.
+
+use stagecraft_sdk::bits::Field;
+use stagecraft_sdk::queue::{Access, decode_each};
+use stagecraft_sdk::{Command, Effect, Error, Event, EventRecord, FaultKind, Scope};
+
+const COMMANDS: &str = "48882 section 2.4";
+const EVENTS: &str = "48882 section 2.5";
+
+/// Code of the event that an illegal command causes, section 2.5.6.
+const ILLEGAL_COMMAND_ERROR: u32 = 5;
+
+/// Word 0 of commands and events.
+mod low {
+    use super::Field;
+
+    pub(super) const DEVICE: Field = Field::new(15, 0);
+    pub(super) const CODE: Field = Field::new(63, 60);
+    /// INVALIDATE_IOMMU_PAGES, and INVALIDATE_DEVTAB_ENTRY's neighbours.
+    pub(super) const PASID: Field = Field::new(19, 0);
+    pub(super) const DOMAIN: Field = Field::new(47, 32);
+    /// INVALIDATE_IOTLB_PAGES: parts of the PASID.
+    pub(super) const PASID_15_8: Field = Field::new(23, 16);
+    pub(super) const PASID_7_0: Field = Field::new(55, 48);
+    pub(super) const PASID_19_16: Field = Field::new(59, 56);
+}
+
+/// Word 1 of the commands with an address.
+mod high {
+    use super::Field;
+
+    /// The address codes a size.
+    pub(super) const S: Field = Field::new(0, 0);
+    /// Page directory entries too, not only leaves.
+    pub(super) const PDE: Field = Field::new(1, 1);
+    /// A guest-virtual address of a PASID.
+    pub(super) const GN: Field = Field::new(2, 2);
+    pub(super) const ADDRESS: Field = Field::new(63, 12);
+}
+
+/// What a batch of commands asks for.
+pub(crate) fn decode(commands: &[u8]) -> Result<Vec<Command>, Error> {
+    decode_each::<16>(commands, COMMANDS, |entry, push| {
+        let words = stagecraft_sdk::bits::words(entry);
+        let (low, high) = (words[0], words[1]);
+        let guest = high::GN.of(high) == 1;
+        match low::CODE.of(low) {
+            // COMPLETION_WAIT, INVALIDATE_INTERRUPT_TABLE, PREFETCH_IOMMU_PAGES, COMPLETE_PPR_REQUEST.
+            1 | 5 | 6 | 7 => push(Effect::Nothing),
+            2 => push(Effect::Structures(Scope::ALL.id(low::DEVICE.of(low)))),
+            3 => {
+                let domain = Scope::ALL.domain(low::DOMAIN.of(low));
+                let scope = if guest { domain.space(low::PASID.of(low)) } else { domain.second_stage() };
+                push(Effect::Range(sized(scope, high).leaf(high::PDE.of(high) == 0)));
+            }
+            4 => {
+                let pasid = low::PASID_19_16.of(low) << 16 | low::PASID_15_8.of(low) << 8 | low::PASID_7_0.of(low);
+                let device = Scope::ALL.id(low::DEVICE.of(low));
+                push(Effect::DeviceTlb(sized(if guest { device.space(pasid) } else { device }, high)));
+            }
+            8 => {
+                push(Effect::Structures(Scope::ALL));
+                push(Effect::Everything);
+            }
+            _ => push(Effect::Illegal(ILLEGAL_COMMAND_ERROR)),
+        }
+    })
+}
+
+/// Section 2.4.3: a page, or with S as many as the ones at the address's lower end say: the first zero is half the size.
+fn sized(scope: Scope, high: u64) -> Scope {
+    let address = high::ADDRESS.in_place(high);
+    let size_log2 = if high::S.of(high) == 1 { 13 + (address >> 12).trailing_ones() } else { 12 };
+    // All ones up to bit 62 is the whole address space, whatever bit 63 says.
+    if size_log2 >= 64 { scope } else { scope.around(address, size_log2) }
+}
+
+/// Flags of events, word 0.
+mod flag {
+    use super::Field;
+
+    /// There is a PASID where the domain would be.
+    pub(super) const GN: Field = Field::new(48, 48);
+    /// An instruction fetch.
+    pub(super) const NX: Field = Field::new(49, 49);
+    /// A user's request.
+    pub(super) const US: Field = Field::new(50, 50);
+    /// Something is there, and the access is not allowed or the entry is wrong.
+    pub(super) const PR: Field = Field::new(52, 52);
+    /// A write.
+    pub(super) const RW: Field = Field::new(53, 53);
+    /// No permission.
+    pub(super) const PE: Field = Field::new(54, 54);
+    /// A reserved bit or level.
+    pub(super) const RZ: Field = Field::new(55, 55);
+    /// Events 1 and 3: the PASID's high bits.
+    pub(super) const PASID_19_16: Field = Field::new(19, 16);
+}
+
+/// The event log entry.
+pub(crate) fn encode(event: &Event) -> Result<EventRecord, Error> {
+    let code = match (event.name.as_deref(), event.fault) {
+        (None, FaultKind::Unreadable) | (Some("PAGE_TAB_HARDWARE_ERROR"), _) => 4,
+        (None, _) | (Some("IO_PAGE_FAULT"), _) => 2,
+        (Some("ILLEGAL_DEV_TABLE_ENTRY"), _) => 1,
+        (Some("DEV_TAB_HARDWARE_ERROR"), _) => 3,
+        // Its type field has encodings for more kinds of requests than the event tells.
+        (Some(name), _) => return Err(Error::Unsupported(format!("an event log entry for `{name}`"))),
+    };
+    let id = u16::try_from(event.id).map_err(|_| Error::invalid("id", event.id, EVENTS, "a DeviceID has 16 bits"))?;
+    let mut low = low::CODE.put(code) | low::DEVICE.put(id.into());
+    match (code, event.pasid) {
+        (2 | 4, Some(pasid)) => {
+            let pasid = u64::from(pasid);
+            low |= flag::GN.put(1) | low::DOMAIN.put(pasid & 0xffff) | flag::PASID_19_16.put(pasid >> 16);
+        }
+        (2 | 4, None) => low |= low::DOMAIN.put(event.domain.unwrap_or(0).into()),
+        _ => {}
+    }
+    let write = event.access == Access::Write;
+    if code == 2 {
+        low |= page_fault_flags(event);
+    } else {
+        low |= flag::RW.put(write.into());
+    }
+    if code == 1 {
+        low |= flag::RZ.put((event.fault == FaultKind::Reserved).into());
+    }
+    // Hardware errors name what could not be read.
+    let address = if code >= 3 { event.unreadable.unwrap_or(0) & !0xf } else { event.iova };
+    Ok(EventRecord::of_words("event log", &[low, address]))
+}
+
+/// Section 2.5.3. All other flags mean something only if PR is set.
+fn page_fault_flags(event: &Event) -> u64 {
+    let reserved = matches!(event.fault, FaultKind::Reserved | FaultKind::Misaligned);
+    let denied = matches!(event.fault, FaultKind::Permission | FaultKind::AccessFlag);
+    if !reserved && !denied {
+        return 0;
+    }
+    let guest = event.pasid.is_some();
+    flag::PR.put(1)
+        | flag::RW.put((event.access == Access::Write).into())
+        | flag::PE.put(denied.into())
+        | flag::RZ.put(reserved.into())
+        | flag::US.put((guest && !event.privileged).into())
+        | flag::NX.put((guest && event.access == Access::Execute).into())
+}

@@ -1,0 +1,121 @@
+//! Commands as drivers write them, and event log entries, in raw words: 48882 sections 2.4 and 2.5.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use proptest::prelude::*;
+use stagecraft_plugin_amd_vi::unit::AmdVi;
+use stagecraft_sdk::queue::Access;
+use stagecraft_sdk::{Command, Effect, Error, Event, FaultKind, Registers, Scope, Unit};
+
+fn decode(commands: &[[u64; 2]]) -> Vec<Command> {
+    let bytes: Vec<u8> = commands.iter().flatten().flat_map(|word| word.to_le_bytes()).collect();
+    AmdVi::decode_commands(&Registers::default(), &bytes).unwrap()
+}
+
+fn effect(command: [u64; 2]) -> Effect {
+    let [Command { index: 0, effect }] = decode(&[command])[..] else { panic!("one effect") };
+    effect
+}
+
+#[test]
+fn pages_and_sizes() {
+    let domain = Scope::ALL.domain(0x1234);
+    let host = domain.second_stage();
+    let pages = |high| effect([0x3000_1234_0000_0000, high]);
+    assert_eq!(pages(0x5_6789_0002), Effect::Range(host.range(0x5_6789_0000, 0x5_6789_0fff)));
+    assert_eq!(pages(0x5_6789_0000), Effect::Range(host.range(0x5_6789_0000, 0x5_6789_0fff).leaf(true)), "no page directory entries");
+    assert_eq!(pages(0x1234_4003), Effect::Range(host.range(0x1234_4000, 0x1234_5fff)), "8 KiB");
+    assert_eq!(pages(0x1230_7003), Effect::Range(host.range(0x1230_0000, 0x1230_ffff)), "64 KiB");
+    // What drivers write for everything.
+    assert_eq!(pages(0x7fff_ffff_ffff_f003), Effect::Range(host));
+    assert_eq!(pages(0xffff_ffff_ffff_f003), Effect::Range(host));
+    let guest = domain.space(0xa_bcde);
+    assert_eq!(effect([0x3000_1234_000a_bcde, 0xffff_8000_0000_0006]), Effect::Range(guest.range(0xffff_8000_0000_0000, 0xffff_8000_0000_0fff)));
+    assert_eq!(effect([0x3000_1234_000a_bcde, 0x7fff_ffff_ffff_f007]), Effect::Range(guest));
+}
+
+#[test]
+fn devices() {
+    let device = Scope::ALL.id(0x0138);
+    assert_eq!(effect([0x2000_0000_0000_0138, 0]), Effect::Structures(device));
+    assert_eq!(effect([0x4000_0138_2000_0138, 0x1234_5000]), Effect::DeviceTlb(device.range(0x1234_5000, 0x1234_5fff)));
+    // PASID 0xabcde: bits 19:16, 15:8 and 7:0 in three places.
+    assert_eq!(effect([0x4ade_0138_20bc_0138, 0x1234_5004]), Effect::DeviceTlb(device.space(0xa_bcde).range(0x1234_5000, 0x1234_5fff)));
+    assert_eq!(effect([0x4000_0138_2000_0138, 0x7fff_ffff_ffff_f001]), Effect::DeviceTlb(device));
+}
+
+#[test]
+fn the_rest() {
+    let all = decode(&[[0x8000_0000_0000_0000, 0], [0x1000_0000_1234_5001, 42]]);
+    let expected = [(0, Effect::Structures(Scope::ALL)), (0, Effect::Everything), (1, Effect::Nothing)];
+    assert_eq!(all, expected.map(|(index, effect)| Command { index, effect }));
+    for code in [5, 6, 7] {
+        assert_eq!(effect([code << 60 | 0x138, 0]), Effect::Nothing);
+    }
+    for code in [0, 9, 0xa, 0xf] {
+        assert_eq!(effect([code << 60, 0]), Effect::Illegal(5));
+    }
+    assert!(matches!(AmdVi::decode_commands(&Registers::default(), &[0; 15]), Err(Error::Invalid(_))));
+}
+
+fn event() -> Event {
+    Event {
+        fault: FaultKind::Translation,
+        name: None,
+        stage: 1,
+        level: Some(1),
+        id: 0x0138,
+        pasid: None,
+        iova: 0x1_2345_6789,
+        intermediate: None,
+        reading_table: false,
+        unreadable: Some(0x9_8765_4018),
+        access: Access::Write,
+        privileged: false,
+        domain: Some(0x1234),
+    }
+}
+
+fn record(event: &Event) -> [u64; 2] {
+    let record = AmdVi::encode_event(&Registers::default(), event).unwrap();
+    assert_eq!(record.queue, "event log");
+    stagecraft_sdk::bits::words(&record.bytes).try_into().unwrap()
+}
+
+#[test]
+fn page_faults() {
+    // Nothing there: PR is clear, and nothing else is said.
+    assert_eq!(record(&event()), [0x2000_1234_0000_0138, 0x1_2345_6789]);
+    // PR 52, RW 53, PE 54.
+    assert_eq!(record(&Event { fault: FaultKind::Permission, ..event() })[0], 0x2070_1234_0000_0138);
+    assert_eq!(record(&Event { fault: FaultKind::Permission, access: Access::Read, ..event() })[0], 0x2050_1234_0000_0138);
+    // PR, RW, RZ 55.
+    assert_eq!(record(&Event { fault: FaultKind::Reserved, ..event() })[0], 0x20b0_1234_0000_0138);
+    // GN 48 and the PASID in two parts; US 50; NX 49.
+    let guest = Event { pasid: Some(0xa_bcde), fault: FaultKind::Permission, ..event() };
+    assert_eq!(record(&guest)[0], 0x2075_bcde_000a_0138);
+    assert_eq!(record(&Event { access: Access::Execute, privileged: true, ..guest })[0], 0x2053_bcde_000a_0138);
+}
+
+#[test]
+fn other_events() {
+    let named = |name: &str| Event { name: Some(name.to_owned()), fault: FaultKind::Configuration, ..event() };
+    assert_eq!(record(&named("ILLEGAL_DEV_TABLE_ENTRY")), [0x1020_0000_0000_0138, 0x1_2345_6789]);
+    assert_eq!(record(&named("DEV_TAB_HARDWARE_ERROR")), [0x3020_0000_0000_0138, 0x9_8765_4010]);
+    assert_eq!(record(&named("PAGE_TAB_HARDWARE_ERROR")), [0x4020_1234_0000_0138, 0x9_8765_4010]);
+    assert_eq!(record(&Event { fault: FaultKind::Unreadable, ..event() })[0] >> 60, 4);
+    assert_eq!(record(&named("IO_PAGE_FAULT"))[0], 0x2000_1234_0000_0138);
+    let refused = |event: &Event| AmdVi::encode_event(&Registers::default(), event).unwrap_err();
+    assert!(matches!(refused(&named("INVALID_DEVICE_REQUEST")), Error::Unsupported(_)));
+    assert!(matches!(refused(&Event { id: 1 << 16, ..event() }), Error::Invalid(_)));
+}
+
+proptest! {
+    #[test]
+    fn any_commands_have_an_answer(words in proptest::collection::vec(any::<[u64; 2]>(), 0..8)) {
+        for Command { effect, .. } in decode(&words) {
+            if let Effect::Range(scope) | Effect::DeviceTlb(scope) = effect {
+                prop_assert!(scope.first <= scope.last);
+            }
+        }
+    }
+}
