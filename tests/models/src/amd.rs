@@ -132,6 +132,6 @@ impl Model for Amd {
         let iova = self.machine.qtest.read8(Amd::events() + 8)?;
         self.machine.qtest.fill(Amd::events(), 16 << QUEUE_BITS, 0)?;
         self.machine.qtest.write8(REGISTERS + 0x2018, 0)?;
-        Ok(Some(FaultRecord { reason: record >> 60, iova }))
+        Ok(Some(FaultRecord { reason: record >> 60, iova, words: [record, iova, 0, 0] }))
     }
 }

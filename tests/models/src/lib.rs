@@ -44,6 +44,8 @@ pub struct FaultRecord {
     pub reason: u64,
     /// The IOVA in the record.
     pub iova: u64,
+    /// The whole record; words that the architecture's records do not have are zero.
+    pub words: [u64; 4],
 }
 
 /// What became of a request.

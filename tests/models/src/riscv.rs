@@ -166,10 +166,12 @@ impl Model for Riscv {
         }
         // CAUSE 11:0 of the first word, iotval in the third.
         let record = Riscv::faults() + u64::from(self.consumed) * 32;
-        let reason = self.machine.qtest.read8(record)? & 0xfff;
-        let iova = self.machine.qtest.read8(record + 16)?;
+        let mut words = [0; 4];
+        for (word, address) in words.iter_mut().zip((record..).step_by(8)) {
+            *word = self.machine.qtest.read8(address)?;
+        }
         self.consumed = (self.consumed + 1) % (1 << QUEUE_BITS);
         self.machine.qtest.write4(self.registers + 0x30, self.consumed)?;
-        Ok(Some(FaultRecord { reason, iova }))
+        Ok(Some(FaultRecord { reason: words[0] & 0xfff, iova: words[2], words }))
     }
 }

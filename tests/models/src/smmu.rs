@@ -264,10 +264,12 @@ impl Model for Smmu {
         }
         // Event type 7:0 of the first word, input address in the third.
         let record = Smmu::events() + u64::from(self.consumed) % (1 << QUEUE_BITS) * 32;
-        let reason = self.machine.qtest.read8(record)? & 0xff;
-        let iova = self.machine.qtest.read8(record + 16)?;
+        let mut words = [0; 4];
+        for (word, address) in words.iter_mut().zip((record..).step_by(8)) {
+            *word = self.machine.qtest.read8(address)?;
+        }
         self.consumed = (self.consumed + 1) % (2 << QUEUE_BITS);
         self.machine.qtest.write4(REGISTERS + 0x1_00ac, self.consumed)?;
-        Ok(Some(FaultRecord { reason, iova }))
+        Ok(Some(FaultRecord { reason: words[0] & 0xff, iova: words[2], words }))
     }
 }

@@ -184,6 +184,6 @@ impl Model for Vtd {
         self.machine.qtest.write8(self.faults + 8, 1 << 63)?;
         // FSTS: overflow is bit 0.
         self.machine.qtest.write4(REGISTERS + 0x34, 1)?;
-        Ok(Some(FaultRecord { reason: upper >> 32 & 0xff, iova }))
+        Ok(Some(FaultRecord { reason: upper >> 32 & 0xff, iova, words: [iova, upper, 0, 0] }))
     }
 }
