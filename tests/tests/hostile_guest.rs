@@ -2,6 +2,7 @@
 //! can be said is compared with the independent reference, which reads the same damaged guest.
 #![allow(clippy::unwrap_used)]
 
+mod configs;
 mod fixtures;
 mod hostile;
 

@@ -90,6 +90,9 @@ impl Radix for AmdV1 {
         if leaf.size > 1 << self.shift(height) {
             // Ones from bit 12 on, up to the bit below half the size.
             entry += SIZED + (leaf.size / 2 - 4096);
+        } else if height > 0 {
+            // Nobody looks at the address bits below the level's own size.
+            entry += ink.noise(self.shift(height) - 1, 12);
         }
         (entry, leaf.access)
     }
@@ -110,10 +113,9 @@ impl Radix for AmdV1 {
             // A page that is too large for this level, or too small.
             4 if height < 4 => (1u64 << (12 + 9 * (height + 1))) - 4096 + SIZED + good,
             5 if height > 0 => SIZED + good + (1 << 40),
-            // Misaligned, or of a size that does not exist.
-            6 if height > 0 && height < 5 => 4096 + good + (address >> 40 << 40),
+            // Of a size that does not exist.
             6 if height == 5 => good,
-            7 if self.output_bits < 52 && height < 5 => (1 << self.output_bits) + good,
+            7 if self.output_bits < 52 && self.shift(height) <= self.output_bits => (1 << self.output_bits) + good,
             // A table that holds nothing may be anywhere.
             _ => ink.rng.number() & !1,
         }

@@ -35,7 +35,7 @@ impl Dart {
 
     /// Read and write are forbidden, not allowed.
     fn forbidden(&self, access: Access) -> u64 {
-        let (read, write) = if self.packing == Packing::Dart1 { (8, 7) } else { (2, 3) };
+        let (read, write) = if self.packing == Packing::Dart1 { (8, 7) } else { (3, 2) };
         (u64::from(!access.read) << read) + (u64::from(!access.write) << write)
     }
 }

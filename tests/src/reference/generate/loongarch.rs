@@ -84,8 +84,14 @@ impl Radix for LoongArch {
         vec![Access::R, Access::W, Access::RW, Access::RW]
     }
 
-    fn pointer(&self, pointer: Pointer, _ink: &mut Ink<'_>) -> (u64, Access, u64) {
-        (pointer.address, Access::RW, 0)
+    fn absent(&self, height: u32) -> u64 {
+        // A huge page that is not valid.
+        if height == 0 { 0 } else { 1 << 6 }
+    }
+
+    fn pointer(&self, pointer: Pointer, ink: &mut Ink<'_>) -> (u64, Access, u64) {
+        // As a kernel's virtual address.
+        (pointer.address + ink.noise(63, 48), Access::RW, 0)
     }
 
     fn leaf(&self, height: u32, leaf: &Run, _word: u64, ink: &mut Ink<'_>) -> (u64, Access) {
@@ -106,7 +112,7 @@ impl Radix for LoongArch {
             1 => (address + huge + self.permissions(Access::RW, ink)) & !(3 << 2),
             2 if height > 0 && shift <= 48 => address + huge + self.permissions(Access::RW, ink) + (1 << (shift - 1)),
             3 if self.output_bits < 48 && shift <= self.output_bits => (address | 1 << self.output_bits) + huge + self.permissions(Access::RW, ink),
-            _ => 0,
+            _ => self.absent(height),
         }
     }
 }

@@ -107,8 +107,7 @@ impl Radix for S390 {
             // Invalid.
             (0, 0 | 1) => address + 0x400,
             (0, 2) => address + 0xc00,
-            // A bit that must be zero.
-            (0, _) => address + 0x800,
+            (0, _) => address + 0x600,
             (1, 0) => address + 0x20,
             // The type of another table.
             (1, 1) => address + 0x4 * (1 + ink.rng.below(3)),

@@ -96,10 +96,9 @@ impl AmdV1 {
                     if size <= step.shift || size >= step.shift + 9 {
                         return Entry::Fault;
                     }
-                    base = address - address % (1 << size);
-                } else if address % (1 << size) != 0 {
-                    return Entry::Fault;
                 }
+                // The address bits below the size code it, or are not looked at.
+                base -= base % (1 << size);
                 if beyond(base, self.output_bits) {
                     return Entry::Fault;
                 }

@@ -90,7 +90,7 @@ impl Dart {
         Ok(regions)
     }
 
-    /// Valid 0; DART1: sub-page protection off 1, no write 7, no read 8; DART2: no read 2, no write 3. First and last part of the page that may be reached, in 1/4096:
+    /// Valid 0; DART1: sub-page protection off 1, no write 7, no read 8; DART2: no write 2, no read 3. First and last part of the page that may be reached, in 1/4096:
     /// 63:52 and 51:40. Parts of a page cannot be said here: what does not cover its page counts as a fault.
     pub(super) fn decode(&self, step: Step, entry: u64) -> Entry {
         if !bit(entry, 0) {
@@ -98,7 +98,7 @@ impl Dart {
         }
         let (page, no_read, no_write) = match self.packing {
             Packing::Dart1 => (bits(entry, 35, 12) << 12, bit(entry, 8), bit(entry, 7)),
-            Packing::Dart2 => (bits(entry, 37, 10) << 14, bit(entry, 2), bit(entry, 3)),
+            Packing::Dart2 => (bits(entry, 37, 10) << 14, bit(entry, 3), bit(entry, 2)),
         };
         if page % self.granule != 0 || beyond(page, self.output_bits) {
             return Entry::Fault;

@@ -81,9 +81,9 @@ impl LoongArch {
         let page_bits = self.granule.trailing_zeros();
         let huge = step.level > 1 && bit(entry, 6);
         if step.level > 1 && !huge {
-            // The address of a table, and nothing else; no table is at zero.
+            // The address of a table, also if it is zero; there is no bit for validity. Kernels keep virtual addresses there, whose bits from 48 on play no part.
             let address = bits(entry, 47, page_bits) << page_bits;
-            if entry == 0 || entry != address || beyond(address, self.output_bits) {
+            if bits(entry, 47, 0) != address || beyond(address, self.output_bits) {
                 return Entry::Fault;
             }
             return Entry::table(address, Access::RW, 0);

@@ -75,10 +75,10 @@ impl S390 {
 
     pub(super) fn decode(&self, step: Step, entry: u64) -> Entry {
         match step.level {
-            // Page: I 0x400, P 0x200, 0x800 must be zero.
+            // Page: I 0x400, P 0x200. 0x800, which must be zero for processors, is not known to be looked at for functions.
             0 => {
                 let address = entry - entry % 4096;
-                if bit(entry, 10) || bit(entry, 11) || beyond(address, self.output_bits) {
+                if bit(entry, 10) || beyond(address, self.output_bits) {
                     return Entry::Fault;
                 }
                 Entry::leaf(address, Access { read: true, write: !bit(entry, 9) })
