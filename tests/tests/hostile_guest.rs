@@ -8,6 +8,7 @@ mod hostile;
 
 use std::collections::BTreeMap;
 
+use configs::arena_memory;
 use hostile::compare::{self, Found, clip, first_difference, is_orderly, reference_config, same_state, within};
 use hostile::mutate::{absurd, mutate};
 use hostile::{load, nested, plugins, rounds, seed, timed};
@@ -255,18 +256,6 @@ fn leave_room(snapshot: &mut Snapshot) {
         let range = |first, last| MemoryRange { kind: kind.clone(), first, last };
         snapshot.map = vec![range(0, hole.0 - 1), range(hole.1 + 1, *last)];
     }
-}
-
-fn arena_memory(arena: &Arena) -> Memory {
-    let mut memory = Memory::default();
-    for (address, words) in arena.pages() {
-        let mut page = [0; 4096];
-        for (bytes, word) in page.chunks_exact_mut(8).zip(words) {
-            bytes.copy_from_slice(&word.to_ne_bytes());
-        }
-        memory.pages.insert(address.0, page);
-    }
-    memory
 }
 
 /// Everything that can be asked about one guest.

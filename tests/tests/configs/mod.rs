@@ -5,7 +5,8 @@ use std::path::Path;
 use std::sync::OnceLock;
 
 use stagecraft::plugin::{Config, Engine, Plugins, TableConfig};
-use stagecraft_tests::reference::snapshot::Snapshot;
+use stagecraft::table::Arena;
+use stagecraft_tests::reference::snapshot::{Memory, Snapshot};
 use stagecraft_tests::reference::tables::{self, ArmHalf, ArmStage1, ArmStage2, VtdFirst, VtdSecond};
 
 /// Formats whose tables always have a root named `root`.
@@ -211,4 +212,17 @@ pub fn load(snapshot: &Snapshot, folder: &Path) -> stagecraft::snapshot::Snapsho
         loaded.source = Source::Tables(entries.collect());
     }
     loaded
+}
+
+/// The pages of tables that were built, for the reference.
+pub fn arena_memory(arena: &Arena) -> Memory {
+    let mut memory = Memory::default();
+    for (address, words) in arena.pages() {
+        let mut page = [0; 4096];
+        for (bytes, word) in page.chunks_exact_mut(8).zip(words) {
+            bytes.copy_from_slice(&word.to_ne_bytes());
+        }
+        memory.pages.insert(address.0, page);
+    }
+    memory
 }
