@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 
 use configs::arena_memory;
 use hostile::compare::{self, Found, clip, first_difference, is_orderly, reference_config, same_state, within};
-use hostile::mutate::{absurd, mutate};
+use hostile::mutate::{Words, absurd, mutate};
 use hostile::{load, nested, plugins, rounds, seed, timed};
 use stagecraft::convert::{ConvertError, Target, convert};
 use stagecraft::guest::{Guest, StreamState};
@@ -25,9 +25,28 @@ use stagecraft_tests::reference::snapshot::{Device, Memory, MemoryRange, Snapsho
 use stagecraft_tests::reference::tables;
 use stagecraft_tests::reference::units;
 use stagecraft_tests::reference::walk::Walker;
+use stagecraft_tests::reference::{bit, bits};
 use vm_memory::{Bytes, GuestAddress};
 
-const FORMATS: [&str; 4] = ["arm-smmuv3/stage1", "arm-smmuv3/stage2", "intel-vtd/first-stage", "intel-vtd/second-stage"];
+/// Targets of conversions; each case has some of them.
+const TARGETS: [&str; 13] = [
+    "arm-smmuv3/stage1",
+    "amd-vi/v1",
+    "riscv-iommu/second-stage",
+    "arm-smmuv3/stage2",
+    "loongarch/paging",
+    "intel-vtd/first-stage",
+    "riscv-iommu/first-stage",
+    "s390-zpci/dma",
+    "intel-vtd/second-stage",
+    "amd-vi/v2",
+    "apple-dart/dart1",
+    "apple-dart/dart2",
+    "arm-v7s/short",
+];
+
+/// How many of them.
+const TARGETS_OF_A_CASE: usize = 4;
 
 /// Entries that the reference looks at before a comparison is given up.
 const REFERENCE_BUDGET: u64 = 400_000;
@@ -52,7 +71,8 @@ struct Seen {
 
 impl Seen {
     fn differ(&mut self, label: &str, what: String) {
-        if self.differences.len() < 50 {
+        // One of each guest is enough.
+        if self.differences.len() < 50 && self.differences.last().is_none_or(|last| !last.starts_with(label)) {
             self.differences.push(format!("{label}: {what}"));
         }
     }
@@ -155,6 +175,11 @@ impl Case<'_> {
         for (span, fault) in collector.faults() {
             let (Some(step), Cause::Entry(kind), None) = (fault.path.last(), fault.cause, fault.address) else { continue };
             let findings = space.explain(fault.stage, step).unwrap_or_else(|error| self.fail(&format!("explain: {error}")));
+            // What the address bits say of a size is not in the pattern that is explained: AMD's NextLevel 7, RISC-V's N.
+            let sized = step.entry.is_some_and(|entry| bits(entry, 11, 9) == 7 || bit(entry, 63));
+            if findings.is_empty() && sized {
+                continue;
+            }
             let worst = findings.first().unwrap_or_else(|| self.fail(&format!("nothing is said about {fault:?} at {span}")));
             assert!(worst.severity == Severity::Error && worst.kind == kind, "{}: {fault:?} is explained by {worst:?}", self.label);
             seen.explained += 1;
@@ -194,7 +219,8 @@ impl Case<'_> {
 
     /// Conversion to every format: refused with a reason, or the source's mappings without those that were counted as refused.
     fn convert(&self, streams: &[StreamState], sources: &[(Vec<TableConfig>, Vec<Mapping>)], seen: &mut Seen) {
-        for format in FORMATS {
+        let first = self.label.bytes().fold(0, |hash: usize, byte| hash.wrapping_mul(31) ^ usize::from(byte));
+        for format in TARGETS.iter().cycle().skip(first % TARGETS.len()).take(TARGETS_OF_A_CASE).copied() {
             let mut target = Target::new(format);
             target.table_bytes = 64 << 20;
             let conversion = match convert(&self.guest, streams, &target, &mut |_, _| {}) {
@@ -222,7 +248,7 @@ impl Case<'_> {
                     continue;
                 }
                 assert!(walk.unreadable.is_empty(), "{}: tables outside the converted ones", self.label);
-                let converted = clip(&walk.runs, &MemoryMap::everything(52));
+                let converted = clip(&walk.runs, &MemoryMap::everything(64));
                 if let Err(what) = compare_converted(source, &converted, table.built.losses.refused_bytes()) {
                     seen.differ(&self.label, format!("{} converted to {format}: {what}", tables_of(&table.source)));
                 }
@@ -289,7 +315,7 @@ fn damaged_fixtures() {
         examine(format!("{name} as it is"), &pristine, folder.path(), &mut seen);
         for round in 0..count {
             let mut snapshot = pristine.clone();
-            let what = mutate(&mut snapshot, &mut rng, false);
+            let what = mutate(&mut snapshot, &mut rng, Words { big_endian: fixture.big_endian(), numbers: name.starts_with("riscv-") });
             let label = format!("{name}, seed {seed:#x}, round {round}: {what}");
             timed(&label.clone(), || examine(label, &snapshot, folder.path(), &mut seen));
         }
@@ -310,7 +336,7 @@ fn damaged_generated_guests() {
             let generated = generate(format, rng.number());
             let mut snapshot = generated.snapshot;
             leave_room(&mut snapshot);
-            let what = if round % 4 == 0 { "as it is".to_owned() } else { mutate(&mut snapshot, &mut rng, generated.config.big_endian()) };
+            let what = if round % 4 == 0 { "as it is".to_owned() } else { mutate(&mut snapshot, &mut rng, Words::of(&generated.config)) };
             let label = format!("generated {}, seed {seed:#x}, round {round}: {what}", generated.config.format());
             timed(&label.clone(), || examine(label, &snapshot, folder.path(), &mut seen));
         }
@@ -330,7 +356,7 @@ fn damaged_guests_with_two_stages() {
         for (kind, nested) in [("SMMUv3", nested::smmu(rng.number())), ("VT-d", nested::vtd(rng.number()))] {
             let mut snapshot = nested.snapshot;
             leave_room(&mut snapshot);
-            let what = if round % 4 == 0 { "as it is".to_owned() } else { mutate(&mut snapshot, &mut rng, false) };
+            let what = if round % 4 == 0 { "as it is".to_owned() } else { mutate(&mut snapshot, &mut rng, Words::default()) };
             let label = format!("{kind} with two stages, seed {seed:#x}, round {round}: {what}");
             timed(&label.clone(), || examine(label, &snapshot, folder.path(), &mut seen));
         }

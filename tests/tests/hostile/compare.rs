@@ -38,6 +38,9 @@ fn normal(config: &tables::TableConfig) -> tables::TableConfig {
         }
         tables::TableConfig::VtdFirst(config) => config.output_bits = 0,
         tables::TableConfig::VtdSecond(config) => config.output_bits = 0,
+        tables::TableConfig::AmdV1(config) => config.output_bits = 0,
+        tables::TableConfig::AmdV2(config) => config.output_bits = 0,
+        _ => {}
     }
     config
 }
@@ -57,8 +60,8 @@ fn unsupported(result: &Result<Resolution, Problem>, what: &str) -> bool {
     matches!(result, Err(Problem::Unsupported(text)) if text == what)
 }
 
-/// All known differences in what a device gets. In what tables map there are none; two things are left out of that comparison: VT-d's host address width,
-/// which no register says (see [`normal`]), and addresses outside the memory map, which only the engine knows (see [`clip`]).
+/// All known differences in what a device gets. In what tables map there are none; two things are left out of that comparison: the host address width
+/// of VT-d and AMD-Vi, which no register says (see [`normal`]), and addresses outside the memory map, which only the engine knows (see [`clip`]).
 const EXCEPTIONS: &[Exception] = &[
     Exception {
         engine: "blocked: ",
@@ -106,6 +109,9 @@ pub fn same_state(engine: &Result<StreamState, GuestError>, reference: &Result<R
         (Ok(StreamState { state: State::Bypass, .. }), Ok(Resolution::Bypass)) => Ok(None),
         (Ok(StreamState { state: State::Blocked(_), .. }), Ok(Resolution::Blocked(_))) => Ok(None),
         (Err(GuestError::Lookup(LookupError::Call(CallError::Refused { refusal: Refusal::Unsupported(_), .. }))), Err(Problem::Unsupported(_))) => {
+            Ok(None)
+        }
+        (Err(GuestError::Lookup(LookupError::Call(CallError::Refused { refusal: Refusal::Invalid { .. }, .. }))), Err(Problem::Illegal(_))) => {
             Ok(None)
         }
         // A plugin that cannot answer for one device blocks it.

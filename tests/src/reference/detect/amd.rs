@@ -2,7 +2,7 @@
 //!
 //! Source: AMD I/O Virtualization Technology (IOMMU) Specification 48882, sections 2.2.2 (device table), 2.2.6 (guest CR3 tables) and 3.4 (registers).
 
-use super::{Resolution, any, blocked, register};
+use super::{Resolution, any, blocked, illegal, register};
 use crate::reference::snapshot::Snapshot;
 use crate::reference::tables::{AmdV1, AmdV2, TableConfig};
 use crate::reference::walk::Walker;
@@ -16,12 +16,12 @@ struct Unit {
 
 /// The first byte of a device's entry; none if its table is shorter.
 fn entry_address(snapshot: &Snapshot, unit: &Unit, id: u64) -> Result<Option<u64>, Problem> {
-    // DevTblSegEn, 36:34 of CONTROL: so many of the upper bits of the id select a table of its own (DevTblSegSup, 39:38 of the features).
-    let segment_bits = bits(unit.control, 36, 34).min(bits(unit.features, 39, 38)) as u32;
+    // DevTblSegEn, 36:34 of CONTROL: so many of the upper bits of the id select a table of its own. More than three is reserved.
+    let segment_bits = bits(unit.control, 36, 34) as u32;
     let (segment, index) = (id >> (16 - segment_bits), bits(id, 15 - segment_bits, 0));
     let base = match segment {
         0 => register(snapshot, "DEVTAB_BASE")?,
-        _ => register(snapshot, &format!("DEVTAB_SEG{segment}"))?,
+        _ => register(snapshot, &format!("DEVTAB_SEG{segment}_BASE"))?,
     };
     // Size, 8:0, in pages of 4 KiB less one; table 51:12.
     let size = (bits(base, 8, 0) + 1) * 4096;
@@ -36,15 +36,13 @@ fn granted(entry: &[u64; 4]) -> Access {
 /// Mode 11:9, root 51:12: the host table; none for mode 0.
 fn host_table(unit: &Unit, entry: &[u64; 4]) -> Result<Option<AmdV1>, &'static str> {
     let mode = bits(entry[0], 11, 9) as u32;
-    // HATS, 11:10 of the features: 4, 5 or 6 levels.
-    let most = match bits(unit.features, 11, 10) {
-        code @ 0..=2 => code as u32 + 4,
-        _ => 0,
-    };
+    // HATS, 11:10 of the features: 3 is a unit without host tables. What else software asks for beyond the features is its own fault, and not looked at.
+    if bits(unit.features, 11, 10) == 3 && (mode != 0 || bits(entry[0], 51, 12) != 0) {
+        return Err("the unit has no host tables");
+    }
     match mode {
         0 => Ok(None),
         7 => Err("Mode 7"),
-        _ if mode > most => Err("more levels than the unit has"),
         _ => Ok(Some(AmdV1 { root: bits(entry[0], 51, 12) << 12, levels: mode, output_bits: 52, granted: granted(entry) })),
     }
 }
@@ -56,34 +54,36 @@ fn guest_root(entry: &[u64; 4]) -> u64 {
 
 /// The guest table of a PASID. `host` translates the addresses of guest CR3 tables.
 fn guest_table(snapshot: &Snapshot, unit: &Unit, entry: &[u64; 4], host: Option<AmdV1>, pasid: u64) -> Result<Result<AmdV2, &'static str>, Problem> {
-    // GLX 57:56: 1 to 3 levels of 9 bits; GLXSup, 15:14 of the features, says how many.
+    // GLX 57:56: 1 to 3 levels of 9 bits, for 20 bits at most.
     let glx = bits(entry[0], 57, 56);
-    if glx == 3 || glx > bits(unit.features, 15, 14) {
+    if glx == 3 {
         return Ok(Err("GLX"));
     }
-    // PASmax, 36:32, is one less than the number of bits.
-    if pasid >> (9 * (glx + 1)).min(20) != 0 || pasid >> (bits(unit.features, 36, 32) + 1).min(20) != 0 {
+    if pasid >> (9 * (glx + 1)).min(20) != 0 {
         return Ok(Err("PASID out of range"));
     }
-    // GuestPagingMode, 183:182: 4 or 5 levels; GATS, 13:12 of the features, says how many.
+    // GuestPagingMode, 183:182: 4 or 5 levels.
     let paging_mode = bits(entry[2], 55, 54);
-    if paging_mode > 1 || paging_mode > bits(unit.features, 13, 12) {
+    if paging_mode > 1 {
         return Ok(Err("GuestPagingMode"));
     }
     let mut table = guest_root(entry);
+    // GCR3TRPMode, 58 of CONTROL: the first table's address is the guest's too. Those of the others are always.
+    let mut guest_physical = bit(unit.control, 58);
     for level in (0..=glx).rev() {
         let mut address = table + bits(pasid >> (9 * level), 8, 0) * 8;
-        if let Some(host) = host {
+        if let Some(host) = host.filter(|_| guest_physical) {
             match Walker::new(&snapshot.memory, &[TableConfig::AmdV1(host)])?.translate(address, false) {
                 Ok(translated) => address = translated,
                 Err(_) => return Ok(Err("the guest CR3 table faults in the host table")),
             }
         }
         let word = snapshot.memory.read(address, false)?;
-        // Valid 0, address 51:12, the rest is reserved.
-        if !bit(word, 0) || any(word, 11, 1) || any(word, 63, 52) {
+        // Valid 0, address 51:12, reserved 63:52.
+        if !bit(word, 0) || any(word, 63, 52) {
             return Ok(Err("guest CR3 table entry"));
         }
+        guest_physical = true;
         table = bits(word, 51, 12) << 12;
     }
     Ok(Ok(AmdV2 {
@@ -103,8 +103,8 @@ pub(super) fn amd(snapshot: &Snapshot, id: u64, pasid: Option<u64>) -> Result<Re
     if !bit(unit.control, 0) {
         return Ok(Resolution::Bypass);
     }
-    if id > 0xffff {
-        return blocked("not a device id");
+    if id > 0xffff || bits(unit.control, 36, 34) > 3 {
+        return illegal("DevTblSegEn, or no device id");
     }
     let Some(address) = entry_address(snapshot, &unit, id)? else { return blocked("beyond the device table") };
     let mut entry = [0; 4];
@@ -115,6 +115,15 @@ pub(super) fn amd(snapshot: &Snapshot, id: u64, pasid: Option<u64>) -> Result<Re
     if !bit(entry[0], 0) {
         return Ok(Resolution::Bypass);
     }
+    // 6:2 and 63 are reserved.
+    if any(entry[0], 6, 2) || bit(entry[0], 63) {
+        return blocked("reserved bits of the device table entry");
+    }
+    // EXCL_BASE: enabled 0, for all 1; else for entries with EX, 103. MARC is 40 of CONTROL.
+    let exclusion = snapshot.registers.get("EXCL_BASE").copied().unwrap_or(0);
+    if (bit(exclusion, 0) && (bit(exclusion, 1) || bit(entry[1], 39))) || bit(unit.control, 40) {
+        return Err(Problem::Unsupported("addresses beside the tables".to_string()));
+    }
     if !bit(entry[0], 1) {
         return blocked("TV is 0");
     }
@@ -122,9 +131,11 @@ pub(super) fn amd(snapshot: &Snapshot, id: u64, pasid: Option<u64>) -> Result<Re
         Ok(host) => host,
         Err(reason) => return blocked(reason),
     };
-    // GTEn, 16 of CONTROL, and GTSup, 4 of the features.
-    let guest = bit(entry[0], 55) && bit(unit.control, 16) && bit(unit.features, 4);
-    // GIoSup, 48 of the features.
+    if granted(&entry) == Access::NONE {
+        return blocked("nothing is allowed");
+    }
+    // GTEn, 16 of CONTROL.
+    let guest = bit(entry[0], 55) && bit(unit.control, 16);
     let pasid = match pasid {
         Some(_) if !guest => return blocked("PASID without guest tables"),
         None if guest && bit(entry[0], 54) => Some(0),
@@ -141,7 +152,6 @@ pub(super) fn amd(snapshot: &Snapshot, id: u64, pasid: Option<u64>) -> Result<Re
     if stages.is_empty() {
         return match granted(&entry) {
             Access::RW => Ok(Resolution::Bypass),
-            Access::NONE => blocked("nothing is allowed"),
             _ => Err(Problem::Unsupported("untranslated requests of one kind".to_string())),
         };
     }

@@ -3,6 +3,7 @@
 use super::Rng;
 use super::radix::{Ink, Pointer, Radix, Window};
 use crate::reference::tables::V7s;
+use crate::reference::tables::v7s::PRRR;
 use crate::reference::{Access, Run, bits};
 
 /// Domains 0, 1: permissions count; 2: they do not; 3: nobody may.
@@ -22,6 +23,8 @@ pub(super) fn random(rng: &mut Rng) -> V7s {
         execute_never_privileged: rng.percent(40),
         supersections: rng.percent(80),
         privileged: false,
+        tex_remap: rng.percent(70),
+        prrr: PRRR,
     }
 }
 

@@ -100,7 +100,9 @@ impl Dart {
             Packing::Dart1 => (bits(entry, 35, 12) << 12, bit(entry, 8), bit(entry, 7)),
             Packing::Dart2 => (bits(entry, 37, 10) << 14, bit(entry, 3), bit(entry, 2)),
         };
-        if page % self.granule != 0 || beyond(page, self.output_bits) {
+        // With 16 KiB the two lowest bits of a DART1 address are not looked at.
+        let page = page - page % self.granule;
+        if beyond(page, self.output_bits) {
             return Entry::Fault;
         }
         if step.level > 1 {

@@ -106,7 +106,8 @@ impl S390 {
                 if !self.partial_tables && (offset, length) != (0, 3) {
                     return Entry::Fault;
                 }
-                let address = entry - entry % 4096;
+                // A whole table has 16 KiB and is aligned to them.
+                let address = entry - entry % 16384;
                 if offset > length || beyond(address, self.output_bits) {
                     return Entry::Fault;
                 }

@@ -25,14 +25,20 @@ pub struct V7s {
     pub supersections: bool,
     /// Requests are privileged.
     pub privileged: bool,
+    /// TEX\[0\], C and B select a type of `prrr`.
+    pub tex_remap: bool,
+    /// PRRR: two bits for each of eight types, of which 3 is reserved.
+    pub prrr: u32,
 }
+
+/// What Linux writes into PRRR.
+pub(crate) const PRRR: u32 = 0x8008_8204;
 
 /// A field of DACR.
 const MANAGER: u64 = 3;
 
 impl V7s {
     pub(super) fn read(reader: &Reader<'_>) -> Result<V7s, Problem> {
-        // Memory types are not looked at.
         let known = ["split", "root", "root-high", "access-flag", "tex-remap", "prrr", "nmrr", "domains"];
         reader.know(&[known.as_slice(), &["execute-never-privileged", "supersections", "privileged"]].concat())?;
         Ok(V7s {
@@ -44,6 +50,8 @@ impl V7s {
             execute_never_privileged: reader.flag("execute-never-privileged", false),
             supersections: reader.flag("supersections", true),
             privileged: reader.flag("privileged", false),
+            tex_remap: reader.flag("tex-remap", true),
+            prrr: reader.number("prrr", u64::from(PRRR), 0, u64::from(u32::MAX))?,
         })
     }
 
@@ -51,6 +59,7 @@ impl V7s {
         let mut all = vec![said("split", self.split), said("access-flag", self.access_flag), said("domains", self.domains)];
         all.push(said("execute-never-privileged", self.execute_never_privileged));
         all.extend([said("supersections", self.supersections), said("privileged", self.privileged)]);
+        all.extend([said("tex-remap", self.tex_remap), said("prrr", self.prrr)]);
         all.extend(self.root.map(|root| said("root", root)));
         all.extend(self.root_high.map(|root| said("root-high", root)));
         all
@@ -102,8 +111,24 @@ impl V7s {
         }
     }
 
-    fn leaf(&self, domain: u64, permissions: u64, address: u64, size: u32) -> Entry {
-        match self.access(domain, permissions) {
+    /// Whether TEX, C and B say something: types that are reserved or of the implementation's own count as faults.
+    fn is_type(&self, tex: u64, cb: u64) -> bool {
+        if self.tex_remap {
+            let kind = bits(tex, 0, 0) * 4 + cb;
+            return kind != 6 && bits(u64::from(self.prrr), 2 * kind as u32 + 1, 2 * kind as u32) != 3;
+        }
+        // Table B3-10: C and B.
+        match tex {
+            0 | 4..=7 => true,
+            1 => cb == 0 || cb == 3,
+            2 => cb == 0,
+            _ => false,
+        }
+    }
+
+    /// `tex` and bits 3:2 of the entry say the memory type.
+    fn leaf(&self, domain: u64, permissions: u64, address: u64, size: u32, tex: u64, entry: u64) -> Entry {
+        match self.access(domain, permissions).filter(|_| self.is_type(tex, bits(entry, 3, 2))) {
             Some(access) => Entry::Leaf { address, access, size: Some(size) },
             None => Entry::Fault,
         }
@@ -117,15 +142,14 @@ impl V7s {
             let permissions = bits(entry, 9, 9) * 4 + bits(entry, 5, 4);
             return match kind {
                 0 => Entry::Fault,
-                1 => self.leaf(half as u64, permissions, bits(entry, 31, 16) << 16, 16),
-                _ => self.leaf(half as u64, permissions, bits(entry, 31, 12) << 12, 12),
+                1 => self.leaf(half as u64, permissions, bits(entry, 31, 16) << 16, 16, bits(entry, 14, 12), entry),
+                _ => self.leaf(half as u64, permissions, bits(entry, 31, 12) << 12, 12, bits(entry, 8, 6), entry),
             };
         }
         let domain = bits(entry, 8, 5);
         match kind {
             0 => Entry::Fault,
-            // Domain 8:5, address 31:10; bit 2 is PXN or zero.
-            1 if bit(entry, 2) && !self.execute_never_privileged => Entry::Fault,
+            // Domain 8:5, address 31:10; bit 2 is PXN or should be zero.
             1 => Entry::table(bits(entry, 31, 10) << 10, Access::RW, domain as usize),
             // With PXN bit 0 is that, without the value is reserved.
             3 if !self.execute_never_privileged => Entry::Fault,
@@ -134,9 +158,9 @@ impl V7s {
                 if !self.supersections || bits(entry, 23, 20) != 0 || domain != 0 {
                     return Entry::Fault;
                 }
-                self.leaf(0, bits(entry, 15, 15) * 4 + bits(entry, 11, 10), bits(entry, 31, 24) << 24, 24)
+                self.leaf(0, bits(entry, 15, 15) * 4 + bits(entry, 11, 10), bits(entry, 31, 24) << 24, 24, bits(entry, 14, 12), entry)
             }
-            _ => self.leaf(domain, bits(entry, 15, 15) * 4 + bits(entry, 11, 10), bits(entry, 31, 20) << 20, 20),
+            _ => self.leaf(domain, bits(entry, 15, 15) * 4 + bits(entry, 11, 10), bits(entry, 31, 20) << 20, 20, bits(entry, 14, 12), entry),
         }
     }
 }
