@@ -311,7 +311,7 @@ fn damaged_fixtures() {
         let pristine = Snapshot::load(&fixture.path).unwrap();
         let mut rng = Rng::new(seed ^ name.bytes().fold(0, |hash: u64, byte| hash.rotate_left(7) ^ u64::from(byte)));
         // Time is for many small guests rather than for one large one.
-        let count = rounds(40).div_ceil(if fixture.big { 12 } else { 1 });
+        let count = rounds(24).div_ceil(if fixture.big { 12 } else { 1 });
         examine(format!("{name} as it is"), &pristine, folder.path(), &mut seen);
         for round in 0..count {
             let mut snapshot = pristine.clone();
@@ -331,7 +331,7 @@ fn damaged_generated_guests() {
     let folder = tempfile::tempdir().unwrap();
     let mut seen = Seen::default();
     let mut rng = Rng::new(seed);
-    for round in 0..rounds(60) {
+    for round in 0..rounds(24) {
         for format in Format::ALL {
             let generated = generate(format, rng.number());
             let mut snapshot = generated.snapshot;
@@ -352,11 +352,17 @@ fn damaged_guests_with_two_stages() {
     let folder = tempfile::tempdir().unwrap();
     let mut seen = Seen::default();
     let mut rng = Rng::new(seed);
-    for round in 0..rounds(60) {
-        for (kind, nested) in [("SMMUv3", nested::smmu(rng.number())), ("VT-d", nested::vtd(rng.number()))] {
+    for round in 0..rounds(40) {
+        for (kind, nested) in [
+            ("SMMUv3", nested::smmu(rng.number())),
+            ("VT-d", nested::vtd(rng.number())),
+            ("AMD-Vi", nested::amd(rng.number())),
+            ("RISC-V", nested::riscv(rng.number())),
+        ] {
             let mut snapshot = nested.snapshot;
             leave_room(&mut snapshot);
-            let what = if round % 4 == 0 { "as it is".to_owned() } else { mutate(&mut snapshot, &mut rng, Words::default()) };
+            let words = Words { big_endian: false, numbers: kind == "RISC-V" };
+            let what = if round % 4 == 0 { "as it is".to_owned() } else { mutate(&mut snapshot, &mut rng, words) };
             let label = format!("{kind} with two stages, seed {seed:#x}, round {round}: {what}");
             timed(&label.clone(), || examine(label, &snapshot, folder.path(), &mut seen));
         }
@@ -365,7 +371,13 @@ fn damaged_guests_with_two_stages() {
     assert!(seen.mappings > 1000 && seen.explained > 100 && seen.conversions > 50, "{seen:?}");
 }
 
-/// Only what leads to the tables is damaged: stream table entries, context descriptors, context and PASID entries; and what the unit can do is anything.
+/// A unit, and the request that it is made for.
+fn own<T>((snapshot, request, _): (Snapshot, units::Request, T)) -> (Snapshot, u64, Option<Option<u64>>) {
+    (snapshot, request.id, Some(request.pasid))
+}
+
+/// Only what leads to the tables is damaged: stream table entries, context descriptors, context and PASID entries, device table
+/// entries, device and process contexts; and what the unit can do is anything.
 /// Many more of these, for what a device gets is quickly asked.
 #[test]
 fn damaged_structures() {
@@ -374,21 +386,32 @@ fn damaged_structures() {
     let mut seen = Seen::default();
     let mut rng = Rng::new(seed);
     for round in 0..rounds(40) {
-        let (mut snapshot, id) = match round % 4 {
-            0 => (units::smmu_single(Format::ArmStage1, rng.below(1000)).0, 0x103),
-            1 => (units::smmu_single(Format::ArmStage2, rng.below(1000)).0, 0x103),
-            2 => ((rng.below(1000)..).find_map(units::smmu_nested).unwrap().0, 0x38),
-            _ => (units::vtd_nested(rng.below(1000)).0, 0x5fe),
+        let (mut snapshot, id, request) = match round % 10 {
+            // The other architectures' units say which request they are made for.
+            4 | 9 => own(units::amd_guest(rng.below(1000))),
+            5 => own(units::amd_nested(rng.below(1000))),
+            6 => own(units::amd_host(rng.below(1000))),
+            7 => own(units::riscv_single(false, rng.below(1000))),
+            8 => own(units::riscv_nested(rng.below(1000))),
+            0 => (units::smmu_single(Format::ArmStage1, rng.below(1000)).0, 0x103, None),
+            1 => (units::smmu_single(Format::ArmStage2, rng.below(1000)).0, 0x103, None),
+            2 => ((rng.below(1000)..).find_map(units::smmu_nested).unwrap().0, 0x38, None),
+            _ => (units::vtd_nested(rng.below(1000)).0, 0x5fe, None),
         };
         snapshot.map = vec![MemoryRange { kind: "ram".to_owned(), first: 0, last: (1 << 52) - 1 }];
         snapshot.devices = vec![Device { label: "0000:00:07.0".to_owned(), id }];
-        // Without the tables, except that with two stages a CD is behind the second.
-        let is_structure = |page: u64| (units::STRUCTURES..units::STRUCTURES + 0x10_0000).contains(&page);
-        if id != 0x38 {
+        // Without the tables, except that with two stages a CD, or a directory of processes, is behind the second.
+        let is_structure = |page: u64| (units::STRUCTURES..units::STRUCTURES + 0x30_0000).contains(&page);
+        let behind = id == 0x38 || matches!(round % 10, 5 | 8);
+        let requests: Vec<Option<u64>> = match request {
+            Some(pasid) => vec![pasid, pasid, pasid, None, Some(0), Some(70)],
+            None => vec![None, None, None, Some(0), Some(70)],
+        };
+        if !behind {
             snapshot.memory.pages.retain(|page, _| is_structure(*page));
         }
         // The words of structures that are in use.
-        let in_use = |page: u64| is_structure(page) || (id == 0x38 && (0x20_0000_0000..0x20_0100_0000).contains(&page));
+        let in_use = |page: u64| is_structure(page) || (behind && (0x20_0000_0000..0x20_0100_0000).contains(&page));
         let pages: Vec<u64> = snapshot.memory.pages.keys().copied().filter(|page| in_use(*page)).collect();
         let used = |address: &u64| snapshot.memory.read(*address, false).is_ok_and(|word| word != 0);
         let words: Vec<u64> = pages.iter().flat_map(|page| (0..512).map(move |index| page + index * 8)).filter(used).collect();
@@ -410,7 +433,7 @@ fn damaged_structures() {
             }
             // Capabilities that come and go.
             reference.registers = snapshot.registers.clone();
-            for name in ["IDR0", "IDR1", "IDR3", "IDR5", "CR2", "CAP", "ECAP"] {
+            for name in ["IDR0", "IDR1", "IDR3", "IDR5", "CR2", "CAP", "ECAP", "CONTROL", "EXT_FEATURES", "CAPABILITIES", "FCTL"] {
                 let chance = rng.pick(&[0, 0, 2, 5]);
                 let Some(register) = reference.registers.get_mut(name) else { continue };
                 let damage = (0..64).filter(|_| rng.percent(chance)).fold(0, |bits: u64, bit| bits | 1 << bit);
@@ -425,11 +448,11 @@ fn damaged_structures() {
             let Source::Unit { registers, .. } = &mut loaded.source else { panic!("a unit") };
             *registers = reference.registers.iter().map(|(name, value)| (name.clone(), *value)).collect();
             let guest = Guest::new(&loaded, plugins()).unwrap();
-            let pasid = rng.pick(&[None, None, None, Some(0), Some(70)]);
+            let pasid = rng.pick(&requests);
             let label = format!("structures, seed {seed:#x}, round {round}.{variant}, PASID {pasid:?}");
-            let stream = timed(&label, || guest.stream(id, pasid));
+            let stream = timed(&label, || guest.stream(id, pasid.map(|pasid| pasid as u32)));
             assert!(stream.as_ref().err().is_none_or(is_orderly), "{label}: {stream:?}");
-            let expected = resolve_pasid(&reference, id, pasid.map(u64::from));
+            let expected = resolve_pasid(&reference, id, pasid);
             if let Err(difference) = same_state(&stream, &expected) {
                 seen.differ(&label, difference);
             }

@@ -106,6 +106,11 @@ pub(super) fn amd(snapshot: &Snapshot, id: u64, pasid: Option<u64>) -> Result<Re
     if id > 0xffff || bits(unit.control, 36, 34) > 3 {
         return illegal("DevTblSegEn, or no device id");
     }
+    for segment in 1..1u64 << bits(unit.control, 36, 34) {
+        if !snapshot.registers.contains_key(&format!("DEVTAB_SEG{segment}_BASE")) {
+            return illegal("a segment's register is missing");
+        }
+    }
     let Some(address) = entry_address(snapshot, &unit, id)? else { return blocked("beyond the device table") };
     let mut entry = [0; 4];
     for (index, word) in entry.iter_mut().enumerate() {

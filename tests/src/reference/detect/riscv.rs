@@ -2,8 +2,9 @@
 //!
 //! Source: RISC-V IOMMU Architecture Specification 1.0, chapter 3 (data structures) and 6 (registers).
 
-use super::{Resolution, any, blocked, register};
+use super::{Resolution, any, blocked, illegal, register};
 use crate::reference::snapshot::Snapshot;
+use crate::reference::tables::beyond;
 use crate::reference::tables::riscv::Entries;
 use crate::reference::tables::{Msi, RiscvFirst, RiscvSecond, TableConfig};
 use crate::reference::walk::Walker;
@@ -24,13 +25,16 @@ impl Unit {
     }
 
     /// Svpbmt 15, Svrsw60t59b 14; Svnapot is there always.
-    fn entries(&self, output_bits: u32, hardware_update: bool, big_endian: bool) -> Entries {
-        Entries { output_bits, svnapot: true, svpbmt: self.has(15), svrsw60t59b: self.has(14), hardware_update, big_endian }
+    fn entries(&self, levels: u32, output_bits: u32, hardware_update: bool, big_endian: bool) -> Entries {
+        // Entries of 32 bits have none of these.
+        let wide = levels > 2;
+        let (svpbmt, svrsw60t59b) = (wide && self.has(15), wide && self.has(14));
+        Entries { output_bits, svnapot: wide, svpbmt, svrsw60t59b, hardware_update, big_endian }
     }
 
-    /// PAS 37:32.
+    /// PAS 37:32; page numbers have no room for more than 56 bits.
     fn physical_bits(&self) -> u32 {
-        bits(self.capabilities, 37, 32) as u32
+        bits(self.capabilities, 37, 32).min(56) as u32
     }
 
     /// Levels of a first stage; none for Bare.
@@ -219,12 +223,15 @@ pub(super) fn riscv(snapshot: &Snapshot, id: u64, pasid: Option<u64>) -> Result<
     let control = register(snapshot, "FCTL")?;
     let unit = Unit { capabilities: register(snapshot, "CAPABILITIES")?, big_endian: bit(control, 0), guest_32: bit(control, 2) };
     let ddtp = register(snapshot, "DDTP")?;
+    // Registers hold no other values.
+    if unit.physical_bits() < 32 || bits(ddtp, 3, 0) > 4 {
+        return illegal("PAS or iommu_mode");
+    }
     // iommu_mode 3:0.
     match bits(ddtp, 3, 0) {
         0 => return blocked("the unit is off"),
         1 => return Ok(Resolution::Bypass),
-        2..=4 => {}
-        _ => return blocked("ddtp.iommu_mode is reserved"),
+        _ => {}
     }
     let context = match device_context(snapshot, &unit, id, ddtp)? {
         Ok(context) => context,
@@ -242,9 +249,12 @@ pub(super) fn riscv(snapshot: &Snapshot, id: u64, pasid: Option<u64>) -> Result<
         root: pointer(context.words[1]),
         levels,
         input_bits: if narrow { 34 } else { 59 },
-        entries: unit.entries(unit.physical_bits(), context.control(7), unit.big_endian),
+        entries: unit.entries(levels, unit.physical_bits(), context.control(7), unit.big_endian),
         msi,
     });
+    if second.is_some_and(|second| beyond(second.root, unit.physical_bits())) {
+        return blocked("iohgatp.PPN beyond PAS");
+    }
     let directory = context.control(5);
     let process = match pasid {
         Some(_) if !directory => return blocked("process id without process directory"),
@@ -254,9 +264,9 @@ pub(super) fn riscv(snapshot: &Snapshot, id: u64, pasid: Option<u64>) -> Result<
         None => None,
     };
     let first = match process {
-        // Too wide for Bare is any process id but zero.
+        // Without a directory all processes are alike.
         Some(process) if context.mode(3) == 0 => {
-            if pasid.is_some() && process != 0 {
+            if process >> 20 != 0 {
                 return blocked("process id too wide");
             }
             0
@@ -271,9 +281,15 @@ pub(super) fn riscv(snapshot: &Snapshot, id: u64, pasid: Option<u64>) -> Result<
     let first = unit.first_levels(bits(first, 63, 60), !narrow).unwrap_or(None).map(|levels| RiscvFirst {
         root: pointer(first),
         levels,
-        entries: unit.entries(if second.is_some() { 56 } else { unit.physical_bits() }, context.control(8), context.control(10)),
+        entries: unit.entries(levels, if second.is_some() { 56 } else { unit.physical_bits() }, context.control(8), context.control(10)),
         msi: if second.is_some() { Msi::default() } else { msi },
     });
+    if second.is_none() && first.is_some_and(|first| beyond(first.root, unit.physical_bits())) {
+        return blocked("iosatp.PPN beyond PAS");
+    }
     let stages: Vec<TableConfig> = first.map(TableConfig::RiscvFirst).into_iter().chain(second.map(TableConfig::RiscvSecond)).collect();
+    if stages.is_empty() && msi.root.is_some() {
+        return Err(Problem::Unsupported("an MSI page table alone".to_string()));
+    }
     Ok(if stages.is_empty() { Resolution::Bypass } else { Resolution::Tables(stages) })
 }

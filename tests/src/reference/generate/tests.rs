@@ -117,7 +117,7 @@ fn damaged_tables_end_and_differ() {
             if used.is_empty() {
                 continue;
             }
-            for _ in 0..20 {
+            for _ in 0..80 {
                 let slot = rng.pick(&used);
                 let entry = generated.snapshot.memory.read(slot, big_endian).unwrap();
                 generated.snapshot.memory.write(slot, entry ^ (1 << rng.below(64)), big_endian);
