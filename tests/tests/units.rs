@@ -20,7 +20,7 @@ fn plugins() -> Plugins {
 /// The same guest as the library reads it.
 fn load(mut snapshot: reference::snapshot::Snapshot, ids: &[u64]) -> Snapshot {
     let folder = tempfile::tempdir().unwrap();
-    snapshot.map = vec![MemoryRange { kind: "ram".to_owned(), first: 0, last: (1 << 52) - 1 }];
+    snapshot.map = vec![MemoryRange { kind: "ram".to_owned(), first: 0, last: (1 << 56) - 1 }];
     snapshot.devices = ids.iter().map(|id| Device { label: format!("device-{id:x}"), id: *id }).collect();
     // A unit needs these, and the naive reader does not.
     if snapshot.unit_kind == "intel-vtd" {
@@ -132,6 +132,12 @@ fn pasid(pasid: Option<u64>) -> Option<u32> {
     pasid.map(|pasid| pasid as u32)
 }
 
+/// The device, and those beside it.
+fn ids(request: &Request) -> Vec<u64> {
+    let all: std::collections::BTreeSet<u64> = request.others.iter().map(|(id, _)| *id).chain([request.id]).collect();
+    all.into_iter().collect()
+}
+
 /// What is next to a request's place is blocked.
 fn check_others(guest: &Guest<'_>, request: &Request, what: &str) {
     for (id, other) in &request.others {
@@ -151,7 +157,7 @@ fn check_pasids(guest: &Guest<'_>, request: &Request, what: &str) {
 /// A unit with one stage: the tables are found, and map what they map.
 fn check_single(plugins: &Plugins, unit: (reference::snapshot::Snapshot, Request, reference::generate::Generated), what: &str) {
     let (guest_snapshot, request, generated) = unit;
-    let snapshot = load(guest_snapshot, &[request.id]);
+    let snapshot = load(guest_snapshot, &ids(&request));
     let guest = Guest::new(&snapshot, plugins).unwrap();
     let what = format!("{what} {request:?}: {:?}", generated.config);
     assert_eq!(mappings(&guest, request.id, pasid(request.pasid), 1, &what), generated.truth, "{what}");
@@ -173,7 +179,7 @@ fn amd_guest_tables_through_host_tables() {
     let plugins = plugins();
     for seed in 0..60 {
         let (guest_snapshot, request, nested) = amd_nested(seed);
-        let snapshot = load(guest_snapshot.clone(), &[request.id]);
+        let snapshot = load(guest_snapshot.clone(), &ids(&request));
         let guest = Guest::new(&snapshot, &plugins).unwrap();
         let what = format!("seed {seed} {request:?}: {:?}", nested.first.config);
         check_nested(&guest, &guest_snapshot, &nested, request.id, pasid(request.pasid), &what);
@@ -197,7 +203,7 @@ fn riscv_first_stage_through_second_stage() {
     let plugins = plugins();
     for seed in 0..60 {
         let (guest_snapshot, request, nested) = riscv_nested(seed);
-        let snapshot = load(guest_snapshot.clone(), &[request.id]);
+        let snapshot = load(guest_snapshot.clone(), &ids(&request));
         let guest = Guest::new(&snapshot, &plugins).unwrap();
         let what = format!("seed {seed} {request:?}: {:?}", nested.first.config);
         check_nested(&guest, &guest_snapshot, &nested, request.id, pasid(request.pasid), &what);
@@ -212,7 +218,7 @@ fn riscv_msi_page_tables_are_reported() {
     let mut reported = 0;
     for seed in 0..60 {
         let (guest_snapshot, request, generated) = riscv_single(seed % 2 == 0, seed);
-        let snapshot = load(guest_snapshot, &[request.id]);
+        let snapshot = load(guest_snapshot, &ids(&request));
         let guest = Guest::new(&snapshot, &plugins).unwrap();
         let State::Translated(tables) = guest.stream(request.id, pasid(request.pasid)).unwrap().state else { panic!("seed {seed}") };
         let msi = match generated.config {

@@ -150,7 +150,7 @@ fn device_context(snapshot: &Snapshot, unit: &Unit, id: u64, ddtp: u64) -> Resul
     let extended = unit.has(22);
     let index = directory_index(extended, id);
     let levels = (bits(ddtp, 3, 0) - 1) as usize;
-    if id >> 24 != 0 || index[levels..].iter().any(|part| *part != 0) {
+    if index[levels..].iter().any(|part| *part != 0) {
         return Ok(Err("device id too wide"));
     }
     // PPN 53:10.
@@ -224,8 +224,8 @@ pub(super) fn riscv(snapshot: &Snapshot, id: u64, pasid: Option<u64>) -> Result<
     let unit = Unit { capabilities: register(snapshot, "CAPABILITIES")?, big_endian: bit(control, 0), guest_32: bit(control, 2) };
     let ddtp = register(snapshot, "DDTP")?;
     // Registers hold no other values.
-    if unit.physical_bits() < 32 || bits(ddtp, 3, 0) > 4 {
-        return illegal("PAS or iommu_mode");
+    if unit.physical_bits() < 32 || bits(ddtp, 3, 0) > 4 || id >> 24 != 0 {
+        return illegal("PAS, iommu_mode, or no device id");
     }
     // iommu_mode 3:0.
     match bits(ddtp, 3, 0) {

@@ -57,7 +57,11 @@ impl Shape {
     }
 
     fn request(&self) -> Request {
-        let mut others = vec![(self.id ^ 1, None), (1 << 24, None)];
+        let mut others = vec![(self.id ^ 1, None)];
+        if self.levels < 3 {
+            // More bits than the directory resolves.
+            others.push((self.id + (1 << 20), None));
+        }
         match (self.process_levels, self.process) {
             (0, _) => others.extend([(self.id, Some(0)), (self.id, Some(1))]),
             (_, process) => others.extend([(self.id, Some(process.unwrap_or(0) ^ 1)), (self.id, Some(1 << 20))]),
