@@ -42,7 +42,7 @@ impl Memory {
     /// [`Problem::Unreadable`] with the page's address if it is not there.
     pub fn read4(&self, address: u64, big_endian: bool) -> Result<u64, Problem> {
         let both = self.read(address - address % 8, big_endian)?;
-        let first = (address % 8 == 0) == big_endian;
+        let first = address.is_multiple_of(8) == big_endian;
         Ok(if first { both >> 32 } else { both % (1 << 32) })
     }
 
@@ -50,7 +50,7 @@ impl Memory {
     pub fn write4(&mut self, address: u64, value: u64, big_endian: bool) {
         let place = address - address % 8;
         let both = self.read(place, big_endian).unwrap_or(0);
-        let first = (address % 8 == 0) == big_endian;
+        let first = address.is_multiple_of(8) == big_endian;
         let both = if first { (both % (1 << 32)) | value << 32 } else { (both >> 32 << 32) | value };
         self.write(place, both, big_endian);
     }

@@ -158,7 +158,7 @@ impl<'a> Walker<'a> {
             Entry::Table { address, limit, skip, exists, half } => {
                 let next = region.steps[depth + 1 + skip];
                 // The bits of levels that are left out must be zero.
-                if bits(position, step.shift - 1, 0) / next.entries >> next.shift != 0 {
+                if bits(position, step.shift - 1, 0) >> next.shift >= next.entries {
                     return Err(NoEntry::Fault);
                 }
                 self.descend(stage, region, position, write, depth + 1 + skip, Table { address, half, exists }, allowed.and(limit))

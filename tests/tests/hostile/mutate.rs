@@ -45,7 +45,7 @@ impl Words {
     }
 
     /// An entry with another address.
-    fn point(self, entry: u64, address: u64) -> u64 {
+    pub fn point(self, entry: u64, address: u64) -> u64 {
         if self.numbers { entry & !0x003f_ffff_ffff_fc00 | address >> 2 } else { entry & !0x000f_ffff_ffff_f000 | address }
     }
 }

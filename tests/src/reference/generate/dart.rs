@@ -101,7 +101,7 @@ impl Radix for Dart {
         let address = ink.address(self.output_bits, self.page_bits());
         match ink.rng.below(4) {
             // A part of a page.
-            0 if height == 0 => self.pack(address) + 1 + (ink.rng.pick(&[0x001f_ff, 0x0007_ff, 0x800f_ff, 0]) << 40),
+            0 if height == 0 => self.pack(address) + 1 + (ink.rng.pick(&[0x1fff, 0x7ff, 0x80_0fff, 0]) << 40),
             1 if height == 0 => self.pack(address) + 1 + WHOLE + self.forbidden(Access::NONE),
             _ => ink.rng.number() & !1,
         }

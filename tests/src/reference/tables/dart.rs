@@ -109,7 +109,8 @@ impl Dart {
             return Entry::table(page, Access::RW, 0);
         }
         let whole = (bits(entry, 63, 52), bits(entry, 51, 40)) == (0, 0xfff);
-        if !whole && !(self.packing == Packing::Dart1 && bit(entry, 1)) {
+        let unchecked = self.packing == Packing::Dart1 && bit(entry, 1);
+        if !whole && !unchecked {
             return Entry::Fault;
         }
         Entry::leaf(page, Access { read: !no_read, write: !no_write })

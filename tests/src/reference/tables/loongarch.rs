@@ -96,7 +96,7 @@ impl LoongArch {
         if huge {
             address &= !(1 << 12);
         }
-        if address % (1 << step.shift) != 0 || beyond(address, self.output_bits) {
+        if !address.is_multiple_of(1 << step.shift) || beyond(address, self.output_bits) {
             return Entry::Fault;
         }
         // An unprivileged request has privilege level 3.

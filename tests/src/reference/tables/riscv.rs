@@ -132,7 +132,7 @@ impl Entries {
             size = 16;
             address -= 8 << 12;
         }
-        if address % (1 << size) != 0 || beyond(address, self.output_bits) {
+        if !address.is_multiple_of(1 << size) || beyond(address, self.output_bits) {
             return Entry::Fault;
         }
         Entry::Leaf { address, access, size: Some(size) }
