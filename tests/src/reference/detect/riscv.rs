@@ -224,13 +224,14 @@ pub(super) fn riscv(snapshot: &Snapshot, id: u64, pasid: Option<u64>) -> Result<
     let unit = Unit { capabilities: register(snapshot, "CAPABILITIES")?, big_endian: bit(control, 0), guest_32: bit(control, 2) };
     let ddtp = register(snapshot, "DDTP")?;
     // Registers hold no other values.
-    if unit.physical_bits() < 32 || bits(ddtp, 3, 0) > 4 || id >> 24 != 0 {
-        return illegal("PAS, iommu_mode, or no device id");
+    if bits(ddtp, 3, 0) > 4 || id >> 24 != 0 {
+        return illegal("iommu_mode, or no device id");
     }
     // iommu_mode 3:0.
     match bits(ddtp, 3, 0) {
         0 => return blocked("the unit is off"),
         1 => return Ok(Resolution::Bypass),
+        _ if unit.physical_bits() < 32 => return illegal("PAS"),
         _ => {}
     }
     let context = match device_context(snapshot, &unit, id, ddtp)? {

@@ -87,6 +87,10 @@ impl V7s {
         if self.access_flag && !bit(permissions, 0) {
             return None;
         }
+        // Reserved, also where nobody looks at permissions.
+        if !self.access_flag && permissions == 4 {
+            return None;
+        }
         let field = bits(u64::from(self.domains), 2 * domain as u32 + 1, 2 * domain as u32);
         if field == MANAGER {
             return Some(Access::RW);
