@@ -2,30 +2,51 @@
 //! can be said is compared with the independent reference, which reads the same damaged guest.
 #![allow(clippy::unwrap_used)]
 
+mod configs;
 mod fixtures;
 mod hostile;
 
 use std::collections::BTreeMap;
 
+use configs::arena_memory;
 use hostile::compare::{self, Found, clip, first_difference, is_orderly, reference_config, same_state, within};
-use hostile::mutate::{absurd, mutate};
+use hostile::mutate::{Words, absurd, mutate};
 use hostile::{load, nested, plugins, rounds, seed, timed};
 use stagecraft::convert::{ConvertError, Target, convert};
 use stagecraft::guest::{Guest, StreamState};
 use stagecraft::memory::MemoryMap;
 use stagecraft::plugin::TableConfig;
 use stagecraft::snapshot::{PageMemory, Source};
-use stagecraft::table::{AddressSpace, Arena, Cause, Collector, Mapping, Severity, WalkError};
+use stagecraft::table::{AddressSpace, Cause, Collector, Mapping, Severity, WalkError};
 use stagecraft::{Access, Iova, Span};
 use stagecraft_tests::reference::detect::{resolve, resolve_pasid};
 use stagecraft_tests::reference::generate::{Format, Rng, generate};
-use stagecraft_tests::reference::snapshot::{Device, Memory, MemoryRange, Snapshot};
+use stagecraft_tests::reference::snapshot::{Device, MemoryRange, Snapshot};
 use stagecraft_tests::reference::tables;
 use stagecraft_tests::reference::units;
 use stagecraft_tests::reference::walk::Walker;
+use stagecraft_tests::reference::{bit, bits};
 use vm_memory::{Bytes, GuestAddress};
 
-const FORMATS: [&str; 4] = ["arm-smmuv3/stage1", "arm-smmuv3/stage2", "intel-vtd/first-stage", "intel-vtd/second-stage"];
+/// Targets of conversions; each case has some of them.
+const TARGETS: [&str; 13] = [
+    "arm-smmuv3/stage1",
+    "amd-vi/v1",
+    "riscv-iommu/second-stage",
+    "arm-smmuv3/stage2",
+    "loongarch/paging",
+    "intel-vtd/first-stage",
+    "riscv-iommu/first-stage",
+    "s390-zpci/dma",
+    "intel-vtd/second-stage",
+    "amd-vi/v2",
+    "apple-dart/dart1",
+    "apple-dart/dart2",
+    "arm-v7s/short",
+];
+
+/// How many of them.
+const TARGETS_OF_A_CASE: usize = 4;
 
 /// Entries that the reference looks at before a comparison is given up.
 const REFERENCE_BUDGET: u64 = 400_000;
@@ -50,7 +71,8 @@ struct Seen {
 
 impl Seen {
     fn differ(&mut self, label: &str, what: String) {
-        if self.differences.len() < 50 {
+        // One of each guest is enough.
+        if self.differences.len() < 50 && self.differences.last().is_none_or(|last| !last.starts_with(label)) {
             self.differences.push(format!("{label}: {what}"));
         }
     }
@@ -153,6 +175,11 @@ impl Case<'_> {
         for (span, fault) in collector.faults() {
             let (Some(step), Cause::Entry(kind), None) = (fault.path.last(), fault.cause, fault.address) else { continue };
             let findings = space.explain(fault.stage, step).unwrap_or_else(|error| self.fail(&format!("explain: {error}")));
+            // What the address bits say of a size is not in the pattern that is explained: AMD's NextLevel 7, RISC-V's N.
+            let sized = step.entry.is_some_and(|entry| bits(entry, 11, 9) == 7 || bit(entry, 63));
+            if findings.is_empty() && sized {
+                continue;
+            }
             let worst = findings.first().unwrap_or_else(|| self.fail(&format!("nothing is said about {fault:?} at {span}")));
             assert!(worst.severity == Severity::Error && worst.kind == kind, "{}: {fault:?} is explained by {worst:?}", self.label);
             seen.explained += 1;
@@ -192,7 +219,8 @@ impl Case<'_> {
 
     /// Conversion to every format: refused with a reason, or the source's mappings without those that were counted as refused.
     fn convert(&self, streams: &[StreamState], sources: &[(Vec<TableConfig>, Vec<Mapping>)], seen: &mut Seen) {
-        for format in FORMATS {
+        let first = self.label.bytes().fold(0, |hash: usize, byte| hash.wrapping_mul(31) ^ usize::from(byte));
+        for format in TARGETS.iter().cycle().skip(first % TARGETS.len()).take(TARGETS_OF_A_CASE).copied() {
             let mut target = Target::new(format);
             target.table_bytes = 64 << 20;
             let conversion = match convert(&self.guest, streams, &target, &mut |_, _| {}) {
@@ -220,7 +248,7 @@ impl Case<'_> {
                     continue;
                 }
                 assert!(walk.unreadable.is_empty(), "{}: tables outside the converted ones", self.label);
-                let converted = clip(&walk.runs, &MemoryMap::everything(52));
+                let converted = clip(&walk.runs, &MemoryMap::everything(64));
                 if let Err(what) = compare_converted(source, &converted, table.built.losses.refused_bytes()) {
                     seen.differ(&self.label, format!("{} converted to {format}: {what}", tables_of(&table.source)));
                 }
@@ -256,18 +284,6 @@ fn leave_room(snapshot: &mut Snapshot) {
     }
 }
 
-fn arena_memory(arena: &Arena) -> Memory {
-    let mut memory = Memory::default();
-    for (address, words) in arena.pages() {
-        let mut page = [0; 4096];
-        for (bytes, word) in page.chunks_exact_mut(8).zip(words) {
-            bytes.copy_from_slice(&word.to_ne_bytes());
-        }
-        memory.pages.insert(address.0, page);
-    }
-    memory
-}
-
 /// Everything that can be asked about one guest.
 fn examine(label: String, snapshot: &Snapshot, folder: &std::path::Path, seen: &mut Seen) {
     let loaded = load(snapshot, folder);
@@ -295,11 +311,11 @@ fn damaged_fixtures() {
         let pristine = Snapshot::load(&fixture.path).unwrap();
         let mut rng = Rng::new(seed ^ name.bytes().fold(0, |hash: u64, byte| hash.rotate_left(7) ^ u64::from(byte)));
         // Time is for many small guests rather than for one large one.
-        let count = rounds(40).div_ceil(if fixture.big { 12 } else { 1 });
+        let count = rounds(24).div_ceil(if fixture.big { 12 } else { 1 });
         examine(format!("{name} as it is"), &pristine, folder.path(), &mut seen);
         for round in 0..count {
             let mut snapshot = pristine.clone();
-            let what = mutate(&mut snapshot, &mut rng, false);
+            let what = mutate(&mut snapshot, &mut rng, Words { big_endian: fixture.big_endian(), numbers: name.starts_with("riscv-") });
             let label = format!("{name}, seed {seed:#x}, round {round}: {what}");
             timed(&label.clone(), || examine(label, &snapshot, folder.path(), &mut seen));
         }
@@ -315,12 +331,12 @@ fn damaged_generated_guests() {
     let folder = tempfile::tempdir().unwrap();
     let mut seen = Seen::default();
     let mut rng = Rng::new(seed);
-    for round in 0..rounds(60) {
+    for round in 0..rounds(24) {
         for format in Format::ALL {
             let generated = generate(format, rng.number());
             let mut snapshot = generated.snapshot;
             leave_room(&mut snapshot);
-            let what = if round % 4 == 0 { "as it is".to_owned() } else { mutate(&mut snapshot, &mut rng, generated.config.big_endian()) };
+            let what = if round % 4 == 0 { "as it is".to_owned() } else { mutate(&mut snapshot, &mut rng, Words::of(&generated.config)) };
             let label = format!("generated {}, seed {seed:#x}, round {round}: {what}", generated.config.format());
             timed(&label.clone(), || examine(label, &snapshot, folder.path(), &mut seen));
         }
@@ -336,11 +352,17 @@ fn damaged_guests_with_two_stages() {
     let folder = tempfile::tempdir().unwrap();
     let mut seen = Seen::default();
     let mut rng = Rng::new(seed);
-    for round in 0..rounds(60) {
-        for (kind, nested) in [("SMMUv3", nested::smmu(rng.number())), ("VT-d", nested::vtd(rng.number()))] {
+    for round in 0..rounds(40) {
+        for (kind, nested) in [
+            ("SMMUv3", nested::smmu(rng.number())),
+            ("VT-d", nested::vtd(rng.number())),
+            ("AMD-Vi", nested::amd(rng.number())),
+            ("RISC-V", nested::riscv(rng.number())),
+        ] {
             let mut snapshot = nested.snapshot;
             leave_room(&mut snapshot);
-            let what = if round % 4 == 0 { "as it is".to_owned() } else { mutate(&mut snapshot, &mut rng, false) };
+            let words = Words { big_endian: false, numbers: kind == "RISC-V" };
+            let what = if round % 4 == 0 { "as it is".to_owned() } else { mutate(&mut snapshot, &mut rng, words) };
             let label = format!("{kind} with two stages, seed {seed:#x}, round {round}: {what}");
             timed(&label.clone(), || examine(label, &snapshot, folder.path(), &mut seen));
         }
@@ -349,7 +371,13 @@ fn damaged_guests_with_two_stages() {
     assert!(seen.mappings > 1000 && seen.explained > 100 && seen.conversions > 50, "{seen:?}");
 }
 
-/// Only what leads to the tables is damaged: stream table entries, context descriptors, context and PASID entries; and what the unit can do is anything.
+/// A unit, and the request that it is made for.
+fn own<T>((snapshot, request, _): (Snapshot, units::Request, T)) -> (Snapshot, u64, Option<Option<u64>>) {
+    (snapshot, request.id, Some(request.pasid))
+}
+
+/// Only what leads to the tables is damaged: stream table entries, context descriptors, context and PASID entries, device table
+/// entries, device and process contexts; and what the unit can do is anything.
 /// Many more of these, for what a device gets is quickly asked.
 #[test]
 fn damaged_structures() {
@@ -358,21 +386,32 @@ fn damaged_structures() {
     let mut seen = Seen::default();
     let mut rng = Rng::new(seed);
     for round in 0..rounds(40) {
-        let (mut snapshot, id) = match round % 4 {
-            0 => (units::smmu_single(Format::ArmStage1, rng.below(1000)).0, 0x103),
-            1 => (units::smmu_single(Format::ArmStage2, rng.below(1000)).0, 0x103),
-            2 => ((rng.below(1000)..).find_map(units::smmu_nested).unwrap().0, 0x38),
-            _ => (units::vtd_nested(rng.below(1000)).0, 0x5fe),
+        let (mut snapshot, id, request) = match round % 10 {
+            // The other architectures' units say which request they are made for.
+            4 | 9 => own(units::amd_guest(rng.below(1000))),
+            5 => own(units::amd_nested(rng.below(1000))),
+            6 => own(units::amd_host(rng.below(1000))),
+            7 => own(units::riscv_single(false, rng.below(1000))),
+            8 => own(units::riscv_nested(rng.below(1000))),
+            0 => (units::smmu_single(Format::ArmStage1, rng.below(1000)).0, 0x103, None),
+            1 => (units::smmu_single(Format::ArmStage2, rng.below(1000)).0, 0x103, None),
+            2 => ((rng.below(1000)..).find_map(units::smmu_nested).unwrap().0, 0x38, None),
+            _ => (units::vtd_nested(rng.below(1000)).0, 0x5fe, None),
         };
         snapshot.map = vec![MemoryRange { kind: "ram".to_owned(), first: 0, last: (1 << 52) - 1 }];
         snapshot.devices = vec![Device { label: "0000:00:07.0".to_owned(), id }];
-        // Without the tables, except that with two stages a CD is behind the second.
-        let is_structure = |page: u64| (units::STRUCTURES..units::STRUCTURES + 0x10_0000).contains(&page);
-        if id != 0x38 {
+        // Without the tables, except that with two stages a CD, or a directory of processes, is behind the second.
+        let is_structure = |page: u64| (units::STRUCTURES..units::STRUCTURES + 0x30_0000).contains(&page);
+        let behind = id == 0x38 || matches!(round % 10, 5 | 8);
+        let requests: Vec<Option<u64>> = match request {
+            Some(pasid) => vec![pasid, pasid, pasid, None, Some(0), Some(70)],
+            None => vec![None, None, None, Some(0), Some(70)],
+        };
+        if !behind {
             snapshot.memory.pages.retain(|page, _| is_structure(*page));
         }
         // The words of structures that are in use.
-        let in_use = |page: u64| is_structure(page) || (id == 0x38 && (0x20_0000_0000..0x20_0100_0000).contains(&page));
+        let in_use = |page: u64| is_structure(page) || (behind && (0x20_0000_0000..0x20_0100_0000).contains(&page));
         let pages: Vec<u64> = snapshot.memory.pages.keys().copied().filter(|page| in_use(*page)).collect();
         let used = |address: &u64| snapshot.memory.read(*address, false).is_ok_and(|word| word != 0);
         let words: Vec<u64> = pages.iter().flat_map(|page| (0..512).map(move |index| page + index * 8)).filter(used).collect();
@@ -394,7 +433,7 @@ fn damaged_structures() {
             }
             // Capabilities that come and go.
             reference.registers = snapshot.registers.clone();
-            for name in ["IDR0", "IDR1", "IDR3", "IDR5", "CR2", "CAP", "ECAP"] {
+            for name in ["IDR0", "IDR1", "IDR3", "IDR5", "CR2", "CAP", "ECAP", "CONTROL", "EXT_FEATURES", "CAPABILITIES", "FCTL"] {
                 let chance = rng.pick(&[0, 0, 2, 5]);
                 let Some(register) = reference.registers.get_mut(name) else { continue };
                 let damage = (0..64).filter(|_| rng.percent(chance)).fold(0, |bits: u64, bit| bits | 1 << bit);
@@ -409,11 +448,11 @@ fn damaged_structures() {
             let Source::Unit { registers, .. } = &mut loaded.source else { panic!("a unit") };
             *registers = reference.registers.iter().map(|(name, value)| (name.clone(), *value)).collect();
             let guest = Guest::new(&loaded, plugins()).unwrap();
-            let pasid = rng.pick(&[None, None, None, Some(0), Some(70)]);
+            let pasid = rng.pick(&requests);
             let label = format!("structures, seed {seed:#x}, round {round}.{variant}, PASID {pasid:?}");
-            let stream = timed(&label, || guest.stream(id, pasid));
+            let stream = timed(&label, || guest.stream(id, pasid.map(|pasid| pasid as u32)));
             assert!(stream.as_ref().err().is_none_or(is_orderly), "{label}: {stream:?}");
-            let expected = resolve_pasid(&reference, id, pasid.map(u64::from));
+            let expected = resolve_pasid(&reference, id, pasid);
             if let Err(difference) = same_state(&stream, &expected) {
                 seen.differ(&label, difference);
             }

@@ -8,7 +8,9 @@ use stagecraft::{Access, Iova};
 use stagecraft_tests::reference;
 use stagecraft_tests::reference::generate::Format;
 use stagecraft_tests::reference::snapshot::{Device, MemoryRange};
-use stagecraft_tests::reference::units::{Nested, smmu_nested, smmu_single, vtd_nested};
+use stagecraft_tests::reference::units::{
+    Nested, Request, amd_guest, amd_host, amd_nested, riscv_nested, riscv_single, smmu_nested, smmu_single, vtd_nested,
+};
 use stagecraft_tests::reference::walk::Walker;
 
 fn plugins() -> Plugins {
@@ -18,7 +20,7 @@ fn plugins() -> Plugins {
 /// The same guest as the library reads it.
 fn load(mut snapshot: reference::snapshot::Snapshot, ids: &[u64]) -> Snapshot {
     let folder = tempfile::tempdir().unwrap();
-    snapshot.map = vec![MemoryRange { kind: "ram".to_owned(), first: 0, last: (1 << 52) - 1 }];
+    snapshot.map = vec![MemoryRange { kind: "ram".to_owned(), first: 0, last: (1 << 56) - 1 }];
     snapshot.devices = ids.iter().map(|id| Device { label: format!("device-{id:x}"), id: *id }).collect();
     // A unit needs these, and the naive reader does not.
     if snapshot.unit_kind == "intel-vtd" {
@@ -124,4 +126,112 @@ fn smmu_contexts_of_every_kind() {
             }
         }
     }
+}
+
+fn pasid(pasid: Option<u64>) -> Option<u32> {
+    pasid.map(|pasid| pasid as u32)
+}
+
+/// The device, and those beside it.
+fn ids(request: &Request) -> Vec<u64> {
+    let all: std::collections::BTreeSet<u64> = request.others.iter().map(|(id, _)| *id).chain([request.id]).collect();
+    all.into_iter().collect()
+}
+
+/// What is next to a request's place is blocked.
+fn check_others(guest: &Guest<'_>, request: &Request, what: &str) {
+    for (id, other) in &request.others {
+        let state = guest.stream(*id, pasid(*other)).unwrap().state;
+        assert!(matches!(state, State::Blocked(_)), "{what}: {id:#x} {other:?}: {state:?}");
+    }
+}
+
+/// PASIDs with a context are found without being asked for, each once.
+fn check_pasids(guest: &Guest<'_>, request: &Request, what: &str) {
+    let found: Vec<Option<u32>> = guest.streams().unwrap().iter().filter(|stream| stream.id == request.id).map(|stream| stream.pasid).collect();
+    let mut expected = vec![None];
+    expected.extend(request.pasid.map(|pasid| Some(pasid as u32)));
+    assert_eq!(found, expected, "{what}");
+}
+
+/// A unit with one stage: the tables are found, and map what they map.
+fn check_single(plugins: &Plugins, unit: (reference::snapshot::Snapshot, Request, reference::generate::Generated), what: &str) {
+    let (guest_snapshot, request, generated) = unit;
+    let snapshot = load(guest_snapshot, &ids(&request));
+    let guest = Guest::new(&snapshot, plugins).unwrap();
+    let what = format!("{what} {request:?}: {:?}", generated.config);
+    assert_eq!(mappings(&guest, request.id, pasid(request.pasid), 1, &what), generated.truth, "{what}");
+    check_others(&guest, &request, &what);
+    check_pasids(&guest, &request, &what);
+}
+
+#[test]
+fn amd_device_table_entries_of_every_kind() {
+    let plugins = plugins();
+    for seed in 0..60 {
+        check_single(&plugins, amd_host(seed), &format!("host table, seed {seed}"));
+        check_single(&plugins, amd_guest(seed), &format!("guest table, seed {seed}"));
+    }
+}
+
+#[test]
+fn amd_guest_tables_through_host_tables() {
+    let plugins = plugins();
+    for seed in 0..60 {
+        let (guest_snapshot, request, nested) = amd_nested(seed);
+        let snapshot = load(guest_snapshot.clone(), &ids(&request));
+        let guest = Guest::new(&snapshot, &plugins).unwrap();
+        let what = format!("seed {seed} {request:?}: {:?}", nested.first.config);
+        check_nested(&guest, &guest_snapshot, &nested, request.id, pasid(request.pasid), &what);
+        check_others(&guest, &request, &what);
+        check_pasids(&guest, &request, &what);
+    }
+}
+
+#[test]
+fn riscv_contexts_of_every_kind() {
+    let plugins = plugins();
+    for seed in 0..60 {
+        for second_stage in [false, true] {
+            check_single(&plugins, riscv_single(second_stage, seed), &format!("second stage {second_stage}, seed {seed}"));
+        }
+    }
+}
+
+#[test]
+fn riscv_first_stage_through_second_stage() {
+    let plugins = plugins();
+    for seed in 0..60 {
+        let (guest_snapshot, request, nested) = riscv_nested(seed);
+        let snapshot = load(guest_snapshot.clone(), &ids(&request));
+        let guest = Guest::new(&snapshot, &plugins).unwrap();
+        let what = format!("seed {seed} {request:?}: {:?}", nested.first.config);
+        check_nested(&guest, &guest_snapshot, &nested, request.id, pasid(request.pasid), &what);
+        check_others(&guest, &request, &what);
+        check_pasids(&guest, &request, &what);
+    }
+}
+
+#[test]
+fn riscv_msi_page_tables_are_reported() {
+    let plugins = plugins();
+    let mut reported = 0;
+    for seed in 0..60 {
+        let (guest_snapshot, request, generated) = riscv_single(seed % 2 == 0, seed);
+        let snapshot = load(guest_snapshot, &ids(&request));
+        let guest = Guest::new(&snapshot, &plugins).unwrap();
+        let State::Translated(tables) = guest.stream(request.id, pasid(request.pasid)).unwrap().state else { panic!("seed {seed}") };
+        let msi = match generated.config {
+            reference::tables::TableConfig::RiscvFirst(config) => config.msi,
+            reference::tables::TableConfig::RiscvSecond(config) => config.msi,
+            _ => unreachable!(),
+        };
+        let get = |name: &str| tables[0].settings.get(name);
+        assert_eq!(get("msi-root"), msi.root, "seed {seed}");
+        if msi.root.is_some() {
+            assert_eq!((get("msi-mask"), get("msi-pattern")), (Some(msi.mask), Some(msi.pattern)), "seed {seed}");
+            reported += 1;
+        }
+    }
+    assert!(reported > 5, "{reported}");
 }

@@ -5,6 +5,7 @@ use super::generate::Format;
 use super::snapshot::{Memory, Snapshot};
 use super::tables::{TableConfig, VtdSecond};
 use super::units::{Nested, STRUCTURES, smmu_nested, smmu_single, vtd, vtd_nested, write_words};
+use super::units::{amd_guest, amd_host, amd_nested, riscv_nested, riscv_single};
 use super::walk::{Fault, Walker};
 
 fn check(snapshot: &Snapshot, nested: &Nested, stages: &[TableConfig]) {
@@ -126,5 +127,40 @@ fn vtd_legacy_context_entries() {
     assert_eq!(resolve(&snapshot, 0x202), Ok(Resolution::Bypass));
     for id in [0x203, 0x204, 0x205, 0x100] {
         assert!(matches!(resolve(&snapshot, id), Ok(Resolution::Blocked(_))), "{id:#x}");
+    }
+}
+
+#[test]
+fn amd_device_table_entries_of_every_kind() {
+    for seed in 0..200 {
+        for (snapshot, request, generated) in [amd_host(seed), amd_guest(seed)] {
+            let resolution = resolve_pasid(&snapshot, request.id, request.pasid).unwrap();
+            assert_eq!(resolution, Resolution::Tables(vec![generated.config]), "{seed} {request:?}");
+            for (id, pasid) in &request.others {
+                assert!(matches!(resolve_pasid(&snapshot, *id, *pasid), Ok(Resolution::Blocked(_))), "{seed} {id:#x} {pasid:?}");
+            }
+        }
+        let (snapshot, request, nested) = amd_nested(seed);
+        let Resolution::Tables(stages) = resolve_pasid(&snapshot, request.id, request.pasid).unwrap() else { panic!("{seed} {request:?}") };
+        check(&snapshot, &nested, &stages);
+        for (id, pasid) in &request.others {
+            assert!(matches!(resolve_pasid(&snapshot, *id, *pasid), Ok(Resolution::Blocked(_))), "{seed} {id:#x} {pasid:?}");
+        }
+    }
+}
+
+#[test]
+fn riscv_contexts_of_every_kind() {
+    for seed in 0..200 {
+        for (snapshot, request, generated) in [riscv_single(false, seed), riscv_single(true, seed)] {
+            let resolution = resolve_pasid(&snapshot, request.id, request.pasid).unwrap();
+            assert_eq!(resolution, Resolution::Tables(vec![generated.config]), "{seed} {request:?}");
+            for (id, pasid) in &request.others {
+                assert!(matches!(resolve_pasid(&snapshot, *id, *pasid), Ok(Resolution::Blocked(_))), "{seed} {id:#x} {pasid:?}");
+            }
+        }
+        let (snapshot, request, nested) = riscv_nested(seed);
+        let Resolution::Tables(stages) = resolve_pasid(&snapshot, request.id, request.pasid).unwrap() else { panic!("{seed} {request:?}") };
+        check(&snapshot, &nested, &stages);
     }
 }

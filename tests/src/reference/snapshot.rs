@@ -36,6 +36,25 @@ impl Memory {
         Ok(if big_endian { u64::from_be_bytes(bytes) } else { u64::from_le_bytes(bytes) })
     }
 
+    /// Reads four bytes at an address that is a multiple of four.
+    ///
+    /// # Errors
+    /// [`Problem::Unreadable`] with the page's address if it is not there.
+    pub fn read4(&self, address: u64, big_endian: bool) -> Result<u64, Problem> {
+        let both = self.read(address - address % 8, big_endian)?;
+        let first = address.is_multiple_of(8) == big_endian;
+        Ok(if first { both >> 32 } else { both % (1 << 32) })
+    }
+
+    /// Writes four bytes, adding the page if it was not there.
+    pub fn write4(&mut self, address: u64, value: u64, big_endian: bool) {
+        let place = address - address % 8;
+        let both = self.read(place, big_endian).unwrap_or(0);
+        let first = address.is_multiple_of(8) == big_endian;
+        let both = if first { (both % (1 << 32)) | value << 32 } else { (both >> 32 << 32) | value };
+        self.write(place, both, big_endian);
+    }
+
     /// Writes eight bytes, adding the page if it was not there.
     pub fn write(&mut self, address: u64, value: u64, big_endian: bool) {
         assert_eq!(address % 8, 0, "entries are aligned");
@@ -284,7 +303,7 @@ impl Snapshot {
                             .map(|(key, value)| {
                                 // Addresses and attribute words read better in hexadecimal.
                                 let value = match key.as_str() {
-                                    "root-high" | "mair" => hex(value),
+                                    "root-high" | "mair" | "msi-root" | "root-1" | "root-2" | "root-3" | "first-iova" | "last-iova" => hex(value),
                                     "start-level" => json!(value as i64),
                                     _ => json!(value),
                                 };

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::snapshot::{Memory, PAGE};
-use super::tables::{Entry, Region, TableConfig};
+use super::tables::{Entry, Region, TableConfig, beyond};
 use super::{Access, Problem, Run, append, bits, merge};
 
 /// How many entries [`Walker::mappings`] looks at before it gives up.
@@ -22,6 +22,22 @@ pub struct Walk {
     pub unreadable: BTreeSet<u64>,
     /// The budget ran out; `runs` is not complete.
     pub exhausted: bool,
+}
+
+/// A table on the way.
+#[derive(Clone, Copy)]
+struct Table {
+    address: u64,
+    /// What [`TableConfig::decode`] is told.
+    half: usize,
+    /// The entries that it has, if not all.
+    exists: Option<(u64, u64)>,
+}
+
+impl Table {
+    fn has(&self, index: u64) -> bool {
+        self.exists.is_none_or(|(first, last)| first <= index && index <= last)
+    }
 }
 
 enum NoEntry {
@@ -102,43 +118,77 @@ impl<'a> Walker<'a> {
         let (config, regions) = &self.stages[stage];
         let input = config.effective(input);
         for region in regions {
-            if input < region.first || (input - region.first) >> region.bits != 0 {
+            if input < region.first || !region.contains(input - region.first) {
                 continue;
             }
             let position = region.table_first + (input - region.first);
-            let mut table = region.root;
-            let mut allowed = Access::RW;
-            for step in &region.steps {
-                let index = (position >> step.shift) % step.entries;
-                let entry = self.read(stage, table + index * 8)?;
-                match config.decode(region.half, *step, entry) {
-                    Entry::Fault => return Err(NoEntry::Fault),
-                    Entry::Table { address, limit } => {
-                        table = address;
-                        allowed = allowed.and(limit);
-                    }
-                    Entry::Leaf { address, access } => {
-                        if !allowed.and(access).allows(write) {
-                            return Err(NoEntry::Fault);
-                        }
-                        return Ok(address + bits(position, step.shift - 1, 0));
-                    }
-                }
-            }
+            return self.descend(
+                stage,
+                region,
+                position,
+                write,
+                0,
+                Table { address: region.root, half: region.half, exists: None },
+                config.granted(),
+            );
         }
         Err(NoEntry::Fault)
+    }
+
+    /// What the entries from this table on say about one place in a region.
+    #[allow(clippy::too_many_arguments)]
+    fn descend(
+        &self,
+        stage: usize,
+        region: &Region,
+        position: u64,
+        write: bool,
+        depth: usize,
+        table: Table,
+        allowed: Access,
+    ) -> Result<u64, NoEntry> {
+        let (config, step) = (&self.stages[stage].0, region.steps[depth]);
+        let index = (position >> step.shift) % step.entries;
+        if !table.has(index) {
+            return Err(NoEntry::Fault);
+        }
+        let entry = self.read(stage, table.address + index * config.entry_bytes())?;
+        match config.decode(table.half, step, entry) {
+            Entry::Fault => Err(NoEntry::Fault),
+            Entry::Table { address, limit, skip, exists, half } => {
+                let next = region.steps[depth + 1 + skip];
+                // The bits of levels that are left out must be zero.
+                if bits(position, step.shift - 1, 0) >> next.shift >= next.entries {
+                    return Err(NoEntry::Fault);
+                }
+                self.descend(stage, region, position, write, depth + 1 + skip, Table { address, half, exists }, allowed.and(limit))
+            }
+            Entry::Leaf { address, access, size } => {
+                if !allowed.and(access).allows(write) {
+                    return Err(NoEntry::Fault);
+                }
+                let address = address + bits(position, size.unwrap_or(step.shift) - 1, 0);
+                if beyond(address, config.output_bits()) { Err(NoEntry::Fault) } else { Ok(address) }
+            }
+        }
     }
 
     /// An entry of a stage's table. If another stage follows, it translates the table's address.
     fn read(&self, stage: usize, address: u64) -> Result<u64, NoEntry> {
         let physical = if stage + 1 < self.stages.len() { self.through(stage + 1, address, false)? } else { address };
-        self.memory.read(physical, self.stages[stage].0.big_endian()).map_err(|_| NoEntry::Unreadable(physical - physical % PAGE))
+        let config = &self.stages[stage].0;
+        let entry = match config.entry_bytes() {
+            4 => self.memory.read4(physical, config.big_endian()),
+            _ => self.memory.read(physical, config.big_endian()),
+        };
+        entry.map_err(|_| NoEntry::Unreadable(physical - physical % PAGE))
     }
 
     fn walk_stage(&self, stage: usize, budget: &mut u64) -> Walk {
         let mut walk = Walk::default();
         for region in &self.stages[stage].1 {
-            self.visit(stage, region, 0, region.root, 0, Access::RW, budget, &mut walk);
+            let root = Table { address: region.root, half: region.half, exists: None };
+            self.visit(stage, region, 0, root, 0, self.stages[stage].0.granted(), budget, &mut walk);
         }
         walk.runs = merge(walk.runs);
         walk
@@ -146,11 +196,14 @@ impl<'a> Walker<'a> {
 
     /// Every entry of one table, and of those that it points to. `start` is where the table begins in what the first table could cover.
     #[allow(clippy::too_many_arguments)]
-    fn visit(&self, stage: usize, region: &Region, depth: usize, table: u64, start: u64, allowed: Access, budget: &mut u64, walk: &mut Walk) {
-        let step = region.steps[depth];
-        for index in 0..step.entries {
+    fn visit(&self, stage: usize, region: &Region, depth: usize, table: Table, start: u64, allowed: Access, budget: &mut u64, walk: &mut Walk) {
+        let (config, step) = (&self.stages[stage].0, region.steps[depth]);
+        for index in (0..step.entries).filter(|index| table.has(*index)) {
             let position = start + (index << step.shift);
-            if position < region.table_first || (position - region.table_first) >> region.bits != 0 {
+            // The part of the region that this entry covers, as offsets.
+            let end = position + ((1 << step.shift) - 1);
+            let region_end = region.table_first + region.length();
+            if end < region.table_first || position > region_end {
                 continue;
             }
             if *budget == 0 {
@@ -158,7 +211,7 @@ impl<'a> Walker<'a> {
                 return;
             }
             *budget -= 1;
-            let entry = match self.read(stage, table + index * 8) {
+            let entry = match self.read(stage, table.address + index * config.entry_bytes()) {
                 Ok(entry) => entry,
                 Err(NoEntry::Fault) => continue,
                 Err(NoEntry::Unreadable(page)) => {
@@ -166,14 +219,21 @@ impl<'a> Walker<'a> {
                     continue;
                 }
             };
-            match self.stages[stage].0.decode(region.half, step, entry) {
+            match config.decode(table.half, step, entry) {
                 Entry::Fault => {}
-                Entry::Table { address, limit } => self.visit(stage, region, depth + 1, address, position, allowed.and(limit), budget, walk),
-                Entry::Leaf { address, access } => {
+                Entry::Table { address, limit, skip, exists, half } => {
+                    // Without levels between, what the next table covers is the beginning of this slot: the bits of the levels left out are zero.
+                    self.visit(stage, region, depth + 1 + skip, Table { address, half, exists }, position, allowed.and(limit), budget, walk);
+                }
+                Entry::Leaf { address, access, size } => {
                     let access = allowed.and(access);
-                    if access != Access::NONE {
-                        let iova = region.first + (position - region.table_first);
-                        append(&mut walk.runs, Run { iova, address, size: 1 << step.shift, access });
+                    // The part of the leaf under this slot, and of that the part inside the region.
+                    let address = address + position % (1 << size.unwrap_or(step.shift));
+                    let first = position.max(region.table_first);
+                    let last = end.min(region_end);
+                    if access != Access::NONE && !beyond(address, config.output_bits()) {
+                        let iova = region.first + (first - region.table_first);
+                        append(&mut walk.runs, Run { iova, address: address + (first - position), size: last - first + 1, access });
                     }
                 }
             }

@@ -7,164 +7,10 @@ use stagecraft::plugin::{CallError, Refusal, TableConfig};
 use stagecraft::table::Mapping;
 use stagecraft::{Access, Span};
 use stagecraft_tests::reference::detect::Resolution;
-use stagecraft_tests::reference::tables::{self, ArmHalf, ArmStage1, ArmStage2, VtdFirst, VtdSecond};
+use stagecraft_tests::reference::tables;
 use stagecraft_tests::reference::{self, Problem, Run};
 
-/// The plugins' settings for what the reference found or generated.
-pub fn plugin_config(config: &tables::TableConfig) -> TableConfig {
-    let mut table = TableConfig::new(config.format(), &[]);
-    let mut set = |name: &str, value: u64| table.settings.set(name, value);
-    match *config {
-        tables::TableConfig::ArmStage1(config) => {
-            let any = config.low.or(config.high).expect("a half");
-            set("granule", any.granule);
-            set("input-bits", any.input_bits.into());
-            match config.low {
-                Some(low) => {
-                    set("root", low.root);
-                    set("tbi", low.top_byte_ignored.into());
-                    set("hierarchy-disabled", low.hierarchical_disabled.into());
-                }
-                None => set("low-disabled", 1),
-            }
-            if let Some(high) = config.high {
-                set("granule-high", high.granule);
-                set("input-bits-high", high.input_bits.into());
-                set("root-high", high.root);
-                set("tbi-high", high.top_byte_ignored.into());
-                set("hierarchy-disabled-high", high.hierarchical_disabled.into());
-            }
-            set("output-bits", config.output_bits.into());
-            set("mair", config.mair);
-            set("hardware-access", config.hardware_access.into());
-            set("hardware-dirty", config.hardware_dirty.into());
-            set("access-flag-disabled", config.access_flag_disabled.into());
-            set("big-endian", config.big_endian.into());
-            let wide = [config.low, config.high].into_iter().flatten().any(|half| half.granule != 65536);
-            set("lpa2", (config.lpa2 && wide).into());
-            set("privileged", config.privileged.into());
-        }
-        tables::TableConfig::ArmStage2(config) => {
-            set("granule", config.granule);
-            set("input-bits", config.input_bits.into());
-            set("output-bits", config.output_bits.into());
-            set("start-level", if config.start_level < 0 { 255 } else { config.start_level as u64 });
-            set("root", config.root);
-            set("hardware-access", config.hardware_access.into());
-            set("hardware-dirty", config.hardware_dirty.into());
-            set("access-flag-disabled", config.access_flag_disabled.into());
-            set("big-endian", config.big_endian.into());
-            set("lpa2", (config.lpa2 && config.granule != 65536).into());
-        }
-        tables::TableConfig::VtdFirst(config) => {
-            set("levels", config.levels.into());
-            set("root", config.root);
-            set("output-bits", config.output_bits.into());
-            set("page-1g", config.large_1g.into());
-        }
-        tables::TableConfig::VtdSecond(config) => {
-            set("levels", config.levels.into());
-            set("root", config.root);
-            set("output-bits", config.output_bits.into());
-            set("input-bits", config.input_bits.into());
-            set("page-2m", config.large_2m.into());
-            set("page-1g", config.large_1g.into());
-            set("snoop-control", config.snoop_control.into());
-        }
-    }
-    table
-}
-
-/// The reference's settings for what a plugin found or a conversion made; none for what the reference does not know.
-pub fn reference_config(table: &TableConfig) -> Option<tables::TableConfig> {
-    let get = |name: &str, default: u64| table.settings.get(name).unwrap_or(default);
-    let flag = |name: &str| get(name, 0) != 0;
-    Some(match table.format.as_str() {
-        "arm-smmuv3/stage1" => {
-            let privileged = flag("privileged") || flag("single-privilege");
-            if flag("pan") && privileged {
-                return None;
-            }
-            let half = |suffix: &str, granule: u64, input_bits: u64| {
-                let flag = |name: &str| flag(&format!("{name}{suffix}"));
-                let half = ArmHalf {
-                    root: get(&format!("root{suffix}"), 0),
-                    granule,
-                    input_bits: input_bits as u32,
-                    top_byte_ignored: flag("tbi"),
-                    hierarchical_disabled: flag("hierarchy-disabled"),
-                };
-                // Unprivileged requests fault there, whatever the tables say.
-                (!flag("unprivileged-disabled") || privileged).then_some(half)
-            };
-            let (granule, input_bits) = (get("granule", 4096), get("input-bits", 48));
-            let has_high = table.settings.get("root-high").is_some() || table.settings.get("input-bits-high").is_some();
-            tables::TableConfig::ArmStage1(ArmStage1 {
-                low: if flag("low-disabled") { None } else { half("", granule, input_bits) },
-                high: if has_high { half("-high", get("granule-high", granule), get("input-bits-high", input_bits)) } else { None },
-                output_bits: get("output-bits", 48) as u32,
-                mair: get("mair", 0),
-                hardware_access: flag("hardware-access"),
-                hardware_dirty: flag("hardware-dirty"),
-                access_flag_disabled: flag("access-flag-disabled"),
-                big_endian: flag("big-endian"),
-                lpa2: flag("lpa2"),
-                privileged,
-            })
-        }
-        "arm-smmuv3/stage2" => {
-            let (granule, input_bits, lpa2) = (get("granule", 4096), get("input-bits", 48), flag("lpa2"));
-            let page_bits = granule.trailing_zeros();
-            // As few levels as it takes; the 16K granule has a level 0 only with 52-bit addresses.
-            let start = 4 - (input_bits as u32 - page_bits).div_ceil(page_bits - 3) as i32;
-            let start = if granule == 16384 && start == 0 && !lpa2 { 1 } else { start };
-            tables::TableConfig::ArmStage2(ArmStage2 {
-                root: get("root", 0),
-                granule,
-                input_bits: input_bits as u32,
-                output_bits: get("output-bits", 48) as u32,
-                start_level: match table.settings.get("start-level") {
-                    Some(255) => -1,
-                    Some(level) => level as i32,
-                    None => start,
-                },
-                hardware_access: flag("hardware-access"),
-                hardware_dirty: flag("hardware-dirty"),
-                access_flag_disabled: flag("access-flag-disabled"),
-                big_endian: flag("big-endian"),
-                lpa2,
-            })
-        }
-        "intel-vtd/first-stage" => {
-            if flag("privileged") {
-                return None;
-            }
-            tables::TableConfig::VtdFirst(VtdFirst {
-                root: get("root", 0),
-                levels: get("levels", 4) as u32,
-                output_bits: get("output-bits", 48) as u32,
-                large_1g: get("page-1g", 1) != 0,
-                execute_disable: true,
-            })
-        }
-        "intel-vtd/second-stage" => {
-            if flag("io-permissions") {
-                return None;
-            }
-            let levels = get("levels", 4) as u32;
-            tables::TableConfig::VtdSecond(VtdSecond {
-                root: get("root", 0),
-                levels,
-                input_bits: (get("input-bits", 57) as u32).min(12 + 9 * levels),
-                output_bits: get("output-bits", 48) as u32,
-                large_2m: get("page-2m", 1) != 0,
-                large_1g: get("page-1g", 1) != 0,
-                snoop_control: flag("snoop-control"),
-            })
-        }
-        _ => return None,
-    })
-}
+pub use crate::configs::{plugin_config, reference_config};
 
 /// Without what plays no part in what devices reach: memory attributes, and root addresses as they were written instead of as they are used.
 fn normal(config: &tables::TableConfig) -> tables::TableConfig {
@@ -192,6 +38,9 @@ fn normal(config: &tables::TableConfig) -> tables::TableConfig {
         }
         tables::TableConfig::VtdFirst(config) => config.output_bits = 0,
         tables::TableConfig::VtdSecond(config) => config.output_bits = 0,
+        tables::TableConfig::AmdV1(config) => config.output_bits = 0,
+        tables::TableConfig::AmdV2(config) => config.output_bits = 0,
+        _ => {}
     }
     config
 }
@@ -211,8 +60,8 @@ fn unsupported(result: &Result<Resolution, Problem>, what: &str) -> bool {
     matches!(result, Err(Problem::Unsupported(text)) if text == what)
 }
 
-/// All known differences in what a device gets. In what tables map there are none; two things are left out of that comparison: VT-d's host address width,
-/// which no register says (see [`normal`]), and addresses outside the memory map, which only the engine knows (see [`clip`]).
+/// All known differences in what a device gets. In what tables map there are none; two things are left out of that comparison: the host address width
+/// of VT-d and AMD-Vi, which no register says (see [`normal`]), and addresses outside the memory map, which only the engine knows (see [`clip`]).
 const EXCEPTIONS: &[Exception] = &[
     Exception {
         engine: "blocked: ",
@@ -261,6 +110,9 @@ pub fn same_state(engine: &Result<StreamState, GuestError>, reference: &Result<R
         (Ok(StreamState { state: State::Bypass, .. }), Ok(Resolution::Bypass)) => Ok(None),
         (Ok(StreamState { state: State::Blocked(_), .. }), Ok(Resolution::Blocked(_))) => Ok(None),
         (Err(GuestError::Lookup(LookupError::Call(CallError::Refused { refusal: Refusal::Unsupported(_), .. }))), Err(Problem::Unsupported(_))) => {
+            Ok(None)
+        }
+        (Err(GuestError::Lookup(LookupError::Call(CallError::Refused { refusal: Refusal::Invalid { .. }, .. }))), Err(Problem::Illegal(_))) => {
             Ok(None)
         }
         // A plugin that cannot answer for one device blocks it.

@@ -7,12 +7,10 @@ mod loops;
 pub mod mutate;
 pub mod nested;
 
-use std::path::Path;
-use std::sync::{Arc, Condvar, Mutex, OnceLock};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-use stagecraft::plugin::{Config, Engine, Plugins};
-use stagecraft_tests::reference::snapshot::Snapshot;
+pub use crate::configs::{load, plugins};
 
 /// How long one case may take. It detects hangs and says nothing about speed: cases take some milliseconds.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -30,12 +28,6 @@ pub fn seed() -> u64 {
 /// `STAGECRAFT_ROUNDS`, or `usual`.
 pub fn rounds(usual: u64) -> u64 {
     std::env::var("STAGECRAFT_ROUNDS").map_or(usual, |text| text.parse().expect("STAGECRAFT_ROUNDS is a number"))
-}
-
-/// The built-in plugins, compiled once for all tests of a program.
-pub fn plugins() -> &'static Plugins {
-    static PLUGINS: OnceLock<Plugins> = OnceLock::new();
-    PLUGINS.get_or_init(|| Plugins::builtin(&Engine::new(Config::default()).expect("an engine")).expect("the built-in plugins"))
 }
 
 /// Runs a case, and ends the program with the case's name if it does not come back.
@@ -69,31 +61,4 @@ pub fn timed<R>(name: &str, case: impl FnOnce() -> R) -> R {
     drop(end);
     watchdog.join().expect("the watchdog sleeps");
     result
-}
-
-/// The same guest as the engine reads it: through a folder.
-pub fn load(snapshot: &Snapshot, folder: &Path) -> stagecraft::snapshot::Snapshot {
-    use stagecraft::snapshot::{Source, Stream, StreamEntry};
-    use stagecraft_tests::reference::snapshot::TableState;
-    snapshot.write_snapshot(folder).expect("a snapshot is written");
-    let mut loaded = stagecraft::snapshot::Snapshot::load(folder).expect("what was written can be read");
-    if snapshot.registers.is_empty() {
-        // The reference has its own names of settings.
-        let stream = |state: &TableState| match state {
-            TableState::Bypass => Stream::Bypass,
-            TableState::Blocked(reason) => Stream::Blocked(reason.clone()),
-            TableState::Tables(config) => {
-                let table = compare::plugin_config(config);
-                let settings = table.settings.iter().map(|(name, value)| (name.to_owned(), value)).collect();
-                Stream::Table { format: table.format, settings }
-            }
-        };
-        let entries = snapshot.tables.iter().map(|entry| StreamEntry {
-            id: entry.id,
-            pasid: entry.pasid.map(|pasid| pasid as u32),
-            stream: stream(&entry.state),
-        });
-        loaded.source = Source::Tables(entries.collect());
-    }
-    loaded
 }

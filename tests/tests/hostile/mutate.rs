@@ -2,6 +2,7 @@
 
 use stagecraft_tests::reference::generate::Rng;
 use stagecraft_tests::reference::snapshot::{MemoryRange, Snapshot};
+use stagecraft_tests::reference::tables::TableConfig;
 
 /// A random page of the guest.
 fn page(snapshot: &Snapshot, rng: &mut Rng) -> u64 {
@@ -29,19 +30,64 @@ pub fn absurd(rng: &mut Rng) -> u64 {
     }
 }
 
+/// How a guest's entries are written.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Words {
+    pub big_endian: bool,
+    /// Page numbers stand at bit 10, as in RISC-V's entries, and not in place.
+    pub numbers: bool,
+}
+
+impl Words {
+    /// Of the tables that a guest begins with.
+    pub fn of(config: &TableConfig) -> Words {
+        Words { big_endian: config.big_endian(), numbers: matches!(config, TableConfig::RiscvFirst(_) | TableConfig::RiscvSecond(_)) }
+    }
+
+    /// An entry with another address.
+    pub fn point(self, entry: u64, address: u64) -> u64 {
+        if self.numbers { entry & !0x003f_ffff_ffff_fc00 | address >> 2 } else { entry & !0x000f_ffff_ffff_f000 | address }
+    }
+}
+
 /// Damages the guest in a few ways at once; which, in words.
-pub fn mutate(snapshot: &mut Snapshot, rng: &mut Rng, big_endian: bool) -> String {
+pub fn mutate(snapshot: &mut Snapshot, rng: &mut Rng, words: Words) -> String {
     let mut done = Vec::new();
     for _ in 0..=rng.below(3) {
-        done.push(mutate_once(snapshot, rng, big_endian));
+        done.push(mutate_once(snapshot, rng, words));
     }
     done.join(", ")
 }
 
-fn mutate_once(snapshot: &mut Snapshot, rng: &mut Rng, big_endian: bool) -> String {
+/// Registers, or beginnings of their names, that lead somewhere.
+const LEADING: &[&str] = &[
+    "CR0",
+    "CR2",
+    "IDR0",
+    "IDR1",
+    "IDR3",
+    "IDR5",
+    "STRTAB_BASE",
+    "CAP",
+    "ECAP",
+    "GSTS",
+    "RTADDR",
+    "DEVTAB_",
+    "CONTROL",
+    "EXT_FEATURES",
+    "CAPABILITIES",
+    "FCTL",
+    "DDTP",
+    "IOTA_",
+    "BASE_",
+    "LIMIT_",
+];
+
+fn mutate_once(snapshot: &mut Snapshot, rng: &mut Rng, words: Words) -> String {
     if snapshot.memory.pages.is_empty() {
         return "nothing left".to_owned();
     }
+    let big_endian = words.big_endian;
     let read = |snapshot: &Snapshot, address: u64| snapshot.memory.read(address, big_endian).expect("the page is there");
     match rng.below(13) {
         0..=3 => {
@@ -58,7 +104,7 @@ fn mutate_once(snapshot: &mut Snapshot, rng: &mut Rng, big_endian: bool) -> Stri
             for _ in 0..=rng.below(8) {
                 let at = word(snapshot, rng);
                 let target = if rng.percent(40) { at & !0xfff } else { page(snapshot, rng) };
-                let value = read(snapshot, at) & !0x000f_ffff_ffff_f000 | target;
+                let value = words.point(read(snapshot, at), target);
                 snapshot.memory.write(at, value, big_endian);
             }
             "entries point to other pages".to_owned()
@@ -66,7 +112,7 @@ fn mutate_once(snapshot: &mut Snapshot, rng: &mut Rng, big_endian: bool) -> Stri
         // A self-map: all entries of a page point to it.
         5 => {
             let at = word(snapshot, rng);
-            let value = read(snapshot, at) & !0x000f_ffff_ffff_f000 | at & !0xfff;
+            let value = words.point(read(snapshot, at), at & !0xfff);
             for index in 0..512 {
                 snapshot.memory.write((at & !0xfff) + index * 8, value, big_endian);
             }
@@ -75,7 +121,7 @@ fn mutate_once(snapshot: &mut Snapshot, rng: &mut Rng, big_endian: bool) -> Stri
         6 => {
             for _ in 0..=rng.below(4) {
                 let at = word(snapshot, rng);
-                let value = read(snapshot, at) | rng.number() & 0x000f_ffff_ffff_f000;
+                let value = read(snapshot, at) | words.point(0, rng.number() & 0x000f_ffff_ffff_f000);
                 snapshot.memory.write(at, value, big_endian);
             }
             "addresses outside memory".to_owned()
@@ -109,8 +155,7 @@ fn mutate_once(snapshot: &mut Snapshot, rng: &mut Rng, big_endian: bool) -> Stri
             let names: Vec<String> = snapshot.registers.keys().cloned().collect();
             // Those that lead somewhere more often than the many others.
             let index = names.len() as u64;
-            let known = ["CR0", "CR2", "IDR0", "IDR1", "IDR3", "IDR5", "STRTAB_BASE", "STRTAB_BASE_CFG", "CAP", "ECAP", "GSTS", "RTADDR"];
-            let known: Vec<&str> = known.into_iter().filter(|name| snapshot.registers.contains_key(*name)).collect();
+            let known: Vec<&str> = names.iter().map(String::as_str).filter(|name| LEADING.iter().any(|known| name.starts_with(known))).collect();
             let name = if rng.percent(80) { rng.pick(&known).to_owned() } else { names[rng.below(index) as usize].clone() };
             let value = if rng.percent(60) { snapshot.registers[&name] ^ (1 << rng.below(64)) } else { absurd(rng) };
             snapshot.registers.insert(name.clone(), value);

@@ -37,6 +37,18 @@ pub fn vtd(seed: u64) -> Nested {
     nested(snapshot, 0x5fe, both)
 }
 
+/// AMD-Vi: guest tables behind host tables.
+pub fn amd(seed: u64) -> Nested {
+    let (snapshot, request, both) = units::amd_nested(seed);
+    nested(snapshot, request.id, both)
+}
+
+/// RISC-V: both stages.
+pub fn riscv(seed: u64) -> Nested {
+    let (snapshot, request, both) = units::riscv_nested(seed);
+    nested(snapshot, request.id, both)
+}
+
 /// Reads a fault's stage off its path: tables of the second stage are where the second stage's generator put them.
 fn tables_are_of(nested: &Nested, path: &[stagecraft::table::Step], stage: u8) -> bool {
     let tables = if stage == 2 { &nested.second.snapshot.memory.pages } else { &nested.first.snapshot.memory.pages };

@@ -2,10 +2,16 @@
 
 use std::collections::BTreeMap;
 
-use super::generate::{Format, Generated, Options, Rng, build, generate_with};
+use super::generate::{Format, Generated, Options, Rng, build, generate_with, says_write_only};
 use super::snapshot::{Memory, Snapshot};
 use super::tables::{ArmHalf, ArmStage2, TableConfig, VtdSecond};
 use super::{Access, Run, merge};
+
+mod amd;
+mod riscv;
+
+pub use amd::{amd_guest, amd_host, amd_nested};
+pub use riscv::{riscv_nested, riscv_single};
 
 /// Where structures go that no stage translates; generated tables are elsewhere.
 pub const STRUCTURES: u64 = 0x30_0000_0000;
@@ -41,6 +47,7 @@ pub fn nest(first: Generated, second: TableConfig, extra: &Memory, seed: u64) ->
             let page = run.address + index * 4096;
             if rng.percent(80) && !(0xfee0_0000..0xfef0_0000).contains(&page) {
                 let access = rng.pick(&[Access::R, Access::W, Access::RW, Access::RW, Access::RW]);
+                let access = if access == Access::W && !says_write_only(&second) { Access::RW } else { access };
                 pages.entry(page).or_insert(Run { iova: page, address: 0x1_0000_0000 + rng.below(0x1000) * 4096, size: 4096, access });
             }
         }
@@ -48,9 +55,11 @@ pub fn nest(first: Generated, second: TableConfig, extra: &Memory, seed: u64) ->
     let leaves: Vec<Run> = pages.into_values().collect();
     let second = build(second, &leaves, &mut rng, Options { restrictions: false, ..Options::default() });
     memory.pages.extend(second.snapshot.memory.pages.clone());
-    // Page by page, from the second stage's side.
+    // Page by page, from the second stage's side: what it really allows is in its truth.
     let mut both = Vec::new();
     for leaf in &leaves {
+        let Some(run) = second.truth.iter().find(|run| run.iova <= leaf.iova && leaf.iova - run.iova < run.size) else { continue };
+        let leaf = &Run { access: run.access, ..*leaf };
         for run in &first.truth {
             if run.address <= leaf.iova && leaf.iova - run.address < run.size && run.access.and(leaf.access) != Access::NONE {
                 both.push(Run { iova: run.iova + (leaf.iova - run.address), access: run.access.and(leaf.access), ..*leaf });
@@ -58,6 +67,17 @@ pub fn nest(first: Generated, second: TableConfig, extra: &Memory, seed: u64) ->
         }
     }
     Nested { first, second, truth: merge(both), memory }
+}
+
+/// A place in a unit's structures: device and process ids, and the tables that requests get.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// Device id.
+    pub id: u64,
+    /// PASID or process id, none for requests without.
+    pub pasid: Option<u64>,
+    /// Ids that are next to it and have nothing.
+    pub others: Vec<(u64, Option<u64>)>,
 }
 
 /// Writes a page's first words.

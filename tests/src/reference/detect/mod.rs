@@ -1,0 +1,72 @@
+//! From the unit's registers to a device's tables.
+//!
+//! One module for each architecture that has device structures, each with its sources.
+
+use super::snapshot::{Snapshot, TableState};
+use super::tables::TableConfig;
+use super::{Problem, bits};
+
+mod amd;
+mod arm;
+mod riscv;
+mod s390;
+mod vtd;
+
+/// What happens to a device's requests.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Resolution {
+    /// They pass untranslated.
+    Bypass,
+    /// They fail; the reason.
+    Blocked(String),
+    /// One table, or two: the one that the IOVA enters first.
+    Tables(Vec<TableConfig>),
+}
+
+fn blocked(reason: &str) -> Result<Resolution, Problem> {
+    Ok(Resolution::Blocked(reason.to_string()))
+}
+
+/// What happens to requests without a PASID.
+///
+/// # Errors
+/// [`Problem::Unreadable`] if a structure is not in the snapshot, [`Problem::Unsupported`] for what this reference does not know.
+pub fn resolve(snapshot: &Snapshot, id: u64) -> Result<Resolution, Problem> {
+    resolve_pasid(snapshot, id, None)
+}
+
+/// What happens to requests with a PASID, or without one.
+///
+/// # Errors
+/// As [`resolve`].
+pub fn resolve_pasid(snapshot: &Snapshot, id: u64, pasid: Option<u64>) -> Result<Resolution, Problem> {
+    if snapshot.registers.is_empty() {
+        return match snapshot.tables.iter().find(|entry| entry.id == id && entry.pasid == pasid).map(|entry| &entry.state) {
+            None => blocked("not listed"),
+            Some(TableState::Bypass) => Ok(Resolution::Bypass),
+            Some(TableState::Blocked(reason)) => blocked(reason),
+            Some(TableState::Tables(config)) => Ok(Resolution::Tables(vec![*config])),
+        };
+    }
+    match snapshot.unit_kind.as_str() {
+        "arm-smmuv3" => arm::smmu(snapshot, id, pasid),
+        "intel-vtd" => vtd::vtd(snapshot, id, pasid),
+        "amd-vi" => amd::amd(snapshot, id, pasid),
+        "riscv-iommu" => riscv::riscv(snapshot, id, pasid),
+        "s390-zpci" => s390::s390(snapshot, id, pasid),
+        other => Err(Problem::Unsupported(format!("unit {other}"))),
+    }
+}
+
+fn register(snapshot: &Snapshot, name: &str) -> Result<u64, Problem> {
+    snapshot.registers.get(name).copied().ok_or_else(|| Problem::File(format!("no register {name}")))
+}
+
+fn illegal<T>(reason: &str) -> Result<T, Problem> {
+    Err(Problem::Illegal(reason.to_string()))
+}
+
+/// Whether any of these bits is set.
+fn any(word: u64, high: u32, low: u32) -> bool {
+    bits(word, high, low) != 0
+}
