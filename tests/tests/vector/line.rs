@@ -91,7 +91,7 @@ fn attributes(words: &[&str]) -> Result<Attributes> {
             _ => bail!("`{word}` is no attribute"),
         };
     }
-    Ok(all)
+    Attributes::from_bits(all.bits()).with_context(|| format!("`{}` contradict each other", words.join(" ")))
 }
 
 /// `absent`, `fault KIND`, `leaf SIZE ADDRESS rwx WORDS`, `table ADDRESS level LEVEL [indices A..B]`.
