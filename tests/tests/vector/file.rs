@@ -196,7 +196,7 @@ impl Reader {
     fn close(&mut self) -> Result<()> {
         self.group = None;
         let Some(open) = self.open.take() else { return Ok(()) };
-        let block = open.vectors(self.file.entry_bytes * 8).with_context(|| format!("{}:{}", self.file.name, self.file.name))?;
+        let block = open.vectors(self.file.entry_bytes * 8).with_context(|| self.file.name.clone())?;
         self.file.blocks.push(block);
         Ok(())
     }

@@ -72,6 +72,13 @@ pub struct Configuration {
     pub root: String,
 }
 
+impl Configuration {
+    /// The order of an entry's bytes, which some formats have a setting for.
+    pub fn order(&self, otherwise: ByteOrder) -> ByteOrder {
+        if self.settings.iter().any(|(name, value)| name == "big-endian" && *value == 1) { ByteOrder::Big } else { otherwise }
+    }
+}
+
 /// An entry above or below the one under test.
 #[derive(Clone, Copy, Debug)]
 pub struct Link {
