@@ -10,6 +10,7 @@ mod geometry;
 mod lanes;
 mod loss;
 mod remember;
+mod source;
 mod stages;
 mod walk;
 
@@ -19,5 +20,6 @@ pub use collect::{Collector, Mapping};
 pub use format::{Encoded, FaultKind, Finding, Format, FormatError, Meaning, Need, Next, Severity};
 pub use geometry::{AddressField, ByteOrder, Geometry, Level, Mark, Nonsense, Root, Segment, Shape};
 pub use loss::{Count, Loss, Losses};
+pub use source::Source;
 pub use stages::{AddressSpace, Fault, Translation};
 pub use walk::{Cause, FaultAt, Kinds, OpenError, Piece, Run, Step, Table, Visitor, WalkError};

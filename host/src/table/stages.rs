@@ -1,20 +1,25 @@
-//! One stage or two: an address space as a device sees it.
+//! One stage or two, or a source without tables: an address space as a device sees it.
 //!
 //! With two stages the first stage's tables are themselves behind the second, and its leaves are flattened through it: what comes out is what a DMA
 //! gets, and a fault carries the stage that failed.
 
 use std::cell::RefCell;
+use std::sync::Arc;
 
 use crate::memory::{Budget, EntryLayout, EntryMemory, MemoryMap, ReadError};
+use crate::table::source::Source;
 use crate::table::walk::{Cause, FaultAt, Piece, Step, Table, Visitor, WalkError};
 use crate::table::{FaultKind, Finding, FormatError};
 use crate::{Access, Attributes, Gpa, Iova, Span};
 
-/// A device's I/O address space: one table, or a first stage whose outputs a second stage translates.
+/// A device's I/O address space: one table, a first stage whose outputs a second stage translates, or mappings that are in no table.
 #[derive(Debug)]
-pub struct AddressSpace {
-    inner: Table,
-    outer: Option<Box<Table>>,
+pub struct AddressSpace(Kind);
+
+#[derive(Debug)]
+enum Kind {
+    Tables { inner: Box<Table>, outer: Option<Box<Table>> },
+    Source(Arc<dyn Source>),
 }
 
 /// A DMA's target.
@@ -46,25 +51,35 @@ pub struct Fault {
 impl AddressSpace {
     /// An address space of one table.
     #[must_use]
-    pub const fn single(table: Table) -> Self {
-        Self { inner: table, outer: None }
+    pub fn single(table: Table) -> Self {
+        Self(Kind::Tables { inner: Box::new(table), outer: None })
     }
 
     /// An address space of two: `outer` translates what `inner` puts out, and where `inner`'s tables are.
     #[must_use]
     pub fn nested(inner: Table, outer: Table) -> Self {
-        Self { inner, outer: Some(Box::new(outer)) }
+        Self(Kind::Tables { inner: Box::new(inner), outer: Some(Box::new(outer)) })
     }
 
-    /// The tables, first stage first.
+    /// An address space without tables.
+    #[must_use]
+    pub fn of(source: Arc<dyn Source>) -> Self {
+        Self(Kind::Source(source))
+    }
+
+    /// The tables, first stage first; none if there are no tables.
     pub fn tables(&self) -> impl Iterator<Item = &Table> {
-        std::iter::once(&self.inner).chain(self.outer.as_deref())
+        let (inner, outer) = match &self.0 {
+            Kind::Tables { inner, outer } => (Some(&**inner), outer.as_deref()),
+            Kind::Source(_) => (None, None),
+        };
+        inner.into_iter().chain(outer)
     }
 
     /// Whether requests count as privileged whatever they say.
     #[must_use]
     pub fn privileged(&self) -> bool {
-        self.inner.geometry().privileged
+        self.tables().next().is_some_and(|table| table.geometry().privileged)
     }
 
     /// How often the formats were asked anything.
@@ -78,9 +93,10 @@ impl AddressSpace {
     /// # Errors
     /// The format failed.
     pub fn explain(&mut self, stage: u8, step: &Step) -> Result<Vec<Finding>, FormatError> {
-        match (&mut self.outer, stage) {
-            (Some(outer), 2) => outer.explain(step),
-            _ => self.inner.explain(step),
+        match (&mut self.0, stage) {
+            (Kind::Tables { outer: Some(outer), .. }, 2) => outer.explain(step),
+            (Kind::Tables { inner, .. }, _) => inner.explain(step),
+            (Kind::Source(_), _) => Ok(Vec::new()),
         }
     }
 
@@ -96,11 +112,15 @@ impl AddressSpace {
         budget: &Budget,
         visitor: &mut V,
     ) -> Result<(), WalkError> {
-        let Some(outer) = &mut self.outer else { return self.inner.walk(memory, map, span, budget, visitor) };
+        let (inner, outer) = match &mut self.0 {
+            Kind::Tables { inner, outer: Some(outer) } => (inner, outer),
+            Kind::Tables { inner, outer: None } => return inner.walk(memory, map, span, budget, visitor),
+            Kind::Source(source) => return source.walk(map, span, budget, visitor),
+        };
         let intermediate = MemoryMap::everything(64);
         let outer = Outer::new(outer, memory, map, budget);
         let mut flatten = Flatten { outer: &outer, visitor };
-        let result = self.inner.walk_stage(1, &outer, &intermediate, span, budget, &mut flatten);
+        let result = inner.walk_stage(1, &outer, &intermediate, span, budget, &mut flatten);
         outer.finish(result)
     }
 
@@ -117,18 +137,27 @@ impl AddressSpace {
         budget: &Budget,
     ) -> Result<Result<Translation, Fault>, WalkError> {
         let privileged = self.privileged();
-        let Some((_, canonical)) = self.inner.root(iova) else { return Ok(Err(no_translation(1, iova.0))) };
+        let translation = |(address, attributes)| Translation { address: Gpa(address), attributes };
+        let (inner, outer) = match &mut self.0 {
+            Kind::Tables { inner, outer } => (inner, outer),
+            Kind::Source(source) => {
+                let mut probe = Probe::new(1, iova.0);
+                source.walk(map, Span { first: iova.0, last: iova.0 }, budget, &mut probe)?;
+                return Ok(probe.allowed(access, privileged).map(translation));
+            }
+        };
+        let Some((_, canonical)) = inner.root(iova) else { return Ok(Err(no_translation(1, iova.0))) };
         let here = Span { first: canonical.0, last: canonical.0 };
-        let Some(outer) = &mut self.outer else {
+        let Some(outer) = outer else {
             let mut probe = Probe::new(1, iova.0);
-            self.inner.walk(memory, map, here, budget, &mut probe)?;
-            return Ok(probe.allowed(access, privileged).map(|(address, attributes)| Translation { address: Gpa(address), attributes }));
+            inner.walk(memory, map, here, budget, &mut probe)?;
+            return Ok(probe.allowed(access, privileged).map(translation));
         };
         let intermediate = MemoryMap::everything(64);
         let mut probe = Probe::new(1, iova.0);
         {
             let outer = Outer::new(outer, memory, map, budget);
-            let result = self.inner.walk_stage(1, &outer, &intermediate, here, budget, &mut probe);
+            let result = inner.walk_stage(1, &outer, &intermediate, here, budget, &mut probe);
             outer.finish(result)?;
             if let Some(fault) = outer.failed.take() {
                 return Ok(Err(fault));

@@ -146,7 +146,17 @@ pub fn run(global: &Global, arguments: &Arguments) -> Result<Status> {
 
 /// Whether a device is blocked because nobody set anything up for it: drivers leave unused devices so.
 fn is_unused(reason: &str) -> bool {
-    let unused = ["not present", "not valid", "disabled", "aborts", "lies outside", "beyond the", "descriptor is invalid", "lists no table"];
+    let unused = [
+        "not present",
+        "not valid",
+        "disabled",
+        "aborts",
+        "lies outside",
+        "beyond the",
+        "descriptor is invalid",
+        "lists no table",
+        "attached to no domain",
+    ];
     unused.iter().any(|words| reason.contains(words))
 }
 
