@@ -5,5 +5,6 @@ mod changes;
 mod errors;
 mod golden;
 mod reports;
+mod requests;
 mod streams;
 mod support;
