@@ -5,8 +5,9 @@ use std::sync::Arc;
 use crate::device::{Found, LookupError, Unit};
 use crate::memory::{Budget, Limits, MemoryMap, VmMemory};
 use crate::plugin::{BlockKind, CallError, Outcome, Plugins, PluginsError, Refusal, Requester, Settings, TableConfig, Tag};
-use crate::snapshot::{PageMemory, Snapshot, Source, Stream};
+use crate::snapshot::{Domains, PageMemory, Snapshot, Source, Stream};
 use crate::table::{AddressSpace, Collector, Fault, FormatError, Intercept, OpenError, Table, Translation, WalkError, Window};
+use crate::virtio_iommu;
 use crate::{Access, Gpa, Iova, Span};
 
 /// What a requester's DMA gets.
@@ -18,7 +19,7 @@ pub enum State {
     Direct(Vec<Window>),
     /// Nothing, for this reason.
     Blocked(String),
-    /// One table, or two of which the second translates the outputs of the first.
+    /// One table, or two of which the second translates the outputs of the first; for a guest that asked for its mappings, what stands for its domain.
     Translated(Vec<TableConfig>),
 }
 
@@ -129,7 +130,7 @@ impl<'a> Guest<'a> {
     /// # Errors
     /// No plugin knows the snapshot's unit.
     pub fn new(snapshot: &'a Snapshot, plugins: &'a Plugins) -> Result<Self, GuestError> {
-        Self::with_limits(snapshot, plugins, Limits::for_pages(snapshot.pages))
+        Self::with_limits(snapshot, plugins, snapshot.limits())
     }
 
     /// The same with other limits.
@@ -142,7 +143,7 @@ impl<'a> Guest<'a> {
                 let map = Arc::new(snapshot.map.clone());
                 Some(Unit::new(plugins.by_unit(kind)?, kind, registers.clone(), snapshot.memory.clone(), map, limits))
             }
-            Source::Tables(_) => None,
+            Source::Tables(_) | Source::Domains(_) => None,
         };
         Ok(Self { snapshot, plugins, limits, unit })
     }
@@ -208,7 +209,7 @@ impl<'a> Guest<'a> {
                 value.sort_unstable();
                 Ok(Found { value, missing: None })
             }
-            (None, Source::Unit { .. }) => Ok(Found { value: Vec::new(), missing: None }),
+            (None, Source::Unit { .. } | Source::Domains(_)) => Ok(Found { value: Vec::new(), missing: None }),
         }
     }
 
@@ -232,6 +233,7 @@ impl<'a> Guest<'a> {
                 Err(error) => Err(error.into()),
             },
             (None, Source::Tables(entries)) => Ok(listed(stream, entries, id, pasid)),
+            (None, Source::Domains(domains)) => Ok(attached(stream, domains, id, pasid)),
             (None, Source::Unit { .. }) => Ok(stream(State::Blocked("no unit".to_owned()))),
         }
     }
@@ -254,6 +256,11 @@ impl<'a> Guest<'a> {
     /// # Errors
     /// No plugin knows the format, or it refuses the settings.
     pub fn open(&self, configs: &[TableConfig]) -> Result<AddressSpace, GuestError> {
+        if let (Source::Domains(domains), [config]) = (&self.snapshot.source, configs)
+            && let Some(domain) = config.settings.get("domain").filter(|_| config.format == virtio_iommu::FORMAT).and_then(|id| domains.get(id))
+        {
+            return Ok(AddressSpace::of(domain));
+        }
         let mut tables = configs.iter().map(|config| self.open_table(config));
         match (tables.next(), tables.next()) {
             (Some(inner), Some(outer)) => Ok(AddressSpace::nested(inner?, outer?)),
@@ -308,6 +315,22 @@ fn found(stream: impl Fn(State) -> StreamState, outcome: Outcome) -> StreamState
             StreamState { unused: blocked.kind == BlockKind::Unused, ..stream(State::Blocked(reason)) }
         }
         Outcome::Tables(found) => StreamState { intercepts: found.intercepts, tag: found.tag, ..stream(State::Translated(found.tables)) },
+    }
+}
+
+/// What an endpoint's domain is among tables.
+fn attached(stream: impl Fn(State) -> StreamState, domains: &Domains, id: u64, pasid: Option<u32>) -> StreamState {
+    if pasid.is_some() {
+        return stream(State::Blocked("requests with a PASID are not part of the specification (Virtio 1.3 section 5.13)".to_owned()));
+    }
+    match domains.of(id) {
+        Some(domain) if domain.contents.is_none() => stream(State::Bypass),
+        Some(domain) => {
+            let settings = std::iter::once(("domain".to_owned(), u64::from(domain.id))).collect::<Settings>();
+            stream(State::Translated(vec![TableConfig { format: virtio_iommu::FORMAT.to_owned(), settings }]))
+        }
+        None if domains.bypass() => stream(State::Bypass),
+        None => StreamState { unused: true, ..stream(State::Blocked("attached to no domain (Virtio 1.3 section 5.13.6)".to_owned())) },
     }
 }
 

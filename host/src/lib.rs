@@ -2,6 +2,7 @@
 
 mod address;
 mod attributes;
+mod change;
 pub mod convert;
 pub mod device;
 pub mod guest;
@@ -9,6 +10,8 @@ pub mod memory;
 pub mod plugin;
 pub mod snapshot;
 pub mod table;
+pub mod virtio_iommu;
 
 pub use address::{Gpa, Iova, Span};
 pub use attributes::{Access, Attributes, MemoryType};
+pub use change::Change;

@@ -7,6 +7,7 @@ use std::path::Path;
 use serde::Deserialize;
 use serde::de::{self, Deserializer, Visitor};
 
+use super::domains::{self, Domain1};
 use super::{Device, Snapshot, SnapshotError, Source, Stream, StreamEntry, memory};
 use crate::Span;
 use crate::memory::{Kind, MemoryMap, PAGE, Region};
@@ -16,7 +17,7 @@ const MAX_JSON: u64 = 256 << 20;
 
 /// A number, written in hex (`"0x1000"`) or as a JSON integer.
 #[derive(Clone, Copy, Debug)]
-struct Number(u64);
+pub(super) struct Number(pub(super) u64);
 
 impl<'de> Deserialize<'de> for Number {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -46,6 +47,7 @@ struct File1 {
     description: String,
     unit: Option<Unit1>,
     tables: Option<Vec<Table1>>,
+    domains: Option<Vec<Domain1>>,
     memory: Vec<Region1>,
     devices: Vec<Device1>,
     page_size: u64,
@@ -53,9 +55,9 @@ struct File1 {
 }
 
 #[derive(Deserialize)]
-struct Unit1 {
-    kind: String,
-    registers: Option<Pairs>,
+pub(super) struct Unit1 {
+    pub(super) kind: String,
+    pub(super) registers: Option<Pairs>,
 }
 
 #[derive(Deserialize)]
@@ -92,7 +94,7 @@ struct Table1 {
 
 /// A JSON object of names and numbers, in order and without repetition.
 #[derive(Default)]
-struct Pairs(Vec<(String, u64)>);
+pub(super) struct Pairs(pub(super) Vec<(String, u64)>);
 
 impl<'de> Deserialize<'de> for Pairs {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -140,9 +142,13 @@ impl Snapshot {
         if file.page_size != PAGE {
             return Err(invalid(format!("page_size {}; it must be {PAGE}", file.page_size)));
         }
-        let source = source(file.unit, file.tables).map_err(invalid)?;
         let map = memory_map(file.memory).map_err(invalid)?;
         let devices = devices(file.devices).map_err(invalid)?;
+        let source = match file.domains {
+            Some(list) if file.tables.is_none() => Source::Domains(domains::read(file.unit, list, &devices).map_err(invalid)?),
+            Some(_) => return Err(invalid("both `tables` and `domains`: only one of them can say what devices reach".to_owned())),
+            None => source(file.unit, file.tables).map_err(invalid)?,
+        };
         let mut pages: Vec<(u64, usize)> = file.pages.iter().enumerate().map(|(index, page)| (page.0, index)).collect();
         pages.sort_unstable();
         if let Some((address, _)) = pages.iter().find(|(address, _)| !address.is_multiple_of(PAGE)) {
@@ -152,7 +158,9 @@ impl Snapshot {
             return Err(invalid(format!("page {:#x} is listed twice", pair[0].0)));
         }
         let bytes = pages.len() as u64 * PAGE;
-        let contents = read(&pages_path, bytes.saturating_add(1))?;
+        // Without tables there need not be a file of pages.
+        let none = pages.is_empty() && matches!(source, Source::Domains(_)) && !pages_path.exists();
+        let contents = if none { Vec::new() } else { read(&pages_path, bytes.saturating_add(1))? };
         if contents.len() as u64 != bytes {
             let found = std::fs::metadata(&pages_path).map_or(contents.len() as u64, |metadata| metadata.len());
             let what = format!("{found} bytes; the {} pages of snapshot.json need {bytes}", pages.len());
@@ -187,6 +195,7 @@ fn source(unit: Option<Unit1>, tables: Option<Vec<Table1>>) -> Result<Source, St
             }
             Ok(Source::Tables(entries))
         }
+        (Some(Unit1 { kind, .. }), None) if kind == crate::virtio_iommu::UNIT => Err(format!("a unit `{kind}` and no `domains`: it has no tables")),
         (Some(Unit1 { kind, registers: Some(registers) }), None) => Ok(Source::Unit { kind, registers: registers.0 }),
         (Some(Unit1 { registers: None, .. }) | None, None) => {
             Err("neither `unit.registers` nor `tables`: one of them must say where the tables are".to_owned())

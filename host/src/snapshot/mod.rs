@@ -1,8 +1,9 @@
 //! Snapshots: a guest's IOMMU registers and the pages that hold its structures, as a folder.
 //!
 //! `snapshot.json` and `pages.bin` of format version 1. Instead of `unit.registers` a snapshot may name the tables themselves (`tables`), as those that
-//! were converted do; see [`Source`].
+//! were converted do, or list what a guest without tables asked for (`domains`); see [`Source`].
 
+mod domains;
 mod json;
 mod memory;
 mod store;
@@ -11,8 +12,9 @@ use std::path::{Path, PathBuf};
 
 use vm_memory::GuestRegionCollection;
 
-use crate::memory::MemoryMap;
+use crate::memory::{Limits, MemoryMap};
 
+pub use domains::{DomainEntry, Domains, store_domains};
 pub use memory::PageRegion;
 pub use store::{Pages, store};
 
@@ -72,6 +74,8 @@ pub enum Source {
     },
     /// The tables of each requester.
     Tables(Vec<StreamEntry>),
+    /// No tables: what the guest asked for.
+    Domains(Domains),
 }
 
 /// A guest, as a folder.
@@ -126,6 +130,16 @@ impl SnapshotError {
 }
 
 impl Snapshot {
+    /// Limits for the work that this snapshot can cause, which follow from its size.
+    #[must_use]
+    pub fn limits(&self) -> Limits {
+        let limits = Limits::for_pages(self.pages);
+        let Source::Domains(domains) = &self.source else { return limits };
+        // Each mapping may be there in as many parts as there is memory.
+        let parts = domains.mappings().saturating_mul(self.map.targets().len() as u64 + 1);
+        Limits { leaves: limits.leaves.max(parts), mappings: limits.mappings.max(parts), ..limits }
+    }
+
     /// The device with this id.
     #[must_use]
     pub fn device(&self, id: u64) -> Option<&Device> {

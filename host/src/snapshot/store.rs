@@ -37,11 +37,16 @@ pub fn store(
     streams: &[StreamEntry],
     pages: &dyn Pages,
 ) -> Result<(), SnapshotError> {
+    let tables = streams.iter().map(stream).collect::<Vec<Value>>();
+    write(path, force, &document(description, ("tables", tables.into()), map, devices, pages), pages)
+}
+
+/// Writes both files of a snapshot.
+pub(super) fn write(path: &Path, force: bool, json: &Value, pages: &dyn Pages) -> Result<(), SnapshotError> {
     let exists = fs::symlink_metadata(path).is_ok();
     if exists && !force {
         return Err(SnapshotError::Exists(path.to_owned()));
     }
-    let json = document(description, map, devices, streams, pages);
     let parent = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
         _ => PathBuf::from("."),
@@ -55,14 +60,14 @@ pub fn store(
             return Err(SnapshotError::invalid(path, "exists and is not a folder"));
         }
         let staged = Staged::new(path.join(format!(".stagecraft-{}", std::process::id())))?;
-        write_files(&staged.0, &json, pages)?;
+        write_files(&staged.0, json, pages)?;
         for file in ["pages.bin", "snapshot.json"] {
             fs::rename(staged.0.join(file), path.join(file)).map_err(SnapshotError::io(&path.join(file)))?;
         }
         return Ok(());
     }
     let staged = Staged::new(parent.join(format!(".{}.stagecraft-{}", name.to_string_lossy(), std::process::id())))?;
-    write_files(&staged.0, &json, pages)?;
+    write_files(&staged.0, json, pages)?;
     fs::rename(&staged.0, path).map_err(SnapshotError::io(path))
 }
 
@@ -97,7 +102,7 @@ fn write_files(folder: &Path, json: &Value, pages: &dyn Pages) -> Result<(), Sna
     fs::write(&path, text).map_err(SnapshotError::io(&path))
 }
 
-fn hex(value: u64) -> Value {
+pub(super) fn hex(value: u64) -> Value {
     Value::String(format!("{value:#x}"))
 }
 
@@ -107,7 +112,8 @@ pub(crate) fn setting(value: u64) -> Value {
     if value < 1 << 53 { Value::from(value) } else { hex(value) }
 }
 
-fn document(description: &str, map: &MemoryMap, devices: &[Device], streams: &[StreamEntry], pages: &dyn Pages) -> Value {
+/// `snapshot.json`, with the member `name` that says what devices reach.
+pub(super) fn document(description: &str, (name, source): (&str, Value), map: &MemoryMap, devices: &[Device], pages: &dyn Pages) -> Value {
     let memory: Vec<Value> = map
         .regions()
         .iter()
@@ -118,7 +124,7 @@ fn document(description: &str, map: &MemoryMap, devices: &[Device], streams: &[S
     json!({
         "version": 1,
         "description": description,
-        "tables": streams.iter().map(stream).collect::<Vec<Value>>(),
+        name: source,
         "memory": memory,
         "devices": devices,
         "page_size": crate::memory::PAGE,

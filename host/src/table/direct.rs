@@ -1,6 +1,7 @@
 //! Address spaces without tables: windows of IOVAs that go to guest memory at an offset.
 
 use crate::memory::{Budget, MemoryMap};
+use crate::table::source::Source;
 use crate::table::walk::{Cause, FaultAt, Piece, Visitor, WalkError};
 use crate::{Attributes, Span};
 
@@ -15,30 +16,35 @@ pub struct Window {
     pub attributes: Attributes,
 }
 
-/// Tells `visitor` what `windows`, sorted and not overlapping, show of `span`. Only what exists in guest memory is a mapping.
-pub(super) fn walk<V: Visitor + ?Sized>(windows: &[Window], map: &MemoryMap, span: Span, budget: &Budget, visitor: &mut V) -> Result<(), WalkError> {
-    let mut next = Some(span.first);
-    for window in windows {
-        let Some(part) = window.iova.intersection(span) else { continue };
-        if let Some(first) = next.filter(|first| *first < part.first) {
-            visitor.absent(Span { first, last: part.first - 1 }, &[])?;
+/// Windows, sorted and not overlapping.
+#[derive(Debug)]
+pub(super) struct Windows(pub(super) Vec<Window>);
+
+impl Source for Windows {
+    fn walk(&self, map: &MemoryMap, span: Span, budget: &Budget, visitor: &mut dyn Visitor) -> Result<(), WalkError> {
+        let mut next = Some(span.first);
+        for window in &self.0 {
+            let Some(part) = window.iova.intersection(span) else { continue };
+            if let Some(first) = next.filter(|first| *first < part.first) {
+                visitor.absent(Span { first, last: part.first - 1 }, &[])?;
+            }
+            show(window, part, map, budget, visitor)?;
+            next = part.last.checked_add(1);
         }
-        show(window, part, map, budget, visitor)?;
-        next = part.last.checked_add(1);
-    }
-    match next {
-        Some(first) if first <= span.last => visitor.absent(Span { first, last: span.last }, &[]),
-        _ => Ok(()),
+        match next {
+            Some(first) if first <= span.last => visitor.absent(Span { first, last: span.last }, &[]),
+            _ => Ok(()),
+        }
     }
 }
 
 /// The part of a window that is wanted.
-fn show<V: Visitor + ?Sized>(window: &Window, part: Span, map: &MemoryMap, budget: &Budget, visitor: &mut V) -> Result<(), WalkError> {
+fn show(window: &Window, part: Span, map: &MemoryMap, budget: &Budget, visitor: &mut dyn Visitor) -> Result<(), WalkError> {
     // No address overflows: windows are checked when they arrive.
     let address = |iova: u64| window.address.wrapping_add(iova - window.iova.first);
     let iova = |address: u64| window.iova.first.wrapping_add(address.wrapping_sub(window.address));
     let wanted = Span { first: address(part.first), last: address(part.last) };
-    let outside = |first: u64, last: u64, visitor: &mut V| {
+    let outside = |first: u64, last: u64, visitor: &mut dyn Visitor| {
         let span = Span { first: iova(first), last: iova(last) };
         visitor.fault(&FaultAt { stage: 1, cause: Cause::OutsideMemory, span, address: Some(first), path: &[] })
     };

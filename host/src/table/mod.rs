@@ -12,6 +12,7 @@ mod intercept;
 mod lanes;
 mod loss;
 mod remember;
+mod source;
 mod stages;
 mod walk;
 
@@ -23,5 +24,6 @@ pub use format::{Encoded, FaultKind, Finding, Format, FormatError, Meaning, Miss
 pub use geometry::{AddressField, ByteOrder, Geometry, Level, Mark, Nonsense, Root, Segment, Shape};
 pub use intercept::Intercept;
 pub use loss::{Count, Loss, Losses};
+pub use source::Source;
 pub use stages::{AddressSpace, Fault, Translation};
 pub use walk::{Cause, FaultAt, Kinds, OpenError, Piece, Run, Step, Table, Visitor, WalkError};

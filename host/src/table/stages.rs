@@ -4,25 +4,27 @@
 //! gets, and a fault carries the stage that failed.
 
 use std::cell::RefCell;
+use std::sync::Arc;
 
 use crate::memory::{Budget, EntryLayout, EntryMemory, MemoryMap, ReadError};
-use crate::table::direct::{self, Window};
+use crate::table::direct::{Window, Windows};
 use crate::table::intercept::{Compared, Intercept, Intercepted};
+use crate::table::source::Source;
 use crate::table::walk::{Cause, FaultAt, Piece, Step, Table, Visitor, WalkError};
 use crate::table::{FaultKind, Finding, FormatError};
 use crate::{Access, Attributes, Gpa, Iova, Span};
 
-/// A device's I/O address space: one table, or a first stage whose outputs a second stage translates; or no table at all.
+/// A device's I/O address space: one table, a first stage whose outputs a second stage translates, or mappings that are in no table.
 #[derive(Debug)]
 pub struct AddressSpace {
-    source: Source,
+    kind: Kind,
     intercepts: Vec<Intercept>,
 }
 
 #[derive(Debug)]
-enum Source {
-    Direct(Vec<Window>),
-    Tables { inner: Table, outer: Option<Box<Table>> },
+enum Kind {
+    Tables { inner: Box<Table>, outer: Option<Box<Table>> },
+    Source(Arc<dyn Source>),
 }
 
 /// A DMA's target.
@@ -54,20 +56,26 @@ pub struct Fault {
 impl AddressSpace {
     /// An address space of one table.
     #[must_use]
-    pub const fn single(table: Table) -> Self {
-        Self { source: Source::Tables { inner: table, outer: None }, intercepts: Vec::new() }
+    pub fn single(table: Table) -> Self {
+        Self { kind: Kind::Tables { inner: Box::new(table), outer: None }, intercepts: Vec::new() }
     }
 
     /// An address space of two: `outer` translates what `inner` puts out, and where `inner`'s tables are.
     #[must_use]
     pub fn nested(inner: Table, outer: Table) -> Self {
-        Self { source: Source::Tables { inner, outer: Some(Box::new(outer)) }, intercepts: Vec::new() }
+        Self { kind: Kind::Tables { inner: Box::new(inner), outer: Some(Box::new(outer)) }, intercepts: Vec::new() }
     }
 
     /// An address space without tables. Windows are sorted, do not overlap, and end below 2^64 on both sides.
     #[must_use]
-    pub const fn direct(windows: Vec<Window>) -> Self {
-        Self { source: Source::Direct(windows), intercepts: Vec::new() }
+    pub fn direct(windows: Vec<Window>) -> Self {
+        Self::of(Arc::new(Windows(windows)))
+    }
+
+    /// An address space whose mappings are in no table.
+    #[must_use]
+    pub fn of(source: Arc<dyn Source>) -> Self {
+        Self { kind: Kind::Source(source), intercepts: Vec::new() }
     }
 
     /// The same, with addresses that something else serves: requests there are faults of [`Cause::Intercepted`].
@@ -76,11 +84,11 @@ impl AddressSpace {
         Self { intercepts, ..self }
     }
 
-    /// The tables, first stage first.
+    /// The tables, first stage first; none if there are no tables.
     pub fn tables(&self) -> impl Iterator<Item = &Table> {
-        let tables = match &self.source {
-            Source::Direct(_) => [None, None],
-            Source::Tables { inner, outer } => [Some(inner), outer.as_deref()],
+        let tables = match &self.kind {
+            Kind::Source(_) => [None, None],
+            Kind::Tables { inner, outer } => [Some(&**inner), outer.as_deref()],
         };
         tables.into_iter().flatten()
     }
@@ -102,10 +110,10 @@ impl AddressSpace {
     /// # Errors
     /// The format failed.
     pub fn explain(&mut self, stage: u8, step: &Step) -> Result<Vec<Finding>, FormatError> {
-        match (&mut self.source, stage) {
-            (Source::Direct(_), _) => Ok(Vec::new()),
-            (Source::Tables { outer: Some(outer), .. }, 2) => outer.explain(step),
-            (Source::Tables { inner, .. }, _) => inner.explain(step),
+        match (&mut self.kind, stage) {
+            (Kind::Source(_), _) => Ok(Vec::new()),
+            (Kind::Tables { outer: Some(outer), .. }, 2) => outer.explain(step),
+            (Kind::Tables { inner, .. }, _) => inner.explain(step),
         }
     }
 
@@ -129,8 +137,8 @@ impl AddressSpace {
         // Between two tables there is another place to compare.
         let rules = [(0, Compared::Iova), (tables.max(1), Compared::Output)];
         let mut filter = Intercepted { intercepts: &intercepts, rules: &rules, tables, budget, visitor };
-        let result = match &mut self.source {
-            Source::Tables { inner, outer: Some(outer) } => {
+        let result = match &mut self.kind {
+            Kind::Tables { inner, outer: Some(outer) } => {
                 let between = [(1, Compared::Output)];
                 flatten(inner, outer, memory, map, span, budget, &mut filter, Some((&intercepts, &between)))
             }
@@ -148,10 +156,10 @@ impl AddressSpace {
         budget: &Budget,
         visitor: &mut V,
     ) -> Result<(), WalkError> {
-        match &mut self.source {
-            Source::Direct(windows) => direct::walk(windows, map, span, budget, visitor),
-            Source::Tables { inner, outer: None } => inner.walk(memory, map, span, budget, visitor),
-            Source::Tables { inner, outer: Some(outer) } => flatten(inner, outer, memory, map, span, budget, visitor, None),
+        match &mut self.kind {
+            Kind::Source(source) => source.walk(map, span, budget, visitor),
+            Kind::Tables { inner, outer: None } => inner.walk(memory, map, span, budget, visitor),
+            Kind::Tables { inner, outer: Some(outer) } => flatten(inner, outer, memory, map, span, budget, visitor, None),
         }
     }
 
@@ -173,13 +181,13 @@ impl AddressSpace {
         if caught(0, iova.0) {
             return Ok(Err(intercepted(1, iova.0)));
         }
-        let (inner, outer) = match &mut self.source {
-            Source::Direct(windows) => {
+        let (inner, outer) = match &mut self.kind {
+            Kind::Source(source) => {
                 let mut probe = Probe::new(1, iova.0);
-                direct::walk(windows, map, Span { first: iova.0, last: iova.0 }, budget, &mut probe)?;
+                source.walk(map, Span { first: iova.0, last: iova.0 }, budget, &mut probe)?;
                 return Ok(probe.allowed(access, privileged).map(|(address, attributes)| Translation { address: Gpa(address), attributes }));
             }
-            Source::Tables { inner, outer } => (inner, outer),
+            Kind::Tables { inner, outer } => (inner, outer),
         };
         let Some((_, canonical)) = inner.root(iova) else { return Ok(Err(no_translation(1, iova.0))) };
         let here = Span { first: canonical.0, last: canonical.0 };

@@ -6,5 +6,6 @@ mod errors;
 mod golden;
 mod outcomes;
 mod reports;
+mod requests;
 mod streams;
 mod support;

@@ -121,6 +121,10 @@ fn write_snapshot(out: &mut impl Write, snapshot: &Snapshot) -> Result<()> {
     let source = match &snapshot.source {
         Source::Unit { kind, .. } => format!("unit {}", printable(kind)),
         Source::Tables(_) => "tables as listed in the snapshot".to_owned(),
+        Source::Domains(domains) => {
+            let (domains, mappings) = (counted(domains.entries.len() as u64, "domain", "domains"), domains.mappings());
+            format!("unit virtio-iommu, which has no tables; {domains} with {}", counted(mappings, "mapping", "mappings"))
+        }
     };
     let mut memory: Vec<(&str, u128)> = Vec::new();
     for region in snapshot.map.regions() {

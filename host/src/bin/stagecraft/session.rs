@@ -4,7 +4,6 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use stagecraft::guest::Guest;
-use stagecraft::memory::Limits;
 use stagecraft::plugin::{Config, Engine, EngineError, PluginDirectory, Plugins};
 use stagecraft::snapshot::{Device, Snapshot};
 
@@ -38,7 +37,7 @@ impl Session {
 
     /// A snapshot, looked at within the budgets of the command line.
     pub fn guest<'a>(&'a self, snapshot: &'a Snapshot) -> Result<Guest<'a>> {
-        let mut limits = Limits::for_pages(snapshot.pages);
+        let mut limits = snapshot.limits();
         if let Some(tables) = self.budget_tables {
             limits.tables = tables;
             limits.leaves = tables.saturating_mul(512);

@@ -148,8 +148,13 @@ impl Failed {
             (Cause::Entry(kind), Some(step)) => worst(space.explain(fault.stage, step).map_err(stagecraft::guest::GuestError::Format)?, kind),
             _ => None,
         };
+        let has_tables = space.tables().next().is_some();
         let (reason, section) = match finding {
             Some(finding) => (finding.reason, Some(finding.section).filter(|section| !section.is_empty())),
+            None if !has_tables && fault.cause == Cause::Entry(FaultKind::Translation) => (describe(FaultKind::Translation).to_owned(), None),
+            None if !has_tables && fault.cause == Cause::Entry(FaultKind::Permission) => {
+                (format!("the mapping does not allow {}", if access.write { "writing" } else { "reading" }), None)
+            }
             None => (sentence(&fault, access), None),
         };
         Ok(Self { kind: fault.cause.as_str(), stage: Some(fault.stage), level: fault.level, reason, section, path: fault.path })
