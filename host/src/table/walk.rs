@@ -356,7 +356,7 @@ impl Table {
         let Some(entry) = step.entry else { return Ok(Vec::new()) };
         let Some(level) = self.plan.levels.get(usize::from(step.level)) else { return Ok(Vec::new()) };
         let pattern = entry & !level.field(level.shape_of(entry)).entry_mask;
-        self.judge.explain(step.level, step.inherited, pattern)
+        self.judge.explain(step.level, step.inherited, pattern, entry)
     }
 
     /// The root that serves `iova`, and the IOVA in the form that people read.
