@@ -487,8 +487,16 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
         let bytes = u64::from(self.layout.bytes);
         let mut index = first;
         while index <= last {
-            // `table` is aligned to the entry size, so a page holds whole entries; an address beyond 2^64 was refused with the geometry or the entry.
-            let address = place.table.wrapping_add(index * bytes);
+            // `table` is aligned to the entry size, so a page holds whole entries. A table at the end of all addresses may be longer than what is left.
+            let Some(address) = place.table.checked_add(index * bytes) else {
+                self.set_step(index, None);
+                let rest = Span {
+                    first: span.first.max(place.base + (index << lsb)),
+                    last: span.last.min(Span::of_log2(place.base + (last << lsb), lsb).last),
+                };
+                self.fault(Cause::Entry(FaultKind::AddressSize), rest, Some(place.table))?;
+                break;
+            };
             let count = ((PAGE - address % PAGE) / bytes).min(last - index + 1);
             let entries = &mut buffer.0[..count as usize];
             let here = Span {
