@@ -276,7 +276,7 @@ fn run(all: &[Files], count: u64) -> Seen {
 fn real_guests() {
     let all: Vec<Files> = fixtures::all().into_iter().chain(fixtures::others()).map(|f| Files::read(&f.name, &f.path, f.big)).collect();
     let seen = run(&all, rounds(6));
-    assert!(seen.walks > 20 && seen.mappings > 1000 && seen.explained > 50 && seen.conversions > 100, "{seen:?}");
+    assert!(seen.walks > 20 && seen.mappings > 1000 && seen.explained > 20 && seen.conversions > 100, "{seen:?}");
 }
 
 /// Tables of every format, made from a small guest's.
