@@ -153,8 +153,8 @@ struct Converted {
 type Step = (u64, u64, u64);
 
 impl Converted {
-    fn new(case: &Case) -> Self {
-        let path = folder(&format!("damage-{}", case.format.replace('/', "-"))).join("out");
+    fn new(test: &str, case: &Case) -> Self {
+        let path = folder(&format!("damage-{test}-{}", case.format.replace('/', "-"))).join("out");
         let out = path.to_str().unwrap();
         let mut arguments = vec!["convert", "arm64-s1-4k", "--to", case.format, "--out", out];
         arguments.extend(case.settings.iter().flat_map(|setting| ["--set", setting]));
@@ -209,7 +209,7 @@ fn small_mapping(path: &Path) -> (String, u64, u64) {
 }
 
 fn check(case: &Case, damage: &Damage, severity: &str) {
-    let mut converted = Converted::new(case);
+    let mut converted = Converted::new(severity, case);
     let path = converted.path.to_str().unwrap().to_owned();
     let validate = |more: &[&str]| run(&[&["validate", &path, "--format", "json"], more].concat());
     let before = validate(&["--strict"]).good().json();
@@ -247,6 +247,50 @@ fn check(case: &Case, damage: &Damage, severity: &str) {
     assert!(human.stdout.contains(&line) && human.stdout.contains(damage.section) && human.stdout.contains(reason), "{}", human.stdout);
     assert!(human.stdout.contains(&format!("bits {:#018x} of the entry", damage.bits)), "{}", human.stdout);
 }
+
+/// A leaf of an AMD table with a bit that faults, and one of a RISC-V table with a bit that does not.
+#[test]
+fn a_person_reads_where_it_is_and_what_says_so() {
+    let read = |format: &str, pick: fn(&Case) -> &Option<Damage>| {
+        let cases = cases();
+        let case = cases.iter().find(|case| case.format == format).unwrap();
+        let mut converted = Converted::new("read", case);
+        let (_, root, iova) = small_mapping(&converted.path);
+        let (table, index, _) = *converted.walk(case, root, iova).last().unwrap();
+        converted.flip(case, table + index * case.bytes, pick(case).as_ref().unwrap().flip);
+        let found = run(&["validate", converted.path.to_str().unwrap()]);
+        format!("{}status {}\n", found.stdout, found.status)
+    };
+    assert_eq!(read("amd-vi/v1", |case| &case.error), AMD);
+    assert_eq!(read("riscv-iommu/second-stage", |case| &case.warning), RISC_V);
+}
+
+const AMD: &str = "\
+6 streams, 5 tables: 1 error, no warnings
+
+error: reserved  device 0x18 (0000:00:03.0), IOVA 0xfffff000..=0xffffffff
+  bits 58:52 are reserved (48882 section 2.2.3)
+  bits 0x0010000000000000 of the entry
+  STAGE  LEVEL        TABLE  INDEX               ENTRY
+      1      4  0x100001000      0  0x6000000100002601
+      1      3  0x100002000      3  0x6000000100003401
+      1      2  0x100003000    511  0x6000000100004201
+      1      1  0x100004000    511  0x6010000008090001
+status 1
+";
+const RISC_V: &str = "\
+6 streams, 5 tables: no errors, 1 warning
+
+warning: reserved  device 0x18 (0000:00:03.0), IOVA 0xfffff000..=0xffffffff
+  the global bit means nothing in the second stage (RISC-V Privileged 1.12 section 8.5.1)
+  bits 0x0000000000000020 of the entry
+  STAGE  LEVEL        TABLE  INDEX               ENTRY
+      1      3  0x100004000      0  0x0000000040002001
+      1      2  0x100008000      3  0x0000000040002401
+      1      1  0x100009000    511  0x0000000040002801
+      1      0  0x10000a000    511  0x00000000020240f7
+status 0
+";
 
 #[test]
 fn what_faults_is_an_error() {
