@@ -69,7 +69,7 @@ const PAGE: u64 = 0x4000_0000;
 #[test]
 fn self_maps_of_every_format_end_by_budget() {
     let little = |entry: u64| entry.to_le_bytes().to_vec();
-    let cases: Vec<(&str, Vec<(&str, u64)>, Vec<u8>)> = vec![
+    let cases = [
         ("amd-vi/v2", vec![("levels", 5)], little(PAGE | 0x67)),
         ("riscv-iommu/first-stage", vec![("levels", 5)], little(PAGE >> 2 | 1)),
         ("loongarch/paging", vec![("granule", 4096), ("levels", 4)], little(PAGE)),
@@ -185,7 +185,7 @@ fn memory_of_single_bytes() {
     let map = MemoryMap::new(regions).unwrap();
     // A page of 2 MiB at address 0, and 2 MiB at PAGE; the root and the two levels below in one page each.
     let mut memory = Pages::default();
-    let table = |next: u64| [&(PAGE + next | 0x27).to_le_bytes()[..], &[0; 4088]].concat();
+    let table = |next: u64| [&((PAGE + next) | 0x27).to_le_bytes()[..], &[0; 4088]].concat();
     memory.0.insert(PAGE, table(0x1000));
     memory.0.insert(PAGE + 0x1000, table(0x2000));
     memory.0.insert(PAGE + 0x2000, [&0xe7_u64.to_le_bytes()[..], &(PAGE | 0xe7).to_le_bytes(), &[0; 4080]].concat());

@@ -60,8 +60,8 @@ fn domains() {
     let format: Short = open(&[("domains", 0x5555_5555 & !0xcc | 2 << 6)]);
     let rows = [
         Row::new("small page", 0, 0x47e).other(u64::MAX),
-        Row::new("section", 1, 0x1_1c0e).other(u64::MAX & !(1 << 5)).faults(1 << 5, FaultKind::Permission),
-        Row::new("table", 1, 1).other(u64::MAX & !(1 << 5)).faults(1 << 5, FaultKind::Permission),
+        Row::new("section", 1, 0x1_1c0e).other(!(1 << 5)).faults(1 << 5, FaultKind::Permission),
+        Row::new("table", 1, 1).other(!(1 << 5)).faults(1 << 5, FaultKind::Permission),
     ];
     // Flipped, bit 5 is domain 1.
     check_format(&format, &rows, &[0], &[SECTION_MEMORY, SMALL_MEMORY, DOMAIN]);
