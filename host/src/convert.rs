@@ -3,6 +3,8 @@
 //! Devices of one domain share one table, before and after. The source is walked twice: once to see what the target must be able to say, once to
 //! build it; each walk reads every entry once, and what is built is what the second walk checked.
 
+use std::collections::HashMap;
+
 use crate::guest::{Guest, GuestError, State, StreamState};
 use crate::memory::{Kind, MemoryMap, Region};
 use crate::plugin::{CallError, Plugin, Settings, TableConfig};
@@ -206,21 +208,20 @@ pub fn convert(
         tables.push(convert_table(guest, group, target, &plugin, &mut arena)?);
     }
     progress(groups.len(), groups.len());
+    let users = tables.iter().flat_map(|table: &ConvertedTable| table.streams.iter().map(move |stream| (*stream, table)));
+    let of_stream: HashMap<(u64, Option<u32>), &ConvertedTable> = users.collect();
     for stream in streams {
         let converted = match &stream.state {
             State::Bypass => Stream::Bypass,
             State::Blocked(reason) if stream.unused => Stream::Unused(reason.clone()),
             State::Blocked(reason) => Stream::Blocked(reason.clone()),
-            State::Direct(_) | State::Translated(_) => {
-                let table = tables.iter().find(|table: &&ConvertedTable| table.streams.contains(&(stream.id, stream.pasid)));
-                match table {
-                    Some(ConvertedTable { table, .. }) => Stream::Table {
-                        format: table.format.clone(),
-                        settings: table.settings.iter().map(|(name, value)| (name.to_owned(), value)).collect(),
-                    },
-                    None => Stream::Blocked("no table was converted".to_owned()),
-                }
-            }
+            State::Direct(_) | State::Translated(_) => match of_stream.get(&(stream.id, stream.pasid)) {
+                Some(ConvertedTable { table, .. }) => Stream::Table {
+                    format: table.format.clone(),
+                    settings: table.settings.iter().map(|(name, value)| (name.to_owned(), value)).collect(),
+                },
+                None => Stream::Blocked("no table was converted".to_owned()),
+            },
         };
         entries.push(StreamEntry { id: stream.id, pasid: stream.pasid, stream: converted });
     }
@@ -234,8 +235,10 @@ type Group<'a> = (&'a StreamState, Vec<(u64, Option<u32>)>);
 /// Streams that go the same way: through the same tables, or to the same windows.
 fn groups(streams: &[StreamState]) -> Vec<Group<'_>> {
     let mut groups: Vec<Group<'_>> = Vec::new();
+    let mut places = HashMap::new();
     for stream in streams.iter().filter(|stream| matches!(stream.state, State::Direct(_) | State::Translated(_))) {
-        match groups.iter_mut().find(|(first, _)| first.shares(stream)) {
+        let place = *places.entry(stream.way()).or_insert(groups.len());
+        match groups.get_mut(place) {
             Some((_, members)) => members.push((stream.id, stream.pasid)),
             None => groups.push((stream, vec![(stream.id, stream.pasid)])),
         }
@@ -280,22 +283,18 @@ fn convert_table(
     let walk = |error: WalkError| ConvertError::Guest(error.into());
     let Some(mut space) = guest.space(stream)? else { return Err(ConvertError::Nothing { id: stream.id }) };
     let mut survey = Survey { need: Need { alignment_log2: 63, ..Need::default() }, leaves: 0, missing: None };
-    space.walk(&guest.memory(), guest.map(), Span::ALL, &guest.budget(), &mut survey).map_err(walk)?;
+    guest.walk(&mut space, &mut survey).map_err(walk)?;
     if let Some(page) = survey.missing {
         return Err(ConvertError::MissingPage { page: page & !(crate::memory::PAGE - 1), id: streams.first().map_or(0, |stream| stream.0) });
     }
     // The tables must be reachable as well, wherever they are.
-    survey.need.last_address = survey.need.last_address.max(highest(guest.map())).max(arena.base() + target.table_bytes - 1);
+    survey.need.last_address = survey.need.last_address.max(highest(guest.map())).max(arena.base() + target.table_bytes.saturating_sub(1));
     let mut config = suggested(plugin, target, &survey.need)?;
     let build = |error: BuildError| ConvertError::Build { format: target.format.clone(), error };
     let before = arena.bytes();
     let all_privileged = space.privileged();
     let mut builder = Builder::new(Box::new(plugin.open(&config)?), arena).map_err(build)?;
-    let walked = if all_privileged {
-        space.walk(&guest.memory(), guest.map(), Span::ALL, &guest.budget(), &mut AllPrivileged(&mut builder))
-    } else {
-        space.walk(&guest.memory(), guest.map(), Span::ALL, &guest.budget(), &mut builder)
-    };
+    let walked = if all_privileged { guest.walk(&mut space, &mut AllPrivileged(&mut builder)) } else { guest.walk(&mut space, &mut builder) };
     let built = builder.finish().map_err(build)?;
     walked.map_err(walk)?;
     for (name, root) in &built.roots {
@@ -311,8 +310,9 @@ fn convert_table(
 fn with_tables(map: &MemoryMap, arena: &Arena) -> MemoryMap {
     let mut regions = map.regions().to_vec();
     if let Some((Gpa(last), _)) = arena.pages().last() {
-        let end = (last + 1).next_multiple_of(Arena::ALIGNMENT);
-        regions.push(Region { kind: Kind::Table, span: Span { first: arena.base(), last: end - 1 } });
+        // Rounded up, as far as the hole is known to reach.
+        let last = (last | (Arena::ALIGNMENT - 1)).min(arena.last());
+        regions.push(Region { kind: Kind::Table, span: Span { first: arena.base(), last } });
     }
     // The arena stands in a hole of the map.
     MemoryMap::new(regions).unwrap_or_default()

@@ -1,17 +1,19 @@
 //! A frozen guest: a snapshot, looked at through plugins.
 
+use std::cell::Cell;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::device::{Found, LookupError, Unit};
-use crate::memory::{Budget, Limits, MemoryMap, VmMemory};
+use crate::memory::{Budget, Exhausted, Limits, MemoryMap, VmMemory};
 use crate::plugin::{BlockKind, CallError, Outcome, Plugins, PluginsError, Refusal, Requester, Settings, TableConfig, Tag};
-use crate::snapshot::{Domains, PageMemory, Snapshot, Source, Stream};
-use crate::table::{AddressSpace, Collector, Fault, FormatError, Intercept, OpenError, Table, Translation, WalkError, Window};
+use crate::snapshot::{Domains, PageMemory, Snapshot, Source, Stream, StreamEntry};
+use crate::table::{AddressSpace, Collector, Fault, FormatError, Intercept, OpenError, Table, Translation, Visitor, WalkError, Window};
 use crate::virtio_iommu;
 use crate::{Access, Gpa, Iova, Span};
 
 /// What a requester's DMA gets.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum State {
     /// Guest-physical memory as it is.
     Bypass,
@@ -63,10 +65,10 @@ impl StreamState {
         Self { label: label.to_owned(), id, pasid, state, unused: false, intercepts: Vec::new(), tag: Tag::default(), missing: None }
     }
 
-    /// Whether its DMA goes the same way as another's.
+    /// Which way its DMA goes: streams for which this is equal share all their tables.
     #[must_use]
-    pub fn shares(&self, other: &Self) -> bool {
-        self.state == other.state && self.intercepts == other.intercepts
+    pub fn way(&self) -> (State, Vec<Intercept>) {
+        (self.state.clone(), self.intercepts.clone())
     }
 
     /// The tables that it uses; none if it uses none.
@@ -115,6 +117,52 @@ pub enum GuestError {
     },
 }
 
+/// All walks of one guest together may take so many times what a single one may. Real guests' tables are walked once each, and a single walk may
+/// take four times the pages that there are.
+const ALL_WALKS: u64 = 16;
+/// Most PASIDs of all devices together that are looked up.
+const ALL_PASIDS: u64 = 1 << 14;
+
+/// What looking at a guest has taken so far, whatever the number of its streams: a guest chooses how many PASIDs it has, and where each one's tables are.
+#[derive(Debug, Default)]
+struct Spent {
+    tables: Cell<u64>,
+    leaves: Cell<u64>,
+    questions: Cell<u64>,
+    pasids: Cell<u64>,
+}
+
+impl Spent {
+    /// What is left of all walks' limits, and no more than one walk may take.
+    fn left(&self, limits: Limits) -> Limits {
+        let left = |spent: &Cell<u64>, limit: u64| limit.min(limit.saturating_mul(ALL_WALKS).saturating_sub(spent.get()));
+        Limits {
+            tables: left(&self.tables, limits.tables),
+            leaves: left(&self.leaves, limits.leaves),
+            questions: left(&self.questions, limits.questions),
+            ..limits
+        }
+    }
+
+    fn add(&self, budget: &Budget) {
+        let add = |spent: &Cell<u64>, more: u64| spent.set(spent.get().saturating_add(more));
+        add(&self.tables, budget.tables_visited());
+        add(&self.leaves, budget.leaves_seen());
+        add(&self.questions, budget.questions_asked());
+    }
+
+    /// `exhausted`, or the limit of all walks if that is what ended a walk.
+    fn name(limits: Limits, exhausted: Exhausted) -> Exhausted {
+        let all = [
+            ("tables visited", "tables visited for all streams together", limits.tables),
+            ("leaves", "leaves for all streams together", limits.leaves),
+            ("different patterns asked about", "patterns asked about for all streams together", limits.questions),
+        ];
+        let of_all = all.into_iter().find(|(what, _, limit)| *what == exhausted.what && exhausted.limit < *limit);
+        of_all.map_or(exhausted, |(_, what, limit)| Exhausted { what, limit: limit.saturating_mul(ALL_WALKS) })
+    }
+}
+
 /// A snapshot and the plugins that explain it.
 #[derive(Debug)]
 pub struct Guest<'a> {
@@ -122,6 +170,9 @@ pub struct Guest<'a> {
     plugins: &'a Plugins,
     limits: Limits,
     unit: Option<Unit<PageMemory>>,
+    /// Where a stream stands in a list of tables.
+    listed: BTreeMap<(u64, Option<u32>), usize>,
+    spent: Spent,
 }
 
 impl<'a> Guest<'a> {
@@ -145,7 +196,11 @@ impl<'a> Guest<'a> {
             }
             Source::Tables(_) | Source::Domains(_) => None,
         };
-        Ok(Self { snapshot, plugins, limits, unit })
+        let listed = match &snapshot.source {
+            Source::Tables(entries) => entries.iter().enumerate().map(|(index, entry)| ((entry.id, entry.pasid), index)).collect(),
+            Source::Unit { .. } | Source::Domains(_) => BTreeMap::new(),
+        };
+        Ok(Self { snapshot, plugins, limits, unit, listed, spent: Spent::default() })
     }
 
     /// The snapshot.
@@ -160,7 +215,7 @@ impl<'a> Guest<'a> {
         self.plugins
     }
 
-    /// A fresh budget.
+    /// A fresh budget, for a single walk or question. Where a guest decides how many there are, [`Guest::walk`] bounds all of them.
     #[must_use]
     pub const fn budget(&self) -> Budget {
         Budget::new(self.limits)
@@ -197,16 +252,25 @@ impl<'a> Guest<'a> {
     /// The PASIDs for which a device has a context, ascending, without the one that requests without PASID use.
     ///
     /// # Errors
-    /// As [`Guest::streams`].
+    /// As [`Guest::streams`]; and [`Exhausted`] when the devices asked about so far have more PASIDs together than are looked at.
     pub fn pasids(&self, id: u64) -> Result<Found<Vec<u32>>, GuestError> {
+        let found = self.find_pasids(id)?;
+        let all = self.spent.pasids.get() + found.value.len() as u64;
+        if all > ALL_PASIDS {
+            return Err(LookupError::Exhausted(Exhausted { what: "PASIDs of all devices together", limit: ALL_PASIDS }).into());
+        }
+        self.spent.pasids.set(all);
+        Ok(found)
+    }
+
+    fn find_pasids(&self, id: u64) -> Result<Found<Vec<u32>>, GuestError> {
         match (&self.unit, &self.snapshot.source) {
             (Some(unit), _) => match unit.pasids(id) {
                 Err(LookupError::Call(CallError::Refused { refusal: Refusal::Unsupported(_), .. })) => Ok(Found { value: Vec::new(), missing: None }),
                 result => Ok(result?),
             },
-            (None, Source::Tables(entries)) => {
-                let mut value: Vec<u32> = entries.iter().filter(|entry| entry.id == id).filter_map(|entry| entry.pasid).collect();
-                value.sort_unstable();
+            (None, Source::Tables(_)) => {
+                let value = self.listed.range((id, None)..=(id, Some(u32::MAX))).filter_map(|((_, pasid), _)| *pasid).collect();
                 Ok(Found { value, missing: None })
             }
             (None, Source::Unit { .. } | Source::Domains(_)) => Ok(Found { value: Vec::new(), missing: None }),
@@ -232,7 +296,7 @@ impl<'a> Guest<'a> {
                 }
                 Err(error) => Err(error.into()),
             },
-            (None, Source::Tables(entries)) => Ok(listed(stream, entries, id, pasid)),
+            (None, Source::Tables(entries)) => Ok(listed(stream, self.listed.get(&(id, pasid)).and_then(|index| entries.get(*index)))),
             (None, Source::Domains(domains)) => Ok(attached(stream, domains, id, pasid)),
             (None, Source::Unit { .. }) => Ok(stream(State::Blocked("no unit".to_owned()))),
         }
@@ -274,13 +338,27 @@ impl<'a> Guest<'a> {
         Table::open(Box::new(format)).map_err(|error| GuestError::Open { format: config.format.clone(), error })
     }
 
+    /// Tells `visitor` all that a device reaches through `space`, within what a single walk may take and what is left for all walks of this guest.
+    ///
+    /// # Errors
+    /// The budget is spent, a format failed, or the visitor stopped the walk.
+    pub fn walk<V: Visitor>(&self, space: &mut AddressSpace, visitor: &mut V) -> Result<(), WalkError> {
+        let budget = Budget::new(self.spent.left(self.limits));
+        let walked = space.walk(&self.memory(), self.map(), Span::ALL, &budget, visitor);
+        self.spent.add(&budget);
+        walked.map_err(|error| match error {
+            WalkError::Exhausted(exhausted) => Spent::name(self.limits, exhausted).into(),
+            error => error,
+        })
+    }
+
     /// All that a device reaches through `space`, and the first `keep_faults` faults. `stopped` says why the walk ended early, if it did.
     ///
     /// # Errors
     /// The format failed.
     pub fn collect(&self, space: &mut AddressSpace, keep_faults: usize) -> Result<Collected, GuestError> {
         let mut collector = Collector::new(space.privileged(), keep_faults).at_most(self.limits.mappings);
-        match space.walk(&self.memory(), self.map(), Span::ALL, &self.budget(), &mut collector) {
+        match self.walk(space, &mut collector) {
             Ok(()) => Ok(Collected { collector, stopped: None }),
             Err(WalkError::Exhausted(stopped)) => Ok(Collected { collector, stopped: Some(stopped.to_string()) }),
             Err(error) => Err(error.into()),
@@ -334,9 +412,9 @@ fn attached(stream: impl Fn(State) -> StreamState, domains: &Domains, id: u64, p
     }
 }
 
-fn listed(stream: impl Fn(State) -> StreamState, entries: &[crate::snapshot::StreamEntry], id: u64, pasid: Option<u32>) -> StreamState {
+fn listed(stream: impl Fn(State) -> StreamState, entry: Option<&StreamEntry>) -> StreamState {
     let unused = |reason: String| StreamState { unused: true, ..stream(State::Blocked(reason)) };
-    match entries.iter().find(|entry| (entry.id, entry.pasid) == (id, pasid)).map(|entry| &entry.stream) {
+    match entry.map(|entry| &entry.stream) {
         Some(Stream::Bypass) => stream(State::Bypass),
         Some(Stream::Blocked(reason)) => stream(State::Blocked(reason.clone())),
         Some(Stream::Unused(reason)) => unused(reason.clone()),

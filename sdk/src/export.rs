@@ -325,10 +325,19 @@ fn fault_kind_out(kind: FaultKind) -> types::FaultKind {
 
 /// Opens format `F` if `config` names it; the name of the format that is not there otherwise.
 pub fn open_if<F: Format + 'static>(config: &TableConfig) -> Option<Result<Box<dyn Opened>, types::Error>> {
-    (config.format == F::NAME).then(|| match F::open(&config.settings) {
+    (config.format == F::NAME).then(|| match F::open(&config.settings).and_then(|format| check_roots(&format).map(|()| format)) {
         Ok(format) => Ok(Box::new(format) as Box<dyn Opened>),
         Err(error) => Err(error_out(error)),
     })
+}
+
+/// Refuses a root that no entry could point to: what a snapshot says is not the plugin's mistake.
+fn check_roots<F: Format>(format: &F) -> Result<(), Error> {
+    let bits = format.output_bits();
+    match format.roots().iter().find(|root| bits < 64 && root.address >> bits != 0) {
+        Some(root) => Err(Error::invalid(root.setting, root.address, "", &format!("the root table must lie below 2^{bits} (output-bits)"))),
+        None => Ok(()),
+    }
 }
 
 /// Suggests settings for format `F` if `format` names it.

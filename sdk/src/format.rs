@@ -461,7 +461,8 @@ pub trait Format: Sized {
     /// What the type bits say. `Leaf` where a reserved encoding is neither: [`Format::check`] refuses it.
     fn kind(&self, level: u8, pattern: u64) -> Kind;
 
-    /// All that is wrong with an entry of this kind; the first error is the fault that hardware reports.
+    /// All that is wrong with an entry of this kind; the first error is the fault that hardware reports. An entry that [`Format::needs_whole_entry`]
+    /// comes whole.
     fn check(&self, level: u8, kind: Kind, inherited: u64, pattern: u64, findings: &mut Findings);
 
     /// The table that a table entry points to.
@@ -541,7 +542,7 @@ pub trait Format: Sized {
         }
     }
 
-    /// All that is wrong with an entry with this pattern, worst first.
+    /// All that is wrong with an entry with this pattern, or with this whole entry if it [`Format::needs_whole_entry`]; worst first.
     fn explain(&self, level: u8, inherited: u64, pattern: u64) -> Vec<Finding> {
         let mut findings = Findings::default();
         self.check(level, self.kind(level, pattern), inherited, pattern, &mut findings);

@@ -90,6 +90,12 @@ impl Budget {
         self.limits.leaves - self.leaves.get()
     }
 
+    /// Questions asked so far.
+    #[must_use]
+    pub const fn questions_asked(&self) -> u64 {
+        self.limits.questions - self.questions.get()
+    }
+
     #[inline]
     fn charge(cell: &Cell<u64>, amount: u64, what: &'static str, limit: u64) -> Result<(), Exhausted> {
         match cell.get().checked_sub(amount) {

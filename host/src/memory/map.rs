@@ -118,16 +118,17 @@ impl MemoryMap {
     #[must_use]
     pub fn hole(&self, from: u64, bytes: u64, alignment: u64, bits: u8) -> Option<u64> {
         let end = if bits >= 64 { u64::MAX } else { (1 << bits) - 1 };
+        let beyond = bytes.saturating_sub(1);
         let mut at = from.checked_next_multiple_of(alignment)?;
         for region in &self.regions {
-            if at.checked_add(bytes - 1)? < region.span.first {
+            if at.checked_add(beyond)? < region.span.first {
                 break;
             }
             if region.span.last >= at {
                 at = region.span.last.checked_add(1)?.checked_next_multiple_of(alignment)?;
             }
         }
-        (at.checked_add(bytes - 1)? <= end).then_some(at)
+        (at.checked_add(beyond)? <= end).then_some(at)
     }
 }
 
@@ -163,5 +164,6 @@ mod tests {
         assert_eq!(map.hole(0, 0x2000, 0x1000, 64), Some(0x2000));
         assert_eq!(map.hole(0, 0x2001, 0x1000, 64), None);
         assert_eq!(map.hole(0, 0x2000, 0x1000, 13), None, "beyond the address width");
+        assert_eq!(map.hole(0, 0, 0x1000, 64), Some(0), "of nothing");
     }
 }

@@ -1,9 +1,11 @@
 //! `snapshot.json`, read.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
+use rustix::fs::{Mode, OFlags};
 use serde::Deserialize;
 use serde::de::{self, Deserializer, Visitor};
 
@@ -14,6 +16,11 @@ use crate::memory::{Kind, MemoryMap, PAGE, Region};
 
 /// Largest `snapshot.json` that is read: room for some ten million pages.
 const MAX_JSON: u64 = 256 << 20;
+
+/// Most devices of a guest.
+const MAX_DEVICES: usize = 1 << 16;
+/// Most streams that a list of tables names.
+const MAX_STREAMS: usize = 1 << 20;
 
 /// A number, written in hex (`"0x1000"`) or as a JSON integer.
 #[derive(Clone, Copy, Debug)]
@@ -130,10 +137,10 @@ impl Snapshot {
     pub fn load(path: &Path) -> Result<Self, SnapshotError> {
         let json_path = path.join("snapshot.json");
         let pages_path = path.join("pages.bin");
-        if !json_path.exists() && path.exists() {
+        if std::fs::symlink_metadata(&json_path).is_err() && path.exists() {
             return Err(SnapshotError::invalid(path, "not a snapshot: there is no snapshot.json in it"));
         }
-        let json = read(&json_path, MAX_JSON)?;
+        let json = read_json(&json_path)?;
         let file: File1 = serde_json::from_slice(&json).map_err(|error| SnapshotError::invalid(&json_path, error.to_string()))?;
         let invalid = |what: String| SnapshotError::invalid(&json_path, what);
         if file.version != 1 {
@@ -157,38 +164,60 @@ impl Snapshot {
         if let Some(pair) = pages.windows(2).find(|pair| pair[0].0 == pair[1].0) {
             return Err(invalid(format!("page {:#x} is listed twice", pair[0].0)));
         }
-        let bytes = pages.len() as u64 * PAGE;
         // Without tables there need not be a file of pages.
         let none = pages.is_empty() && matches!(source, Source::Domains(_)) && !pages_path.exists();
-        let contents = if none { Vec::new() } else { read(&pages_path, bytes.saturating_add(1))? };
-        if contents.len() as u64 != bytes {
-            let found = std::fs::metadata(&pages_path).map_or(contents.len() as u64, |metadata| metadata.len());
-            let what = format!("{found} bytes; the {} pages of snapshot.json need {bytes}", pages.len());
-            return Err(SnapshotError::invalid(&pages_path, what));
-        }
+        let contents = if none { Vec::new() } else { read_pages(&pages_path, pages.len() as u64)? };
         let memory = memory::memory(&pages, &contents)
-            .map_err(|error| SnapshotError::invalid(&pages_path, format!("no memory for {bytes} bytes of pages: {error}")))?;
+            .map_err(|error| SnapshotError::invalid(&pages_path, format!("no memory for {} pages: {error}", pages.len())))?;
         Ok(Self { description: file.description, source, map, devices, memory, pages: pages.len() as u64 })
     }
 }
 
-fn read(path: &Path, most: u64) -> Result<Vec<u8>, SnapshotError> {
+/// Opens a file, and nothing that is none: a pipe would be waited for, and a device may never end.
+fn open(path: &Path) -> Result<File, SnapshotError> {
+    let not_a_file = || SnapshotError::invalid(path, "not a file");
+    // Looked at before it is opened, because opening a device can do something; and again, because what stands there may have changed.
+    if !std::fs::metadata(path).map_err(SnapshotError::io(path))?.is_file() {
+        return Err(not_a_file());
+    }
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
+    let file = File::from(rustix::fs::open(path, flags, Mode::empty()).map_err(|error| SnapshotError::io(path)(error.into()))?);
+    if !file.metadata().map_err(SnapshotError::io(path))?.is_file() {
+        return Err(not_a_file());
+    }
+    Ok(file)
+}
+
+fn read_json(path: &Path) -> Result<Vec<u8>, SnapshotError> {
     let mut bytes = Vec::new();
-    let file = File::open(path).map_err(SnapshotError::io(path))?;
-    file.take(most.saturating_add(1)).read_to_end(&mut bytes).map_err(SnapshotError::io(path))?;
-    if bytes.len() as u64 > most && most == MAX_JSON {
-        return Err(SnapshotError::invalid(path, format!("larger than {most} bytes")));
+    open(path)?.take(MAX_JSON + 1).read_to_end(&mut bytes).map_err(SnapshotError::io(path))?;
+    if bytes.len() as u64 > MAX_JSON {
+        return Err(SnapshotError::invalid(path, format!("larger than {} MiB", MAX_JSON >> 20)));
     }
     Ok(bytes)
 }
 
+/// The contents of so many pages, which is all that the file holds.
+fn read_pages(path: &Path, pages: u64) -> Result<Vec<u8>, SnapshotError> {
+    let file = open(path)?;
+    let (bytes, found) = (pages * PAGE, file.metadata().map_err(SnapshotError::io(path))?.len());
+    let wrong = |found: u64| SnapshotError::invalid(path, format!("{found} bytes; the {pages} pages of snapshot.json need {bytes}"));
+    if found != bytes {
+        return Err(wrong(found));
+    }
+    let mut contents = Vec::new();
+    file.take(bytes + 1).read_to_end(&mut contents).map_err(SnapshotError::io(path))?;
+    if contents.len() as u64 == bytes { Ok(contents) } else { Err(wrong(contents.len() as u64)) }
+}
+
 fn source(unit: Option<Unit1>, tables: Option<Vec<Table1>>) -> Result<Source, String> {
     match (unit, tables) {
+        (_, Some(tables)) if tables.len() > MAX_STREAMS => Err(format!("tables: {} streams; there may be {MAX_STREAMS}", tables.len())),
         (_, Some(tables)) => {
-            let mut entries = Vec::with_capacity(tables.len());
+            let (mut entries, mut known) = (Vec::with_capacity(tables.len()), HashSet::new());
             for table in tables {
                 let (id, pasid) = (table.id.0, table.pasid);
-                if entries.iter().any(|entry: &StreamEntry| (entry.id, entry.pasid) == (id, pasid)) {
+                if !known.insert((id, pasid)) {
                     return Err(format!("tables: device {id:#x} is listed twice"));
                 }
                 entries.push(StreamEntry { id, pasid, stream: stream(table)? });
@@ -246,6 +275,9 @@ fn memory_map(regions: Vec<Region1>) -> Result<MemoryMap, String> {
 }
 
 fn devices(devices: Vec<Device1>) -> Result<Vec<Device>, String> {
+    if devices.len() > MAX_DEVICES {
+        return Err(format!("{} devices; there may be {MAX_DEVICES}, as many as a PCI segment has", devices.len()));
+    }
     let mut list: Vec<Device> = devices.into_iter().map(|device| Device { label: device.label, id: device.id.0 }).collect();
     list.sort_by_key(|device| device.id);
     match list.windows(2).find(|pair| pair[0].id == pair[1].id) {

@@ -59,24 +59,60 @@ pub(super) fn write(path: &Path, force: bool, json: &Value, pages: &dyn Pages) -
         if !path.is_dir() {
             return Err(SnapshotError::invalid(path, "exists and is not a folder"));
         }
-        let staged = Staged::new(path.join(format!(".stagecraft-{}", std::process::id())))?;
-        write_files(&staged.0, json, pages)?;
-        for file in ["pages.bin", "snapshot.json"] {
-            fs::rename(staged.0.join(file), path.join(file)).map_err(SnapshotError::io(&path.join(file)))?;
-        }
-        return Ok(());
+        FILES.iter().try_for_each(|file| check_replaceable(&path.join(file)))?;
+        let staged = Staged::new(path.join(format!(".stagecraft-{}", std::process::id())), path)?;
+        write_files(&staged.0, path, json, pages)?;
+        return replace(&staged.0, path);
     }
-    let staged = Staged::new(parent.join(format!(".{}.stagecraft-{}", name.to_string_lossy(), std::process::id())))?;
-    write_files(&staged.0, json, pages)?;
+    let staged = Staged::new(parent.join(format!(".{}.stagecraft-{}", name.to_string_lossy(), std::process::id())), path)?;
+    write_files(&staged.0, path, json, pages)?;
     fs::rename(&staged.0, path).map_err(SnapshotError::io(path))
+}
+
+/// The files of a snapshot, in the order in which they are put into place.
+const FILES: [&str; 2] = ["pages.bin", "snapshot.json"];
+
+/// Refuses what a file cannot take the place of, or should not: folders, devices, pipes. A link is replaced, not followed.
+fn check_replaceable(path: &Path) -> Result<(), SnapshotError> {
+    match fs::symlink_metadata(path) {
+        Ok(found) if !(found.is_file() || found.is_symlink()) => Err(SnapshotError::invalid(path, "exists and is not a file: it is not replaced")),
+        _ => Ok(()),
+    }
+}
+
+/// Puts the files of `staged` into `path`: all of them, or else what was there is there again.
+fn replace(staged: &Path, path: &Path) -> Result<(), SnapshotError> {
+    let old = |file: &str| staged.join(format!("old-{file}"));
+    let mut done = Vec::new();
+    for file in FILES {
+        let to = path.join(file);
+        // A second name for the old file, so that there is no moment without it; where there are none, it is moved away.
+        let moved = match fs::hard_link(&to, old(file)).or_else(|_| fs::rename(&to, old(file))) {
+            Ok(()) => fs::rename(staged.join(file), &to),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => fs::rename(staged.join(file), &to),
+            Err(error) => Err(error),
+        };
+        done.push(file);
+        if let Err(error) = moved {
+            for file in done.into_iter().rev() {
+                // What was not there before does not stay.
+                if fs::rename(old(file), path.join(file)).is_err() && file != to.file_name().unwrap_or_default() {
+                    let _ = fs::remove_file(path.join(file));
+                }
+            }
+            return Err(SnapshotError::io(&to)(error));
+        }
+    }
+    Ok(())
 }
 
 /// A folder that is removed again unless it was renamed.
 struct Staged(PathBuf);
 
 impl Staged {
-    fn new(path: PathBuf) -> Result<Self, SnapshotError> {
-        fs::create_dir(&path).map_err(SnapshotError::io(&path))?;
+    /// For what will be `target`, which errors name.
+    fn new(path: PathBuf, target: &Path) -> Result<Self, SnapshotError> {
+        fs::create_dir(&path).map_err(SnapshotError::io(target))?;
         Ok(Self(path))
     }
 }
@@ -87,19 +123,21 @@ impl Drop for Staged {
     }
 }
 
-fn write_files(folder: &Path, json: &Value, pages: &dyn Pages) -> Result<(), SnapshotError> {
-    let path = folder.join("pages.bin");
-    let mut out = BufWriter::new(File::create(&path).map_err(SnapshotError::io(&path))?);
-    for (_, words) in pages.pages() {
-        for word in words {
-            out.write_all(&word.to_ne_bytes()).map_err(SnapshotError::io(&path))?;
+/// Writes the files into `folder`; errors name the files of `target`, which is what people know.
+fn write_files(folder: &Path, target: &Path, json: &Value, pages: &dyn Pages) -> Result<(), SnapshotError> {
+    let write_pages = || -> std::io::Result<()> {
+        let mut out = BufWriter::new(File::create(folder.join("pages.bin"))?);
+        for (_, words) in pages.pages() {
+            for word in words {
+                out.write_all(&word.to_ne_bytes())?;
+            }
         }
-    }
-    out.flush().map_err(SnapshotError::io(&path))?;
-    let path = folder.join("snapshot.json");
+        out.flush()
+    };
+    write_pages().map_err(SnapshotError::io(&target.join("pages.bin")))?;
     let mut text = serde_json::to_string_pretty(json).unwrap_or_default();
     text.push('\n');
-    fs::write(&path, text).map_err(SnapshotError::io(&path))
+    fs::write(folder.join("snapshot.json"), text).map_err(SnapshotError::io(&target.join("snapshot.json")))
 }
 
 pub(super) fn hex(value: u64) -> Value {

@@ -54,7 +54,7 @@ impl Chunk {
 
 /// No memory is left for tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("no room for another table: {limit:#x} bytes from {base:#x} are in use")]
+#[error("no room for another table: there may be {limit:#x} bytes of them, from {base:#x}")]
 pub struct Full {
     /// Where the arena starts.
     pub base: u64,
@@ -88,6 +88,12 @@ impl Arena {
     #[must_use]
     pub const fn base(&self) -> u64 {
         self.base
+    }
+
+    /// The highest address that a table may take, if any may.
+    #[must_use]
+    pub const fn last(&self) -> u64 {
+        self.base + self.limit.saturating_sub(1)
     }
 
     /// Bytes of all tables in use; small tables count as the pages that they take.

@@ -6,7 +6,7 @@ use crate::table::walk::{Cause, FaultAt, Piece, Visitor, WalkError};
 use crate::{Attributes, Span};
 
 /// IOVAs that go to guest-physical memory without any table.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Window {
     /// The IOVAs.
     pub iova: Span,

@@ -191,9 +191,10 @@ impl Judge {
         Ok(meaning)
     }
 
-    /// All that is wrong with an entry. Not remembered: for messages.
-    pub(crate) fn explain(&mut self, level: u8, inherited: u64, pattern: u64) -> Result<Vec<Finding>, FormatError> {
-        self.asked += 1;
-        self.format.explain(level, inherited, pattern)
+    /// All that is wrong with an entry, of which the format sees as much as it needed to judge it. Not remembered: for messages.
+    pub(crate) fn explain(&mut self, level: u8, inherited: u64, pattern: u64, entry: u64) -> Result<Vec<Finding>, FormatError> {
+        self.asked += 2;
+        let is_whole = self.format.decode(level, inherited, pattern)? == Meaning::WholeEntry;
+        self.format.explain(level, inherited, if is_whole { entry } else { pattern })
     }
 }

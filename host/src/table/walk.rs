@@ -359,7 +359,7 @@ impl Table {
         let Some(entry) = step.entry else { return Ok(Vec::new()) };
         let Some(level) = self.plan.levels.get(usize::from(step.level)) else { return Ok(Vec::new()) };
         let pattern = entry & !level.field(level.shape_of(entry)).entry_mask;
-        self.judge.explain(step.level, step.inherited, pattern)
+        self.judge.explain(step.level, step.inherited, pattern, entry)
     }
 
     /// The root that serves `iova`, and the IOVA in the form that people read.
@@ -490,8 +490,16 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
         let bytes = u64::from(self.layout.bytes);
         let mut index = first;
         while index <= last {
-            // `table` is aligned to the entry size, so a page holds whole entries; an address beyond 2^64 was refused with the geometry or the entry.
-            let address = place.table.wrapping_add(index * bytes);
+            // `table` is aligned to the entry size, so a page holds whole entries. A table at the end of all addresses may be longer than what is left.
+            let Some(address) = place.table.checked_add(index * bytes) else {
+                self.set_step(index, None);
+                let rest = Span {
+                    first: span.first.max(place.base + (index << lsb)),
+                    last: span.last.min(Span::of_log2(place.base + (last << lsb), lsb).last),
+                };
+                self.fault(Cause::Entry(FaultKind::AddressSize), rest, Some(place.table))?;
+                break;
+            };
             let count = ((PAGE - address % PAGE) / bytes).min(last - index + 1);
             let entries = &mut buffer.0[..count as usize];
             let here = Span {

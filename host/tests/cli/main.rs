@@ -2,8 +2,10 @@
 #![allow(clippy::unwrap_used)]
 
 mod changes;
+mod damage;
 mod errors;
 mod golden;
+mod hostile;
 mod outcomes;
 mod reports;
 mod requests;

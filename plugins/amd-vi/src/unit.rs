@@ -279,6 +279,7 @@ impl Hardware {
         // The guest table's addresses end where the host table's input does, and permissions are the host table's business if there is one.
         let output_bits = if nested { input_bits(MODE.of(entry[0])).min(ADDRESS_BITS) } else { ADDRESS_BITS };
         set("output-bits", output_bits, ADDRESS_BITS);
+        unless(root >> output_bits != 0, Event::IoPageFault, "the guest table's root is beyond the addresses that the host table translates")?;
         set("sign-extended", u64::from(pasid != 0), 1);
         set("no-execute", efr::NX_SUP.of(self.features), 0);
         set("read", u64::from(nested || entry[0] & IR != 0), 1);

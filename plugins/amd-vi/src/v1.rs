@@ -142,6 +142,12 @@ impl Format for V1 {
             Kind::Leaf => {
                 let below = if NEXT_LEVEL.of(pattern) == LEAF { ((1 << slot_log2(level)) - 1) & ADDRESS.mask() } else { 0 };
                 findings.should_be_zero(pattern, below, ENTRIES, "address bits below the page size are ignored");
+                // A leaf with a size of its own comes whole.
+                if NEXT_LEVEL.of(pattern) == SIZED_LEAF && !(slot_log2(level) + 1..slot_log2(level + 1)).contains(&coded_size_log2(pattern)) {
+                    let bits = NEXT_LEVEL.mask() | size_code(coded_size_log2(pattern).min(ADDRESS_BITS as u8)) & pattern;
+                    let reason = "the address bits code a size that is not above this level's own and below that of the level above";
+                    findings.error(FaultKind::Reserved, bits, ENTRIES, reason);
+                }
             }
         }
         findings.reserved(pattern, RESERVED, ENTRIES, "bits 58:52 are reserved");
@@ -191,18 +197,12 @@ impl Format for V1 {
     }
 
     fn decode_entry(&self, level: u8, inherited: u64, entry: u64) -> Meaning {
-        let pattern = entry & !ADDRESS.mask();
         let mut findings = Findings::default();
-        self.check(level, Kind::Leaf, inherited, pattern, &mut findings);
-        if let Some(finding) = findings.into_vec().first().filter(|finding| finding.severity == Severity::Error) {
-            return Meaning::Fault(finding.kind);
+        self.check(level, Kind::Leaf, inherited, entry, &mut findings);
+        match findings.into_vec().first().filter(|finding| finding.severity == Severity::Error) {
+            Some(finding) => Meaning::Fault(finding.kind),
+            None => Meaning::Leaf { size_log2: coded_size_log2(entry), attributes: self.attributes(level, inherited, entry) },
         }
-        // The size must lie between this level's own and that of the level above; there is no other way to say it than that it is reserved.
-        let size_log2 = coded_size_log2(entry);
-        if size_log2 <= slot_log2(level) || size_log2 >= slot_log2(level + 1) {
-            return Meaning::Fault(FaultKind::Reserved);
-        }
-        Meaning::Leaf { size_log2, attributes: self.attributes(level, inherited, pattern) }
     }
 
     fn encode_leaf(&self, level: u8, size_log2: u8, attributes: Attributes) -> Option<Encoded> {

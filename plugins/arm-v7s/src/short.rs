@@ -271,7 +271,7 @@ impl Format for Short {
         }
         if level != SECOND {
             if !matches!(self.domain_access(pattern), CLIENT | MANAGER) {
-                findings.error(FaultKind::Permission, first::DOMAIN.in_place(pattern), DOMAINS, "the entry's domain has no access");
+                findings.error(FaultKind::Permission, first::DOMAIN.mask(), DOMAINS, "the entry's domain has no access");
             }
             if kind == Kind::Table {
                 let pxn = if self.pxn { 0 } else { first::TABLE_PXN };
@@ -289,7 +289,8 @@ impl Format for Short {
         }
         let leaf = Leaf::unpack(level, pattern);
         if self.access_flag && leaf.ap & 1 == 0 {
-            findings.error(FaultKind::AccessFlag, 0, ACCESS, "the access flag AP[0] is zero");
+            let bits = if level == SECOND { second::AP.put(1) } else { first::AP.put(1) };
+            findings.error(FaultKind::AccessFlag, bits, ACCESS, "the access flag AP[0] is zero");
         }
         if !self.access_flag && leaf.ap == 4 {
             let bits = if level == SECOND { second::AP_HIGH.mask() } else { first::AP_HIGH.mask() };

@@ -11,7 +11,9 @@
 
 use stagecraft_sdk::{Attributes, Encoded, Error, Findings, Format, Kind, Level, Mark, MemoryType, Need, Next, Root, Segment, Settings, Shape};
 
-use crate::spec::{ADDRESS_HIGH, CACHED, D, HUGE, HUGE_G, MAT, NR, NX, P, PLV, RPLV, STRONGLY_ORDERED, TABLE_LOW, USER, V, W, WEAKLY_ORDERED};
+use crate::spec::{
+    ADDRESS_HIGH, CACHED, D, HUGE, HUGE_G, MAT, NR, NX, P, PLV, RPLV, STRONGLY_ORDERED, TABLE_LOW, UNASSIGNED, USER, V, W, WEAKLY_ORDERED,
+};
 
 const ENTRIES: &str = "LoongArch volume 1 section 5.4.5";
 const TABLES: &str = "LoongArch volume 1 section 5.4";
@@ -164,6 +166,7 @@ impl Format for Paging {
                 let below = (1_u64 << self.slot_log2(level).min(ADDRESS_HIGH + 1)) - (1 << 12);
                 let g = if level == PAGE_TABLE { 0 } else { HUGE_G };
                 findings.reserved(pattern, below & !g, ENTRIES, "the address is not aligned to the size of the page");
+                findings.should_be_zero(pattern, UNASSIGNED, ENTRIES, "bits 60:48 of a page are not assigned, and ignored");
                 if pattern & RPLV != 0 && PLV.of(pattern) == USER {
                     findings.warning(RPLV, ENTRIES, "a page for user level only: privileged requests are not told apart from others");
                 }

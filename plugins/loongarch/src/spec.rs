@@ -26,6 +26,8 @@ pub(crate) const NX: u64 = bit(62);
 pub(crate) const RPLV: u64 = bit(63);
 /// Highest address bit of an entry.
 pub(crate) const ADDRESS_HIGH: u8 = 47;
+/// Leaf: above the address, not assigned.
+pub(crate) const UNASSIGNED: u64 = mask(60, 48);
 /// Directory entry that points to a table: bits below the address that must be zero.
 pub(crate) const TABLE_LOW: u64 = mask(11, 0) & !HUGE;
 
@@ -53,6 +55,6 @@ mod tests {
             word |= field.put(value);
         }
         assert_eq!(word, 0xe000_0000_0000_11db);
-        assert_eq!(TABLE_LOW, 0xfbf);
+        assert_eq!((TABLE_LOW, UNASSIGNED), (0xfbf, 0x1fff << ADDRESS_HIGH << 1));
     }
 }

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use stagecraft::convert::ConvertError;
 use stagecraft::device::LookupError;
 use stagecraft::guest::GuestError;
-use stagecraft::table::WalkError;
+use stagecraft::table::{BuildError, WalkError};
 
 use crate::output::{BAD, printable};
 
@@ -34,8 +34,23 @@ pub fn report(error: &anyhow::Error) -> Status {
     if error.chain().any(gone) {
         return Status::Good;
     }
-    complain(&format!("{error:#}"));
+    complain(&format!("{}{error:#}{}", place(error), hint(error)));
     if is_budget(error) { Status::Found } else { Status::Trouble }
+}
+
+/// What an error is about that does not say so itself: only writing to standard output has no name of a file.
+fn place(error: &anyhow::Error) -> &'static str {
+    if error.downcast_ref::<std::io::Error>().is_some() && error.chain().count() == 1 { "standard output: " } else { "" }
+}
+
+/// What would help.
+fn hint(error: &anyhow::Error) -> &'static str {
+    match error.downcast_ref::<ConvertError>() {
+        Some(ConvertError::Build { error: BuildError::Full(_), .. }) => "; --table-bytes allows more",
+        Some(ConvertError::NoHole { .. }) => "; --table-bytes N asks for less",
+        _ if is_budget(error) => "; --budget-tables and --budget-leaves allow more",
+        _ => "",
+    }
 }
 
 /// One line on stderr.

@@ -1,5 +1,7 @@
 //! All streams of a snapshot and what each reaches. Devices of one domain share tables: equal configurations are walked once.
 
+use std::collections::HashMap;
+
 use anyhow::Result;
 use stagecraft::device::LookupError;
 use stagecraft::guest::{Collected, Guest, GuestError, State, StreamState};
@@ -42,10 +44,10 @@ impl View {
     pub fn new(guest: &Guest<'_>, only: Option<&Device>) -> Result<Self> {
         let streams = streams(guest, only)?;
         let mut view = Self { streams: Vec::with_capacity(streams.len()), tables: Vec::new() };
-        let mut known: Vec<StreamState> = Vec::new();
+        let (mut known, mut places) = (Vec::<StreamState>::new(), HashMap::new());
         for (stream, stopped) in streams {
             let table = matches!(stream.state, State::Translated(_) | State::Direct(_)).then(|| {
-                known.iter().position(|other| other.shares(&stream)).unwrap_or_else(|| {
+                *places.entry(stream.way()).or_insert_with(|| {
                     known.push(stream.clone());
                     known.len() - 1
                 })
@@ -133,8 +135,12 @@ pub fn streams(guest: &Guest<'_>, only: Option<&Device>) -> Result<Vec<(StreamSt
                 }
                 found.value
             }
-            // Said about the device already.
-            Err(GuestError::Lookup(LookupError::Exhausted(_))) => Vec::new(),
+            Err(GuestError::Lookup(LookupError::Exhausted(exhausted))) => {
+                if let Some((_, stopped)) = streams.last_mut() {
+                    stopped.get_or_insert(exhausted.to_string());
+                }
+                Vec::new()
+            }
             Err(error) => return Err(of_device(error, device)),
         };
         for pasid in pasids {

@@ -5,6 +5,7 @@ mod picture;
 mod rows;
 mod svg;
 
+use std::collections::HashMap;
 use std::fs;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -12,7 +13,6 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
 use serde_json::json;
-use stagecraft::Span;
 use stagecraft::guest::{Guest, GuestError, State, StreamState};
 use stagecraft::snapshot::SnapshotError;
 use stagecraft::table::WalkError;
@@ -92,6 +92,7 @@ fn look(guest: &Guest<'_>, streams: Vec<(StreamState, Option<String>)>) -> Resul
         }
     };
     let progress = Progress::new("walking tables");
+    let mut places = HashMap::new();
     let all = streams.len();
     for (done, (stream, stopped)) in streams.into_iter().enumerate() {
         progress.at(done, all);
@@ -112,13 +113,14 @@ fn look(guest: &Guest<'_>, streams: Vec<(StreamState, Option<String>)>) -> Resul
             }
             State::Direct(_) | State::Translated(_) => {}
         }
-        if let Some(section) = sections.iter_mut().find(|section| section.stream.shares(&stream)) {
+        if let Some(section) = places.get(&stream.way()).and_then(|place: &usize| sections.get_mut(*place)) {
             section.users.push(name);
             continue;
         }
         let Some(mut space) = guest.space(&stream)? else { continue };
+        places.insert(stream.way(), sections.len());
         let mut areas = Areas::new(guest.map(), space.privileged());
-        let stopped = match space.walk(&guest.memory(), guest.map(), Span::ALL, &guest.budget(), &mut areas) {
+        let stopped = match guest.walk(&mut space, &mut areas) {
             Ok(()) => None,
             Err(WalkError::Exhausted(stopped)) => Some(stopped.to_string()),
             Err(error) => return Err(GuestError::from(error).into()),
@@ -139,8 +141,14 @@ fn check_out(out: &Path, force: bool) -> Result<()> {
     if out.is_dir() {
         bail!("{}: a folder; give the name of a file, such as {}", out.display(), out.join("map.svg").display());
     }
-    if !force && fs::symlink_metadata(out).is_ok() {
-        return Err(SnapshotError::Exists(out.to_owned()).into());
+    if let Ok(found) = fs::symlink_metadata(out) {
+        if !force {
+            return Err(SnapshotError::Exists(out.to_owned()).into());
+        }
+        // The picture takes the place of what is there: of a device or a pipe it must not.
+        if !(found.is_file() || found.is_symlink()) {
+            bail!("{}: exists and is not a file: it is not replaced", out.display());
+        }
     }
     match out.parent().filter(|parent| !parent.as_os_str().is_empty() && !parent.is_dir()) {
         Some(parent) => bail!("{}: no such folder; create it first", parent.display()),

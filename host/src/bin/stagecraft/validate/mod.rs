@@ -3,6 +3,7 @@
 mod examine;
 mod print;
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 
 use anyhow::Result;
@@ -108,6 +109,7 @@ pub fn run(global: &Global, arguments: &Arguments) -> Result<Status> {
     let streams = streams(&guest, only)?;
     let mut report = Report { max: usize::try_from(arguments.max).unwrap_or(usize::MAX), streams: streams.len(), ..Report::default() };
     let mut groups: Vec<Group<'_>> = Vec::new();
+    let mut places = HashMap::new();
     for (stream, stopped) in &streams {
         if let Some(page) = stream.missing {
             report.lacks(page, stream);
@@ -118,10 +120,13 @@ pub fn run(global: &Global, arguments: &Arguments) -> Result<Status> {
             State::Bypass | State::Direct(_) => {}
             State::Blocked(_) if stream.missing.is_some() || stopped.is_some() || stream.unused => {}
             State::Blocked(reason) => report.blocked(stream, reason),
-            State::Translated(configs) => match groups.iter_mut().find(|group| group.streams[0].shares(stream)) {
-                Some(group) => group.streams.push(stream.clone()),
-                None => groups.push(Group { configs, streams: vec![stream.clone()] }),
-            },
+            State::Translated(configs) => {
+                let place = *places.entry(stream.way()).or_insert(groups.len());
+                match groups.get_mut(place) {
+                    Some(group) => group.streams.push(stream.clone()),
+                    None => groups.push(Group { configs, streams: vec![stream.clone()] }),
+                }
+            }
         }
     }
     report.tables = groups.len();
@@ -191,13 +196,13 @@ impl Report {
         let keep = self.max - self.violations.len();
         let mut space = guest.open(group.configs)?;
         let mut examine = Examine::new(space.tables().map(stagecraft::table::Table::geometry), 1, keep);
-        let walked = space.walk(&guest.memory(), guest.map(), Span::ALL, &guest.budget(), &mut examine);
+        let walked = guest.walk(&mut space, &mut examine);
         self.walked(walked, group)?;
         self.explain(group, &mut space, examine, None)?;
         let Some(second) = group.configs.get(1..).filter(|second| !second.is_empty()) else { return Ok(()) };
         let mut space = guest.open(second)?;
         let mut examine = Examine::new(space.tables().map(stagecraft::table::Table::geometry), 1, self.max - self.violations.len());
-        let walked = space.walk(&guest.memory(), guest.map(), Span::ALL, &guest.budget(), &mut examine);
+        let walked = guest.walk(&mut space, &mut examine);
         self.walked(walked, group)?;
         self.explain(group, &mut space, examine, Some(2))
     }
