@@ -4,6 +4,7 @@ mod address;
 mod attributes;
 pub mod convert;
 pub mod device;
+pub mod guess;
 pub mod guest;
 pub mod memory;
 pub mod plugin;

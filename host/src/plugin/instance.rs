@@ -83,6 +83,7 @@ pub struct Binding {
 
 const MAX_PASIDS: usize = 1024;
 const MAX_OFFERS: usize = 64;
+const MAX_CANDIDATES: usize = 64;
 const MAX_BINDING_BYTES: usize = 4096;
 /// Most bytes of hardware information that are handed to a plugin.
 const MAX_INFO_BYTES: usize = 4096;
@@ -232,6 +233,20 @@ impl Instance {
             self.sandbox.call(Pace::Cold, |exports, store| exports.stagecraft_format_table().call_suggest(store, format, &settings, need))?;
         let suggested = answer.map_err(|error| self.sandbox.refused(error))?;
         words::settings(suggested).map_err(|what| self.sandbox.nonsense(what))
+    }
+
+    /// Configurations that a table of unknown origin may have, usual ones first, without roots; at least one and at most 64.
+    ///
+    /// # Errors
+    /// [`CallError::Unknown`] for the format, and everything that can go wrong with a call.
+    pub fn candidates(&mut self, format: &str) -> Result<Vec<Settings>, CallError> {
+        self.plugin.check_format(format)?;
+        let answer = self.sandbox.call(Pace::Cold, |exports, store| exports.stagecraft_format_table().call_candidates(store, format))?;
+        let candidates = answer.map_err(|error| self.sandbox.refused(error))?;
+        if candidates.is_empty() || candidates.len() > MAX_CANDIDATES {
+            return Err(self.sandbox.nonsense(format!("{} candidates; there are 1 to {MAX_CANDIDATES}", candidates.len())));
+        }
+        candidates.into_iter().map(|settings| words::settings(settings).map_err(|what| self.sandbox.nonsense(what))).collect()
     }
 
     /// Registers for the plugin, names checked against the manifest.
