@@ -38,7 +38,7 @@ pub struct Evidence {
     pub faults: Faults,
     /// Different patterns of leaves and tables.
     pub patterns: u64,
-    /// Bits that are set in some pattern and change nothing.
+    /// Bits that change nothing, and are in some pattern other than the format itself would have them.
     pub idle_bits: u64,
     /// Why the walk ended before everything was seen.
     pub stopped: Option<&'static str>,
@@ -85,16 +85,18 @@ pub(super) const EMPTY: f64 = 4.0;
 pub(super) const SKIP: f64 = 8.0;
 /// A page of a table that is not there.
 pub(super) const HOLE: f64 = 16.0;
-/// An absent entry with something in it.
-pub(super) const REMAINS: f64 = 4.0;
+/// An absent entry with something in it; once per pattern.
+pub(super) const REMAINS: f64 = -6.0;
+/// An entry that points where the one before it points.
+pub(super) const AGAIN: f64 = -3.0;
 /// Leaves for privileged requests where there are others, or device memory in RAM; once per pattern.
-pub(super) const ODD: f64 = 6.0;
+pub(super) const ODD: f64 = 10.0;
 /// Leaves that cannot be cached, in RAM; once per pattern.
 pub(super) const UNUSUAL: f64 = 2.0;
 
 /// Weight of a pattern that was not seen yet, in patterns that were.
 const NEW: f64 = 1.0;
-/// A bit that changes nothing is set so often.
+/// A bit that changes nothing is so often other than the format itself would have it.
 const IDLE: f64 = 1.0 / 16.0;
 /// Patterns of one class that are told apart.
 const MOST_PATTERNS: usize = 4096;
@@ -106,6 +108,8 @@ pub(super) struct Roles {
     pub effective: u64,
     /// They change nothing.
     pub idle: u64,
+    /// Those of them that the format itself sets when it makes such an entry.
+    pub usual: u64,
 }
 
 /// Patterns of one kind of entry at one level, coded by what was seen so far.
@@ -114,7 +118,7 @@ pub(super) struct Class {
     roles: Roles,
     seen: HashMap<u64, u64>,
     total: u64,
-    /// How many of the different patterns have each idle bit set.
+    /// How many of the different patterns have each idle bit other than usual.
     ones: Vec<(u64, u64)>,
 }
 
@@ -137,7 +141,7 @@ impl Class {
         let mut bits = choice(total / NEW) + f64::from(self.roles.effective.count_ones());
         for (bit, ones) in &mut self.ones {
             let set = (*ones as f64 + IDLE) / (different as f64 + 1.0);
-            let is_set = pattern & *bit != 0;
+            let is_set = (pattern ^ self.roles.usual) & *bit != 0;
             bits -= if is_set { set.log2() } else { (1.0 - set).log2() };
             *ones += u64::from(is_set);
         }
@@ -147,8 +151,9 @@ impl Class {
         (bits, true)
     }
 
-    pub(super) fn idle(&self, pattern: u64) -> u64 {
-        pattern & self.roles.idle
+    /// Bits that change nothing, and are not as the format itself would have them.
+    pub(super) fn odd(&self, pattern: u64) -> u64 {
+        (pattern ^ self.roles.usual) & self.roles.idle
     }
 
     pub(super) fn different(&self) -> u64 {
@@ -162,7 +167,7 @@ mod tests {
 
     #[test]
     fn a_pattern_that_repeats_becomes_cheap_and_an_idle_bit_is_dear() {
-        let mut class = Class::new(Roles { effective: 0b11, idle: 0b1100 });
+        let mut class = Class::new(Roles { effective: 0b11, idle: 0b1100, usual: 0 });
         let (first, new) = class.cost(0b01);
         assert!(new && (2.0..2.3).contains(&first), "two bits, and next to nothing for clear bits: {first}");
         for _ in 0..1000 {
@@ -170,7 +175,7 @@ mod tests {
         }
         let (again, new) = class.cost(0b01);
         assert!(!new && again < 0.01, "{again}");
-        let mut other = Class::new(Roles { effective: 0b11, idle: 0b1100 });
+        let mut other = Class::new(Roles { effective: 0b11, idle: 0b1100, usual: 0 });
         let (idle, _) = other.cost(0b1101);
         assert!(idle > first + 7.0, "{idle}");
     }

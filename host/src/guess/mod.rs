@@ -21,7 +21,7 @@
 //!
 //! *Patterns* repeat in real tables, so they are coded adaptively, by how often each was seen at its level. A new one costs a bit for each of its bits that
 //! changes the meaning, nothing for those that must be as they are, and much for a bit that is set though it changes nothing (found by flipping bits and
-//! asking the format again): nobody sets bits that are ignored. That is how reserved, ignored, accessed and dirty bits tell formats apart whose entries are
+//! asking the format again, and compared with what the format itself makes): nobody sets bits that are ignored. That is how reserved, ignored, accessed and dirty bits tell formats apart whose entries are
 //! otherwise alike. Leaves that a format calls device memory and that point to RAM, or that only privileged requests pass, cost a few bits once per pattern.
 //!
 //! *Depth* needs no rule of its own. Read with too few levels, tables look like leaves, and the evidence of everything below is lost. Read with too many,
@@ -54,7 +54,7 @@ use score::{Scored, Scorer};
 /// Evidence, in bits, that a candidate must have to be a guess at all: chance would do as well once in 2^24 times, with hundreds of candidates tried.
 pub const LEAST: f64 = 24.0;
 /// Evidence, in bits, within which two candidates count as equal.
-pub const EQUAL: f64 = 3.0;
+pub const EQUAL: f64 = 8.0;
 /// Evidence, in bits, at which a candidate is dropped.
 pub const HOPELESS: f64 = -2048.0;
 

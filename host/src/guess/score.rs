@@ -1,13 +1,13 @@
 //! One candidate tried: a walk from the root, table by table and level by level, in which every word is weighed.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 
 use crate::memory::{EntryLayout, EntryMemory, Kind, MemoryMap, PAGE};
 use crate::plugin::TableConfig;
 use crate::table::{AddressField, Format, FormatError, Geometry, Level, Meaning, Next};
 use crate::{Attributes, Gpa, MemoryType, Span};
 
-use super::evidence::{Class, EMPTY, Evidence, HOLE, ODD, PARTLY, REMAINS, Roles, SKIP, UNUSUAL, WRONG, as_anything, choice};
+use super::evidence::{AGAIN, Class, EMPTY, Evidence, HOLE, ODD, PARTLY, REMAINS, Roles, SKIP, UNUSUAL, WRONG, as_anything, choice};
 use super::{HOPELESS, Missing, Subject};
 
 /// How tables nest, whatever the width of the root: lowest index bits of the levels from the root down, and the size of entries.
@@ -67,6 +67,9 @@ struct Judged {
     class: usize,
 }
 
+/// Patterns of absent entries that are told apart.
+const MOST_REMAINS: usize = 4096;
+
 /// Which entries share a [`Class`]: kind of table, shape, and whether they are tables.
 type ClassKey = (u8, Option<u8>, bool);
 
@@ -101,6 +104,8 @@ pub(super) struct Scorer<'a, M: ?Sized> {
     judged: HashMap<(u8, u64, u64), Judged>,
     classes: Vec<Class>,
     class_of: HashMap<ClassKey, usize>,
+    /// Patterns of absent entries that are not empty, by level.
+    remains: HashSet<(u8, u64)>,
     /// Ranges that were reached as tables: first to last byte, and as what.
     claimed: BTreeMap<u64, (u64, u8, u64)>,
     queue: VecDeque<Place>,
@@ -118,6 +123,19 @@ struct Cursor {
     previous: u64,
     /// Where the leaf before ended.
     end: Option<u64>,
+    /// What the last word was.
+    last: Last,
+}
+
+/// What a word was, as far as it matters for one that is equal.
+#[derive(Clone, Copy, Debug)]
+enum Last {
+    /// Absent or a fault.
+    Nothing,
+    /// A table, or a leaf of its slot's size.
+    Whole,
+    /// A leaf that is larger than its slot.
+    Replica,
 }
 
 impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
@@ -145,6 +163,7 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
             judged: HashMap::new(),
             classes: Vec::new(),
             class_of: HashMap::new(),
+            remains: HashSet::new(),
             claimed: BTreeMap::new(),
             queue: VecDeque::new(),
             pages_left: pages,
@@ -201,7 +220,7 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
         self.evidence.tables += 1;
         self.evidence.tables_by_level[depth] += 1;
         let before = self.evidence.good() + self.evidence.bad();
-        let mut cursor = Cursor { place, index: first, previous: 0, end: None };
+        let mut cursor = Cursor { place, index: first, previous: 0, end: None, last: Last::Nothing };
         let mut buffer = [0; (PAGE / 4) as usize];
         while cursor.index <= last {
             let Some(left) = self.pages_left.checked_sub(1) else {
@@ -221,8 +240,7 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
             }
             for &word in buffer[..count as usize].iter() {
                 let weight = self.entry(&mut cursor, word)?;
-                // What merely repeats is no evidence: memory is full of repetitions.
-                self.evidence.bits += if word == cursor.previous { weight.min(0.0) } else { weight };
+                self.evidence.bits += if word == cursor.previous { self.again(&cursor, weight) } else { weight };
                 cursor.previous = word;
                 cursor.index += 1;
                 if self.evidence.stopped.is_some() || self.evidence.bits <= HOPELESS {
@@ -235,6 +253,15 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
             self.evidence.bits -= EMPTY;
         }
         Ok(())
+    }
+
+    /// The weight of a word that stands beside an equal one. It is no evidence for anything: memory is full of repetitions. Where the leaf is larger than
+    /// its slot it has to be so; but neighbours that point to the same page or table are rare.
+    fn again(&self, cursor: &Cursor, weight: f64) -> f64 {
+        match cursor.last {
+            Last::Replica | Last::Nothing => weight.min(0.0),
+            Last::Whole => weight.min(AGAIN),
+        }
     }
 
     fn exists(&self, address: u64, bytes: u64) -> bool {
@@ -255,8 +282,14 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
             meaning => meaning,
         };
         let whole = judged.meaning == Meaning::WholeEntry;
+        let slot = self.geometry.levels[usize::from(level)].index_lsb;
+        cursor.last = match meaning {
+            Meaning::Leaf { size_log2, .. } if size_log2 > slot => Last::Replica,
+            Meaning::Leaf { .. } | Meaning::Table { .. } => Last::Whole,
+            _ => Last::Nothing,
+        };
         match meaning {
-            Meaning::Absent => Ok(self.absent(level, word, mask)),
+            Meaning::Absent => Ok(self.absent(level, word, pattern)),
             Meaning::Fault(kind) => {
                 self.evidence.faults[kind as usize] += 1;
                 cursor.end = None;
@@ -270,7 +303,6 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
             }
             Meaning::Leaf { size_log2, attributes } => {
                 let class = self.class(judged, whole, (level, shape, false), inherited, pattern)?;
-                let slot = self.geometry.levels[usize::from(level)].index_lsb;
                 if size_log2 < slot || size_log2 >= 64 {
                     self.evidence.faults[crate::table::FaultKind::Reserved as usize] += 1;
                     return Ok(WRONG);
@@ -345,21 +377,28 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
                 roles.effective |= bit;
             }
         }
+        roles.usual = roles.idle & self.usual(level, meaning)?;
         Ok(roles)
     }
 
-    /// An entry that is absent: zeroes say nothing, and what a driver leaves behind says little.
-    fn absent(&self, level: u8, word: u64, mask: u64) -> f64 {
-        if word == 0 {
+    /// How the format itself would say this.
+    fn usual(&mut self, level: u8, meaning: Meaning) -> Result<u64, FormatError> {
+        Ok(match meaning {
+            Meaning::Leaf { size_log2, attributes } => self.format.encode_leaf(level, size_log2, attributes)?.map_or(0, |encoded| encoded.pattern),
+            Meaning::Table { next, .. } => self.format.encode_table(level, next.level)?.unwrap_or(0),
+            _ => 0,
+        })
+    }
+
+    /// An entry that is absent: zeroes say nothing, nor does what an unused slot holds. What drivers leave behind has few patterns; garbage has many.
+    fn absent(&mut self, level: u8, word: u64, pattern: u64) -> f64 {
+        if word == 0 || word == self.geometry.levels[usize::from(level)].absent || self.remains.contains(&(level, pattern)) {
             return 0.0;
         }
-        let anything = as_anything(word, self.geometry.entry_bytes);
-        if word == self.geometry.levels[usize::from(level)].absent {
-            return anything - self.present() - 1.0;
+        if self.remains.len() < MOST_REMAINS {
+            self.remains.insert((level, pattern));
         }
-        // The rest of the word can be anything: an address that was there, and bits that software may use.
-        let rest = as_anything(word & mask, self.geometry.entry_bytes) + 8.0 * f64::from((word & !mask).count_ones()).min(4.0);
-        (anything - self.present() - REMAINS - rest).min(0.0)
+        REMAINS
     }
 
     /// Bits to say that a word is not zero.
@@ -416,7 +455,7 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
         let Some(class) = self.classes.get_mut(class) else { return (0.0, false) };
         let (bits, new) = class.cost(pattern);
         if new {
-            self.evidence.idle_bits += u64::from(class.idle(pattern).count_ones());
+            self.evidence.idle_bits += u64::from(class.odd(pattern).count_ones());
         }
         (bits, new)
     }

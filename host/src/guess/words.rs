@@ -46,7 +46,7 @@ impl Candidate {
         odd(evidence.skips, "entry skips a level", "entries skip a level");
         odd(evidence.empty_tables, "table is empty", "tables are empty");
         odd(evidence.useless_leaves, "leaf lets nobody pass", "leaves let nobody pass");
-        odd(evidence.idle_bits, "bit is set that changes nothing", "bits are set that change nothing");
+        odd(evidence.idle_bits, "bit is unusual and changes nothing", "bits are unusual and change nothing");
         for (kind, count) in FaultKind::ALL.iter().zip(evidence.faults) {
             odd(count, &format!("entry faults: {kind}"), &format!("entries fault: {kind}"));
         }

@@ -176,7 +176,7 @@ impl Format for V2 {
         let mut take = |condition, what| inherited |= if condition { what } else { 0 };
         take(pattern & RW == 0, NO_WRITE);
         take(pattern & US == 0, PRIVILEGED_ONLY);
-        take(pattern & NX != 0, NO_EXECUTE);
+        take(self.no_execute && pattern & NX != 0, NO_EXECUTE);
         inherited
     }
 
