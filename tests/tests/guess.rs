@@ -6,12 +6,14 @@ mod fixtures;
 
 use std::collections::BTreeMap;
 
+use stagecraft::Span;
 use stagecraft::guess::{Candidate, Guess, Missing, Options, Subject, guess};
 use stagecraft::guest::{Guest, State};
 use stagecraft::memory::VmMemory;
 use stagecraft::plugin::{Config, Engine, Plugins, TableConfig};
-use stagecraft::snapshot::Snapshot;
-use stagecraft::table::Format as _;
+use stagecraft::snapshot::{Snapshot, Source, Stream};
+use stagecraft::table::{Collector, Format as _};
+use stagecraft_tests::reference::generate::{self, Rng};
 
 fn plugins() -> Plugins {
     Plugins::builtin(&Engine::new(Config::default()).unwrap()).unwrap()
@@ -75,7 +77,7 @@ fn the_tables_of_real_guests_are_told_without_registers() {
                 config.format,
                 if hit { "hit" } else { "miss" }
             );
-            for candidate in found.candidates.iter().take(4) {
+            for candidate in found.candidates.iter().take(if hit { 0 } else { 3 }) {
                 println!("{}", show(candidate));
             }
             if leaves < 64 {
@@ -88,7 +90,10 @@ fn the_tables_of_real_guests_are_told_without_registers() {
                 wrong.push(format!("{} {root:#x}", fixture.name));
             }
             // What is equal at the top is ordered by the kind of unit, and the rest is as it was.
-            let stagecraft::snapshot::Source::Unit { kind, .. } = &snapshot.source else { panic!("a real guest") };
+            let Source::Unit { kind, .. } = &snapshot.source else { panic!("a real guest") };
+            if found.likeliest().len() == 1 {
+                continue;
+            }
             let told = ask(&plugins, &snapshot, root, &Options { unit: Some(kind.clone()), ..Options::default() });
             if !told.likeliest().first().is_some_and(|candidate| right(&candidate)) {
                 wrong.push(format!("{} {root:#x} with the kind of unit", fixture.name));
@@ -97,4 +102,181 @@ fn the_tables_of_real_guests_are_told_without_registers() {
     }
     println!("{asked} tables with 64 leaves or more, {} not told; of {small} smaller ones {small_right} were told", wrong.len());
     assert!(asked >= 2 && wrong.is_empty(), "{wrong:?}");
+}
+
+/// Hit rates of generated tables with 64 leaves or more. The generator uses options that drivers do not: noise in ignored bits, entries that fault,
+/// restrictions by tables, byte orders and widths of all kinds.
+#[test]
+fn generated_tables_are_told() {
+    let seeds: u64 = std::env::var("STAGECRAFT_SEEDS").ok().and_then(|seeds| seeds.parse().ok()).unwrap_or(25);
+    let plugins = plugins();
+    let mut rates = Vec::new();
+    let plain = generate::Options { clusters: 24, restrictions: false, decoys: false, noise: false };
+    let wild = generate::Options { clusters: 24, ..generate::Options::default() };
+    for (name, options, least) in [("plain", plain, 95), ("wild", wild, 80)] {
+        for format in generate::Format::ALL {
+            let (mut asked, mut hits) = (0, 0);
+            for seed in 0..seeds {
+                let Some((snapshot, config)) = generated(format, seed, options) else { continue };
+                let guest = Guest::new(&snapshot, &plugins).unwrap();
+                for (root, (config, leaves)) in roots_of(&guest, &config) {
+                    if leaves < 64 {
+                        continue;
+                    }
+                    let found = ask(&plugins, &snapshot, root, &Options::default());
+                    let (levels, granule) = nest(&plugins, &config, root);
+                    let right = |candidate: &Candidate| {
+                        (&*candidate.config.format, candidate.levels, candidate.granule) == (&*config.format, levels, granule)
+                    };
+                    let hit = found.likeliest().iter().any(right);
+                    asked += 1;
+                    hits += u32::from(hit);
+                    if !hit {
+                        println!("{name} {format:?} seed {seed}: {config} levels={levels} granule={granule} leaves={leaves}");
+                        for candidate in found.candidates.iter().take(3) {
+                            println!("{}", show(candidate));
+                        }
+                    }
+                }
+            }
+            println!("{name} {format:?}: {hits} of {asked} tables with 64 leaves or more were told");
+            rates.push((name, format, hits, asked, least));
+        }
+    }
+    for (name, format, hits, asked, least) in rates {
+        assert!(asked > 0 && hits * 100 >= asked * least, "{name} {format:?}: {hits} of {asked}");
+    }
+}
+
+/// A generated snapshot, and its configuration in the plugins' words.
+fn generated(format: generate::Format, seed: u64, options: generate::Options) -> Option<(Snapshot, TableConfig)> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("snapshot");
+    std::fs::create_dir(&path).unwrap();
+    generate::generate_with(format, seed, options).write_snapshot(&path).unwrap();
+    let snapshot = Snapshot::load(&path).unwrap();
+    let Source::Tables(entries) = &snapshot.source else { panic!("the generator names its tables") };
+    let Stream::Table { format, settings } = &entries.first()?.stream else { return None };
+    let known = names(format);
+    // What the generator calls by another name changes what is allowed, or which addresses are taken, and not how tables nest.
+    let settings = settings.iter().filter(|(name, _)| known.contains(&&**name)).map(|(name, value)| (name.clone(), *value)).map(start_level);
+    let mut config = TableConfig { format: format.clone(), settings: settings.collect() };
+    if format.starts_with("intel-vtd") {
+        config.settings.set("output-bits", 52);
+    }
+    Some((snapshot, config))
+}
+
+/// Level -1 is 255.
+fn start_level((name, value): (String, u64)) -> (String, u64) {
+    if name == "start-level" { (name, value & 0xff) } else { (name, value) }
+}
+
+fn names(format: &str) -> &'static [&'static str] {
+    match format {
+        "arm-smmuv3/stage1" => &[
+            "granule",
+            "granule-high",
+            "input-bits",
+            "input-bits-high",
+            "output-bits",
+            "root",
+            "root-high",
+            "mair",
+            "hardware-access",
+            "hardware-dirty",
+            "access-flag-disabled",
+            "big-endian",
+            "lpa2",
+        ],
+        "arm-smmuv3/stage2" => &[
+            "granule",
+            "input-bits",
+            "output-bits",
+            "start-level",
+            "root",
+            "hardware-access",
+            "hardware-dirty",
+            "access-flag-disabled",
+            "big-endian",
+            "lpa2",
+        ],
+        _ => &["levels", "root", "page-1g"],
+    }
+}
+
+/// The roots of one configuration, each with the leaves below it alone.
+fn roots_of(guest: &Guest<'_>, config: &TableConfig) -> BTreeMap<u64, (TableConfig, u64)> {
+    let mut roots = BTreeMap::new();
+    let addresses: Vec<u64> = config.settings.iter().filter(|(name, _)| name.starts_with("root")).map(|(_, root)| root).collect();
+    for root in addresses {
+        let mut space = guest.open(std::slice::from_ref(config)).unwrap();
+        let window = space.tables().next().unwrap().geometry().roots.iter().filter(|window| window.address == root);
+        let spans: Vec<Span> = window.map(|window| Span { first: window.first, last: window.last }).collect();
+        let mut leaves = 0;
+        for span in spans {
+            let mut collector = Collector::new(false, 0);
+            space.walk(&guest.memory(), guest.map(), span, &guest.budget(), &mut collector).unwrap();
+            leaves += collector.leaf_sizes().iter().sum::<u64>();
+        }
+        roots.insert(root, (config.clone(), leaves));
+    }
+    roots
+}
+
+/// Memory of some pages, all of which the memory map has, in a map of 4 GiB.
+fn memory_of(pages: &[(u64, [u64; 512])]) -> (tempfile::TempDir, Snapshot) {
+    let folder = tempfile::tempdir().unwrap();
+    let addresses: Vec<String> = pages.iter().map(|(address, _)| format!("{address:#x}")).collect();
+    let json = serde_json::json!({
+        "version": 1, "description": "", "unit": {"kind": "intel-vtd", "registers": {}}, "page_size": 4096,
+        "memory": [{"kind": "ram", "first": "0x0", "last": "0xffffffff"}], "devices": [], "pages": addresses,
+    });
+    std::fs::write(folder.path().join("snapshot.json"), json.to_string()).unwrap();
+    let bytes: Vec<u8> = pages.iter().flat_map(|(_, words)| words.iter().flat_map(|word| word.to_le_bytes())).collect();
+    std::fs::write(folder.path().join("pages.bin"), bytes).unwrap();
+    let snapshot = Snapshot::load(folder.path()).unwrap();
+    (folder, snapshot)
+}
+
+#[test]
+fn nothing_fits_what_is_no_table() {
+    let plugins = plugins();
+    let mut rng = Rng::new(1);
+    let mut random = |mask: u64, value: u64| -> [u64; 512] { std::array::from_fn(|_| rng.number() & mask | value) };
+    let text: [u64; 512] = std::array::from_fn(|index| u64::from_le_bytes(*b" of the ").wrapping_add((index as u64 * 7 % 26) << 8));
+    let cases: [(&str, Vec<(u64, [u64; 512])>); 8] = [
+        ("zeroes", vec![(0x1000, [0; 512])]),
+        ("ones", vec![(0x1000, [u64::MAX; 512])]),
+        ("random", (1..9).map(|page| (page << 12, random(u64::MAX, 0))).collect()),
+        ("random with a valid bit", (1..9).map(|page| (page << 12, random(u64::MAX, 3))).collect()),
+        ("small numbers", vec![(0x1000, random(0xfff, 0))]),
+        ("text", vec![(0x1000, text)]),
+        ("one word over and over", vec![(0x1000, [0x2003; 512])]),
+        ("a table that points to itself everywhere", vec![(0x1000, [0x1067; 512])]),
+    ];
+    for (name, pages) in &cases {
+        let (_folder, snapshot) = memory_of(pages);
+        for readable in [Missing::Against, Missing::Unknown] {
+            let memory = VmMemory(&snapshot.memory);
+            let subject = Subject { memory: &memory, map: &snapshot.map, readable: snapshot.pages * 4096, missing: readable, root: 0x1000 };
+            let found = guess(&plugins, &subject, &Options::default()).unwrap();
+            let best: Vec<String> = found.candidates.iter().take(2).map(show).collect();
+            assert!(!found.fits && found.likeliest().is_empty(), "{name}: {best:#?}");
+        }
+    }
+}
+
+#[test]
+fn a_guess_is_the_same_every_time_and_stays_within_its_budget() {
+    let plugins = plugins();
+    let snapshot = Snapshot::load(&fixtures::small().path).unwrap();
+    let first = ask(&plugins, &snapshot, 0x49d9_2000, &Options::default());
+    assert_eq!(first, ask(&plugins, &snapshot, 0x49d9_2000, &Options::default()));
+    let tight = Options { pages: 8, trial_pages: 4, ..Options::default() };
+    let found = ask(&plugins, &snapshot, 0x49d9_2000, &tight);
+    assert!(found.all.iter().all(|candidate| candidate.evidence.tables <= 9), "as many tables as were allowed, and the one that was one too many");
+    assert!(found.all.iter().any(|candidate| candidate.evidence.stopped.is_some()));
+    let asked = Options { questions: 3, ..Options::default() };
+    assert!(ask(&plugins, &snapshot, 0x49d9_2000, &asked).all.iter().all(|candidate| candidate.evidence.patterns <= 3));
 }

@@ -15,7 +15,7 @@
 //! | word | as anything | as an entry |
 //! |---|---|---|
 //! | zero | 1 bit for each half of 32 bits | the same where it is absent: emptiness says nothing |
-//! | a table | 33 bits for a half that is not zero | its pattern, and which of the readable pages it points to |
+//! | a table | for each half that is not zero, 6 bits and its digits after the first: small numbers are frequent | its pattern, and which of the readable pages it points to |
 //! | a leaf | the same | its pattern, and which address of the memory map it points to; 1 bit if that continues the leaf before |
 //! | a fault, an address outside the memory map, a table that is part of another one | the same | 8 bits more than as anything |
 //!
@@ -258,10 +258,15 @@ fn score<M: EntryMemory + ?Sized>(
 ) -> Result<Option<Scored>, GuessError> {
     let Hypothesis { plugin, config, .. } = hypothesis;
     let failed = |error: FormatError| GuessError::Format { format: config.format.clone(), error };
-    let unrooted = open(plugin, config)?;
-    let Some(setting) = unrooted.and_then(|format| format.geometry_ref().roots.first().map(|root| root.setting.clone())) else { return Ok(None) };
+    let Some(unrooted) = open(plugin, config)? else { return Ok(None) };
+    let geometry = unrooted.geometry_ref();
+    let Some(window) = geometry.roots.first() else { return Ok(None) };
+    let too_wide = geometry.output_bits < 64 && subject.root >> geometry.output_bits != 0;
+    if too_wide || !subject.root.is_multiple_of(u64::from(geometry.entry_bytes)) {
+        return Ok(None);
+    }
     let mut rooted = config.clone();
-    rooted.settings.set(&setting, subject.root);
+    rooted.settings.set(&window.setting, subject.root);
     let Some(format) = open(plugin, &rooted)? else { return Ok(None) };
     let Some(scorer) = Scorer::new(Box::new(format), rooted, subject, pages, options.questions).map_err(failed)? else { return Ok(None) };
     scorer.run().map(Some).map_err(failed)

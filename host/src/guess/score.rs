@@ -420,7 +420,10 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
         let anything = as_anything(word, size);
         match self.claimed_as(place) {
             // Tables may be shared. That one is said nothing about the format that its first use did not say.
-            Some(true) => return 0.0,
+            Some(true) => {
+                self.evidence.pointers += 1;
+                return 0.0;
+            }
             Some(false) => {
                 self.evidence.overlaps += 1;
                 return WRONG;
@@ -438,6 +441,7 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
         let weight = anything - self.present() - 1.0 - pattern - choice(among / bytes.min(PAGE) as f64) - if skips { SKIP } else { 0.0 };
         self.evidence.skips += u64::from(skips);
         if readable {
+            self.evidence.pointers += 1;
             self.claim(place);
         } else {
             self.evidence.unknown_tables += 1;

@@ -3,6 +3,7 @@
 //! `snapshot.json` and `pages.bin` of format version 1. Instead of `unit.registers` a snapshot may name the tables themselves (`tables`), as those that
 //! were converted do; see [`Source`].
 
+mod dump;
 mod json;
 mod memory;
 mod store;
@@ -13,6 +14,7 @@ use vm_memory::GuestRegionCollection;
 
 use crate::memory::MemoryMap;
 
+pub use dump::Dump;
 pub use memory::PageRegion;
 pub use store::{Pages, store};
 
