@@ -7,6 +7,7 @@ pub mod device;
 pub mod guess;
 pub mod guest;
 pub mod memory;
+pub mod offers;
 pub mod plugin;
 pub mod snapshot;
 pub mod table;

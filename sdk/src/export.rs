@@ -119,6 +119,7 @@ pub fn offers<U: Unit>(kind: u32, info: &[u8]) -> Result<Vec<detect::Offer>, typ
     let offer = |offer: crate::Offer| detect::Offer {
         format: offer.format,
         limits: offer.limits.into_iter().map(|(name, value)| types::Named { name, value }).collect(),
+        conditions: offer.conditions,
     };
     Ok(U::offers(kind, info).map_err(error_out)?.into_iter().map(offer).collect())
 }

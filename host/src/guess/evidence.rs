@@ -100,6 +100,8 @@ pub(super) const UNUSUAL: f64 = 2.0;
 const NEW: f64 = 1.0;
 /// A bit that changes nothing is so often other than the format itself would have it.
 const IDLE: f64 = 1.0 / 16.0;
+/// A bit that changes the meaning is set so often.
+const EFFECTIVE: f64 = 0.5;
 /// Patterns of one class that are told apart.
 const MOST_PATTERNS: usize = 4096;
 
@@ -120,13 +122,16 @@ pub(super) struct Class {
     roles: Roles,
     seen: HashMap<u64, u64>,
     total: u64,
-    /// How many of the different patterns have each idle bit other than usual.
-    ones: Vec<(u64, u64)>,
+    /// Bits that can be one or the other: how often they are expected to be set, or for idle ones to be other than usual; and how many of the different
+    /// patterns have them so.
+    ones: Vec<(u64, f64, u64)>,
 }
 
 impl Class {
     pub(super) fn new(roles: Roles) -> Self {
-        let ones = (0..64).map(|bit| 1_u64 << bit).filter(|bit| roles.idle & bit != 0).map(|bit| (bit, 0)).collect();
+        let expected = |bit: u64| if roles.idle & bit != 0 { IDLE } else { EFFECTIVE };
+        let free = (0..64).map(|bit| 1_u64 << bit).filter(|bit| (roles.idle | roles.effective) & bit != 0);
+        let ones = free.map(|bit| (bit, expected(bit), 0)).collect();
         Self { roles, ones, ..Self::default() }
     }
 
@@ -140,9 +145,9 @@ impl Class {
             *count += 1;
             return (bits, false);
         }
-        let mut bits = choice(total / NEW) + f64::from(self.roles.effective.count_ones());
-        for (bit, ones) in &mut self.ones {
-            let set = (*ones as f64 + IDLE) / (different as f64 + 1.0);
+        let mut bits = choice(total / NEW);
+        for (bit, expected, ones) in &mut self.ones {
+            let set = (*ones as f64 + *expected) / (different as f64 + 1.0);
             let is_set = (pattern ^ self.roles.usual) & *bit != 0;
             bits -= if is_set { set.log2() } else { (1.0 - set).log2() };
             *ones += u64::from(is_set);

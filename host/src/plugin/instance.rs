@@ -68,6 +68,8 @@ pub struct Offer {
     pub format: String,
     /// Setting and largest value; for a set of sizes, their sum.
     pub limits: Vec<(String, u64)>,
+    /// What has to be so besides, for people.
+    pub conditions: Vec<String>,
 }
 
 /// How the kernel is told about a nested table.
@@ -84,6 +86,8 @@ pub struct Binding {
 const MAX_PASIDS: usize = 1024;
 const MAX_OFFERS: usize = 64;
 const MAX_CANDIDATES: usize = 64;
+/// Conditions of an offer that are shown.
+const MAX_CONDITIONS: usize = 16;
 const MAX_BINDING_BYTES: usize = 4096;
 /// Most bytes of hardware information that are handed to a plugin.
 const MAX_INFO_BYTES: usize = 4096;
@@ -195,7 +199,8 @@ impl Instance {
                 return Err(self.sandbox.nonsense(format!("an offer of `{}`, which its manifest does not name", error::clean(&offer.format))));
             }
             let limits = words::limits(offer.limits).map_err(|what| self.sandbox.nonsense(what))?;
-            Ok(Offer { format: offer.format, limits })
+            let conditions = offer.conditions.iter().take(MAX_CONDITIONS).map(|condition| error::clean(condition)).collect();
+            Ok(Offer { format: offer.format, limits, conditions })
         };
         offers.into_iter().map(offer).collect()
     }

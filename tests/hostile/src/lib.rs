@@ -347,7 +347,7 @@ impl Unit for Hostile {
             return Err(Error::Unsupported(format!("hardware information of kind {kind}")));
         }
         let width = info.first().ok_or_else(|| Error::invalid("info", 0, "", "no bytes"))?;
-        Ok(vec![Offer { format: Radix::NAME.to_owned(), limits: vec![("width".to_owned(), u64::from(*width))] }])
+        Ok(vec![Offer { format: Radix::NAME.to_owned(), limits: vec![("width".to_owned(), u64::from(*width))], conditions: Vec::new() }])
     }
 
     fn bind_data(table: &TableConfig, context_address: u64) -> Result<Binding, Error> {

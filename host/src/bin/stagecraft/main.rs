@@ -24,6 +24,7 @@ mod inspect;
 mod json;
 mod man;
 mod numbers;
+mod offers;
 mod options;
 mod output;
 mod progress;
@@ -62,6 +63,7 @@ fn run(cli: &Cli) -> anyhow::Result<Status> {
         Command::Diff(arguments) => diff::run(global, arguments),
         Command::Draw(arguments) => draw::run(global, arguments),
         Command::Guess(arguments) => guess::run(global, arguments),
+        Command::Offers(arguments) => offers::run(global, arguments),
         Command::Completions(arguments) => completions::run(arguments),
         Command::Man(arguments) => man::run(arguments),
     }
