@@ -4,6 +4,7 @@
 mod changes;
 mod errors;
 mod golden;
+mod guess;
 mod reports;
 mod streams;
 mod support;
