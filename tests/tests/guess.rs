@@ -7,11 +7,12 @@ mod fixtures;
 use std::collections::BTreeMap;
 
 use stagecraft::Span;
+use stagecraft::convert::{Target, convert};
 use stagecraft::guess::{Candidate, Guess, Missing, Options, Subject, guess};
 use stagecraft::guest::{Guest, State};
 use stagecraft::memory::VmMemory;
 use stagecraft::plugin::{Config, Engine, Plugins, TableConfig};
-use stagecraft::snapshot::{Snapshot, Source, Stream};
+use stagecraft::snapshot::{Snapshot, Source, Stream, store};
 use stagecraft::table::{Collector, Format as _};
 use stagecraft_tests::reference::generate::{self, Rng};
 
@@ -289,4 +290,80 @@ fn a_guess_is_the_same_every_time_and_stays_within_its_budget() {
     assert!(found.all.iter().any(|candidate| candidate.evidence.stopped.is_some()));
     let asked = Options { questions: 3, ..Options::default() };
     assert!(ask(&plugins, &snapshot, 0x49d9_2000, &asked).all.iter().all(|candidate| candidate.evidence.patterns <= 3));
+}
+
+#[test]
+fn all_candidates_can_be_opened_and_none_comes_twice() {
+    let plugins = plugins();
+    let formats: Vec<String> = plugins.iter().flat_map(|(manifest, _)| manifest.formats.iter().map(|format| format.name.clone())).collect();
+    for format in formats {
+        let plugin = plugins.by_format(&format).unwrap();
+        let candidates = plugin.instantiate().unwrap().candidates(&format).unwrap();
+        for (index, settings) in candidates.iter().enumerate() {
+            assert!(!candidates[..index].contains(settings), "{format}: {settings:?} twice");
+            let opened = plugin.open(&TableConfig { format: format.clone(), settings: settings.clone() });
+            assert!(opened.is_ok_and(|opened| !opened.geometry_ref().roots.is_empty()), "{format}: {settings:?}");
+        }
+    }
+}
+
+/// One guest's tables, converted to formats of which there is no snapshot: level counts and granules of all kinds.
+#[test]
+fn converted_tables_of_every_format_are_told() {
+    const TARGETS: [(&str, &[(&str, u64)]); 22] = [
+        ("arm-smmuv3/stage1", &[("granule", 4096), ("input-bits", 48)]),
+        ("arm-smmuv3/stage1", &[("granule", 4096), ("input-bits", 39)]),
+        ("arm-smmuv3/stage1", &[("granule", 16384), ("input-bits", 47)]),
+        ("arm-smmuv3/stage1", &[("granule", 65536), ("input-bits", 48)]),
+        ("arm-smmuv3/stage1", &[("granule", 65536), ("input-bits", 42)]),
+        ("arm-smmuv3/stage1", &[("granule", 4096), ("input-bits", 52), ("lpa2", 1), ("output-bits", 52)]),
+        ("arm-smmuv3/stage2", &[("granule", 65536), ("input-bits", 48)]),
+        ("arm-smmuv3/stage2", &[("granule", 4096), ("input-bits", 39)]),
+        ("arm-smmuv3/stage2", &[("granule", 16384), ("input-bits", 47)]),
+        ("intel-vtd/first-stage", &[("levels", 5)]),
+        ("intel-vtd/second-stage", &[("levels", 3)]),
+        ("intel-vtd/second-stage", &[("levels", 5)]),
+        ("amd-vi/v1", &[("levels", 4)]),
+        ("amd-vi/v1", &[("levels", 6), ("next-level-7", 1)]),
+        ("amd-vi/v2", &[("levels", 5)]),
+        ("riscv-iommu/first-stage", &[("levels", 5)]),
+        ("riscv-iommu/second-stage", &[("levels", 3)]),
+        ("riscv-iommu/second-stage", &[("levels", 4)]),
+        ("s390-zpci/dma", &[("levels", 4)]),
+        ("loongarch/paging", &[("granule", 4096), ("levels", 4)]),
+        ("apple-dart/dart1", &[("granule", 4096), ("levels", 3)]),
+        ("arm-v7s/short", &[]),
+    ];
+    let plugins = plugins();
+    let snapshot = Snapshot::load(&fixtures::small().path).unwrap();
+    let guest = Guest::new(&snapshot, &plugins).unwrap();
+    let streams = [guest.stream(0x38, None).unwrap(), guest.stream(0x28, None).unwrap()];
+    let (mut asked, mut missed) = (0, Vec::new());
+    for (format, settings) in TARGETS {
+        let target = Target { settings: TableConfig::new(format, settings).settings, table_bytes: 1 << 27, ..Target::new(format) };
+        let conversion = match convert(&guest, &streams, &target, &mut |_, _| {}) {
+            Ok(conversion) => conversion,
+            Err(error) => {
+                missed.push(format!("{format} {settings:?}: not converted: {error}"));
+                continue;
+            }
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("converted");
+        store(&path, false, "", &conversion.map, &snapshot.devices, &conversion.streams, &conversion.arena).unwrap();
+        let converted = Snapshot::load(&path).unwrap();
+        for table in conversion.tables.iter().filter(|table| table.built.leaves >= 64) {
+            let (_, root) = table.table.settings.iter().find(|(name, _)| name.starts_with("root")).unwrap();
+            let (levels, granule) = nest(&plugins, &table.table, root);
+            let found = ask(&plugins, &converted, root, &Options::default());
+            let right = |candidate: &Candidate| (&*candidate.config.format, candidate.levels, candidate.granule) == (format, levels, granule);
+            asked += 1;
+            if !found.likeliest().iter().any(right) {
+                let best: Vec<String> = found.candidates.iter().take(2).map(show).collect();
+                missed.push(format!("{} ({} leaves): {best:#?}", table.table, table.built.leaves));
+            }
+        }
+    }
+    println!("{asked} converted tables with 64 leaves or more, {} not told", missed.len());
+    assert!(asked >= 20 && missed.is_empty(), "{}", missed.join("\n"));
 }
