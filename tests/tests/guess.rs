@@ -235,6 +235,9 @@ fn roots_of(guest: &Guest<'_>, config: &TableConfig) -> BTreeMap<u64, (TableConf
     roots
 }
 
+/// A name, and pages with their addresses.
+type Case = (&'static str, Vec<(u64, [u64; 512])>);
+
 /// Memory of some pages, all of which the memory map has, in a map of 4 GiB.
 fn memory_of(pages: &[(u64, [u64; 512])]) -> (tempfile::TempDir, Snapshot) {
     let folder = tempfile::tempdir().unwrap();
@@ -256,7 +259,7 @@ fn nothing_fits_what_is_no_table() {
     let mut rng = Rng::new(1);
     let mut random = |mask: u64, value: u64| -> [u64; 512] { std::array::from_fn(|_| rng.number() & mask | value) };
     let text: [u64; 512] = std::array::from_fn(|index| u64::from_le_bytes(*b" of the ").wrapping_add((index as u64 * 7 % 26) << 8));
-    let cases: [(&str, Vec<(u64, [u64; 512])>); 8] = [
+    let cases: [Case; 8] = [
         ("zeroes", vec![(0x1000, [0; 512])]),
         ("ones", vec![(0x1000, [u64::MAX; 512])]),
         ("random", (1..9).map(|page| (page << 12, random(u64::MAX, 0))).collect()),
