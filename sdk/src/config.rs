@@ -22,6 +22,12 @@ impl TableConfig {
 pub struct Settings(Vec<(String, u64)>);
 
 impl Settings {
+    /// These settings, in this order.
+    #[must_use]
+    pub fn of(settings: &[(&str, u64)]) -> Self {
+        settings.iter().map(|&(name, value)| (name.to_owned(), value)).collect()
+    }
+
     /// The value of `name`, if given.
     #[must_use]
     pub fn get(&self, name: &str) -> Option<u64> {

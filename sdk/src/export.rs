@@ -189,6 +189,7 @@ pub fn offers<U: Unit>(kind: u32, info: &[u8]) -> Result<Vec<detect::Offer>, typ
     let offer = |offer: crate::Offer| detect::Offer {
         format: offer.format,
         limits: offer.limits.into_iter().map(|(name, value)| types::Named { name, value }).collect(),
+        conditions: offer.conditions,
     };
     Ok(U::offers(kind, info).map_err(error_out)?.into_iter().map(offer).collect())
 }
@@ -349,6 +350,12 @@ pub fn suggest_if<F: Format>(format: &str, settings: &Settings, need: &table::Ne
     })
 }
 
+/// The candidates of format `F` if `format` names it.
+pub fn candidates_if<F: Format>(format: &str) -> Option<Vec<Vec<types::Named>>> {
+    install_panic_hook();
+    (format == F::NAME).then(|| F::candidates().iter().map(settings_out).collect())
+}
+
 /// See [`export_format!`](crate::export_format).
 #[must_use]
 pub fn table_config(config: types::TableConfig) -> TableConfig {
@@ -423,6 +430,10 @@ macro_rules! export_format {
                 fn suggest(format: String, settings: Vec<types::Named>, need: table::Need) -> Result<Vec<types::Named>, types::Error> {
                     let settings = export::settings(settings);
                     $(if let Some(answer) = export::suggest_if::<$format>(&format, &settings, &need) { return answer; })+
+                    Err(export::no_such_format(&format))
+                }
+                fn candidates(format: String) -> Result<Vec<Vec<types::Named>>, types::Error> {
+                    $(if let Some(answer) = export::candidates_if::<$format>(&format) { return Ok(answer); })+
                     Err(export::no_such_format(&format))
                 }
             }

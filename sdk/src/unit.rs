@@ -190,6 +190,8 @@ pub struct Offer {
     pub format: String,
     /// Setting, and its largest value (for a set of sizes: their sum).
     pub limits: Vec<(String, u64)>,
+    /// What has to be so besides, for people: sentences in lower case without a full stop.
+    pub conditions: Vec<String>,
 }
 
 /// How the kernel is told about a nested table.

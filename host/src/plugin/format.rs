@@ -51,6 +51,12 @@ impl PluginFormat {
         &self.config
     }
 
+    /// The geometry, which was checked when the format was opened.
+    #[must_use]
+    pub fn geometry_ref(&self) -> &Geometry {
+        &self.geometry
+    }
+
     /// Number of calls into the plugin so far, the two for opening it included.
     #[must_use]
     pub fn calls(&self) -> u64 {

@@ -47,6 +47,8 @@ pub struct Offer {
     pub format: String,
     /// Setting and largest value; for a set of sizes, their sum.
     pub limits: Vec<(String, u64)>,
+    /// What has to be so besides, for people.
+    pub conditions: Vec<String>,
 }
 
 /// How the kernel is told about a nested table.
@@ -62,6 +64,9 @@ pub struct Binding {
 
 const MAX_PASIDS: usize = 1024;
 const MAX_OFFERS: usize = 64;
+const MAX_CANDIDATES: usize = 64;
+/// Conditions of an offer that are shown.
+const MAX_CONDITIONS: usize = 16;
 const MAX_BINDING_BYTES: usize = 4096;
 /// Most bytes of hardware information that are handed to a plugin.
 const MAX_INFO_BYTES: usize = 4096;
@@ -190,7 +195,8 @@ impl Instance {
                 return Err(self.sandbox.nonsense(format!("an offer of `{}`, which its manifest does not name", error::clean(&offer.format))));
             }
             let limits = words::limits(offer.limits).map_err(|what| self.sandbox.nonsense(what))?;
-            Ok(Offer { format: offer.format, limits })
+            let conditions = offer.conditions.iter().take(MAX_CONDITIONS).map(|condition| error::clean(condition)).collect();
+            Ok(Offer { format: offer.format, limits, conditions })
         };
         offers.into_iter().map(offer).collect()
     }
@@ -228,6 +234,20 @@ impl Instance {
             self.sandbox.call(Pace::Cold, |exports, store| exports.stagecraft_format_table().call_suggest(store, format, &settings, need))?;
         let suggested = answer.map_err(|error| self.sandbox.refused(error))?;
         words::settings(suggested).map_err(|what| self.sandbox.nonsense(what))
+    }
+
+    /// Configurations that a table of unknown origin may have, usual ones first, without roots; at least one and at most 64.
+    ///
+    /// # Errors
+    /// [`CallError::Unknown`] for the format, and everything that can go wrong with a call.
+    pub fn candidates(&mut self, format: &str) -> Result<Vec<Settings>, CallError> {
+        self.plugin.check_format(format)?;
+        let answer = self.sandbox.call(Pace::Cold, |exports, store| exports.stagecraft_format_table().call_candidates(store, format))?;
+        let candidates = answer.map_err(|error| self.sandbox.refused(error))?;
+        if candidates.is_empty() || candidates.len() > MAX_CANDIDATES {
+            return Err(self.sandbox.nonsense(format!("{} candidates; there are 1 to {MAX_CANDIDATES}", candidates.len())));
+        }
+        candidates.into_iter().map(|settings| words::settings(settings).map_err(|what| self.sandbox.nonsense(what))).collect()
     }
 
     /// Registers for the plugin; their names and the kind of unit are checked against the manifest.

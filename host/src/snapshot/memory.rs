@@ -65,3 +65,11 @@ pub(super) fn memory(pages: &[(u64, usize)], contents: &[u8]) -> std::result::Re
     // Ascending and apart, as the caller checked: nothing to refuse.
     Ok(PageMemory::from_regions(regions).unwrap_or_default())
 }
+
+/// Memory of one range: `bytes`, a multiple of 4 KiB that is not zero, from `start`, all zeroes; and how to fill it.
+pub(super) fn range(start: u64, bytes: u64) -> std::result::Result<(PageMemory, Arc<MmapRegion>), MmapRegionError> {
+    let size = usize::try_from(bytes).map_err(|_| MmapRegionError::InvalidOffsetLength)?;
+    let backing = Arc::new(MmapRegion::<()>::new(size)?);
+    let region = PageRegion { start: GuestAddress(start), bytes, offset: 0, backing: Arc::clone(&backing) };
+    Ok((PageMemory::from_regions(vec![region]).unwrap_or_default(), backing))
+}

@@ -4,6 +4,7 @@
 //! were converted do, or list what a guest without tables asked for (`domains`); see [`Source`].
 
 mod domains;
+mod dump;
 mod json;
 mod memory;
 mod store;
@@ -15,6 +16,7 @@ use vm_memory::GuestRegionCollection;
 use crate::memory::{Limits, MemoryMap};
 
 pub use domains::{DomainEntry, Domains, store_domains};
+pub use dump::Dump;
 pub use memory::PageRegion;
 pub use store::{Pages, store};
 

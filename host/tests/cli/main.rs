@@ -5,6 +5,7 @@ mod changes;
 mod damage;
 mod errors;
 mod golden;
+mod guess;
 mod hostile;
 mod outcomes;
 mod reports;

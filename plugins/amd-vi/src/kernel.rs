@@ -28,7 +28,7 @@ pub(crate) fn offers(kind: u32, info: &[u8]) -> Result<Vec<Offer>, Error> {
         return Ok(Vec::new());
     }
     let limits = [
-        ("levels", if efr::GATS.of(features) == 0 { 4 } else { 5 }),
+        ("levels", if efr::GATS.of(features) == 1 { 5 } else { 4 }),
         ("output-bits", ADDRESS_BITS),
         ("sign-extended", 0),
         ("page-1g", 1),
@@ -40,7 +40,9 @@ pub(crate) fn offers(kind: u32, info: &[u8]) -> Result<Vec<Offer>, Error> {
         ("update-dirty", 1),
     ];
     let limits = limits.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
-    Ok(vec![Offer { format: V2::NAME.to_owned(), limits }])
+    // Linux 7.3: there is no data type of IOMMU_HWPT_INVALIDATE for AMD-Vi, and no vIOMMU.
+    let conditions = vec!["the kernel takes no invalidations of such a table: nothing that was mapped can be changed while it is in use".to_owned()];
+    Ok(vec![Offer { format: V2::NAME.to_owned(), limits, conditions }])
 }
 
 /// `struct iommu_hwpt_amd_guest`: a device table entry with the guest's part only, for requests without PASID. The context is a guest CR3 table with

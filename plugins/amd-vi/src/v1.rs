@@ -90,6 +90,10 @@ impl Format for V1 {
         Ok(in_manifest_order(&settings, NAMES))
     }
 
+    fn candidates() -> Vec<Settings> {
+        [3, 4, 5, 6, 2, 1].map(|levels| Settings::of(&[("levels", levels)])).to_vec()
+    }
+
     fn levels(&self) -> Vec<Level> {
         let mark = |enabled, bit| if enabled { Mark { mask: bit, value: bit } } else { Mark::default() };
         let shape = |mask, low| Shape { mask, value: PR, address: vec![Segment::in_place(51, low)] };

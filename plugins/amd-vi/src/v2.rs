@@ -91,6 +91,11 @@ impl Format for V2 {
         Ok(in_manifest_order(&settings, NAMES))
     }
 
+    fn candidates() -> Vec<Settings> {
+        let of = |levels, no_execute| Settings::of(&[("levels", levels), ("sign-extended", 0), ("no-execute", no_execute)]);
+        vec![Settings::of(&[("levels", 4), ("sign-extended", 0)]), Settings::of(&[("levels", 5), ("sign-extended", 0)]), of(4, 1), of(5, 1)]
+    }
+
     fn levels(&self) -> Vec<Level> {
         let mark = |enabled, bit| if enabled { Mark { mask: bit, value: bit } } else { Mark::default() };
         let address = |low| vec![Segment::in_place(51, low)];
@@ -171,7 +176,7 @@ impl Format for V2 {
         let mut take = |condition, what| inherited |= if condition { what } else { 0 };
         take(pattern & RW == 0, NO_WRITE);
         take(pattern & US == 0, PRIVILEGED_ONLY);
-        take(pattern & NX != 0, NO_EXECUTE);
+        take(self.no_execute && pattern & NX != 0, NO_EXECUTE);
         inherited
     }
 

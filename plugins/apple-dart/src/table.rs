@@ -98,6 +98,12 @@ impl<const VERSION: u8> Format for Dart<VERSION> {
         Ok(NAMES.iter().filter_map(|&name| Some((name.to_owned(), settings.get(name)?))).collect())
     }
 
+    fn candidates() -> Vec<Settings> {
+        let granules: &[u64] = if Self::FIRST_VERSION { &[16384, 4096] } else { &[16384] };
+        let of = |granule: u64, levels: u64| Settings::of(&[("granule", granule), ("levels", levels)]);
+        granules.iter().flat_map(|&granule| [of(granule, 2), of(granule, 3)]).collect()
+    }
+
     fn levels(&self) -> Vec<Level> {
         let level = |level: u8| Level {
             number: self.levels as i8 - level as i8,

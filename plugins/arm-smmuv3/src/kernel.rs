@@ -10,6 +10,8 @@ use crate::{Stage1, Stage2};
 const HW_INFO_ARM_SMMUV3: u32 = 2;
 /// `struct iommu_hw_info_arm_smmuv3`: flags, reserved, idr\[6\], iidr, aidr; 32 bits each.
 const HW_INFO_WORDS: usize = 10;
+/// `IOMMU_HW_INFO_ARM_SMMUV3_ERRATA_REPEAT_TLBI_CFGI` of its flags.
+const ERRATUM_REPEAT: u64 = 1;
 /// `IOMMU_HWPT_DATA_ARM_SMMUV3`.
 const HWPT_DATA_ARM_SMMUV3: u32 = 2;
 /// S1ContextPtr bits that the kernel takes.
@@ -27,7 +29,8 @@ pub(crate) fn offers(kind: u32, info: &[u8]) -> Result<Vec<Offer>, Error> {
     }
     let (id0, id5) = (words[2], words[7]);
     let endian = idr0::TTENDIAN.of(id0);
-    if idr0::TTF.of(id0) & 2 == 0 || endian == 3 {
+    // Stage 1 can only belong to user space where stage 2 is the kernel's.
+    if idr0::S1P.of(id0) == 0 || idr0::S2P.of(id0) == 0 || idr0::TTF.of(id0) & 2 == 0 || endian == 3 {
         return Ok(Vec::new());
     }
     let granules = [(idr5::GRAN4K, 4096), (idr5::GRAN16K, 16384), (idr5::GRAN64K, 65536)];
@@ -48,7 +51,14 @@ pub(crate) fn offers(kind: u32, info: &[u8]) -> Result<Vec<Offer>, Error> {
         ("single-privilege", 0),
     ];
     let limits = limits.iter().map(|&(name, value)| (name.to_owned(), value)).collect();
-    Ok(vec![Offer { format: Stage1::NAME.to_owned(), limits }])
+    let mut conditions = Vec::new();
+    if words[0] & ERRATUM_REPEAT != 0 {
+        conditions.push("an erratum makes the kernel issue invalidations twice".to_owned());
+    }
+    if idr0::COHACC.of(id0) == 0 {
+        conditions.push("walks do not snoop: tables must be written back from the processors' caches".to_owned());
+    }
+    Ok(vec![Offer { format: Stage1::NAME.to_owned(), limits, conditions }])
 }
 
 /// A one-entry CD table at `context_address`, and the STE words that point to it.

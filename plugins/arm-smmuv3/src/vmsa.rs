@@ -136,6 +136,42 @@ pub(crate) fn check_root(name: &str, address: u64, index_bits: u8, output_bits: 
     Ok(())
 }
 
+/// How the tables of an unknown origin may nest.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Candidate {
+    pub(crate) granule: u64,
+    pub(crate) input_bits: u64,
+    /// The setting `start-level`, of stage 2 alone.
+    pub(crate) start: Option<u64>,
+    pub(crate) lpa2: bool,
+}
+
+impl Candidate {
+    fn settings(self, flags: &[&str]) -> Settings {
+        let mut settings = Settings::of(&[("granule", self.granule), ("input-bits", self.input_bits)]);
+        if let Some(start) = self.start {
+            settings.set("start-level", start);
+        }
+        if self.lpa2 || self.input_bits == 52 {
+            settings.set("output-bits", 52);
+        }
+        for flag in flags.iter().copied().chain(self.lpa2.then_some("lpa2")) {
+            settings.set(flag, 1);
+        }
+        settings
+    }
+}
+
+/// Configurations of tables of unknown origin: `usual` and `narrow` ones plain; then with 52-bit descriptors, which only the `wide` ones have, with hardware
+/// marks, and with the bytes of a big-endian table. What else a context says changes what leaves grant, and not which entries are right.
+pub(crate) fn candidates(usual: &[Candidate], narrow: &[Candidate], wide: &[Candidate]) -> Vec<Settings> {
+    let marks = ["hardware-access", "hardware-dirty"];
+    let big = ["big-endian"];
+    let both = ["hardware-access", "hardware-dirty", "big-endian"];
+    let with = |candidates: &[Candidate], flags: &[&str]| candidates.iter().map(|candidate| candidate.settings(flags)).collect::<Vec<_>>();
+    [with(usual, &[]), with(narrow, &[]), with(wide, &[]), with(usual, &marks), with(usual, &big), with(wide, &marks), with(usual, &both)].concat()
+}
+
 /// One kind of table, and with it everything that decides what its descriptors look like.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Table {

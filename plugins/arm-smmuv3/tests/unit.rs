@@ -596,12 +596,19 @@ fn offers_of_a_real_unit() {
         assert_eq!(offer.format, Stage1::NAME, "stage 2 belongs to the kernel");
         offer.limits.iter().find(|(n, _)| n == name).map(|(_, value)| *value)
     };
-    assert_eq!(limit(8, 0x54, "granule"), Some(4096 + 65536));
-    assert_eq!((limit(8, 0x74, "input-bits"), limit(8, 0x476, "input-bits")), (Some(48), Some(52)));
-    assert_eq!((limit(8, 0x74, "output-bits"), limit(8, 0x476, "output-bits")), (Some(44), Some(52)));
-    assert_eq!((limit(8, 0x74, "big-endian"), limit(8 | 2 << 21, 0x74, "big-endian")), (Some(1), Some(0)));
-    assert_eq!((limit(8, 0x74, "lpa2"), limit(8, 0x74, "hardware-dirty")), (Some(0), Some(0)));
-    assert_eq!(Smmuv3::offers(2, &info(4, 0x74)), Ok(vec![]), "AArch32 only");
+    assert_eq!(limit(11, 0x54, "granule"), Some(4096 + 65536));
+    assert_eq!((limit(11, 0x74, "input-bits"), limit(11, 0x476, "input-bits")), (Some(48), Some(52)));
+    assert_eq!((limit(11, 0x74, "output-bits"), limit(11, 0x476, "output-bits")), (Some(44), Some(52)));
+    assert_eq!((limit(11, 0x74, "big-endian"), limit(11 | 2 << 21, 0x74, "big-endian")), (Some(1), Some(0)));
+    assert_eq!((limit(11, 0x74, "lpa2"), limit(11, 0x74, "hardware-dirty")), (Some(0), Some(0)));
+    assert_eq!(Smmuv3::offers(2, &info(7, 0x74)), Ok(vec![]), "AArch32 only");
+    assert_eq!(Smmuv3::offers(2, &info(0x0d44_1019, 0x74)), Ok(vec![]), "no stage 1");
+    let conditions = |idr0, flags: u32| {
+        let mut info = info(idr0, 0x74);
+        info[..4].copy_from_slice(&flags.to_le_bytes());
+        Smmuv3::offers(2, &info).unwrap()[0].conditions.len()
+    };
+    assert_eq!([conditions(0x0d44_101b, 0), conditions(0x0d44_101b, 1), conditions(0x0d44_100b, 1)], [0, 1, 2], "coherent; the erratum; neither");
     assert!(matches!(Smmuv3::offers(1, &info(8, 0x74)), Err(Error::Unsupported(_))));
     assert!(matches!(Smmuv3::offers(2, &info(8, 0x74)[..39]), Err(Error::Invalid(_))));
     assert!(matches!(Smmuv3::offers(2, &[]), Err(Error::Invalid(_))));

@@ -182,6 +182,14 @@ impl Format for Short {
         Ok(NAMES.iter().filter_map(|&name| Some((name.to_owned(), settings.get(name)?))).collect())
     }
 
+    fn candidates() -> Vec<Settings> {
+        let of = |split, access_flag, tex_remap| Settings::of(&[("split", split), ("access-flag", access_flag), ("tex-remap", tex_remap)]);
+        let mut candidates = vec![Settings::default()];
+        candidates.extend((1..=7).map(|split| Settings::of(&[("split", split)])));
+        candidates.extend([of(0, 0, 1), of(0, 1, 0), of(0, 0, 0)]);
+        candidates
+    }
+
     fn levels(&self) -> Vec<Level> {
         let shape = |mask, value, (high, low)| Shape { mask, value, address: vec![Segment::in_place(high, low)] };
         let level = |number, index_lsb, index_bits, shapes, leaf_sizes| Level {

@@ -103,6 +103,14 @@ impl Format for FirstStage {
         Ok(in_manifest_order(&settings, NAMES))
     }
 
+    fn candidates() -> Vec<Settings> {
+        let of = |levels, output_bits, supervisor| Settings::of(&[("levels", levels), ("output-bits", output_bits), ("supervisor", supervisor)]);
+        let mut candidates = vec![Settings::of(&[("levels", 4)]), Settings::of(&[("levels", 5)])];
+        candidates
+            .extend([(4, 52, 0), (5, 52, 0), (4, 52, 1), (5, 52, 1)].map(|(levels, output_bits, supervisor)| of(levels, output_bits, supervisor)));
+        candidates
+    }
+
     fn levels(&self) -> Vec<Level> {
         let address = |low| vec![Segment::in_place(51, low)];
         let level = |level: u8| {

@@ -110,6 +110,18 @@ impl Format for SecondStage {
         Ok(in_manifest_order(&settings, NAMES))
     }
 
+    fn candidates() -> Vec<Settings> {
+        let levels = [4, 3, 5];
+        let plain = levels.map(|levels| Settings::of(&[("levels", levels)]));
+        let snooping = levels.map(|levels| Settings::of(&[("levels", levels), ("output-bits", 52), ("snoop-control", 1)]));
+        let marked = levels.map(|levels| Settings::of(&[("levels", levels), ("output-bits", 52), ("snoop-control", 1), ("accessed-dirty", 1)]));
+        let wide = levels.map(|levels| Settings::of(&[("levels", levels), ("output-bits", 52)]));
+        let io = levels.map(|levels| {
+            Settings::of(&[("levels", levels), ("output-bits", 52), ("snoop-control", 1), ("accessed-dirty", 1), ("io-permissions", 1)])
+        });
+        [plain, snooping, marked, wide, io].concat()
+    }
+
     fn levels(&self) -> Vec<Level> {
         let mark = |bit| if self.accessed_dirty { Mark { mask: bit, value: bit } } else { Mark::default() };
         let level = |level: u8| {

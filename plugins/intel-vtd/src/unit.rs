@@ -32,6 +32,8 @@ const PAGE: u32 = 4096;
 /// `iommu_hw_info` data type, and the size of its data.
 const HW_INFO_INTEL_VTD: u32 = 1;
 const HW_INFO_BYTES: usize = 24;
+/// `IOMMU_HW_INFO_VTD_ERRATA_772415_SPR17` of its flags.
+const VTD_ERRATUM_772415: u64 = 1;
 /// `iommu_hwpt_data_type`, and the flags of its data.
 const HWPT_DATA_VTD_S1: u32 = 1;
 const VTD_S1_SRE: u64 = 1;
@@ -393,10 +395,10 @@ impl Unit for IntelVtd {
         }
         let info =
             info.get(..HW_INFO_BYTES).ok_or_else(|| Error::invalid("info", info.len() as u64, "", "VT-d's hardware information has 24 bytes"))?;
-        // flags (bit 0: erratum 772415, read-only pages of a nesting parent), capabilities, extended capabilities
-        let [_, cap, ecap]: [u64; 3] = words(info).try_into().unwrap_or_default();
+        // flags and reserved, capabilities, extended capabilities
+        let [flags, cap, ecap]: [u64; 3] = words(info).try_into().unwrap_or_default();
         let unit = Hardware { cap, ecap, root_table: 0, mode: rtaddr::SCALABLE, io_permissions: false };
-        if !unit.has(ecap::SMTS) || !unit.has(ecap::NEST) {
+        if !unit.has(ecap::SMTS) || !unit.has(ecap::NEST) || !unit.has(ecap::FSTS) {
             return Ok(Vec::new());
         }
         // The first stage's output is the second stage's input: as wide as the widest second stage, within MGAW.
@@ -412,7 +414,17 @@ impl Unit for IntelVtd {
             ("memory-type", 0),
         ];
         let limits = limits.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
-        Ok(vec![Offer { format: FirstStage::NAME.to_owned(), limits }])
+        let mut conditions = Vec::new();
+        if flags & VTD_ERRATUM_772415 != 0 {
+            let what = "erratum 772415: the second stage below this table must have no read-only pages, so guest memory that is read-only for devices cannot be \
+                        mapped there; read-only leaves of the table itself are not affected";
+            conditions.push(what.to_owned());
+        }
+        if !unit.has(ecap::SMPWCS) {
+            let what = "walks do not snoop: tables must be written back from the processors' caches, with accessed and dirty set, which hardware cannot set then";
+            conditions.push(what.to_owned());
+        }
+        Ok(vec![Offer { format: FirstStage::NAME.to_owned(), limits, conditions }])
     }
 
     /// `struct iommu_hwpt_vtd_s1`: flags, address of the root table, width of its input addresses. There is no context structure.

@@ -90,6 +90,13 @@ impl Format for Paging {
         Ok(NAMES.iter().filter_map(|&name| Some((name.to_owned(), settings.get(name)?))).collect())
     }
 
+    fn candidates() -> Vec<Settings> {
+        let of = |granule, levels, update| Settings::of(&[("granule", granule), ("levels", levels), ("hardware-update", update)]);
+        let usual = [(16384, 3), (4096, 3), (4096, 4), (16384, 2), (65536, 2), (65536, 3)];
+        let plain = usual.map(|(granule, levels)| Settings::of(&[("granule", granule), ("levels", levels)]));
+        plain.into_iter().chain(usual.map(|(granule, levels)| of(granule, levels, 1))).collect()
+    }
+
     fn levels(&self) -> Vec<Level> {
         let mark = |bit| if self.hardware_update { Mark { mask: bit, value: bit } } else { Mark::default() };
         let address = |low| vec![Segment::in_place(ADDRESS_HIGH, low)];

@@ -295,6 +295,21 @@ impl Entries {
     }
 }
 
+/// Configurations of tables of unknown origin: each number of levels alone, with the extensions that entries show, and with everything that is rare;
+/// then Sv32's entries of 4 bytes. `rare` names flags of one stage alone.
+pub(crate) fn candidates(levels: &[u64], rare: &[&str]) -> Vec<Settings> {
+    let with = |levels: u64, flags: &[&str]| {
+        let flags = flags.iter().map(|&name| (name.to_owned(), 1));
+        std::iter::once(("levels".to_owned(), levels)).chain(flags).collect::<Settings>()
+    };
+    let extensions = ["svnapot", "svpbmt", "hardware-update", "svrsw60t59b"];
+    let sets: [Vec<&str>; 5] = [vec!["svnapot"], vec![], vec!["svnapot", "svpbmt"], extensions[..3].to_vec(), [&extensions[..], rare].concat()];
+    let mut all: Vec<Settings> = sets.iter().flat_map(|flags| levels.iter().map(|&levels| with(levels, flags))).collect();
+    all.extend([with(2, &[]), with(2, &[&["hardware-update"], rare].concat())]);
+    all.extend(levels.iter().map(|&levels| with(levels, &["svnapot", "svpbmt", "big-endian"])));
+    all
+}
+
 /// `settings` with as many levels as `holds` wants, of 8-byte entries.
 pub(crate) fn suggest_levels(settings: &Settings, need: &Need, holds: impl Fn(u64, &Need) -> bool) -> Settings {
     let mut settings = settings.clone();

@@ -12,7 +12,7 @@
 
 use stagecraft_sdk::{Attributes, ByteOrder, Encoded, Error, Findings, Format, Kind, Level, Need, Next, Root, Settings};
 
-use crate::entries::{Entries, Stage, suggest_levels};
+use crate::entries::{Entries, Stage, candidates, suggest_levels};
 use crate::in_manifest_order;
 
 const PROCESS: &str = "RISC-V IOMMU 1.0 section 2.2.3.1";
@@ -46,6 +46,10 @@ impl Format for FirstStage {
         let settings = suggest_levels(settings, need, holds);
         Self::open(&settings)?;
         Ok(in_manifest_order(&settings, NAMES))
+    }
+
+    fn candidates() -> Vec<Settings> {
+        candidates(&[3, 4, 5], &["supervisor"])
     }
 
     fn levels(&self) -> Vec<Level> {

@@ -7,7 +7,7 @@
 
 use stagecraft_sdk::{Attributes, ByteOrder, Encoded, Error, Findings, Format, Kind, Level, Need, Next, Root, Settings};
 
-use crate::entries::{Entries, Stage, suggest_levels};
+use crate::entries::{Entries, Stage, candidates, suggest_levels};
 use crate::in_manifest_order;
 
 const WIDTHS: &str = "RISC-V Privileged 1.12 section 8.5.1";
@@ -54,6 +54,10 @@ impl Format for SecondStage {
         let settings = suggest_levels(settings, need, holds);
         Self::open(&settings)?;
         Ok(in_manifest_order(&settings, NAMES))
+    }
+
+    fn candidates() -> Vec<Settings> {
+        candidates(&[3, 4, 5], &[])
     }
 
     fn levels(&self) -> Vec<Level> {

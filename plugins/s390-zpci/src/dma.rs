@@ -108,6 +108,12 @@ impl Format for Dma {
         Ok(NAMES.iter().filter_map(|&name| Some((name.to_owned(), settings.get(name)?))).collect())
     }
 
+    fn candidates() -> Vec<Settings> {
+        let whole = [3, 4, 5, 2, 1].map(|levels| Settings::of(&[("levels", levels)]));
+        let partial = [3, 4, 5].map(|levels| Settings::of(&[("levels", levels), ("partial-tables", 1)]));
+        whole.into_iter().chain(partial).collect()
+    }
+
     fn levels(&self) -> Vec<Level> {
         let in_place = |(high, low)| vec![Segment::in_place(high, low)];
         let level = |level: u8| {

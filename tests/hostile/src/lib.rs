@@ -374,7 +374,7 @@ impl Unit for Hostile {
             return Err(Error::Unsupported(format!("hardware information of kind {kind}")));
         }
         let width = info.first().ok_or_else(|| Error::invalid("info", 0, "", "no bytes"))?;
-        Ok(vec![Offer { format: Radix::NAME.to_owned(), limits: vec![("width".to_owned(), u64::from(*width))] }])
+        Ok(vec![Offer { format: Radix::NAME.to_owned(), limits: vec![("width".to_owned(), u64::from(*width))], conditions: Vec::new() }])
     }
 
     /// A command is one byte: 0 nothing, 1 everything, 0xff illegal; any other a range of so many pages.

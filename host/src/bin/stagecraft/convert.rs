@@ -8,7 +8,8 @@ use anyhow::{Result, bail};
 use clap::Args;
 use serde_json::{Value, json};
 use stagecraft::convert::{Conversion, ConvertedTable, Target, convert};
-use stagecraft::guest::{Guest, State};
+use stagecraft::guest::{Guest, State, StreamState};
+use stagecraft::offers::{Choice, Hardware, offers};
 use stagecraft::plugin::{Plugins, Settings};
 use stagecraft::snapshot::{Device, Snapshot, SnapshotError, store};
 use stagecraft::table::{Count, Loss, Piece};
@@ -17,6 +18,7 @@ use crate::failure::{Status, complain};
 use crate::inspect::{describe, describe_windows};
 use crate::json;
 use crate::numbers::{number, setting};
+use crate::offers::{choose, hardware, status};
 use crate::options::Global;
 use crate::output::{BAD, Cell, Columns, DIM, GOOD, HEAD, WARN, counted, human, printable, raw, size};
 use crate::progress::Progress;
@@ -32,8 +34,11 @@ pub struct Arguments {
     /// Folder with snapshot.json and pages.bin
     snapshot: PathBuf,
     /// Full name of the target format, such as intel-vtd/first-stage; `stagecraft formats` lists them
-    #[arg(long, value_name = "FORMAT")]
-    to: String,
+    #[arg(long, value_name = "FORMAT", required_unless_present = "hardware", conflicts_with = "hardware")]
+    to: Option<String>,
+    /// Pick the target format and its settings for a real unit, as `stagecraft offers` does: TYPE:HEX or TYPE:@FILE of its iommu_hw_info
+    #[arg(long = "for", id = "hardware", value_name = "HARDWARE", value_parser = hardware)]
+    hardware: Option<Hardware>,
     /// Folder for the converted snapshot
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -62,7 +67,6 @@ pub fn run(global: &Global, arguments: &Arguments) -> Result<Status> {
     let snapshot = load(&arguments.snapshot)?;
     check_out(arguments)?;
     let devices = devices(&snapshot, &arguments.devices)?;
-    let target = target(arguments)?;
     let session = Session::new(global)?;
     let guest = session.guest(&snapshot)?;
     let mut streams = Vec::new();
@@ -73,6 +77,13 @@ pub fn run(global: &Global, arguments: &Arguments) -> Result<Status> {
             streams.push(guest.stream(device.id, pasid).map_err(|error| of_device(error, device))?);
         }
     }
+    let target = match &arguments.hardware {
+        None => target(arguments)?,
+        Some(hardware) => match for_hardware(&session.plugins, hardware, &guest, &streams, arguments)? {
+            Ok(target) => target,
+            Err(status) => return Ok(status),
+        },
+    };
     let progress = Progress::new("converting tables");
     let conversion = convert(&guest, &streams, &target, &mut |done, all| progress.at(done, all))?;
     drop(progress);
@@ -98,6 +109,33 @@ pub fn run(global: &Global, arguments: &Arguments) -> Result<Status> {
     }
     complain(&format!("{} cannot say {} of what is mapped, and --strict was given: nothing was written", target.format, size(refused)));
     Ok(Status::Found)
+}
+
+/// The target that suits a real unit best; or how the command ends if there is nothing to convert.
+fn for_hardware(
+    plugins: &Plugins,
+    hardware: &Hardware,
+    guest: &Guest<'_>,
+    streams: &[StreamState],
+    arguments: &Arguments,
+) -> Result<std::result::Result<Target, Status>> {
+    if !arguments.settings.is_empty() {
+        bail!("--set: the settings follow from --for; give --to to choose them");
+    }
+    let offered = offers(plugins, hardware)?;
+    let table_bytes = arguments.table_bytes.unwrap_or(Target::new("").table_bytes);
+    let choice = choose(guest, streams, &offered, table_bytes)?;
+    Ok(match choice {
+        Choice::Convert { target, .. } => Ok(target),
+        Choice::Native { offer } => {
+            complain(&format!(
+                "nothing to convert: the guest's tables have the format {} already, and the unit takes them as they are",
+                offer.format
+            ));
+            Err(Status::Found)
+        }
+        Choice::Nothing(_) => Err(status(&offered, Some(&choice))),
+    })
 }
 
 /// Refuses, before any work, a folder that the result cannot go to.
@@ -127,7 +165,7 @@ fn devices(snapshot: &Snapshot, wanted: &[String]) -> Result<Vec<Device>> {
 }
 
 fn target(arguments: &Arguments) -> Result<Target> {
-    let mut target = Target::new(&arguments.to);
+    let mut target = Target::new(arguments.to.as_deref().unwrap_or_default());
     let mut settings = Settings::new();
     for (name, value) in &arguments.settings {
         if settings.get(name).is_some() {

@@ -19,10 +19,12 @@ mod diff;
 mod draw;
 mod failure;
 mod formats;
+mod guess;
 mod inspect;
 mod json;
 mod man;
 mod numbers;
+mod offers;
 mod options;
 mod output;
 mod progress;
@@ -60,6 +62,8 @@ fn run(cli: &Cli) -> anyhow::Result<Status> {
         Command::Convert(arguments) => convert::run(global, arguments),
         Command::Diff(arguments) => diff::run(global, arguments),
         Command::Draw(arguments) => draw::run(global, arguments),
+        Command::Guess(arguments) => guess::run(global, arguments),
+        Command::Offers(arguments) => offers::run(global, arguments),
         Command::Completions(arguments) => completions::run(arguments),
         Command::Man(arguments) => man::run(arguments),
     }

@@ -33,6 +33,8 @@ pub(crate) mod idr0 {
         S1P = [1:1];
         /// Translation table formats: bit 0 AArch32, bit 1 AArch64.
         TTF = [3:2];
+        /// Accesses to tables and structures snoop.
+        COHACC = [4:4];
         /// Hardware updates: 1 Access flag, 2 and dirty state, 3 and the Access flag of tables.
         HTTU = [7:6];
         /// STRW is not RES0.
