@@ -11,7 +11,7 @@ use stagecraft_models::smmu::{Smmu, SmmuTables, Stages, context_descriptor};
 use stagecraft_models::tables::amd::{self, AmdTable};
 use stagecraft_models::tables::riscv::{self, RiscvTable};
 use stagecraft_models::vtd::{Mode, Vtd};
-use stagecraft_models::{Access, Board, Memory, Model, Outcome, available};
+use stagecraft_models::{Access, Board, Memory, Model, Outcome, Tables, available};
 use stagecraft_tests::reference::Run;
 use stagecraft_tests::reference::generate::{Generated, Options, Rng, build};
 use stagecraft_tests::reference::tables::{ArmHalf, ArmStage1, ArmStage2, TableConfig, VtdSecond};
@@ -92,7 +92,7 @@ fn a_wrong_truth_is_noticed() {
     let leaves = [page(0x5000, TARGET, Access::RW), page(0x6000, TARGET + 0x9000, Access::R), page(0x8000, TARGET + 0x7000, Access::W)];
     let generated = build(config, &leaves, &mut Rng::new(1), PLAIN);
     model.write_memory(&generated.snapshot.memory).unwrap();
-    model.set_table(&generated.config).unwrap();
+    model.set_table(Tables::Vtd(generated.config)).unwrap();
     let iovas = [0x5008, 0x6010, 0x7000, 0x8ff8];
     compare(&mut model, &iovas, |iova, write| lookup(&leaves, iova, write), |_, _| true).unwrap();
     for wrong in 0..leaves.len() {
@@ -121,7 +121,7 @@ fn smmu() {
     let config = ArmStage2 { granule: 4096, input_bits: 40, output_bits: 40, start_level: 1, ..ArmStage2::default() };
     let generated = build(TableConfig::ArmStage2(config), &[page(1 << 39, TARGET, Access::RW)], &mut rng, PLAIN);
     model.write_memory(&generated.snapshot.memory).unwrap();
-    model.set_table(&SmmuTables { second: Some(second_of(&generated)), ..SmmuTables::default() }).unwrap();
+    model.set_table(Tables::Smmu(SmmuTables { second: Some(second_of(&generated)), ..SmmuTables::default() })).unwrap();
     model.tag_page(TARGET).unwrap();
     assert_wrong(known::SMMU_CONCATENATED, Some(TARGET), model.dma(1 << 39, false).unwrap());
     // A leaf without AP[1].
@@ -130,14 +130,14 @@ fn smmu() {
     let mut memory = generated.snapshot.memory.clone();
     change(&mut memory, |entry| entry & !(1 << 6));
     model.write_memory(&memory).unwrap();
-    model.set_table(&SmmuTables { first: Some(first_of(&generated)), ..SmmuTables::default() }).unwrap();
+    model.set_table(Tables::Smmu(SmmuTables { first: Some(first_of(&generated)), ..SmmuTables::default() })).unwrap();
     model.tag_page(TARGET).unwrap();
     assert_wrong(known::SMMU_PRIVILEGED, None, model.dma(0x5000, false).unwrap());
     // A tag in the upper half.
     let config = ArmStage1 { high: Some(half(4096, 39, true)), ..config };
     let generated = build(TableConfig::ArmStage1(config), &[page(u64::MAX - 0xfff, TARGET, Access::RW)], &mut rng, PLAIN);
     model.write_memory(&generated.snapshot.memory).unwrap();
-    model.set_table(&SmmuTables { first: Some(first_of(&generated)), ..SmmuTables::default() }).unwrap();
+    model.set_table(Tables::Smmu(SmmuTables { first: Some(first_of(&generated)), ..SmmuTables::default() })).unwrap();
     model.tag_page(TARGET).unwrap();
     assert_eq!(model.dma(u64::MAX - 0xfff, false).unwrap(), Outcome::Reached(TARGET));
     assert_wrong(known::SMMU_TBI1, Some(TARGET), model.dma(0x5aff_ffff_ffff_f000, false).unwrap());
@@ -150,7 +150,7 @@ fn smmu() {
     let block = 0x10_0000_0000;
     memory.write(first.low.unwrap().root + 8, block | 1 << 10 | 3 << 8 | 1 << 6 | 1, false);
     model.write_memory(&memory).unwrap();
-    model.set_table(&SmmuTables { first: Some(first), ..SmmuTables::default() }).unwrap();
+    model.set_table(Tables::Smmu(SmmuTables { first: Some(first), ..SmmuTables::default() })).unwrap();
     model.tag_page(TARGET).unwrap();
     assert_eq!(model.dma(0, false).unwrap(), Outcome::Reached(TARGET));
     model.tag_page(block).unwrap();
@@ -159,7 +159,7 @@ fn smmu() {
     let config = ArmStage2 { granule: 4096, input_bits: 39, output_bits: 40, start_level: 1, ..ArmStage2::default() };
     let generated = build(TableConfig::ArmStage2(config), &[page(0x5000, TARGET, Access::RW)], &mut rng, PLAIN);
     model.write_memory(&generated.snapshot.memory).unwrap();
-    model.set_table(&SmmuTables { second: Some(second_of(&generated)), ..SmmuTables::default() }).unwrap();
+    model.set_table(Tables::Smmu(SmmuTables { second: Some(second_of(&generated)), ..SmmuTables::default() })).unwrap();
     assert!(matches!(model.dma(1 << 43, false).unwrap(), Outcome::Fault(_)));
     assert_wrong(known::SMMU_UNRECORDED, None, model.dma(1 << 50, false).unwrap());
 }
@@ -190,7 +190,7 @@ fn smmu_with_two_stages() {
         let second = build(TableConfig::ArmStage2(config), &leaves, &mut rng, PLAIN);
         moved.pages.extend(second.snapshot.memory.pages.clone());
         model.write_memory(&moved).unwrap();
-        model.set_table(&SmmuTables { first: Some(first_of(&first)), second: Some(second_of(&second)), context: Some(context) }).unwrap();
+        model.set_table(Tables::Smmu(SmmuTables { first: Some(first_of(&first)), second: Some(second_of(&second)), context: Some(context) })).unwrap();
         model.tag_page(TARGET).unwrap();
         model.dma(iova, false).unwrap()
     };
@@ -216,7 +216,7 @@ fn riscv_entries() {
         // Without the random decoys.
         change(&mut memory, |value| if value >> 10 << 12 == 0 { 0 } else { entry(value) });
         model.write_memory(&memory).unwrap();
-        model.set_table(&RiscvTables { first: Some(built.config), second: None }).unwrap();
+        model.set_table(Tables::Riscv(RiscvTables { first: Some(built.config), second: None })).unwrap();
         (0..16).for_each(|index| model.tag_page(TARGET + index * 4096).unwrap());
         model.dma(iova, false).unwrap()
     };
@@ -243,7 +243,7 @@ fn riscv_with_two_stages() {
         let second = riscv::build(RiscvTable { root: 0, levels: 3, second: true }, &leaves, places(), false, &mut rng);
         moved.pages.extend(second.memory.pages.clone());
         model.write_memory(&moved).unwrap();
-        model.set_table(&RiscvTables { first: Some(first.config), second: Some(second.config) }).unwrap();
+        model.set_table(Tables::Riscv(RiscvTables { first: Some(first.config), second: Some(second.config) })).unwrap();
         model.tag_page(TARGET).unwrap();
         model.dma(0x5000, false).unwrap()
     };
@@ -263,7 +263,7 @@ fn amd_v1() {
     let build = |seed| amd::build(config, &leaves, 0x4000_0000..0x8000_0000, &mut Rng::new(seed));
     let tables = (0..1000).map(build).find(|tables| tables.skipped.iter().any(|range| range.end == 1 << 30)).unwrap();
     assert_eq!(tables.built.truth, leaves);
-    model.set_table(&tables.built.config).unwrap();
+    model.set_table(Tables::Amd(tables.built.config)).unwrap();
     model.write_memory(&tables.built.memory).unwrap();
     model.tag_page(TARGET).unwrap();
     assert_eq!(model.dma(0x5000, false).unwrap(), Outcome::Reached(TARGET));
