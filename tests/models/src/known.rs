@@ -22,6 +22,12 @@ pub const VTD_FIVE_LEVELS: KnownError =
 /// No nested translation.
 pub const VTD_NESTED: KnownError = error("intel-iommu", "no nested translation: ECAP.NEST is 0");
 
+/// Pages around the interrupt range.
+pub const VTD_INTERRUPT_PAGES: KnownError = error(
+    "intel-iommu",
+    "a page that has 0xfee00000..=0xfeefffff somewhere in it is refused as a whole, not only where a request's address comes to lie in that range",
+);
+
 /// Concatenated start tables of stage 2.
 pub const SMMU_CONCATENATED: KnownError = error("SMMUv3", "of concatenated start tables of stage 2 it always walks the first");
 
@@ -88,6 +94,7 @@ pub const AMD_VERSION_2: KnownError = error("amd-iommu", "v2 tables (GCR3) are n
 pub const ALL: &[KnownError] = &[
     VTD_FIVE_LEVELS,
     VTD_NESTED,
+    VTD_INTERRUPT_PAGES,
     SMMU_CONCATENATED,
     SMMU_PRIVILEGED,
     SMMU_TBI1,

@@ -6,7 +6,7 @@
 //! without a tag only.
 #![allow(clippy::unwrap_used)]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, Result, ensure};
 use stagecraft::table::Loss;
@@ -19,7 +19,8 @@ use stagecraft_models::riscv::Riscv;
 use stagecraft_models::smmu::{Smmu, Stages};
 use stagecraft_models::spaces::{Contents, Space, amd, riscv, smmu, vtd};
 use stagecraft_models::vtd::{Mode, Vtd};
-use stagecraft_models::{Board, Model, available};
+use stagecraft_models::{Board, Model, Tables, available};
+use stagecraft_tests::reference::Run;
 use stagecraft_tests::reference::generate::Rng;
 
 /// A model.
@@ -102,9 +103,12 @@ const DESTINATIONS: &[Destination] = &[
 ];
 
 /// What the target's model gets wrong about a converted table.
-fn excuse(seat: Seat, goal: &Goal, iova: u64) -> Option<KnownError> {
+fn excuse(seat: Seat, goal: &Goal, iova: u64, address: Option<u64>) -> Option<KnownError> {
     let inside = goal.windows.iter().any(|(first, last)| (*first..=*last).contains(&iova));
+    // The page of 1 GiB that has interrupts in it, and all smaller ones.
+    let near_interrupts = address.is_some_and(|address| address >> 30 == 3);
     match seat {
+        Seat::Legacy | Seat::ScalableSecond | Seat::ScalableFirst if near_interrupts => Some(known::VTD_INTERRUPT_PAGES),
         Seat::Amd if !inside => Some(known::AMD_WIDTH),
         Seat::Smmu if goal.target.format.ends_with("stage2") && iova >> 44 != 0 => Some(known::SMMU_UNRECORDED),
         _ => None,
@@ -133,14 +137,19 @@ fn judge_source(
     reserve(&mut snapshot);
     let truth = in_memory(&space.truth, &snapshot.map);
     let snapshot = production.load(&snapshot)?;
-    compare_with_excuses(model, &iovas, |iova, write| space.lookup(iova, write), |iova, write| space.excuse(iova, write))
+    let goals = DESTINATIONS.iter().map(|(name, seat, make)| (*name, *seat, make(&mut rng))).filter(|(.., goal)| !variety || goal.granule == 4096);
+    let goals: Vec<(&str, Seat, Goal)> = goals.collect();
+    // What every destination is asked, and for each some that it can say.
+    let questions: Vec<Vec<u64>> =
+        goals.iter().map(|(.., goal)| goal.convertible(&truth, &mut rng, count).into_iter().chain(iovas.iter().copied()).collect()).collect();
+    let all: BTreeSet<u64> = questions.iter().flatten().copied().collect();
+    let all: Vec<u64> = all.into_iter().collect();
+    compare_with_excuses(model, &all, |iova, write| space.lookup(iova, write), |iova, write| space.excuse(iova, write))
         .with_context(|| format!("{:#x?}", space.tables))?;
-    for (destination, seat, make) in DESTINATIONS {
-        let goal = make(&mut rng);
-        if variety && goal.granule != 4096 {
-            continue;
-        }
-        let result = judge_destination(models.get(*seat), production, *seat, &goal, &snapshot, &truth, &iovas);
+    // Arm and RISC-V tables have pages that no request of the models can use.
+    let exact = matches!(space.tables, Tables::Vtd(_) | Tables::Amd(_));
+    for ((destination, seat, goal), iovas) in goals.iter().zip(questions) {
+        let result = judge_destination(models.get(*seat), production, (*seat, goal), &snapshot, (&truth, exact), &iovas);
         let tally = result.with_context(|| format!("from {:#x?} to {destination}, {:#x?}", space.tables, goal))?;
         tallies.entry((name, destination)).or_default().add(tally);
     }
@@ -150,21 +159,20 @@ fn judge_source(
 fn judge_destination(
     model: &mut dyn Model,
     production: &Production,
-    seat: Seat,
-    goal: &Goal,
+    (seat, goal): (Seat, &Goal),
     snapshot: &stagecraft::snapshot::Snapshot,
-    truth: &[stagecraft_tests::reference::Run],
+    (truth, exact): (&[Run], bool),
     iovas: &[u64],
 ) -> Result<Tally> {
     let converted = converted(production, snapshot, goal)?;
-    goal.check_losses(&converted.table, truth)?;
+    goal.check_losses(&converted.table, truth, exact)?;
     for loss in iovas.iter().filter_map(|iova| goal.loss(truth, *iova)) {
         ensure!(converted.table.built.losses.get(loss).is_some(), "not counted: {loss}");
     }
     model.write_memory(&converted.memory)?;
     model.set_table(converted.tables)?;
     let expect = |iova: u64, write: bool| lookup(truth, iova, write).filter(|_| goal.loss(truth, iova).is_none());
-    compare_with_excuses(model, iovas, expect, |iova, _| excuse(seat, goal, iova)).with_context(|| format!("{:x?}", converted.table.table))
+    compare_with_excuses(model, iovas, expect, |iova, write| excuse(seat, goal, iova, expect(iova, write))).with_context(|| format!("{:x?}", converted.table.table))
 }
 
 fn judge(sources: &[Source]) {
@@ -176,14 +184,16 @@ fn judge(sources: &[Source]) {
     let mut tallies = BTreeMap::new();
     for seed in seeds(2) {
         for source in sources {
-            let result = judge_source(&mut models, &production, source, seed, 24, &mut tallies);
+            let result = judge_source(&mut models, &production, source, seed, 12, &mut tallies);
             result.with_context(|| format!("STAGECRAFT_SEED={seed} STAGECRAFT_ROUNDS=1: {}", source.0)).unwrap();
         }
     }
     let mut total = Tally::default();
     for ((source, destination), tally) in &tallies {
         println!("{source} -> {destination}: {} reached, {} refused", tally.reached, tally.refused);
-        assert!(tally.refused > 0, "{source} -> {destination}: {tally:?}");
+        // Two stages scatter pages: those of a larger target may not come about.
+        let scattered = (source.contains("nested") || source.contains("two stages")) && destination.starts_with("SMMUv3");
+        assert!(tally.refused > 0 && (tally.reached > 0 || scattered), "{source} -> {destination}: {tally:?}");
         total.add(*tally);
     }
     assert_eq!(tallies.len(), sources.len() * DESTINATIONS.len(), "a pair is missing");

@@ -90,6 +90,22 @@ fn into_device_memory(leaves: &mut [Run], device: &Range<u64>, rng: &mut Rng) {
     }
 }
 
+/// Adds 64 KiB in pages of `page` bytes that every format can say, unless something is in the way.
+fn add_common(leaves: &mut Vec<Run>, page: u64, rng: &mut Rng) {
+    let iova = (1 + rng.below(30)) << 16;
+    let address = (8 << 30) + (rng.below(24 << 30) >> 16 << 16);
+    let end = iova + (1 << 16);
+    if page <= 1 << 16 && leaves.iter().all(|leaf| leaf.iova >= end || leaf.iova + (leaf.size - 1) < iova) {
+        leaves.extend((0..1 << 16).step_by(page as usize).map(|offset| Run {
+            iova: iova + offset,
+            address: address + offset,
+            size: page,
+            access: Access::RW,
+        }));
+        leaves.sort_by_key(|leaf| leaf.iova);
+    }
+}
+
 /// IOVAs where both stages have something: `leaves` are the second one's.
 fn crossings(truth: &[Run], leaves: &[Run], rng: &mut Rng) -> Vec<u64> {
     let mut iovas = Vec::new();

@@ -2,7 +2,7 @@
 
 use stagecraft_tests::reference::generate::Rng;
 
-use super::{Contents, PLACES, Space, crossings, into_device_memory};
+use super::{Contents, PLACES, Space, add_common, crossings, into_device_memory};
 use crate::judge::{lookup, second_stage};
 use crate::riscv::RiscvTables;
 use crate::tables::random_leaves;
@@ -18,6 +18,7 @@ pub fn format(second: bool) -> &'static str {
 pub fn space(second: bool, levels: u32, contents: Contents, rng: &mut Rng) -> Space {
     let config = RiscvTable { root: 0, levels, second };
     let mut leaves = random_leaves(&config.windows(), &config.sizes(), &[Access::R, Access::RW, Access::RW], rng, 12);
+    add_common(&mut leaves, 4096, rng);
     into_device_memory(&mut leaves, &Board::RiscvVirt.device_memory(), rng);
     let built = build(config, &leaves, PLACES, contents.variety, rng);
     let tables = match second {

@@ -4,7 +4,7 @@ use stagecraft_tests::reference::generate::{Generated, Options, Rng, build, rand
 use stagecraft_tests::reference::tables::{ArmHalf, ArmStage1, ArmStage2, Entry, Region, TableConfig};
 use stagecraft_tests::reference::walk::Walker;
 
-use super::{Contents, Space, compose, crossings, into_device_memory};
+use super::{Contents, Space, add_common, compose, crossings, into_device_memory};
 use crate::judge::{rejected, second_stage};
 use crate::smmu::{SmmuTables, context_descriptor};
 use crate::{Access, Board, Memory, Tables, known};
@@ -41,6 +41,15 @@ fn options(contents: Contents) -> Options {
 
 fn generate(config: TableConfig, options: Options, rng: &mut Rng) -> Generated {
     let mut leaves = random_leaves(&config, rng, options);
+    let granule = match config {
+        TableConfig::ArmStage1(ArmStage1 { low: Some(half), .. }) => half.granule,
+        TableConfig::ArmStage2(config) => config.granule,
+        _ => unreachable!("the low half is always there"),
+    };
+    // 32 output bits are too few for its address.
+    if config.settings().get("output-bits") != Some(&32) {
+        add_common(&mut leaves, granule, rng);
+    }
     into_device_memory(&mut leaves, &Board::ArmVirt.device_memory(), rng);
     build(config, &leaves, rng, options)
 }
@@ -96,7 +105,8 @@ fn in_any(ranges: &[(u64, u64)], iova: u64) -> bool {
 
 /// A random address space of stage 1 with these granules.
 pub fn stage_1(granules: &[u64], contents: Contents, rng: &mut Rng) -> Space {
-    let config = TableConfig::ArmStage1(stage1(granules, rng.pick(&[32, 36, 36, 40, 44]), contents, rng));
+    let output_bits = if contents.variety { rng.pick(&[32, 36, 36, 40, 44]) } else { rng.pick(&[36, 36, 40, 44]) };
+    let config = TableConfig::ArmStage1(stage1(granules, output_bits, contents, rng));
     let generated = generate(config, options(contents), rng);
     let misplaced = misplaced_blocks(&generated);
     Space {

@@ -3,7 +3,7 @@
 use stagecraft_tests::reference::generate::{Options, Rng, build, random_leaves};
 use stagecraft_tests::reference::tables::{TableConfig, VtdFirst, VtdSecond};
 
-use super::{Contents, Space, into_device_memory};
+use super::{Contents, Space, add_common, into_device_memory};
 use crate::judge::rejected;
 use crate::vtd::Mode;
 use crate::{Board, Tables};
@@ -22,6 +22,7 @@ pub fn space(mode: Mode, address_bits: u32, contents: Contents, rng: &mut Rng) -
     };
     let options = Options { restrictions: contents.variety, noise: contents.variety, ..Options::default() };
     let mut leaves = random_leaves(&config, rng, options);
+    add_common(&mut leaves, 4096, rng);
     into_device_memory(&mut leaves, &Board::Q35.device_memory(), rng);
     let generated = build(config, &leaves, rng, options);
     Space {

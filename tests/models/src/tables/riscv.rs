@@ -50,7 +50,7 @@ impl RiscvTable {
 /// `variety`, some leaves lack A or D, which takes away access, and some have X; without, all or none have it.
 pub fn build(config: RiscvTable, leaves: &[Run], places: Range<u64>, variety: bool, rng: &mut Rng) -> Built<RiscvTable> {
     let executable = rng.percent(50);
-    let mut arena = Arena { memory: crate::Memory::default(), places };
+    let mut arena = Arena::new(places);
     let root_entries = if config.second { 2048 } else { 512 };
     let root = arena.room(root_entries * 8, rng);
     // Address, height, entries, first IOVA.
