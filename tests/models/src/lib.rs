@@ -203,24 +203,37 @@ pub trait Model {
             self.attach()?;
             while self.fault_record()?.is_some() {}
             let first = outcomes.len();
+            let mut lost = false;
             for (slot, probe) in chunk.iter().enumerate() {
-                let mut arrived = None;
                 self.invalidate()?;
                 if probe.write {
-                    arrived = self.machine().device_write(probe.iova, slot, probe.expected)?;
+                    self.machine().device_write(probe.iova, slot)?;
                 } else {
                     self.machine().device_read(probe.iova, slot)?;
                 }
                 let record = self.fault_record()?;
                 // One request can leave several.
                 while record.is_some() && self.fault_record()?.is_some() {}
-                outcomes.push(match (arrived, record) {
-                    (Some(address), _) => Outcome::Reached(address),
-                    (None, Some(record)) => Outcome::Fault(record),
-                    (None, None) => Outcome::Nothing,
+                let arrived = match probe.expected.filter(|_| probe.write && record.is_none()) {
+                    Some(address) => self.machine().has_arrived(slot, address)?,
+                    None => false,
+                };
+                outcomes.push(match (probe.expected, record) {
+                    (Some(address), None) if arrived => Outcome::Reached(address),
+                    (_, Some(record)) => Outcome::Fault(record),
+                    (_, None) => {
+                        lost |= probe.write;
+                        Outcome::Nothing
+                    }
                 });
             }
             self.detach()?;
+            let written = if lost { self.machine().find_written()? } else { Vec::new() };
+            for (slot, address) in written {
+                if let Some(outcome) = outcomes.get_mut(first + slot).filter(|outcome| **outcome == Outcome::Nothing) {
+                    *outcome = Outcome::Reached(address);
+                }
+            }
             let words = self.machine().read_buffer()?;
             for ((probe, outcome), word) in chunk.iter().zip(&mut outcomes[first..]).zip(words) {
                 if !probe.write && *outcome == Outcome::Nothing {

@@ -361,29 +361,39 @@ impl Machine {
         self.transfer(iova, slot as u64 * 8, 8, false)
     }
 
-    /// The device writes a word of its buffer, as [`Machine::fill_buffer`] left it, to this IOVA. Returns where it arrived, looking first at `expected` and then in
-    /// all tagged pages; the tag there is restored.
+    /// The device writes a word of its buffer, as [`Machine::fill_buffer`] left it, to this IOVA.
     #[allow(clippy::missing_errors_doc)]
-    pub fn device_write(&mut self, iova: u64, slot: usize, expected: Option<u64>) -> Result<Option<u64>> {
-        self.transfer(iova, slot as u64 * 8, 8, true)?;
-        let nonce = self.nonce_of(slot);
-        if let Some(address) = expected.filter(|address| self.is_target(*address)) {
-            if self.qtest.read8(address)? == nonce {
-                self.qtest.write8(address, TAG | address)?;
-                return Ok(Some(address));
-            }
-        } else if expected.is_none() && self.tagged.is_empty() {
-            return Ok(None);
+    pub fn device_write(&mut self, iova: u64, slot: usize) -> Result<()> {
+        self.transfer(iova, slot as u64 * 8, 8, true)
+    }
+
+    /// Whether the word that was written from a slot is at this address. The tag there is restored.
+    #[allow(clippy::missing_errors_doc)]
+    pub fn has_arrived(&mut self, slot: usize, address: u64) -> Result<bool> {
+        let arrived = self.is_target(address) && self.qtest.read8(address)? == self.nonce_of(slot);
+        if arrived {
+            self.qtest.write8(address, TAG | address)?;
         }
+        Ok(arrived)
+    }
+
+    /// Looks for words that were written and have not been found yet, in all tagged pages: slots and addresses. Tags are restored.
+    #[allow(clippy::missing_errors_doc)]
+    pub fn find_written(&mut self) -> Result<Vec<(usize, u64)>> {
+        let mut found = Vec::new();
         for page in self.tagged.clone() {
-            // Every translation keeps the offset in a page.
-            let address = page + iova % 4096;
-            if self.qtest.read8(address)? == nonce {
-                self.qtest.write8(address, TAG | address)?;
-                return Ok(Some(address));
+            let bytes = self.qtest.read(page, 4096)?;
+            for (index, word) in bytes.chunks_exact(8).enumerate() {
+                let word = u64::from_le_bytes(std::array::from_fn(|index| word[index]));
+                let slot = (word & 0xffff) as usize;
+                if word == self.nonce_of(slot) {
+                    let address = page + index as u64 * 8;
+                    self.qtest.write8(address, TAG | address)?;
+                    found.push((slot, address));
+                }
             }
         }
-        Ok(None)
+        Ok(found)
     }
 }
 

@@ -35,7 +35,7 @@ fn judge(model: &mut dyn Model, ladders: &[&dyn Ladder], random: usize) {
 #[test]
 fn vtd_legacy() {
     if available(Board::Q35) {
-        let [three, four] = [3, 4].map(|levels| VtdLadder { first_stage: false, levels });
+        let [three, four] = [3, 4].map(|levels| VtdLadder { scalable: false, first_stage: false, levels });
         judge(&mut Vtd::start(Mode::Legacy, 48).unwrap(), &[&three, &four], 100);
     }
 }
@@ -43,8 +43,8 @@ fn vtd_legacy() {
 #[test]
 fn vtd_scalable() {
     if available(Board::Q35) {
-        judge(&mut Vtd::start(Mode::ScalableSecond, 48).unwrap(), &[&VtdLadder { first_stage: false, levels: 4 }], 20);
-        judge(&mut Vtd::start(Mode::ScalableFirst, 48).unwrap(), &[&VtdLadder { first_stage: true, levels: 4 }], 100);
+        judge(&mut Vtd::start(Mode::ScalableSecond, 48).unwrap(), &[&VtdLadder { scalable: true, first_stage: false, levels: 4 }], 20);
+        judge(&mut Vtd::start(Mode::ScalableFirst, 48).unwrap(), &[&VtdLadder { scalable: true, first_stage: true, levels: 4 }], 100);
     }
 }
 

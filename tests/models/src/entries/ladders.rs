@@ -31,6 +31,8 @@ fn extended(position: u64, bits: u32) -> u64 {
 /// VT-d: Intel Virtualization Technology for Directed I/O, sections 9.7 and 9.8.
 #[derive(Clone, Copy, Debug)]
 pub struct VtdLadder {
+    /// Scalable mode, or legacy.
+    pub scalable: bool,
     /// The first stage, or the second.
     pub first_stage: bool,
     /// Levels of tables.
@@ -79,8 +81,10 @@ impl Ladder for VtdLadder {
         })
     }
 
-    fn excuse(&self, _: &Damage) -> Option<KnownError> {
-        None
+    fn excuse(&self, damage: &Damage, _: bool) -> Option<KnownError> {
+        const SNP: u64 = 1 << 11;
+        let is_leaf = damage.height == 0 || damage.entry & 1 << 7 != 0;
+        (self.scalable && !self.first_stage && is_leaf && damage.entry & SNP != 0).then_some(known::VTD_SNOOP)
     }
 }
 
@@ -157,7 +161,7 @@ impl Ladder for ArmLadder {
         })
     }
 
-    fn excuse(&self, damage: &Damage) -> Option<KnownError> {
+    fn excuse(&self, damage: &Damage, _: bool) -> Option<KnownError> {
         let bit = |position: u32| damage.entry >> position & 1 == 1;
         let is_table = bit(0) && bit(1) && damage.height > 0;
         let is_leaf = bit(0) && !is_table;
@@ -166,7 +170,7 @@ impl Ladder for ArmLadder {
         } else if self.first_stage && ((is_leaf && !bit(6)) || (is_table && bit(61))) {
             Some(known::SMMU_PRIVILEGED)
         } else {
-            None
+            (self.granule == 65536 && bit(0) && damage.entry >> 12 & 0xf != 0).then_some(known::SMMU_64K_BITS)
         }
     }
 }
@@ -219,6 +223,10 @@ impl Ladder for RiscvLadder {
         leaf | address >> 12 << 10
     }
 
+    fn address(&self, entry: u64) -> u64 {
+        (entry >> 10 << 12) & 0xff_ffff_ffff_ffff
+    }
+
     fn iova(&self, position: u64) -> u64 {
         if self.second { position } else { extended(position, 12 + 9 * self.levels) }
     }
@@ -228,9 +236,10 @@ impl Ladder for RiscvLadder {
         Tables::Riscv(if self.second { RiscvTables { first: None, second: table } } else { RiscvTables { first: table, second: None } })
     }
 
-    fn excuse(&self, damage: &Damage) -> Option<KnownError> {
+    fn excuse(&self, damage: &Damage, write: bool) -> Option<KnownError> {
         const USER: u64 = 1 << 4;
-        const POINTER_BITS: u64 = USER | 1 << 6 | 1 << 7;
+        const ACCESSED: u64 = 1 << 6;
+        const DIRTY: u64 = 1 << 7;
         let is_leaf = damage.entry & 0b1110 != 0;
         if damage.entry & 1 == 0 {
             None
@@ -238,8 +247,10 @@ impl Ladder for RiscvLadder {
             Some(known::RISCV_UPPER_BITS)
         } else if is_leaf && damage.entry & USER == 0 {
             Some(known::RISCV_USER)
+        } else if is_leaf && write && damage.entry & ACCESSED == 0 {
+            Some(known::RISCV_ACCESSED)
         } else {
-            (!is_leaf && damage.entry & POINTER_BITS != 0).then_some(known::RISCV_POINTER_BITS)
+            (!is_leaf && damage.entry & (USER | ACCESSED | DIRTY) != 0).then_some(known::RISCV_POINTER_BITS)
         }
     }
 }
@@ -293,13 +304,26 @@ impl Ladder for AmdLadder {
         Tables::Amd(AmdTable { root, mode: self.mode, access: Access::RW })
     }
 
-    fn excuse(&self, damage: &Damage) -> Option<KnownError> {
-        let next = damage.entry >> 9 & 7;
-        let level = damage.height as u64 + 1;
-        if (1..7).contains(&next) {
-            // Also where the entry is not present: whether it is decides the model only later.
-            return (next >= level).then_some(known::AMD_LOOPS);
+    fn excuse(&self, damage: &Damage, _: bool) -> Option<KnownError> {
+        let (entry, level) = (damage.entry, damage.height as u64 + 1);
+        let next = entry >> 9 & 7;
+        let is_table = (1..7).contains(&next);
+        // A pointer that names a lower level than its table has: what follows names one that is not lower.
+        let table_names = damage.below.filter(|_| is_table).map_or(0, |below| below as u64);
+        if is_table && (next >= level || table_names >= next) {
+            return Some(known::AMD_LOOPS);
         }
-        (damage.entry & 1 == 0).then_some(known::AMD_PRESENT)
+        if entry & 1 == 0 {
+            return (!is_table).then_some(known::AMD_PRESENT);
+        }
+        if !is_table && level == 6 {
+            return Some(known::AMD_LEVEL_6);
+        }
+        let size = 13 + (entry >> 12 & 0xff_ffff_ffff).trailing_ones() as u64;
+        if next == 7 && (size <= 3 + 9 * level || size >= 12 + 9 * level) {
+            return Some(known::AMD_SIZES);
+        }
+        let reserved = if is_table { 0x1ff << 52 } else { 0x7f << 52 };
+        (entry & reserved != 0).then_some(known::AMD_RESERVED)
     }
 }

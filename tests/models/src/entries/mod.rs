@@ -66,6 +66,11 @@ pub trait Ladder {
         leaf | address
     }
 
+    /// The address field of any entry.
+    fn address(&self, entry: u64) -> u64 {
+        entry & 0xf_ffff_ffff_f000
+    }
+
     /// The IOVA of a place in what the root covers.
     fn iova(&self, position: u64) -> u64 {
         position
@@ -74,8 +79,8 @@ pub trait Ladder {
     /// For the model.
     fn tables(&self, root: u64) -> Tables;
 
-    /// The known error because of which the model cannot be asked about a damaged entry.
-    fn excuse(&self, damage: &Damage) -> Option<KnownError>;
+    /// The known error because of which the model cannot be asked to read or write through a damaged entry.
+    fn excuse(&self, damage: &Damage, write: bool) -> Option<KnownError>;
 }
 
 /// A damaged entry.
@@ -144,10 +149,9 @@ impl Change {
     }
 }
 
-/// An entry to be damaged: its table's height, which of the leaves or, for a pointer, the height that it points to, and what is done.
+/// An entry to be damaged: which of the leaves or, for a pointer, the height that it points to, and what is done.
 #[derive(Clone, Copy, Debug)]
 struct Task {
-    height: usize,
     leaf: Option<usize>,
     below: usize,
     change: Change,
@@ -162,7 +166,7 @@ pub fn images(ladder: &dyn Ladder, random: usize, rng: &mut Rng) -> Vec<Image> {
         for (leaf, below) in leaves.chain(pointers) {
             let flips = (0..64).map(|bit| Change::Flip(1 << bit));
             let changes: Vec<Change> = flips.chain((0..random).map(|_| Change::random(ladder, rng))).collect();
-            tasks.entry(height).or_default().extend(changes.into_iter().map(|change| Task { height, leaf, below, change }));
+            tasks.entry(height).or_default().extend(changes.into_iter().map(|change| Task { leaf, below, change }));
         }
     }
     let mut images = Vec::new();
@@ -243,17 +247,23 @@ pub fn judge_image(model: &mut dyn Model, production: &Production, ladder: &dyn 
     let mut tally = Tally::default();
     let mut asked = Vec::new();
     for damage in &image.damages {
-        if ladder.excuse(damage).is_some() {
-            tally.excused += 2;
-            tally.unasked += 2;
-            continue;
-        }
         for write in [false, true] {
+            if ladder.excuse(damage, write).is_some() {
+                tally.excused += 1;
+                tally.unasked += 1;
+                continue;
+            }
             let answer = view.ask(damage.iova, write)?;
             if let Some(address) = answer.address() {
                 model.tag_page(address)?;
             }
             asked.push((*damage, write, answer));
+        }
+        // A request that should be refused must be noticed where the entry's address, old or new, would take it.
+        let (shift, _) = ladder.rungs()[damage.height];
+        for entry in [damage.good.entry, damage.entry] {
+            let address = ladder.address(entry) >> shift << shift | damage.iova % (1 << shift);
+            model.tag_page(address)?;
         }
     }
     // A page that was unwritten when the engine looked at it, and is tagged now, says something else to the model.

@@ -16,8 +16,8 @@ pub fn space(contents: Contents, rng: &mut Rng) -> Space {
     let config = AmdTable { root: 0, mode: rng.pick(&[1, 2, 3, 3, 4, 4, 5, 6]), access };
     let accesses = [Access::R, Access::W, Access::RW, Access::RW];
     let mut leaves = random_leaves(&config.windows(), &config.sizes(), &accesses, rng, 14);
-    add_common(&mut leaves, 4096, rng);
     into_device_memory(&mut leaves, &Board::Q35.device_memory(), rng);
+    add_common(&mut leaves, 4096, rng);
     let tables = build(config, &leaves, PLACES, rng);
     let width = config.windows()[0].1;
     let skipped = tables.skipped;

@@ -18,8 +18,8 @@ pub fn format(second: bool) -> &'static str {
 pub fn space(second: bool, levels: u32, contents: Contents, rng: &mut Rng) -> Space {
     let config = RiscvTable { root: 0, levels, second };
     let mut leaves = random_leaves(&config.windows(), &config.sizes(), &[Access::R, Access::RW, Access::RW], rng, 12);
-    add_common(&mut leaves, 4096, rng);
     into_device_memory(&mut leaves, &Board::RiscvVirt.device_memory(), rng);
+    add_common(&mut leaves, 4096, rng);
     let built = build(config, &leaves, PLACES, contents.variety, rng);
     let tables = match second {
         true => RiscvTables { second: Some(built.config), ..RiscvTables::default() },

@@ -41,6 +41,7 @@ fn options(contents: Contents) -> Options {
 
 fn generate(config: TableConfig, options: Options, rng: &mut Rng) -> Generated {
     let mut leaves = random_leaves(&config, rng, options);
+    into_device_memory(&mut leaves, &Board::ArmVirt.device_memory(), rng);
     let granule = match config {
         TableConfig::ArmStage1(ArmStage1 { low: Some(half), .. }) => half.granule,
         TableConfig::ArmStage2(config) => config.granule,
@@ -50,7 +51,6 @@ fn generate(config: TableConfig, options: Options, rng: &mut Rng) -> Generated {
     if config.settings().get("output-bits") != Some(&32) {
         add_common(&mut leaves, granule, rng);
     }
-    into_device_memory(&mut leaves, &Board::ArmVirt.device_memory(), rng);
     build(config, &leaves, rng, options)
 }
 

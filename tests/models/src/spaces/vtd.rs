@@ -22,8 +22,8 @@ pub fn space(mode: Mode, address_bits: u32, contents: Contents, rng: &mut Rng) -
     };
     let options = Options { restrictions: contents.variety, noise: contents.variety, ..Options::default() };
     let mut leaves = random_leaves(&config, rng, options);
-    add_common(&mut leaves, 4096, rng);
     into_device_memory(&mut leaves, &Board::Q35.device_memory(), rng);
+    add_common(&mut leaves, 4096, rng);
     let generated = build(config, &leaves, rng, options);
     Space {
         tables: Tables::Vtd(generated.config),
