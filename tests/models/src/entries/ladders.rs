@@ -210,6 +210,10 @@ impl Ladder for RiscvLadder {
         0x3f_ffe0_0000_0000
     }
 
+    fn blind_bits(&self) -> u64 {
+        0x3ff << 54
+    }
+
     fn pointer(&self, height: usize, below: usize, table: u64) -> Option<Good> {
         (below + 1 == height).then_some(good("pointer", table >> 12 << 10 | 1))
     }
@@ -277,6 +281,10 @@ impl Ladder for AmdLadder {
             root.1 = 128;
         }
         rungs
+    }
+
+    fn blind_bits(&self) -> u64 {
+        0x7f << 52
     }
 
     fn pointer(&self, height: usize, below: usize, table: u64) -> Option<Good> {

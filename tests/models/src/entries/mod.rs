@@ -55,6 +55,11 @@ pub trait Ladder {
         0xf_ff80_0000_0000
     }
 
+    /// Bits about which the model is known to be wrong wherever they are set: most of the random changes leave them alone.
+    fn blind_bits(&self) -> u64 {
+        0
+    }
+
     /// Pointers in a table of `height` to a table of `below`, which is lower; none if the format does not have this.
     fn pointer(&self, height: usize, below: usize, table: u64) -> Option<Good>;
 
@@ -129,15 +134,16 @@ enum Change {
 impl Change {
     fn random(ladder: &dyn Ladder, rng: &mut Rng) -> Change {
         let some = |rng: &mut Rng| (0..2 + rng.below(3)).fold(0, |bits, _| bits | 1 << rng.below(64));
+        let blind = if rng.percent(80) { ladder.blind_bits() } else { 0 };
         match rng.below(6) {
-            0 => Change::Flip(some(rng)),
-            1 => Change::Flip(some(rng) & !ladder.high_address()),
+            0 => Change::Flip(some(rng) & !blind),
+            1 => Change::Flip(some(rng) & !ladder.high_address() & !blind),
             // The low bits say what an entry is; the address stays in RAM.
-            2 => Change::Random { value: rng.number() & !ladder.high_address(), kept: 0xfff },
-            3 => Change::Random { value: rng.number() & !ladder.high_address(), kept: 0 },
+            2 => Change::Random { value: rng.number() & !ladder.high_address(), kept: 0xfff | blind },
+            3 => Change::Random { value: rng.number() & !ladder.high_address(), kept: blind },
             // An address that stays.
-            4 => Change::Random { value: rng.number(), kept: !ladder.high_address() & 0x7f_ffff_f000 },
-            _ => Change::Random { value: rng.number(), kept: 0 },
+            4 => Change::Random { value: rng.number(), kept: !ladder.high_address() & 0x7f_ffff_f000 | blind },
+            _ => Change::Random { value: rng.number(), kept: blind },
         }
     }
 
