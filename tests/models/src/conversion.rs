@@ -278,9 +278,7 @@ fn for_model(config: &TableConfig) -> Result<Tables> {
             let stage = ArmStage2 { root, granule, input_bits, output_bits, start_level: start_level as i32, ..ArmStage2::default() };
             Tables::Smmu(SmmuTables { second: Some(stage), ..SmmuTables::default() })
         }
-        "riscv-iommu/first-stage" => {
-            Tables::Riscv(RiscvTables { first: Some(RiscvTable { root, levels, second: false }), ..RiscvTables::default() })
-        }
+        "riscv-iommu/first-stage" => Tables::Riscv(RiscvTables { first: Some(RiscvTable { root, levels, second: false }), ..RiscvTables::default() }),
         "riscv-iommu/second-stage" => {
             Tables::Riscv(RiscvTables { second: Some(RiscvTable { root, levels, second: true }), ..RiscvTables::default() })
         }

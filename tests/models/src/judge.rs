@@ -117,12 +117,7 @@ pub fn interesting(runs: &[Run], rng: &mut Rng, count: usize) -> Vec<u64> {
 ///
 /// # Errors
 /// Lists the first disagreements.
-pub fn compare(
-    model: &mut dyn Model,
-    iovas: &[u64],
-    expect: impl Fn(u64, bool) -> Option<u64>,
-    ask: impl Fn(u64, bool) -> bool,
-) -> Result<Tally> {
+pub fn compare(model: &mut dyn Model, iovas: &[u64], expect: impl Fn(u64, bool) -> Option<u64>, ask: impl Fn(u64, bool) -> bool) -> Result<Tally> {
     let mut tally = Tally::default();
     let mut probes = Vec::new();
     for iova in iovas {
@@ -195,8 +190,11 @@ pub fn judge(model: &mut dyn Model, production: &Production, space: &Space, iova
         }
     }
     if count > 0 {
-        bail!("the engine is wrong about {count} requests:
-{wrong}{:x?}", view.configs);
+        bail!(
+            "the engine is wrong about {count} requests:
+{wrong}{:x?}",
+            view.configs
+        );
     }
     // What is not in memory is not asked: `compare` knows.
     compare_with_excuses(model, iovas, |iova, write| space.lookup(iova, write), |iova, write| space.excuse(iova, write))

@@ -96,7 +96,8 @@ pub const AMD_SKIPPED: KnownError = error("amd-iommu", "where NextLevel leaves o
 pub const AMD_PRESENT: KnownError = error("amd-iommu", "PR is not looked at in a leaf: its IR and IW alone decide");
 
 /// Reserved bits.
-pub const AMD_RESERVED: KnownError = error("amd-iommu", "bits 58:52 are not looked at, nor bits 60:59 of an entry that points to a table: reserved bits do not fault");
+pub const AMD_RESERVED: KnownError =
+    error("amd-iommu", "bits 58:52 are not looked at, nor bits 60:59 of an entry that points to a table: reserved bits do not fault");
 
 /// Leaves of the highest level.
 pub const AMD_LEVEL_6: KnownError = error("amd-iommu", "an entry of level 6 may be a leaf; there are none at this level");

@@ -149,11 +149,7 @@ impl Model for Riscv {
 
     fn registers(&mut self) -> Result<Vec<(&'static str, u64)>> {
         let (registers, qtest) = (self.registers, &mut self.machine.qtest);
-        Ok(vec![
-            ("CAPABILITIES", qtest.read8(registers)?),
-            ("FCTL", qtest.read4(registers + 8)?.into()),
-            ("DDTP", qtest.read8(registers + 0x10)?),
-        ])
+        Ok(vec![("CAPABILITIES", qtest.read8(registers)?), ("FCTL", qtest.read4(registers + 8)?.into()), ("DDTP", qtest.read8(registers + 0x10)?)])
     }
 
     fn structures(&self) -> Vec<u64> {

@@ -115,6 +115,12 @@ fn excuse(seat: Seat, goal: &Goal, iova: u64, address: Option<u64>) -> Option<Kn
     }
 }
 
+/// Every other address space has restrictions and bits without effect. Where pages differ in what the target cannot say anyway, they do not make up a larger page:
+/// then only targets with pages of 4 KiB are asked.
+fn has_variety(seed: u64) -> bool {
+    seed.is_multiple_of(2)
+}
+
 /// One source: judged by its own model, then converted to every destination and judged there. `count` is how much is asked.
 fn judge_source(
     models: &mut Models,
@@ -126,10 +132,10 @@ fn judge_source(
 ) -> Result<()> {
     let (name, seat, make) = source;
     let mut rng = Rng::new(seed);
-    // Where pages differ in what the target cannot say anyway, they do not make up a larger page: then only targets whose pages are not larger are asked.
-    let variety = seed.is_multiple_of(2);
+    let variety = has_variety(seed);
     let space = make(Contents { variety }, &mut rng);
-    let iovas: Vec<u64> = questions(&space, &mut rng, count).into_iter().filter(|iova| !space.has_tags() || iova >> 56 == 0 || iova >> 56 == 255).collect();
+    let iovas: Vec<u64> =
+        questions(&space, &mut rng, count).into_iter().filter(|iova| !space.has_tags() || iova >> 56 == 0 || iova >> 56 == 255).collect();
     let model = models.get(*seat);
     model.write_memory(&space.memory)?;
     model.set_table(space.tables)?;
@@ -144,8 +150,9 @@ fn judge_source(
         goals.iter().map(|(.., goal)| goal.convertible(&truth, &mut rng, count).into_iter().chain(iovas.iter().copied()).collect()).collect();
     let all: BTreeSet<u64> = questions.iter().flatten().copied().collect();
     let all: Vec<u64> = all.into_iter().collect();
-    compare_with_excuses(model, &all, |iova, write| space.lookup(iova, write), |iova, write| space.excuse(iova, write))
+    let tally = compare_with_excuses(model, &all, |iova, write| space.lookup(iova, write), |iova, write| space.excuse(iova, write))
         .with_context(|| format!("{:#x?}", space.tables))?;
+    ensure!(tally.unrecorded == 0 || !model.records(), "refusals without a record: {tally:?}");
     // Arm and RISC-V tables have pages that no request of the models can use.
     let exact = matches!(space.tables, Tables::Vtd(_) | Tables::Amd(_));
     for ((destination, seat, goal), iovas) in goals.iter().zip(questions) {
@@ -172,7 +179,10 @@ fn judge_destination(
     model.write_memory(&converted.memory)?;
     model.set_table(converted.tables)?;
     let expect = |iova: u64, write: bool| lookup(truth, iova, write).filter(|_| goal.loss(truth, iova).is_none());
-    compare_with_excuses(model, iovas, expect, |iova, write| excuse(seat, goal, iova, expect(iova, write))).with_context(|| format!("{:x?}", converted.table.table))
+    let tally = compare_with_excuses(model, iovas, expect, |iova, write| excuse(seat, goal, iova, expect(iova, write)))
+        .with_context(|| format!("{:x?}", converted.table.table))?;
+    ensure!(tally.unrecorded == 0 || !model.records(), "refusals without a record: {tally:?}");
+    Ok(tally)
 }
 
 fn judge(sources: &[Source]) {
@@ -182,7 +192,9 @@ fn judge(sources: &[Source]) {
     let mut models = Models::start().unwrap();
     let production = Production::new().unwrap();
     let mut tallies = BTreeMap::new();
+    let mut all_pairs = false;
     for seed in seeds(2) {
+        all_pairs |= !has_variety(seed);
         for source in sources {
             let result = judge_source(&mut models, &production, source, seed, 12, &mut tallies);
             result.with_context(|| format!("STAGECRAFT_SEED={seed} STAGECRAFT_ROUNDS=1: {}", source.0)).unwrap();
@@ -192,12 +204,12 @@ fn judge(sources: &[Source]) {
     for ((source, destination), tally) in &tallies {
         println!("{source} -> {destination}: {} reached, {} refused", tally.reached, tally.refused);
         // Two stages scatter pages: those of a larger target may not come about.
-        let scattered = (source.contains("nested") || source.contains("two stages")) && destination.starts_with("SMMUv3");
-        assert!(tally.reached > 0 || scattered, "{source} -> {destination}: {tally:?}");
+        let scattered = source.contains("nested") || source.contains("two stages");
+        assert!(tally.reached > 0 || scattered || !all_pairs, "{source} -> {destination}: {tally:?}");
         total.add(*tally);
     }
-    assert!(total.refused > 0, "{total:?}");
-    assert_eq!(tallies.len(), sources.len() * DESTINATIONS.len(), "a pair is missing");
+    assert!(total.reached > 0 && total.refused > 0, "{total:?}");
+    assert!(tallies.len() == sources.len() * DESTINATIONS.len() || !all_pairs, "a pair is missing");
     println!("{total:?}, {:.0} requests a second", total.rate());
 }
 

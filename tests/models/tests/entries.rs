@@ -55,7 +55,8 @@ fn arm(first_stage: bool, granule: u64, input_bits: u32, output_bits: u32) -> Ar
 #[test]
 fn smmu_stage_1() {
     if available(Board::ArmVirt) {
-        let [a, b, c, d] = [(4096, 48, 44), (4096, 39, 36), (16384, 47, 40), (65536, 48, 44)].map(|(granule, input, output)| arm(true, granule, input, output));
+        let [a, b, c, d] =
+            [(4096, 48, 44), (4096, 39, 36), (16384, 47, 40), (65536, 48, 44)].map(|(granule, input, output)| arm(true, granule, input, output));
         judge(&mut Smmu::start(Stages::First).unwrap(), &[&a, &b, &c, &d], 60);
     }
 }
@@ -63,7 +64,8 @@ fn smmu_stage_1() {
 #[test]
 fn smmu_stage_2() {
     if available(Board::ArmVirt) {
-        let [a, b, c, d] = [(4096, 44, 44), (4096, 36, 36), (16384, 40, 40), (65536, 44, 44)].map(|(granule, input, output)| arm(false, granule, input, output));
+        let [a, b, c, d] =
+            [(4096, 44, 44), (4096, 36, 36), (16384, 40, 40), (65536, 44, 44)].map(|(granule, input, output)| arm(false, granule, input, output));
         judge(&mut Smmu::start(Stages::Second).unwrap(), &[&a, &b, &c, &d], 60);
     }
 }

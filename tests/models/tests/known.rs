@@ -103,15 +103,7 @@ fn a_wrong_truth_is_noticed() {
 }
 
 fn vtd_second() -> TableConfig {
-    TableConfig::VtdSecond(VtdSecond {
-        root: 0,
-        levels: 4,
-        input_bits: 48,
-        output_bits: 39,
-        large_2m: true,
-        large_1g: true,
-        snoop_control: false,
-    })
+    TableConfig::VtdSecond(VtdSecond { root: 0, levels: 4, input_bits: 48, output_bits: 39, large_2m: true, large_1g: true, snoop_control: false })
 }
 
 #[test]
@@ -228,7 +220,9 @@ fn smmu_with_two_stages() {
         let second = build(TableConfig::ArmStage2(config), &leaves, &mut rng, PLAIN);
         moved.pages.extend(second.snapshot.memory.pages.clone());
         model.write_memory(&moved).unwrap();
-        model.set_table(Tables::Smmu(SmmuTables { first: Some(first_of(&first)), second: Some(second_of(&second)), context: Some(context) })).unwrap();
+        model
+            .set_table(Tables::Smmu(SmmuTables { first: Some(first_of(&first)), second: Some(second_of(&second)), context: Some(context) }))
+            .unwrap();
         model.tag_page(TARGET).unwrap();
         model.dma(iova, false).unwrap()
     };

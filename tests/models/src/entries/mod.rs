@@ -128,7 +128,10 @@ pub struct Image {
 enum Change {
     Flip(u64),
     /// All bits but these.
-    Random { value: u64, kept: u64 },
+    Random {
+        value: u64,
+        kept: u64,
+    },
 }
 
 impl Change {

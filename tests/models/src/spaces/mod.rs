@@ -8,9 +8,9 @@ pub mod vtd;
 use std::fmt;
 use std::ops::Range;
 
-use stagecraft_tests::reference::{Run, merge};
 use stagecraft_tests::reference::generate::Rng;
 use stagecraft_tests::reference::tables::TableConfig;
+use stagecraft_tests::reference::{Run, merge};
 
 use crate::judge::lookup;
 use crate::known::KnownError;
@@ -90,20 +90,16 @@ fn into_device_memory(leaves: &mut [Run], device: &Range<u64>, rng: &mut Rng) {
     }
 }
 
-/// Adds 64 KiB in pages of `page` bytes that every format can say, unless something is in the way.
+/// Adds 64 KiB in pages of `page` bytes that every format can say, in the place of whatever is there.
 fn add_common(leaves: &mut Vec<Run>, page: u64, rng: &mut Rng) {
     let iova = (1 + rng.below(30)) << 16;
     let address = (8 << 30) + (rng.below(24 << 30) >> 16 << 16);
     let end = iova + (1 << 16);
-    if page <= 1 << 16 && leaves.iter().all(|leaf| leaf.iova >= end || leaf.iova + (leaf.size - 1) < iova) {
-        leaves.extend((0..1 << 16).step_by(page as usize).map(|offset| Run {
-            iova: iova + offset,
-            address: address + offset,
-            size: page,
-            access: Access::RW,
-        }));
-        leaves.sort_by_key(|leaf| leaf.iova);
+    leaves.retain(|leaf| leaf.iova >= end || leaf.iova + (leaf.size - 1) < iova);
+    for offset in (0..1 << 16).step_by(page as usize) {
+        leaves.push(Run { iova: iova + offset, address: address + offset, size: page, access: Access::RW });
     }
+    leaves.sort_by_key(|leaf| leaf.iova);
 }
 
 /// IOVAs where both stages have something: `leaves` are the second one's.
