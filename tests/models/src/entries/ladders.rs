@@ -327,7 +327,7 @@ impl Ladder for AmdLadder {
         if !is_table && level == 6 {
             return Some(known::AMD_LEVEL_6);
         }
-        let size = 13 + (entry >> 12 & 0xff_ffff_ffff).trailing_ones() as u64;
+        let size = 13 + u64::from((entry >> 12 & 0xff_ffff_ffff).trailing_ones());
         if next == 7 && (size <= 3 + 9 * level || size >= 12 + 9 * level) {
             return Some(known::AMD_SIZES);
         }

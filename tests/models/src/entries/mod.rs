@@ -271,7 +271,7 @@ pub fn judge_image(model: &mut dyn Model, production: &Production, ladder: &dyn 
         // A request that should be refused must be noticed where the entry's address, old or new, would take it.
         let (shift, _) = ladder.rungs()[damage.height];
         for entry in [damage.good.entry, damage.entry] {
-            let address = ladder.address(entry) >> shift << shift | damage.iova % (1 << shift);
+            let address = (ladder.address(entry) >> shift << shift) + damage.iova % (1 << shift);
             model.tag_page(address)?;
         }
     }
