@@ -72,7 +72,7 @@ pub fn amd(rng: &mut Rng) -> Goal {
 
 /// SMMUv3 stage 1 with a granule. The model has 44 address bits.
 pub fn smmu_first(granule: u64, rng: &mut Rng) -> Goal {
-    let output_bits = rng.pick(&[36, 40, 44, 44]);
+    let output_bits = rng.pick(&[36, 36, 40, 44]);
     let input_bits = rng.pick(&[36, 42, 48, 48]);
     let names = ["granule", "input-bits", "granule-high", "input-bits-high", "output-bits"];
     let values = [granule, input_bits, granule, input_bits, output_bits];
@@ -165,20 +165,21 @@ impl Goal {
         Ok(())
     }
 
-    /// IOVAs that lose nothing.
-    pub fn convertible(&self, truth: &[Run], rng: &mut Rng, count: usize) -> Vec<u64> {
-        let mut iovas = Vec::new();
-        for _ in 0..count * 60 {
-            if truth.is_empty() || iovas.len() == count {
-                break;
-            }
-            let run = rng.pick(truth);
-            let iova = run.iova + rng.below(run.size / 8) * 8;
-            if self.loss(truth, iova).is_none() {
-                iovas.push(iova);
-            }
+    /// IOVAs that are mapped and lose nothing; or, if `lost`, something.
+    pub fn sample(&self, truth: &[Run], lost: bool, rng: &mut Rng, count: usize) -> Vec<u64> {
+        let is_wanted = |iova: u64| self.loss(truth, iova).is_some() == lost;
+        // The first whole page of the target in each run.
+        let starts = truth.iter().map(|run| (*run, run.iova.checked_next_multiple_of(self.granule).unwrap_or(run.iova)));
+        let candidates: Vec<(Run, u64)> = starts.filter(|(run, start)| start - run.iova < run.size && is_wanted(*start)).collect();
+        if candidates.is_empty() {
+            return Vec::new();
         }
-        iovas
+        let one = |rng: &mut Rng| {
+            let (run, start) = rng.pick(&candidates);
+            let inside = run.iova + rng.below(run.size / 8) * 8;
+            if is_wanted(inside) { inside } else { start }
+        };
+        (0..count).map(|_| one(rng)).collect()
     }
 }
 

@@ -145,9 +145,14 @@ fn judge_source(
     let snapshot = production.load(&snapshot)?;
     let goals = DESTINATIONS.iter().map(|(name, seat, make)| (*name, *seat, make(&mut rng))).filter(|(.., goal)| !variety || goal.granule == 4096);
     let goals: Vec<(&str, Seat, Goal)> = goals.collect();
-    // What every destination is asked, and for each some that it can say.
-    let questions: Vec<Vec<u64>> =
-        goals.iter().map(|(.., goal)| goal.convertible(&truth, &mut rng, count).into_iter().chain(iovas.iter().copied()).collect()).collect();
+    // What every destination is asked, and for each some that it can say and some that it cannot.
+    let mut questions: Vec<Vec<u64>> = Vec::new();
+    for (.., goal) in &goals {
+        let mut own = goal.sample(&truth, false, &mut rng, count);
+        own.extend(goal.sample(&truth, true, &mut rng, count / 3));
+        own.extend(&iovas);
+        questions.push(own);
+    }
     let all: BTreeSet<u64> = questions.iter().flatten().copied().collect();
     let all: Vec<u64> = all.into_iter().collect();
     let tally = compare_with_excuses(model, &all, |iova, write| space.lookup(iova, write), |iova, write| space.excuse(iova, write))
