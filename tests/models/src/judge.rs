@@ -280,7 +280,7 @@ pub fn seeds(default_rounds: u64) -> impl Iterator<Item = u64> {
 /// A second stage for a first one: leaves that move each page of `memory` (the first stage's tables, and what else it needs), and that give some of the pages that
 /// the first stage maps a place and an access. All are pages of `granule` bytes; `block` bytes of the first stage's tables, at least a granule, stay together.
 ///
-/// Returns the leaves, and the memory as it is moved. Places are between 8 and 128 GiB.
+/// Returns the leaves, and the memory as it is moved. Places are between 8 and 64 GiB.
 pub fn second_stage(memory: &Memory, truth: &[Run], granule: u64, block: u64, accesses: &[Access], rng: &mut Rng) -> (Vec<Run>, Memory) {
     let mut leaves: BTreeMap<u64, Run> = BTreeMap::new();
     let mut moved = Memory::default();
@@ -295,14 +295,22 @@ pub fn second_stage(memory: &Memory, truth: &[Run], granule: u64, block: u64, ac
         }
         moved.pages.insert(leaves[&start].address + page % block, *content);
     }
+    // Most of what the first stage maps keeps together in 64 KiB, so that there is something for larger pages; the rest is scattered.
+    let mut chunks: BTreeMap<u64, Option<(u64, Access)>> = BTreeMap::new();
+    let chunk_size = granule.max(1 << 16);
+    let place = |size: u64, rng: &mut Rng| 0x4_0000_0000 + rng.below(0xc_0000_0000 / size) * size;
     for run in truth {
         let count = run.size.div_ceil(granule);
         for index in (0..count.min(20)).chain([count - 1]) {
             let block = run.address - run.address % granule + index * granule;
-            if rng.percent(85) {
-                let address = 0x10_0000_0000 + rng.below(0x10_0000_0000 / granule) * granule;
-                leaves.entry(block).or_insert(Run { iova: block, address, size: granule, access: rng.pick(accesses) });
-            }
+            let start = block - block % chunk_size;
+            let chunk = *chunks.entry(start).or_insert_with(|| rng.percent(60).then(|| (place(chunk_size, rng), rng.pick(accesses))));
+            let (address, access) = match chunk {
+                Some((address, access)) => (address + (block - start), access),
+                None if rng.percent(85) => (place(granule, rng), rng.pick(accesses)),
+                None => continue,
+            };
+            leaves.entry(block).or_insert(Run { iova: block, address, size: granule, access });
         }
     }
     (leaves.into_values().collect(), moved)

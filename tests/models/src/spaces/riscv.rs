@@ -40,7 +40,8 @@ pub fn space(second: bool, levels: u32, contents: Contents, rng: &mut Rng) -> Sp
 pub fn two_stages(rng: &mut Rng) -> Space {
     let config = RiscvTable { root: 0, levels: rng.pick(&[3, 4, 5]), second: false };
     let accesses = [Access::R, Access::RW, Access::RW];
-    let leaves = random_leaves(&config.windows(), &config.sizes(), &accesses, rng, 8);
+    let mut leaves = random_leaves(&config.windows(), &config.sizes(), &accesses, rng, 8);
+    add_common(&mut leaves, 4096, rng);
     let first = build(config, &leaves, PLACES, false, rng);
     let (mut leaves, mut memory) = second_stage(&first.memory, &first.truth, 4096, 4096, &accesses, rng);
     let config = RiscvTable { root: 0, levels: rng.pick(&[3, 4, 5]), second: true };

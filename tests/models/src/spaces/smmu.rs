@@ -152,7 +152,10 @@ pub fn nested(contents: Contents, rng: &mut Rng) -> Space {
     // See `known::SMMU_NESTED_ROOT` for 36 output bits at least.
     let config = TableConfig::ArmStage1(stage1(&[4096, 4096, 16384, 65536], rng.pick(&[36, 40]), contents, rng));
     let few = Options { clusters: 6, ..options(contents) };
-    let leaves = random_leaves(&config, rng, few);
+    let mut leaves = random_leaves(&config, rng, few);
+    if let TableConfig::ArmStage1(ArmStage1 { low: Some(half), .. }) = config {
+        add_common(&mut leaves, half.granule, rng);
+    }
     let first = build(config, &leaves, rng, few);
     // The context descriptor is in a page beside the tables.
     let context = 0x8000_1000;
