@@ -4,6 +4,7 @@
 //! `STAGECRAFT_ROUNDS=1000 cargo test -p stagecraft-tests --test hostile_formats` is a long run; `STAGECRAFT_SEED` chooses another one.
 #![allow(clippy::unwrap_used)]
 
+mod configs;
 mod fixtures;
 mod hostile;
 
@@ -274,7 +275,7 @@ fn run(all: &[Files], count: u64) -> Seen {
 /// Snapshots of real guests of all architectures.
 #[test]
 fn real_guests() {
-    let all: Vec<Files> = fixtures::all().map(|f| Files::read(&f.name, &f.path, f.big)).collect();
+    let all: Vec<Files> = fixtures::all().into_iter().map(|f| Files::read(&f.name, &f.path, f.big)).collect();
     let seen = run(&all, rounds(6));
     assert!(seen.walks > 20 && seen.mappings > 1000 && seen.explained > 20 && seen.conversions > 100, "{seen:?}");
 }

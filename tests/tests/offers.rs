@@ -97,7 +97,7 @@ fn reached(guest: &Guest<'_>, id: u64, pasid: Option<u32>) -> Option<Vec<Mapping
 fn what_is_picked_says_everything_that_was_promised() {
     let plugins = plugins();
     let (mut native, mut converted, mut refused) = (0, 0, 0);
-    for fixture in fixtures::all().filter(|fixture| !fixture.big) {
+    for fixture in fixtures::all().into_iter().filter(|fixture| !fixture.big) {
         let snapshot = Snapshot::load(&fixture.path).unwrap();
         let guest = Guest::new(&snapshot, &plugins).unwrap();
         let streams = guest.streams().unwrap();

@@ -59,7 +59,7 @@ fn every_bit_of_every_kind_of_entry_is_flipped() {
             let kind = match block.good() {
                 Want::Absent => None,
                 Want::Table { .. } => Some(None),
-                Want::Leaf { size_log2, .. } => Some(Some(size_log2)),
+                Want::Leaf { size_log2, .. } | Want::Part { size_log2, .. } => Some(Some(size_log2)),
                 Want::Fault(_) => continue,
             };
             let tables = &file.configurations[block.configuration].tables;

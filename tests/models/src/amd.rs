@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 
 use crate::machine::DEVICE;
 use crate::tables::amd::AmdTable;
-use crate::{Board, FaultRecord, Machine, Model};
+use crate::{Board, FaultRecord, Machine, Model, Tables};
 
 const REGISTERS: u64 = 0xfed8_0000;
 
@@ -92,8 +92,6 @@ impl Amd {
 }
 
 impl Model for Amd {
-    type Config = AmdTable;
-
     fn name(&self) -> String {
         "amd-iommu".to_string()
     }
@@ -102,12 +100,35 @@ impl Model for Amd {
         &mut self.machine
     }
 
-    fn set_table(&mut self, config: &AmdTable) -> Result<()> {
+    fn set_table(&mut self, tables: Tables) -> Result<()> {
+        let Tables::Amd(config) = tables else { bail!("{} does not take {tables:?}", self.name()) };
         if !(1..=6).contains(&config.mode) {
             bail!("mode {}", config.mode);
         }
-        self.table = Some(*config);
+        self.table = Some(config);
         Ok(())
+    }
+
+    // See `known::AMD_EVENTS`.
+    fn records(&self) -> bool {
+        false
+    }
+
+    fn kind(&self) -> &'static str {
+        "amd-vi"
+    }
+
+    fn registers(&mut self) -> Result<Vec<(&'static str, u64)>> {
+        let qtest = &mut self.machine.qtest;
+        Ok(vec![
+            ("DEVTAB_BASE", qtest.read8(REGISTERS)?),
+            ("CONTROL", qtest.read8(REGISTERS + 0x18)?),
+            ("EXT_FEATURES", qtest.read8(REGISTERS + 0x30)?),
+        ])
+    }
+
+    fn structures(&self) -> Vec<u64> {
+        vec![Amd::device_table()]
     }
 
     fn attach(&mut self) -> Result<()> {

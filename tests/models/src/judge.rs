@@ -1,5 +1,6 @@
 //! Asking a model about a whole address space, and comparing with the truth.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::env;
 use std::fmt::Write as _;
@@ -10,7 +11,10 @@ use stagecraft_tests::reference::Run;
 use stagecraft_tests::reference::generate::Rng;
 use stagecraft_tests::reference::tables::{Entry, Region, TableConfig};
 
-use crate::{Access, Memory, Model, Outcome, Probe};
+use crate::known::KnownError;
+use crate::production::{Answer, Production};
+use crate::spaces::{INTERRUPTS, Space};
+use crate::{Access, Board, Memory, Model, Outcome, Probe};
 
 /// IOVAs of entries that are not zero and must not translate, in tables of the reference's formats: each a good question. Only to find them is an entry decoded.
 pub fn rejected(memory: &Memory, config: &TableConfig) -> Vec<u64> {
@@ -50,8 +54,10 @@ pub struct Tally {
     pub refused: u64,
     /// Among them, those without a fault record.
     pub unrecorded: u64,
-    /// Requests that were not made: their address is not RAM, or holds a table.
+    /// Requests that were not made: their address is no memory, or holds a table; or the model is known to be wrong.
     pub unasked: u64,
+    /// Among them, those about which the model is known to be wrong.
+    pub excused: u64,
     /// Time in DMA and what belongs to it.
     pub time: Duration,
 }
@@ -63,6 +69,7 @@ impl Tally {
         self.refused += other.refused;
         self.unrecorded += other.unrecorded;
         self.unasked += other.unasked;
+        self.excused += other.excused;
         self.time += other.time;
     }
 
@@ -110,7 +117,7 @@ pub fn interesting(runs: &[Run], rng: &mut Rng, count: usize) -> Vec<u64> {
 ///
 /// # Errors
 /// Lists the first disagreements.
-pub fn compare<M: Model>(model: &mut M, iovas: &[u64], expect: impl Fn(u64, bool) -> Option<u64>, ask: impl Fn(u64, bool) -> bool) -> Result<Tally> {
+pub fn compare(model: &mut dyn Model, iovas: &[u64], expect: impl Fn(u64, bool) -> Option<u64>, ask: impl Fn(u64, bool) -> bool) -> Result<Tally> {
     let mut tally = Tally::default();
     let mut probes = Vec::new();
     for iova in iovas {
@@ -158,6 +165,93 @@ pub fn compare<M: Model>(model: &mut M, iovas: &[u64], expect: impl Fn(u64, bool
     Ok(tally)
 }
 
+/// Judges one address space: what the production engine finds in the model's registers and memory, what the builder put there, and what the model does.
+///
+/// # Errors
+/// Lists disagreements.
+pub fn judge(model: &mut dyn Model, production: &Production, space: &Space, iovas: &[u64]) -> Result<Tally> {
+    model.write_memory(&space.memory)?;
+    model.set_table(space.tables)?;
+    let snapshot = production.load(&model.snapshot()?)?;
+    let mut view = production.view(&snapshot)?;
+    if view.formats() != space.formats {
+        bail!("the engine finds {:x?} instead of {:?}", view.configs, space.formats);
+    }
+    let (mut wrong, mut count) = (String::new(), 0);
+    for (iova, write) in iovas.iter().flat_map(|iova| [(*iova, false), (*iova, true)]) {
+        let answer = view.ask(iova, write)?;
+        let truth = space.lookup(iova, write);
+        let in_memory = truth.is_some_and(|address| model.machine().is_memory(address));
+        if answer.address() != truth || matches!(answer, Answer::Reaches(_)) != in_memory {
+            count += 1;
+            if count <= 10 {
+                writeln!(wrong, "  iova {iova:#x}, write {write}: the builder says {truth:x?}, the engine {answer:x?}")?;
+            }
+        }
+    }
+    if count > 0 {
+        bail!(
+            "the engine is wrong about {count} requests:
+{wrong}{:x?}",
+            view.configs
+        );
+    }
+    // What is not in memory is not asked: `compare` knows.
+    compare_with_excuses(model, iovas, |iova, write| space.lookup(iova, write), |iova, write| space.excuse(iova, write))
+}
+
+/// The same as [`compare`], with known errors of the model instead of questions that are not asked. Interrupts are not asked about either.
+///
+/// # Errors
+/// As [`compare`].
+pub fn compare_with_excuses(
+    model: &mut dyn Model,
+    iovas: &[u64],
+    expect: impl Fn(u64, bool) -> Option<u64>,
+    excuse: impl Fn(u64, bool) -> Option<KnownError>,
+) -> Result<Tally> {
+    let is_q35 = model.machine().board() == Board::Q35;
+    let excused = Cell::new(0);
+    let ask = |iova: u64, write: bool| {
+        let known = excuse(iova, write).is_some();
+        excused.set(excused.get() + u64::from(known));
+        !(known || is_q35 && INTERRUPTS.contains(&iova))
+    };
+    let tally = compare(model, iovas, expect, ask)?;
+    Ok(Tally { excused: excused.get(), ..tally })
+}
+
+/// IOVAs to ask about in an address space.
+pub fn questions(space: &Space, rng: &mut Rng, count: usize) -> Vec<u64> {
+    let mut iovas = interesting(&space.truth, rng, count);
+    add_rejected(&mut iovas, &space.decoys, rng, count / 3);
+    iovas.extend(&space.corners);
+    if space.has_tags() {
+        let tagged: Vec<u64> = iovas.iter().step_by(8).map(|iova| iova & !(0xff << 56) | rng.below(256) << 56).collect();
+        iovas.extend(tagged);
+    }
+    iovas
+}
+
+/// Rounds of [`judge`] with address spaces from the seeds of the environment.
+///
+/// # Panics
+/// If anybody disagrees.
+pub fn rounds(model: &mut dyn Model, production: &Production, rounds: u64, count: usize, mut space: impl FnMut(&mut Rng) -> Space) {
+    let mut total = Tally::default();
+    for seed in seeds(rounds) {
+        let mut rng = Rng::new(seed);
+        let space = space(&mut rng);
+        let iovas = questions(&space, &mut rng, count);
+        match judge(model, production, &space, &iovas) {
+            Ok(tally) => total.add(tally),
+            Err(error) => panic!("STAGECRAFT_SEED={seed} STAGECRAFT_ROUNDS=1: {:#x?}: {error:#}", space.tables),
+        }
+    }
+    assert!(total.reached > 0 && total.refused > 0 && (total.unrecorded == 0 || !model.records()), "{total:?}");
+    println!("{}: {total:?}, {:.0} requests a second", model.name(), total.rate());
+}
+
 /// A number from the environment, or a default.
 ///
 /// # Panics
@@ -186,7 +280,7 @@ pub fn seeds(default_rounds: u64) -> impl Iterator<Item = u64> {
 /// A second stage for a first one: leaves that move each page of `memory` (the first stage's tables, and what else it needs), and that give some of the pages that
 /// the first stage maps a place and an access. All are pages of `granule` bytes; `block` bytes of the first stage's tables, at least a granule, stay together.
 ///
-/// Returns the leaves, and the memory as it is moved. Places are between 8 and 128 GiB.
+/// Returns the leaves, and the memory as it is moved. Places are between 8 and 64 GiB.
 pub fn second_stage(memory: &Memory, truth: &[Run], granule: u64, block: u64, accesses: &[Access], rng: &mut Rng) -> (Vec<Run>, Memory) {
     let mut leaves: BTreeMap<u64, Run> = BTreeMap::new();
     let mut moved = Memory::default();
@@ -201,14 +295,22 @@ pub fn second_stage(memory: &Memory, truth: &[Run], granule: u64, block: u64, ac
         }
         moved.pages.insert(leaves[&start].address + page % block, *content);
     }
+    // Most of what the first stage maps keeps together in 64 KiB, so that there is something for larger pages; the rest is scattered.
+    let mut chunks: BTreeMap<u64, Option<(u64, Access)>> = BTreeMap::new();
+    let chunk_size = granule.max(1 << 16);
+    let place = |size: u64, rng: &mut Rng| 0x4_0000_0000 + rng.below(0xc_0000_0000 / size) * size;
     for run in truth {
         let count = run.size.div_ceil(granule);
         for index in (0..count.min(20)).chain([count - 1]) {
             let block = run.address - run.address % granule + index * granule;
-            if rng.percent(85) {
-                let address = 0x10_0000_0000 + rng.below(0x10_0000_0000 / granule) * granule;
-                leaves.entry(block).or_insert(Run { iova: block, address, size: granule, access: rng.pick(accesses) });
-            }
+            let start = block - block % chunk_size;
+            let chunk = *chunks.entry(start).or_insert_with(|| rng.percent(60).then(|| (place(chunk_size, rng), rng.pick(accesses))));
+            let (address, access) = match chunk {
+                Some((address, access)) => (address + (block - start), access),
+                None if rng.percent(85) => (place(granule, rng), rng.pick(accesses)),
+                None => continue,
+            };
+            leaves.entry(block).or_insert(Run { iova: block, address, size: granule, access });
         }
     }
     (leaves.into_values().collect(), moved)

@@ -22,6 +22,16 @@ pub const VTD_FIVE_LEVELS: KnownError =
 /// No nested translation.
 pub const VTD_NESTED: KnownError = error("intel-iommu", "no nested translation: ECAP.NEST is 0");
 
+/// Pages around the interrupt range.
+pub const VTD_INTERRUPT_PAGES: KnownError = error(
+    "intel-iommu",
+    "a page that has 0xfee00000..=0xfeefffff somewhere in it is refused as a whole, not only where a request's address comes to lie in that range",
+);
+
+/// The snoop bit.
+pub const VTD_SNOOP: KnownError =
+    error("intel-iommu", "in scalable mode SNP is accepted in leaves of the second stage although ECAP.SC is 0, which makes it reserved");
+
 /// Concatenated start tables of stage 2.
 pub const SMMU_CONCATENATED: KnownError = error("SMMUv3", "of concatenated start tables of stage 2 it always walks the first");
 
@@ -34,6 +44,13 @@ pub const SMMU_TBI1: KnownError = error("SMMUv3", "whether the top byte is ignor
 /// Blocks where there are none.
 pub const SMMU_BLOCKS: KnownError =
     error("SMMUv3", "a block descriptor is accepted at levels that have none: with 16K and 64K granules at level 1, and at level 0");
+
+/// Bits 15:12 of descriptors of 64K tables.
+pub const SMMU_64K_BITS: KnownError = error(
+    "SMMUv3",
+    "bits 15:12 of a descriptor of the 64K granule are ignored. They are address bits 51:48 where there are such; where not, as here, the architecture allows this, \
+     and that they count as an address that is too large, as the engine has it",
+);
 
 /// Some faults of stage 2 leave no event.
 pub const SMMU_UNRECORDED: KnownError =
@@ -65,6 +82,10 @@ pub const RISCV_UPPER_BITS: KnownError =
 /// Bits that are reserved in pointers.
 pub const RISCV_POINTER_BITS: KnownError = error("riscv-iommu-pci", "A, D and U in an entry that points to a table do not fault");
 
+/// Writes to pages that were not accessed.
+pub const RISCV_ACCESSED: KnownError =
+    error("riscv-iommu-pci", "a write is refused if D is clear, and not if A is: both must be set where hardware does not set them");
+
 /// Addresses beyond what the paging mode covers.
 pub const AMD_WIDTH: KnownError = error("amd-iommu", "an IOVA beyond what the paging mode covers is cut off instead of refused");
 
@@ -73,6 +94,17 @@ pub const AMD_SKIPPED: KnownError = error("amd-iommu", "where NextLevel leaves o
 
 /// Leaves that are not present.
 pub const AMD_PRESENT: KnownError = error("amd-iommu", "PR is not looked at in a leaf: its IR and IW alone decide");
+
+/// Reserved bits.
+pub const AMD_RESERVED: KnownError =
+    error("amd-iommu", "bits 58:52 are not looked at, nor bits 60:59 of an entry that points to a table: reserved bits do not fault");
+
+/// Leaves of the highest level.
+pub const AMD_LEVEL_6: KnownError = error("amd-iommu", "an entry of level 6 may be a leaf; there are none at this level");
+
+/// Coded sizes.
+pub const AMD_SIZES: KnownError =
+    error("amd-iommu", "NextLevel 7 may code any size, also one that is not between the sizes of the entry's own level and of the one above");
 
 /// No events.
 pub const AMD_EVENTS: KnownError = error("amd-iommu", "no event is ever logged: the check whether the log has overflown always says yes");
@@ -88,10 +120,13 @@ pub const AMD_VERSION_2: KnownError = error("amd-iommu", "v2 tables (GCR3) are n
 pub const ALL: &[KnownError] = &[
     VTD_FIVE_LEVELS,
     VTD_NESTED,
+    VTD_INTERRUPT_PAGES,
+    VTD_SNOOP,
     SMMU_CONCATENATED,
     SMMU_PRIVILEGED,
     SMMU_TBI1,
     SMMU_BLOCKS,
+    SMMU_64K_BITS,
     SMMU_UNRECORDED,
     SMMU_NESTED_ROOT,
     SMMU_NESTED_TABLES,
@@ -99,9 +134,13 @@ pub const ALL: &[KnownError] = &[
     RISCV_TWO_STAGES,
     RISCV_UPPER_BITS,
     RISCV_POINTER_BITS,
+    RISCV_ACCESSED,
     AMD_WIDTH,
     AMD_SKIPPED,
     AMD_PRESENT,
+    AMD_RESERVED,
+    AMD_LEVEL_6,
+    AMD_SIZES,
     AMD_EVENTS,
     AMD_LOOPS,
     AMD_VERSION_2,

@@ -1,4 +1,4 @@
-//! A machine around a model: RAM, PCI configuration, and the `edu` device that does DMA.
+//! A machine around a model: RAM, device memory, PCI configuration, and the `edu` device that does DMA.
 //!
 //! `edu` (PCI 1234:11e8) copies between RAM and its own 4 KiB buffer. Registers in BAR0: 0x80 source, 0x88 destination, 0x90 count, 0x98 command (bit 0 start and
 //! busy, bit 1 direction: 0 from RAM to the device). The buffer is at 0x40000 of the device.
@@ -22,6 +22,9 @@ pub const SLOTS: usize = 512;
 pub const DEVICE: u64 = EDU_SLOT << 3;
 
 const EDU_SLOT: u64 = 4;
+
+/// `ivshmem-plain`: a device whose BAR2 is nothing but memory, of which DMA may reach every byte.
+const MEMORY_SLOT: u64 = 5;
 
 /// The top byte of a word in a tagged page; below it is the word's own address.
 const TAG: u64 = 0x5a << 56;
@@ -63,8 +66,9 @@ impl Board {
         }
     }
 
+    /// RAM, ascending.
     #[allow(clippy::single_range_in_vec_init)]
-    fn ram(self) -> Vec<Range<u64>> {
+    pub fn ram(self) -> Vec<Range<u64>> {
         match self {
             // q35 leaves holes: for video memory and firmware below 1 MiB, and from 2 GiB to 4 GiB.
             Board::Q35 => vec![0..0xa_0000, 1 << 20..2 << 30, 4 << 30..RAM_SIZE + (2 << 30)],
@@ -81,14 +85,24 @@ impl Board {
         }
     }
 
-    /// A BAR address for the n-th device.
-    fn bar(self, index: u64) -> u64 {
-        let window = match self {
+    /// Where BARs may be.
+    fn bars(self) -> u64 {
+        match self {
             Board::Q35 => 0xe000_0000,
             Board::ArmVirt => 0x1000_0000,
             Board::RiscvVirt => 0x4000_0000,
-        };
-        window + (index << 20)
+        }
+    }
+
+    /// A BAR address for the n-th device.
+    fn bar(self, index: u64) -> u64 {
+        self.bars() + (index << 20)
+    }
+
+    /// Device memory: 64 MiB in a BAR.
+    pub fn device_memory(self) -> Range<u64> {
+        let first = self.bars() + (64 << 20);
+        first..first + (64 << 20)
     }
 
     /// The configuration space of the root bus, where it is memory-mapped from the start.
@@ -136,13 +150,15 @@ impl Machine {
         let ram = format!("memory-backend-memfd,id=ram,size={RAM_SIZE},share=on,reserve=off");
         let size = format!("size={RAM_SIZE}B");
         let edu = format!("edu,addr={EDU_SLOT},dma_mask=0xffffffffffffffff");
+        let memory = format!("ivshmem-plain,addr={MEMORY_SLOT},memdev=bar");
         let mut all = vec!["-machine", machine.as_str(), "-m", size.as_str(), "-object", ram.as_str()];
+        all.extend(["-object", "memory-backend-memfd,id=bar,size=64M,share=on"]);
         if board == Board::ArmVirt {
             // Enough physical address bits for the RAM.
             all.extend(["-cpu", "cortex-a57"]);
         }
         all.extend(arguments);
-        all.extend(["-device", &edu]);
+        all.extend(["-device", &edu, "-device", &memory]);
         let qtest = Qtest::start(board.binary(), &all, board.halt())?;
         let mut machine =
             Machine { qtest, board, edu: 0, bars: 0, reserved: BTreeSet::new(), tagged: BTreeSet::new(), written: BTreeSet::new(), nonce: 0 };
@@ -151,6 +167,7 @@ impl Machine {
         if identification & 0xff != 0xed {
             bail!("no edu device: its identification reads {identification:#x}");
         }
+        machine.enable_memory()?;
         Ok(machine)
     }
 
@@ -201,10 +218,39 @@ impl Machine {
         Ok(bar)
     }
 
-    /// Whether a page is RAM that DMA may read and write: no table, nothing of the driver's.
+    /// Gives the device memory its address.
+    fn enable_memory(&mut self) -> Result<()> {
+        let first = self.board.device_memory().start;
+        self.config_write4(MEMORY_SLOT, 0x18, first as u32)?;
+        self.config_write4(MEMORY_SLOT, 0x1c, 0)?;
+        self.config_write4(MEMORY_SLOT, 4, 2)?;
+        self.qtest.write8(first, TAG)?;
+        let word = self.qtest.read8(first)?;
+        if word != TAG {
+            bail!("no device memory: {first:#x} reads {word:#x}");
+        }
+        self.qtest.write8(first, 0)
+    }
+
+    /// Whether a page is memory that DMA may read and write: no table, nothing of the driver's.
     pub fn is_target(&self, page: u64) -> bool {
         let control = self.board.control();
-        self.is_ram(page) && !(control..control + CONTROL_SIZE).contains(&page) && !self.reserved.contains(&(page - page % 4096))
+        self.is_memory(page) && !(control..control + CONTROL_SIZE).contains(&page) && !self.reserved.contains(&(page - page % 4096))
+    }
+
+    /// Whether an address is RAM or device memory.
+    pub fn is_memory(&self, address: u64) -> bool {
+        self.is_ram(address) || self.board.device_memory().contains(&address)
+    }
+
+    /// The pages of tables that were written, ascending.
+    pub fn tables(&self) -> impl Iterator<Item = u64> + '_ {
+        self.reserved.iter().copied()
+    }
+
+    /// Whether a page is filled with its own addresses.
+    pub fn is_tagged(&self, page: u64) -> bool {
+        self.tagged.contains(&(page - page % 4096))
     }
 
     /// Whether an address is RAM.
@@ -215,7 +261,7 @@ impl Machine {
     /// Writes a page of a table; DMA keeps away from it.
     ///
     /// # Errors
-    /// If the page is not RAM, or QEMU is lost.
+    /// If the page is not RAM, or is the driver's, or QEMU is lost.
     pub fn write_page(&mut self, page: u64, bytes: &[u8; 4096]) -> Result<()> {
         let control = self.board.control();
         if !page.is_multiple_of(4096) || !self.is_ram(page) || (control..control + CONTROL_SIZE).contains(&page) {
@@ -315,29 +361,39 @@ impl Machine {
         self.transfer(iova, slot as u64 * 8, 8, false)
     }
 
-    /// The device writes a word of its buffer, as [`Machine::fill_buffer`] left it, to this IOVA. Returns where it arrived, looking first at `expected` and then in
-    /// all tagged pages; the tag there is restored.
+    /// The device writes a word of its buffer, as [`Machine::fill_buffer`] left it, to this IOVA.
     #[allow(clippy::missing_errors_doc)]
-    pub fn device_write(&mut self, iova: u64, slot: usize, expected: Option<u64>) -> Result<Option<u64>> {
-        self.transfer(iova, slot as u64 * 8, 8, true)?;
-        let nonce = self.nonce_of(slot);
-        if let Some(address) = expected.filter(|address| self.is_target(*address)) {
-            if self.qtest.read8(address)? == nonce {
-                self.qtest.write8(address, TAG | address)?;
-                return Ok(Some(address));
-            }
-        } else if expected.is_none() && self.tagged.is_empty() {
-            return Ok(None);
+    pub fn device_write(&mut self, iova: u64, slot: usize) -> Result<()> {
+        self.transfer(iova, slot as u64 * 8, 8, true)
+    }
+
+    /// Whether the word that was written from a slot is at this address. The tag there is restored.
+    #[allow(clippy::missing_errors_doc)]
+    pub fn has_arrived(&mut self, slot: usize, address: u64) -> Result<bool> {
+        let arrived = self.is_target(address) && self.qtest.read8(address)? == self.nonce_of(slot);
+        if arrived {
+            self.qtest.write8(address, TAG | address)?;
         }
+        Ok(arrived)
+    }
+
+    /// Looks for words that were written and have not been found yet, in all tagged pages: slots and addresses. Tags are restored.
+    #[allow(clippy::missing_errors_doc)]
+    pub fn find_written(&mut self) -> Result<Vec<(usize, u64)>> {
+        let mut found = Vec::new();
         for page in self.tagged.clone() {
-            // Every translation keeps the offset in a page.
-            let address = page + iova % 4096;
-            if self.qtest.read8(address)? == nonce {
-                self.qtest.write8(address, TAG | address)?;
-                return Ok(Some(address));
+            let bytes = self.qtest.read(page, 4096)?;
+            for (index, word) in bytes.chunks_exact(8).enumerate() {
+                let word = u64::from_le_bytes(std::array::from_fn(|index| word[index]));
+                let slot = (word & 0xffff) as usize;
+                if word == self.nonce_of(slot) {
+                    let address = page + index as u64 * 8;
+                    self.qtest.write8(address, TAG | address)?;
+                    found.push((slot, address));
+                }
             }
         }
-        Ok(None)
+        Ok(found)
     }
 }
 

@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 
 use crate::machine::DEVICE;
 use crate::tables::riscv::RiscvTable;
-use crate::{Board, FaultRecord, Machine, Model};
+use crate::{Board, FaultRecord, Machine, Model, Tables};
 
 const SLOT: u64 = 3;
 
@@ -126,8 +126,6 @@ impl Riscv {
 }
 
 impl Model for Riscv {
-    type Config = RiscvTables;
-
     fn name(&self) -> String {
         "riscv-iommu-pci".to_string()
     }
@@ -136,12 +134,26 @@ impl Model for Riscv {
         &mut self.machine
     }
 
-    fn set_table(&mut self, config: &RiscvTables) -> Result<()> {
+    fn set_table(&mut self, tables: Tables) -> Result<()> {
+        let Tables::Riscv(config) = tables else { bail!("{} does not take {tables:?}", self.name()) };
         if config.first.is_some_and(|table| table.second) || config.second.is_some_and(|table| !table.second) {
             bail!("the wrong stage: {config:?}");
         }
-        self.tables = *config;
+        self.tables = config;
         Ok(())
+    }
+
+    fn kind(&self) -> &'static str {
+        "riscv-iommu"
+    }
+
+    fn registers(&mut self) -> Result<Vec<(&'static str, u64)>> {
+        let (registers, qtest) = (self.registers, &mut self.machine.qtest);
+        Ok(vec![("CAPABILITIES", qtest.read8(registers)?), ("FCTL", qtest.read4(registers + 8)?.into()), ("DDTP", qtest.read8(registers + 0x10)?)])
+    }
+
+    fn structures(&self) -> Vec<u64> {
+        vec![Riscv::directory()]
     }
 
     fn attach(&mut self) -> Result<()> {

@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 use stagecraft_tests::reference::tables::{ArmStage1, ArmStage2};
 
 use crate::machine::DEVICE;
-use crate::{Board, FaultRecord, Machine, Model};
+use crate::{Board, FaultRecord, Machine, Model, Tables};
 
 const REGISTERS: u64 = 0x0905_0000;
 
@@ -221,8 +221,6 @@ impl Smmu {
 }
 
 impl Model for Smmu {
-    type Config = SmmuTables;
-
     fn name(&self) -> String {
         format!("SMMUv3 {:?}", self.stages)
     }
@@ -231,7 +229,8 @@ impl Model for Smmu {
         &mut self.machine
     }
 
-    fn set_table(&mut self, config: &SmmuTables) -> Result<()> {
+    fn set_table(&mut self, tables: Tables) -> Result<()> {
+        let Tables::Smmu(config) = tables else { bail!("{} does not take {tables:?}", self.name()) };
         let possible = match self.stages {
             Stages::First => config.second.is_none(),
             Stages::Second => config.first.is_none(),
@@ -240,8 +239,29 @@ impl Model for Smmu {
         if !possible {
             bail!("{} does not take {config:?}", self.name());
         }
-        self.tables = *config;
+        self.tables = config;
         Ok(())
+    }
+
+    fn kind(&self) -> &'static str {
+        "arm-smmuv3"
+    }
+
+    fn registers(&mut self) -> Result<Vec<(&'static str, u64)>> {
+        let qtest = &mut self.machine.qtest;
+        let mut registers = Vec::new();
+        let words = [("IDR0", 0), ("IDR1", 4), ("IDR3", 0xc), ("IDR5", 0x14), ("CR0", 0x20), ("CR2", 0x2c), ("STRTAB_BASE_CFG", 0x88)];
+        for (name, offset) in words {
+            registers.push((name, qtest.read4(REGISTERS + offset)?.into()));
+        }
+        registers.push(("STRTAB_BASE", qtest.read8(REGISTERS + 0x80)?));
+        Ok(registers)
+    }
+
+    fn structures(&self) -> Vec<u64> {
+        // 2^8 entries of 64 bytes, and the context descriptor.
+        let stream_table = Smmu::stream_table();
+        (stream_table..stream_table + 0x4000).step_by(4096).chain([Smmu::context()]).collect()
     }
 
     fn attach(&mut self) -> Result<()> {

@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 use stagecraft_tests::reference::tables::TableConfig;
 
 use crate::machine::DEVICE;
-use crate::{Board, FaultRecord, Machine, Model};
+use crate::{Board, FaultRecord, Machine, Model, Tables};
 
 const REGISTERS: u64 = 0xfed9_0000;
 
@@ -138,8 +138,6 @@ impl Vtd {
 }
 
 impl Model for Vtd {
-    type Config = TableConfig;
-
     fn name(&self) -> String {
         format!("intel-iommu {:?}, {} bits", self.mode, self.address_bits)
     }
@@ -148,15 +146,35 @@ impl Model for Vtd {
         &mut self.machine
     }
 
-    fn set_table(&mut self, config: &TableConfig) -> Result<()> {
+    fn set_table(&mut self, tables: Tables) -> Result<()> {
+        let Tables::Vtd(config) = tables else { bail!("{} does not take {tables:?}", self.name()) };
         match (config, self.mode) {
             (TableConfig::VtdSecond(config), Mode::Legacy | Mode::ScalableSecond)
                 if config.levels <= 4 && self.address_bits >= 9 * config.levels + 12 => {}
             (TableConfig::VtdFirst(config), Mode::ScalableFirst) if config.levels == 4 => {}
             _ => bail!("{} does not take {config:?}", self.name()),
         }
-        self.table = Some(*config);
+        self.table = Some(config);
         Ok(())
+    }
+
+    fn kind(&self) -> &'static str {
+        "intel-vtd"
+    }
+
+    fn registers(&mut self) -> Result<Vec<(&'static str, u64)>> {
+        let qtest = &mut self.machine.qtest;
+        Ok(vec![
+            ("CAP", qtest.read8(REGISTERS + 8)?),
+            ("ECAP", qtest.read8(REGISTERS + 0x10)?),
+            ("GSTS", qtest.read4(REGISTERS + 0x1c)?.into()),
+            ("RTADDR", qtest.read8(REGISTERS + 0x20)?),
+        ])
+    }
+
+    fn structures(&self) -> Vec<u64> {
+        let used = if self.scalable() { 4 } else { 2 };
+        (0..used).map(|index| self.structure(index)).collect()
     }
 
     fn attach(&mut self) -> Result<()> {

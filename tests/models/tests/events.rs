@@ -9,7 +9,7 @@ use stagecraft_models::smmu::{Smmu, SmmuTables, Stages};
 use stagecraft_models::tables::amd::{self, AmdTable};
 use stagecraft_models::tables::riscv::{self, RiscvTable};
 use stagecraft_models::vtd::{Mode, Vtd};
-use stagecraft_models::{Access, Board, FaultRecord, Model, Outcome, available, known, machine};
+use stagecraft_models::{Access, Board, FaultRecord, Model, Outcome, Tables, available, known, machine};
 use stagecraft_plugin_arm_smmuv3::Smmuv3;
 use stagecraft_plugin_intel_vtd::unit::IntelVtd;
 use stagecraft_plugin_riscv_iommu::unit::RiscvIommu;
@@ -93,7 +93,7 @@ fn vtd() {
         let mut model = Vtd::start(mode, 48).unwrap();
         let generated = build(config, &leaves(), &mut Rng::new(1), PLAIN);
         model.write_memory(&generated.snapshot.memory).unwrap();
-        model.set_table(&generated.config).unwrap();
+        model.set_table(Tables::Vtd(generated.config)).unwrap();
         let registers = [("RTADDR", if mode == Mode::Legacy { 0 } else { 1 << 10 })];
         for event in refused(stage) {
             compare::<IntelVtd>(&mut model, &registers, &event, [0, different, 0, 0]);
@@ -118,7 +118,7 @@ fn smmu() {
             TableConfig::ArmStage2(second) => SmmuTables { second: Some(second), ..SmmuTables::default() },
             other => panic!("{other:?}"),
         };
-        model.set_table(&tables).unwrap();
+        model.set_table(Tables::Smmu(tables)).unwrap();
         for event in refused(stage) {
             // The IPA is that of a page; the model also has the bits below.
             compare::<Smmuv3>(&mut model, &[], &event, [0, 0, 0, 0xfff]);
@@ -138,13 +138,13 @@ fn riscv() {
     let mut rng = Rng::new(1);
     let first = riscv::build(RiscvTable { root: 0, levels: 3, second: false }, &leaves(), places(), false, &mut rng);
     model.write_memory(&first.memory).unwrap();
-    model.set_table(&RiscvTables { first: Some(first.config), second: None }).unwrap();
+    model.set_table(Tables::Riscv(RiscvTables { first: Some(first.config), second: None })).unwrap();
     for event in refused(1) {
         compare::<RiscvIommu>(&mut model, &[], &event, different);
     }
     let second = riscv::build(RiscvTable { root: 0, levels: 3, second: true }, &leaves(), places(), false, &mut rng);
     model.write_memory(&second.memory).unwrap();
-    model.set_table(&RiscvTables { first: None, second: Some(second.config) }).unwrap();
+    model.set_table(Tables::Riscv(RiscvTables { first: None, second: Some(second.config) })).unwrap();
     for event in refused(2) {
         // The model does not say the guest-physical address, which is the IOVA.
         compare::<RiscvIommu>(&mut model, &[], &event, [different[0], 0, 0, u64::MAX]);
@@ -155,7 +155,7 @@ fn riscv() {
     let second = riscv::build(RiscvTable { root: 0, levels: 3, second: true }, &leaves, places(), false, &mut rng);
     moved.pages.extend(second.memory.pages.clone());
     model.write_memory(&moved).unwrap();
-    model.set_table(&RiscvTables { first: Some(first.config), second: Some(second.config) }).unwrap();
+    model.set_table(Tables::Riscv(RiscvTables { first: Some(first.config), second: Some(second.config) })).unwrap();
     // Of reads the model says that they were writes: see [`known::RISCV_TWO_STAGES`].
     let nested = Event { intermediate: Some(0x7008), ..event(FaultKind::Translation, 2, BOTH + 8, true) };
     compare::<RiscvIommu>(&mut model, &[], &nested, different);
@@ -171,7 +171,7 @@ fn amd() {
     let mut model = Amd::start().unwrap();
     let config = AmdTable { root: 0, mode: 3, access: Access::RW };
     let tables = amd::build(config, &leaves(), 0x4000_0000..0x8000_0000, &mut Rng::new(1));
-    model.set_table(&tables.built.config).unwrap();
+    model.set_table(Tables::Amd(tables.built.config)).unwrap();
     model.write_memory(&tables.built.memory).unwrap();
     for event in refused(1) {
         assert_eq!(model.dma(event.iova, event.access == queue::Access::Write).unwrap(), Outcome::Nothing);

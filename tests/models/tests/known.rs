@@ -11,7 +11,7 @@ use stagecraft_models::smmu::{Smmu, SmmuTables, Stages, context_descriptor};
 use stagecraft_models::tables::amd::{self, AmdTable};
 use stagecraft_models::tables::riscv::{self, RiscvTable};
 use stagecraft_models::vtd::{Mode, Vtd};
-use stagecraft_models::{Access, Board, Memory, Model, Outcome, available};
+use stagecraft_models::{Access, Board, Memory, Model, Outcome, Tables, available};
 use stagecraft_tests::reference::Run;
 use stagecraft_tests::reference::generate::{Generated, Options, Rng, build};
 use stagecraft_tests::reference::tables::{ArmHalf, ArmStage1, ArmStage2, TableConfig, VtdSecond};
@@ -80,19 +80,11 @@ fn a_wrong_truth_is_noticed() {
         return;
     }
     let mut model = Vtd::start(Mode::Legacy, 48).unwrap();
-    let config = TableConfig::VtdSecond(VtdSecond {
-        root: 0,
-        levels: 4,
-        input_bits: 48,
-        output_bits: 39,
-        large_2m: true,
-        large_1g: true,
-        snoop_control: false,
-    });
+    let config = vtd_second();
     let leaves = [page(0x5000, TARGET, Access::RW), page(0x6000, TARGET + 0x9000, Access::R), page(0x8000, TARGET + 0x7000, Access::W)];
     let generated = build(config, &leaves, &mut Rng::new(1), PLAIN);
     model.write_memory(&generated.snapshot.memory).unwrap();
-    model.set_table(&generated.config).unwrap();
+    model.set_table(Tables::Vtd(generated.config)).unwrap();
     let iovas = [0x5008, 0x6010, 0x7000, 0x8ff8];
     compare(&mut model, &iovas, |iova, write| lookup(&leaves, iova, write), |_, _| true).unwrap();
     for wrong in 0..leaves.len() {
@@ -110,6 +102,34 @@ fn a_wrong_truth_is_noticed() {
     compare(&mut model, &[0x7000], |iova, write| lookup(&more, iova, write), |_, _| true).unwrap_err();
 }
 
+fn vtd_second() -> TableConfig {
+    TableConfig::VtdSecond(VtdSecond { root: 0, levels: 4, input_bits: 48, output_bits: 39, large_2m: true, large_1g: true, snoop_control: false })
+}
+
+#[test]
+fn vtd() {
+    if !available(Board::Q35) {
+        return;
+    }
+    let mut model = Vtd::start(Mode::ScalableSecond, 48).unwrap();
+    // A page of 1 GiB around the interrupts, and device memory in it.
+    let device = Board::Q35.device_memory().start;
+    let leaf = Run { iova: 1 << 30, address: 3 << 30, size: 1 << 30, access: Access::RW };
+    let generated = build(vtd_second(), &[leaf], &mut Rng::new(1), PLAIN);
+    model.write_memory(&generated.snapshot.memory).unwrap();
+    model.set_table(Tables::Vtd(generated.config)).unwrap();
+    model.tag_page(device).unwrap();
+    assert_wrong(known::VTD_INTERRUPT_PAGES, Some(device), model.dma((1 << 30) + (device - (3 << 30)), false).unwrap());
+    // A leaf with SNP.
+    let generated = build(vtd_second(), &[page(0x5000, TARGET, Access::RW)], &mut Rng::new(1), PLAIN);
+    let mut memory = generated.snapshot.memory.clone();
+    change(&mut memory, |entry| if entry & 0xf_ffff_ffff_f000 == TARGET { entry | 1 << 11 } else { entry });
+    model.write_memory(&memory).unwrap();
+    model.set_table(Tables::Vtd(generated.config)).unwrap();
+    model.tag_page(TARGET).unwrap();
+    assert_wrong(known::VTD_SNOOP, None, model.dma(0x5000, false).unwrap());
+}
+
 #[test]
 fn smmu() {
     if !available(Board::ArmVirt) {
@@ -121,7 +141,7 @@ fn smmu() {
     let config = ArmStage2 { granule: 4096, input_bits: 40, output_bits: 40, start_level: 1, ..ArmStage2::default() };
     let generated = build(TableConfig::ArmStage2(config), &[page(1 << 39, TARGET, Access::RW)], &mut rng, PLAIN);
     model.write_memory(&generated.snapshot.memory).unwrap();
-    model.set_table(&SmmuTables { second: Some(second_of(&generated)), ..SmmuTables::default() }).unwrap();
+    model.set_table(Tables::Smmu(SmmuTables { second: Some(second_of(&generated)), ..SmmuTables::default() })).unwrap();
     model.tag_page(TARGET).unwrap();
     assert_wrong(known::SMMU_CONCATENATED, Some(TARGET), model.dma(1 << 39, false).unwrap());
     // A leaf without AP[1].
@@ -130,14 +150,14 @@ fn smmu() {
     let mut memory = generated.snapshot.memory.clone();
     change(&mut memory, |entry| entry & !(1 << 6));
     model.write_memory(&memory).unwrap();
-    model.set_table(&SmmuTables { first: Some(first_of(&generated)), ..SmmuTables::default() }).unwrap();
+    model.set_table(Tables::Smmu(SmmuTables { first: Some(first_of(&generated)), ..SmmuTables::default() })).unwrap();
     model.tag_page(TARGET).unwrap();
     assert_wrong(known::SMMU_PRIVILEGED, None, model.dma(0x5000, false).unwrap());
     // A tag in the upper half.
     let config = ArmStage1 { high: Some(half(4096, 39, true)), ..config };
     let generated = build(TableConfig::ArmStage1(config), &[page(u64::MAX - 0xfff, TARGET, Access::RW)], &mut rng, PLAIN);
     model.write_memory(&generated.snapshot.memory).unwrap();
-    model.set_table(&SmmuTables { first: Some(first_of(&generated)), ..SmmuTables::default() }).unwrap();
+    model.set_table(Tables::Smmu(SmmuTables { first: Some(first_of(&generated)), ..SmmuTables::default() })).unwrap();
     model.tag_page(TARGET).unwrap();
     assert_eq!(model.dma(u64::MAX - 0xfff, false).unwrap(), Outcome::Reached(TARGET));
     assert_wrong(known::SMMU_TBI1, Some(TARGET), model.dma(0x5aff_ffff_ffff_f000, false).unwrap());
@@ -150,16 +170,26 @@ fn smmu() {
     let block = 0x10_0000_0000;
     memory.write(first.low.unwrap().root + 8, block | 1 << 10 | 3 << 8 | 1 << 6 | 1, false);
     model.write_memory(&memory).unwrap();
-    model.set_table(&SmmuTables { first: Some(first), ..SmmuTables::default() }).unwrap();
+    model.set_table(Tables::Smmu(SmmuTables { first: Some(first), ..SmmuTables::default() })).unwrap();
     model.tag_page(TARGET).unwrap();
     assert_eq!(model.dma(0, false).unwrap(), Outcome::Reached(TARGET));
     model.tag_page(block).unwrap();
     assert_wrong(known::SMMU_BLOCKS, None, model.dma(1 << 36, false).unwrap());
+    // Bits 15:12 with 64K pages.
+    let config = ArmStage1 { low: Some(half(65536, 42, false)), output_bits: 40, mair: 0xff44, ..ArmStage1::default() };
+    let leaf = Run { iova: 0, address: TARGET, size: 65536, access: Access::RW };
+    let generated = build(TableConfig::ArmStage1(config), &[leaf], &mut rng, PLAIN);
+    let mut memory = generated.snapshot.memory.clone();
+    change(&mut memory, |entry| if entry & 0xffff_ffff_0000 == TARGET { entry | 1 << 12 } else { entry });
+    model.write_memory(&memory).unwrap();
+    model.set_table(Tables::Smmu(SmmuTables { first: Some(first_of(&generated)), ..SmmuTables::default() })).unwrap();
+    model.tag_page(TARGET).unwrap();
+    assert_wrong(known::SMMU_64K_BITS, None, model.dma(0, false).unwrap());
     // Beyond OAS, with stage 2 only.
     let config = ArmStage2 { granule: 4096, input_bits: 39, output_bits: 40, start_level: 1, ..ArmStage2::default() };
     let generated = build(TableConfig::ArmStage2(config), &[page(0x5000, TARGET, Access::RW)], &mut rng, PLAIN);
     model.write_memory(&generated.snapshot.memory).unwrap();
-    model.set_table(&SmmuTables { second: Some(second_of(&generated)), ..SmmuTables::default() }).unwrap();
+    model.set_table(Tables::Smmu(SmmuTables { second: Some(second_of(&generated)), ..SmmuTables::default() })).unwrap();
     assert!(matches!(model.dma(1 << 43, false).unwrap(), Outcome::Fault(_)));
     assert_wrong(known::SMMU_UNRECORDED, None, model.dma(1 << 50, false).unwrap());
 }
@@ -190,7 +220,9 @@ fn smmu_with_two_stages() {
         let second = build(TableConfig::ArmStage2(config), &leaves, &mut rng, PLAIN);
         moved.pages.extend(second.snapshot.memory.pages.clone());
         model.write_memory(&moved).unwrap();
-        model.set_table(&SmmuTables { first: Some(first_of(&first)), second: Some(second_of(&second)), context: Some(context) }).unwrap();
+        model
+            .set_table(Tables::Smmu(SmmuTables { first: Some(first_of(&first)), second: Some(second_of(&second)), context: Some(context) }))
+            .unwrap();
         model.tag_page(TARGET).unwrap();
         model.dma(iova, false).unwrap()
     };
@@ -211,15 +243,20 @@ fn riscv_entries() {
     let config = RiscvTable { root: 0, levels: 3, second: false };
     let leaves: Vec<Run> = (0..16).map(|index| page(0x4000_0000 + index * 4096, TARGET + index * 4096, Access::RW)).collect();
     let built = riscv::build(config, &leaves, 0x8010_0000..0xb000_0000, false, &mut Rng::new(1));
-    let mut ask = |iova: u64, entry: &dyn Fn(u64) -> u64| {
+    let mut request = |iova: u64, write: bool, entry: &dyn Fn(u64) -> u64| {
         let mut memory = built.memory.clone();
         // Without the random decoys.
         change(&mut memory, |value| if value >> 10 << 12 == 0 { 0 } else { entry(value) });
         model.write_memory(&memory).unwrap();
-        model.set_table(&RiscvTables { first: Some(built.config), second: None }).unwrap();
+        model.set_table(Tables::Riscv(RiscvTables { first: Some(built.config), second: None })).unwrap();
         (0..16).for_each(|index| model.tag_page(TARGET + index * 4096).unwrap());
-        model.dma(iova, false).unwrap()
+        model.dma(iova, write).unwrap()
     };
+    const ACCESSED: u64 = 1 << 6;
+    let without_accessed = |entry: u64| if entry & LEAF == 0 { entry } else { entry & !ACCESSED };
+    assert!(matches!(request(0x4000_3000, false, &without_accessed), Outcome::Fault(_)));
+    assert_wrong(known::RISCV_ACCESSED, None, request(0x4000_3000, true, &without_accessed));
+    let mut ask = |iova: u64, entry: &dyn Fn(u64) -> u64| request(iova, false, entry);
     assert_eq!(ask(0x4000_3000, &|entry| entry), Outcome::Reached(TARGET + 0x3000));
     assert_wrong(known::RISCV_USER, None, ask(0x4000_3000, &|entry| if entry & LEAF == 0 { entry } else { entry & !USER }));
     assert_wrong(known::RISCV_POINTER_BITS, None, ask(0x4000_3000, &|entry| if entry & LEAF == 0 { entry | USER } else { entry }));
@@ -243,7 +280,7 @@ fn riscv_with_two_stages() {
         let second = riscv::build(RiscvTable { root: 0, levels: 3, second: true }, &leaves, places(), false, &mut rng);
         moved.pages.extend(second.memory.pages.clone());
         model.write_memory(&moved).unwrap();
-        model.set_table(&RiscvTables { first: Some(first.config), second: Some(second.config) }).unwrap();
+        model.set_table(Tables::Riscv(RiscvTables { first: Some(first.config), second: Some(second.config) })).unwrap();
         model.tag_page(TARGET).unwrap();
         model.dma(0x5000, false).unwrap()
     };
@@ -263,7 +300,7 @@ fn amd_v1() {
     let build = |seed| amd::build(config, &leaves, 0x4000_0000..0x8000_0000, &mut Rng::new(seed));
     let tables = (0..1000).map(build).find(|tables| tables.skipped.iter().any(|range| range.end == 1 << 30)).unwrap();
     assert_eq!(tables.built.truth, leaves);
-    model.set_table(&tables.built.config).unwrap();
+    model.set_table(Tables::Amd(tables.built.config)).unwrap();
     model.write_memory(&tables.built.memory).unwrap();
     model.tag_page(TARGET).unwrap();
     assert_eq!(model.dma(0x5000, false).unwrap(), Outcome::Reached(TARGET));
@@ -275,4 +312,23 @@ fn amd_v1() {
     model.write_memory(&memory).unwrap();
     model.tag_page(TARGET).unwrap();
     assert_wrong(known::AMD_PRESENT, None, model.dma(0x5000, false).unwrap());
+    // Bit 52 in pointers.
+    let mut memory = tables.built.memory.clone();
+    change(&mut memory, |entry| if entry & 0xf_ffff_ffff_f000 == TARGET { entry } else { entry | 1 << 52 });
+    model.write_memory(&memory).unwrap();
+    model.tag_page(TARGET).unwrap();
+    assert_wrong(known::AMD_RESERVED, None, model.dma(0x5000, false).unwrap());
+    // A root alone: PR, IR, IW, and NextLevel 0 or 7.
+    let mut ask = |mode: u32, entry: u64, iova: u64| {
+        let mut memory = Memory::default();
+        let root = 0x4000_0000;
+        memory.write(root, entry | 1 | 3 << 61, false);
+        model.write_memory(&memory).unwrap();
+        model.set_table(Tables::Amd(AmdTable { root, mode, access: Access::RW })).unwrap();
+        model.tag_page(TARGET).unwrap();
+        model.dma(iova, false).unwrap()
+    };
+    assert_wrong(known::AMD_LEVEL_6, None, ask(6, 0, TARGET));
+    // 8 KiB where each entry covers 2 MiB.
+    assert_wrong(known::AMD_SIZES, None, ask(2, TARGET | 7 << 9, 0));
 }

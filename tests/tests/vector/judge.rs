@@ -141,7 +141,7 @@ impl Opened {
             _ if whole => true,
             Meaning::Fault(kind) => error.is_some_and(|error| error.kind == kind),
             Meaning::Leaf { attributes, .. } if attributes.grants_nothing() => true,
-            Meaning::Leaf { .. } | Meaning::Table { .. } => error.is_none(),
+            Meaning::Leaf { .. } | Meaning::Part { .. } | Meaning::Table { .. } => error.is_none(),
             Meaning::Absent | Meaning::WholeEntry => true,
         };
         ensure!(explained, "{meaning:?} is explained by {findings:?}");
@@ -209,6 +209,9 @@ impl Question<'_> {
         Ok(Ok(match meaning {
             Meaning::Absent => Want::Absent,
             Meaning::Leaf { size_log2, attributes } => Want::Leaf { size_log2, address, attributes },
+            Meaning::Part { size_log2, attributes, missing } => {
+                Want::Part { size_log2, address, attributes, front: missing.front.into(), back: missing.back.into() }
+            }
             Meaning::Table { next, .. } => {
                 let below = &opened.geometry.levels[usize::from(next.level)];
                 let last = u64::from(next.last).min(below.entries() - 1);
@@ -257,7 +260,16 @@ impl Question<'_> {
                 format!("{iova:#x} ({access}) is refused{level}: {}", fault.cause.as_str())
             }
         };
+        // A part translates as the whole does where it exists.
+        let (wanted, missing) = match wanted {
+            Want::Part { size_log2, address, attributes, front, back } => {
+                let (offset, bytes) = (iova & ((1 << size_log2) - 1), 1 << size_log2);
+                (Want::Leaf { size_log2, address, attributes }, offset < front || offset >= bytes - back)
+            }
+            wanted => (wanted, false),
+        };
         let right = match (wanted, &found) {
+            (Want::Leaf { .. }, found) if missing => matches!(found, Err(fault) if fault.cause == Cause::Entry(FaultKind::Permission)),
             (Want::Leaf { size_log2, address, attributes }, Ok(found)) => {
                 let offset = iova & ((1 << size_log2) - 1);
                 let same = attributes == found.attributes && attributes.access(privileged).allows(access);

@@ -94,12 +94,19 @@ fn attributes(words: &[&str]) -> Result<Attributes> {
     Attributes::from_bits(all.bits()).with_context(|| format!("`{}` contradict each other", words.join(" ")))
 }
 
-/// `absent`, `fault KIND`, `leaf SIZE ADDRESS rwx WORDS`, `table ADDRESS level LEVEL [indices A..B]`.
+/// `absent`, `fault KIND`, `leaf SIZE ADDRESS rwx WORDS`, `part FRONT BACK SIZE ADDRESS rwx WORDS` (with the bytes that are missing), `table ADDRESS level LEVEL [indices A..B]`.
 fn want(words: &[&str]) -> Result<Want> {
     Ok(match words {
         ["absent"] => Want::Absent,
         ["fault", kind] => Want::Fault(fault(kind)?),
         ["leaf", bytes, address, rest @ ..] => Want::Leaf { size_log2: size(bytes)?, address: number(address)?, attributes: attributes(rest)? },
+        ["part", front, back, bytes, address, rest @ ..] => Want::Part {
+            size_log2: size(bytes)?,
+            address: number(address)?,
+            attributes: attributes(rest)?,
+            front: number(front)?,
+            back: number(back)?,
+        },
         ["table", address, "level", name] => Want::Table { address: number(address)?, level: level(name)?, indices: None },
         ["table", address, "level", name, "indices", indices] => {
             let (first, last) = indices.split_once("..").context("indices are FIRST..LAST")?;
@@ -145,6 +152,13 @@ pub fn changed(good: Outcome, text: &str, bit: u8, lowest: u8) -> Result<Outcome
         }
         ["absent"] | ["fault", _] => both(want(&words)?),
         ["below", rest @ ..] if is_table => Ok(Outcome { entry: good.entry, end: want(rest)? }),
+        // So many units of bytes as the bit says are missing.
+        [side @ ("without-front" | "without-back"), unit] => {
+            let Want::Leaf { size_log2, address, attributes } = good.entry else { bail!("`{text}` of something that is no leaf") };
+            let bytes = number(unit)? << (bit - lowest);
+            let (front, back) = if *side == "without-front" { (bytes, 0) } else { (0, bytes) };
+            both(Want::Part { size_log2, address, attributes, front, back })
+        }
         ["means", ..] => outcome(text.trim_start().trim_start_matches("means")),
         [first, ..] if first.starts_with(['+', '-']) || memory_type(first).is_some() => {
             let end = words.iter().try_fold(good.end, |end, word| attribute_changed(end, word))?;

@@ -18,6 +18,14 @@ pub enum Want {
         address: u64,
         attributes: Attributes,
     },
+    /// A leaf that lacks bytes at its beginning or end.
+    Part {
+        size_log2: u8,
+        address: u64,
+        attributes: Attributes,
+        front: u64,
+        back: u64,
+    },
     /// `indices`: the lowest and the highest entry that exist, if not all of them do.
     Table {
         address: u64,
@@ -32,6 +40,9 @@ impl fmt::Display for Want {
         match self {
             Self::Absent => f.write_str("absent"),
             Self::Leaf { size_log2, address, attributes } => write!(f, "leaf of 2^{size_log2} bytes at {address:#x} {attributes}"),
+            Self::Part { size_log2, address, attributes, front, back } => {
+                write!(f, "part of 2^{size_log2} bytes at {address:#x} {attributes} without {front} and {back} bytes")
+            }
             Self::Table { address, level, indices } => {
                 write!(f, "table {address:#x} level {level}")?;
                 indices.map_or(Ok(()), |(first, last)| write!(f, " indices {first}..{last}"))

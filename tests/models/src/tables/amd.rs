@@ -13,7 +13,7 @@ use stagecraft_tests::reference::generate::Rng;
 use stagecraft_tests::reference::{Run, merge};
 
 use super::{Arena, Built};
-use crate::{Access, Memory};
+use crate::Access;
 
 const PR: u64 = 1;
 
@@ -56,7 +56,7 @@ pub struct AmdBuilt {
 
 /// Writes the tables for leaves that do not overlap; their places are in `places`.
 pub fn build(config: AmdTable, leaves: &[Run], places: Range<u64>, rng: &mut Rng) -> AmdBuilt {
-    let mut arena = Arena { memory: Memory::default(), places };
+    let mut arena = Arena::new(places);
     let root = arena.room(4096, rng);
     // Address, level, first IOVA.
     let mut tables = vec![(root, config.mode, 0)];

@@ -71,14 +71,19 @@ pub fn random_leaves(windows: &[(u64, u32)], sizes: &[u32], accesses: &[Access],
 
 /// Table memory under construction.
 #[derive(Debug)]
-struct Arena {
-    memory: Memory,
+pub(crate) struct Arena {
+    pub(crate) memory: Memory,
     places: Range<u64>,
 }
 
 impl Arena {
+    /// Nothing yet.
+    pub(crate) fn new(places: Range<u64>) -> Arena {
+        Arena { memory: Memory::default(), places }
+    }
+
     /// A free, aligned place for a table of zeros.
-    fn room(&mut self, size: u64, rng: &mut Rng) -> u64 {
+    pub(crate) fn room(&mut self, size: u64, rng: &mut Rng) -> u64 {
         loop {
             let place = self.places.start + rng.below((self.places.end - self.places.start) / size) * size;
             if self.memory.pages.range(place..place + size).next().is_none() {
@@ -92,7 +97,7 @@ impl Arena {
         self.memory.read(slot, false) == Ok(0)
     }
 
-    fn write(&mut self, slot: u64, entry: u64) {
+    pub(crate) fn write(&mut self, slot: u64, entry: u64) {
         self.memory.write(slot, entry, false);
     }
 }

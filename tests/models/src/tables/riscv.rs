@@ -47,9 +47,10 @@ impl RiscvTable {
 }
 
 /// Writes the tables for leaves that do not overlap; their places are in `places`. Access is read or read-write: there is no write-only. With
-/// `clear_bits`, some leaves lack A or D, which takes away access.
-pub fn build(config: RiscvTable, leaves: &[Run], places: Range<u64>, clear_bits: bool, rng: &mut Rng) -> Built<RiscvTable> {
-    let mut arena = Arena { memory: crate::Memory::default(), places };
+/// `variety`, some leaves lack A or D, which takes away access, and some have X; without, all or none have it.
+pub fn build(config: RiscvTable, leaves: &[Run], places: Range<u64>, variety: bool, rng: &mut Rng) -> Built<RiscvTable> {
+    let executable = rng.percent(50);
+    let mut arena = Arena::new(places);
     let root_entries = if config.second { 2048 } else { 512 };
     let root = arena.room(root_entries * 8, rng);
     // Address, height, entries, first IOVA.
@@ -61,7 +62,7 @@ pub fn build(config: RiscvTable, leaves: &[Run], places: Range<u64>, clear_bits:
         loop {
             let slot = table + (leaf.iova >> (12 + 9 * height)) % entries * 8;
             if leaf.size == 1 << (12 + 9 * height) {
-                let (entry, access) = leaf_entry(leaf, clear_bits, rng);
+                let (entry, access) = leaf_entry(leaf, executable, variety, rng);
                 arena.write(slot, entry);
                 if access != Access::NONE {
                     truth.push(Run { access, ..*leaf });
@@ -112,9 +113,9 @@ fn pointer(child: u64, rng: &mut Rng) -> u64 {
 }
 
 /// A leaf, and what it allows: nothing without A, no writing without D.
-fn leaf_entry(leaf: &Run, clear_bits: bool, rng: &mut Rng) -> (u64, Access) {
+fn leaf_entry(leaf: &Run, executable: bool, variety: bool, rng: &mut Rng) -> (u64, Access) {
     let mut entry = ppn(leaf.address) | V | R | U | software(rng);
-    if rng.percent(20) {
+    if if variety { rng.percent(20) } else { executable } {
         entry |= X;
     }
     if leaf.access.write {
@@ -122,8 +123,8 @@ fn leaf_entry(leaf: &Run, clear_bits: bool, rng: &mut Rng) -> (u64, Access) {
     }
     let mut access = Access { read: true, write: leaf.access.write };
     match rng.below(20) {
-        0 if clear_bits => access = Access::NONE,
-        1 if clear_bits => {
+        0 if variety => access = Access::NONE,
+        1 if variety => {
             entry |= A;
             access.write = false;
         }
