@@ -10,6 +10,7 @@ mod geometry;
 mod lanes;
 mod loss;
 mod remember;
+mod stage;
 mod stages;
 mod walk;
 
