@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use vm_memory::{GuestAddress, GuestMemory, Permissions, VolatileMemory};
 
 use crate::Gpa;
-use crate::memory::atomic;
+use crate::memory::atomic::{self, Nearby};
 use crate::table::ByteOrder;
 
 /// The unit in which tables are read, and the smallest page of any guest: 4 KiB.
@@ -36,6 +36,14 @@ pub trait EntryMemory {
     /// # Errors
     /// The first address that is not there; `entries` is then unspecified.
     fn read_entries(&self, address: Gpa, layout: EntryLayout, entries: &mut [u64]) -> Result<(), ReadError>;
+
+    /// The same, and where the first of them stands in this process, if that is known: the walk then tells the processor which table it will read next.
+    ///
+    /// # Errors
+    /// As [`EntryMemory::read_entries`].
+    fn read_entries_nearby(&self, address: Gpa, layout: EntryLayout, entries: &mut [u64]) -> Result<Nearby, ReadError> {
+        self.read_entries(address, layout, entries).map(|()| Nearby::UNKNOWN)
+    }
 }
 
 /// Any guest memory of the `vm-memory` crate.
@@ -44,12 +52,20 @@ pub struct VmMemory<'a, M: ?Sized>(pub &'a M);
 
 impl<M: GuestMemory + ?Sized> EntryMemory for VmMemory<'_, M> {
     fn read_entries(&self, address: Gpa, layout: EntryLayout, entries: &mut [u64]) -> Result<(), ReadError> {
+        self.read_entries_nearby(address, layout, entries).map(|_| ())
+    }
+
+    fn read_entries_nearby(&self, address: Gpa, layout: EntryLayout, entries: &mut [u64]) -> Result<Nearby, ReadError> {
         let size = usize::from(layout.bytes);
+        let mut nearby = Nearby::UNKNOWN;
         let slices = self.0.get_slices(GuestAddress(address.0), entries.len() * size, Permissions::Read).map_err(|_| ReadError(address))?;
         let mut done = 0;
         for slice in slices {
             let at = ReadError(Gpa(address.0 + (done * size) as u64));
             let slice = slice.map_err(|_| at)?;
+            if done == 0 {
+                nearby = atomic::nearby(&slice);
+            }
             let count = slice.len() / size;
             if count * size != slice.len() {
                 return Err(at); // an entry that straddles two regions is no entry
@@ -62,7 +78,7 @@ impl<M: GuestMemory + ?Sized> EntryMemory for VmMemory<'_, M> {
             done += count;
         }
         to_native(layout, entries);
-        Ok(())
+        Ok(nearby)
     }
 }
 

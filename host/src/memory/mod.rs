@@ -5,6 +5,7 @@ mod budget;
 mod entries;
 mod map;
 
+pub use atomic::Nearby;
 pub use budget::{Budget, Exhausted, Limits};
 pub use entries::{EntryLayout, EntryMemory, PAGE, ReadError, VmMemory, read_bytes};
 pub use map::{Kind, MemoryMap, MemoryMapError, Region};

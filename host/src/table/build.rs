@@ -13,6 +13,7 @@ use crate::table::geometry::{AddressField, ByteOrder, Geometry, Nonsense};
 use crate::table::lanes;
 use crate::table::loss::{Loss, Losses, narrowed};
 use crate::table::remember::Plan;
+use crate::table::stage::{Page, Stage};
 use crate::table::walk::{FaultAt, Piece, Run, Step, Visitor, WalkError};
 use crate::{Attributes, Gpa, Span};
 
@@ -79,6 +80,12 @@ struct Window {
     base: u64,
 }
 
+impl Window {
+    const fn holds(&self, span: Span) -> bool {
+        self.span.first <= span.first && span.last <= self.span.last
+    }
+}
+
 /// How a leaf of one size with given attributes is written.
 #[derive(Clone, Debug)]
 struct Leaf {
@@ -100,6 +107,32 @@ struct Encoding {
     leaves: Vec<Option<Arc<Leaf>>>,
     /// Those that there are, largest first: size and rung.
     usable: Arc<[(u8, usize, Arc<Leaf>)]>,
+}
+
+/// How runs of leaves of one size, of one or two kinds, are written.
+#[derive(Debug)]
+struct Prepared {
+    /// The size of the leaves, and what they allow.
+    from: (u8, [Attributes; 2]),
+    window: usize,
+    depth: usize,
+    /// The size of the target's pages, and how many of them a leaf becomes.
+    size: u8,
+    split_log2: u8,
+    table_entries: u64,
+    absent: u64,
+    last_address: u64,
+    /// Addresses stand in the target's entries as they are.
+    in_place: bool,
+    leaves: [Arc<Leaf>; 2],
+}
+
+impl Prepared {
+    fn serves(&self, run: &Run<'_>) -> bool {
+        let (size_log2, [first, second]) = self.from;
+        let attributes = run.kinds.attributes();
+        size_log2 == run.size_log2 && first == attributes[0] && (second == attributes[1] || run.kinds.is_one())
+    }
 }
 
 /// Whether a table's entries so far are one contiguous range.
@@ -130,8 +163,15 @@ pub struct Builder<'a> {
     /// The window that the open tables belong to.
     window: Option<usize>,
     open: Vec<Open>,
+    /// For each open table, the page that it is filled in, if not in place.
+    staged: Vec<Option<Box<Page>>>,
+    stage: Stage,
+    /// Bytes of tables before this one was begun.
+    before: u64,
     pending: Option<Piece>,
     encodings: Vec<Encoding>,
+    /// For runs like the last one.
+    prepared: Option<Prepared>,
     losses: Losses,
     leaves: u64,
     questions: u64,
@@ -152,6 +192,7 @@ impl<'a> Builder<'a> {
     pub fn new(mut format: Box<dyn Format>, arena: &'a mut Arena) -> Result<Self, BuildError> {
         let plan = Plan::new(format.geometry().map_err(BuildError::Format)?)?;
         let layout = EntryLayout { bytes: plan.geometry.entry_bytes, order: plan.geometry.order };
+        let before = arena.bytes();
         let mut builder = Self {
             format,
             plan,
@@ -161,8 +202,12 @@ impl<'a> Builder<'a> {
             windows: Vec::new(),
             window: None,
             open: Vec::new(),
+            staged: Vec::new(),
+            stage: Stage::default(),
+            before,
             pending: None,
             encodings: Vec::new(),
+            prepared: None,
             losses: Losses::default(),
             leaves: 0,
             questions: 0,
@@ -371,9 +416,8 @@ impl<'a> Builder<'a> {
         let slots_log2 = size - lsb;
         let index = self.fill_to(depth, iova)?;
         let count = count.min((entries - index) >> slots_log2).max(1);
-        let open = self.open[depth];
         let layout = self.layout;
-        let words = self.arena.words(open.offset);
+        let words = self.words(depth);
         let mut slot = index as usize;
         for page in 0..count {
             let insert = leaf.field.insert(address + (page << size)).ok_or_else(|| Nonsense("an address was lost on its way".to_owned()))?;
@@ -453,6 +497,15 @@ impl<'a> Builder<'a> {
         Ok(Some(Leaf { pattern: encoded.pattern, field, last_address: low_bits(bits as u8), narrowed }))
     }
 
+    /// The words of an open table.
+    #[inline]
+    fn words(&mut self, depth: usize) -> &mut [u64] {
+        match &mut self.staged[depth] {
+            Some(page) => page.words(),
+            None => self.arena.words(self.open[depth].offset),
+        }
+    }
+
     /// Opens the table of `depth` that serves `iova`, closing those that the cursor leaves.
     fn open_to(&mut self, window: usize, depth: usize, iova: u64) -> Result<(), BuildError> {
         if self.window != Some(window) {
@@ -465,6 +518,7 @@ impl<'a> Builder<'a> {
             };
             // A root has no level above: whether it is contiguous is of no interest.
             self.open.push(Open { offset, base, filled, contents: Contents::Mixed });
+            self.staged.push(None);
             self.window = Some(window);
         }
         let chain = self.windows[window].chain;
@@ -479,8 +533,12 @@ impl<'a> Builder<'a> {
         while self.open.len() <= depth {
             let parent = &self.chains[chain].rungs[self.open.len() - 1];
             let base = iova & !low_bits(parent.lsb);
-            let offset = self.arena.allocate(self.chains[chain].rungs[self.open.len()].bytes)?;
+            let bytes = self.chains[chain].rungs[self.open.len()].bytes;
+            let before = self.arena.bytes().saturating_sub(self.before);
+            let offset = self.arena.allocate(bytes)?;
             self.open.push(Open { offset, base, filled: 0, contents: Contents::Empty });
+            let page = self.stage.page(bytes, before);
+            self.staged.push(page);
         }
         Ok(())
     }
@@ -499,14 +557,15 @@ impl<'a> Builder<'a> {
     }
 
     fn fill(&mut self, depth: usize, index: u64, absent: u64) {
-        let open = &mut self.open[depth];
-        if open.filled < index {
-            open.contents = Contents::Mixed;
-            let words = self.arena.words(open.offset);
-            for slot in open.filled..index {
-                write_entry(words, self.layout, slot as usize, absent);
+        let filled = self.open[depth].filled;
+        if filled < index {
+            let layout = self.layout;
+            let words = self.words(depth);
+            for slot in filled..index {
+                write_entry(words, layout, slot as usize, absent);
             }
-            open.filled = index;
+            self.open[depth].contents = Contents::Mixed;
+            self.open[depth].filled = index;
         }
     }
 
@@ -529,8 +588,14 @@ impl<'a> Builder<'a> {
             };
             let entry = entry.ok_or_else(|| Nonsense(format!("a table at {:#x} cannot be pointed to", self.arena.base() + closed.offset)))?;
             self.open.pop();
+            match self.staged.pop().flatten() {
+                Some(page) if promoted.is_some() => self.stage.forget(page),
+                Some(page) => self.stage.write(page, self.arena.words(closed.offset)),
+                None => {}
+            }
+            let layout = self.layout;
+            write_entry(self.words(child - 1), layout, index as usize, entry);
             let parent = &mut self.open[child - 1];
-            write_entry(self.arena.words(parent.offset), self.layout, index as usize, entry);
             match promoted {
                 Some((leaf, attributes, address)) => {
                     self.arena.release(closed.offset);
@@ -564,6 +629,7 @@ impl<'a> Builder<'a> {
     /// Remembers how far the root table is filled: another window of it may follow.
     fn leave_root(&mut self) {
         if let (Some(window), Some(root)) = (self.window.take(), self.open.pop()) {
+            self.staged.pop();
             self.chains[self.windows[window].chain].root = Some((root.offset, root.filled));
         }
     }
@@ -597,46 +663,66 @@ impl<'a> Builder<'a> {
 
     /// The fast way: leaves as large as the target's slots, or a few times that, and one or two patterns for all of them.
     fn map_run(&mut self, run: &Run<'_>) -> Result<bool, BuildError> {
-        if self.layout.bytes != 8 {
-            return Ok(false);
-        }
         let span = Span { first: run.iova.0, last: run.iova.0 + (((run.entries.len() as u64) << run.size_log2) - 1) };
-        let inside = |window: &Window| window.span.first <= span.first && span.last <= window.span.last;
-        let Some(window) = self.window.filter(|window| inside(&self.windows[*window])).or_else(|| self.windows.iter().position(inside)) else {
-            return Ok(false);
+        let known = self.prepared.take().filter(|known| known.serves(run) && self.windows[known.window].holds(span));
+        let prepared = match known {
+            Some(known) => known,
+            None => match self.prepare(run, span)? {
+                Some(prepared) => prepared,
+                None => return Ok(false),
+            },
         };
+        // It is lent out and put back: counting who has it would wait, each time, until all that was written has reached memory.
+        let result = self.map_prepared(run, &prepared);
+        self.prepared = Some(prepared);
+        result
+    }
+
+    /// How runs like this one are written; none: one piece after the other.
+    fn prepare(&mut self, run: &Run<'_>, span: Span) -> Result<Option<Prepared>, BuildError> {
+        if self.layout.bytes != 8 {
+            return Ok(None);
+        }
+        let here = self.window.filter(|window| self.windows[*window].holds(span));
+        let Some(window) = here.or_else(|| self.windows.iter().position(|window| window.holds(span))) else { return Ok(None) };
         let chain = self.windows[window].chain;
         let sizes = &self.chains[chain].sizes;
-        let Some(position) = sizes.iter().position(|(size, _)| *size <= run.size_log2) else { return Ok(false) };
+        let Some(position) = sizes.iter().position(|(size, _)| *size <= run.size_log2) else { return Ok(None) };
         let (size, depth) = sizes[position];
         let rung = &self.chains[chain].rungs[depth];
         // A level with pages above its slots would want to see larger ranges first.
         if rung.lsb != size || rung.leaf_sizes & !(1 << rung.lsb) != 0 {
-            return Ok(false);
+            return Ok(None);
         }
         // Where the target has no pages of the source's size, each leaf becomes a few.
         let (split_log2, table_entries, absent) = (run.size_log2 - size, rung.entries, rung.absent);
         if split_log2 > MAX_SPLIT_LOG2 || table_entries >> split_log2 == 0 {
+            return Ok(None);
+        }
+        let attributes = run.kinds.attributes();
+        let mut leaves = [None, None];
+        for (leaf, attributes) in leaves.iter_mut().zip(attributes) {
+            let encoding = self.encoding(chain, attributes)?;
+            leaf.clone_from(&self.encodings[encoding].leaves[position]);
+        }
+        let [Some(leaf), Some(other)] = leaves else { return Ok(None) };
+        if leaf.field != other.field {
+            return Ok(None);
+        }
+        let last_address = leaf.last_address.min(other.last_address);
+        let in_place = leaf.field.is_in_place() && self.layout.order == ByteOrder::Little && cfg!(target_endian = "little");
+        let leaves = [leaf, other];
+        let from = (run.size_log2, attributes);
+        Ok(Some(Prepared { from, window, depth, size, split_log2, table_entries, absent, last_address, in_place, leaves }))
+    }
+
+    fn map_prepared(&mut self, run: &Run<'_>, prepared: &Prepared) -> Result<bool, BuildError> {
+        let Prepared { from: (_, [attributes, other_attributes]), window, depth, size, split_log2, table_entries, absent, .. } = *prepared;
+        let [leaf, other] = &prepared.leaves;
+        if run.within.last > prepared.last_address {
             return Ok(false);
         }
-        let [attributes, other_attributes] = run.kinds.attributes();
-        let encoding = self.encoding(chain, attributes)?;
-        let Some(leaf) = self.encodings[encoding].leaves[position].clone() else { return Ok(false) };
-        let other = if other_attributes == attributes {
-            Arc::clone(&leaf)
-        } else {
-            let encoding = self.encoding(chain, other_attributes)?;
-            match &self.encodings[encoding].leaves[position] {
-                Some(other) => Arc::clone(other),
-                None if run.pieces().all(|piece| piece.attributes == attributes) => Arc::clone(&leaf),
-                None => return Ok(false),
-            }
-        };
-        if run.within.last > leaf.last_address || run.within.last > other.last_address || leaf.field != other.field {
-            return Ok(false);
-        }
-        let little = self.layout.order == ByteOrder::Little && cfg!(target_endian = "little");
-        let plain = split_log2 == 0 && little && run.field.is_in_place() && leaf.field.is_in_place();
+        let plain = split_log2 == 0 && prepared.in_place && run.field.is_in_place();
         self.flush()?;
         let (mut done, mut all_others, mut all_gaps) = (0, 0, 0);
         while done < run.entries.len() {
@@ -652,17 +738,31 @@ impl<'a> Builder<'a> {
             self.open_to(window, depth, iova)?;
             let index = self.fill_to(depth, iova)?;
             let slots = count << split_log2;
-            let offset = self.open[depth].offset;
-            let target = &mut self.arena.words(offset)[index as usize..index as usize + slots];
             let patterns = [leaf.pattern, other.pattern];
-            let (others, gaps) = if plain {
-                let address = run.field.in_place & leaf.field.in_place;
-                lanes::transcode(part, run.kinds, target, lanes::Target { patterns, absent: absent.to_le(), address })
-            } else {
-                transcode(part, run, target, (patterns, absent), (&leaf.field, size), self.layout)
+            let address = run.field.in_place & leaf.field.in_place;
+            let entries = lanes::Target { patterns, absent: absent.to_le(), address };
+            let whole = slots as u64 == table_entries;
+            let streamed = match &self.staged[depth] {
+                Some(_) if plain && whole => {
+                    let target = &mut self.arena.words(self.open[depth].offset)[..slots];
+                    lanes::transcode_past_cache(part, run.kinds, target, entries)
+                }
+                _ => None,
             };
-            let (kind, pattern) = if run.kinds.selector(part[0]) == 0 { (attributes, leaf.pattern) } else { (other_attributes, other.pattern) };
-            let same = |entry: &u64| leaf.pattern == other.pattern || run.kinds.selector(*entry) == run.kinds.selector(part[0]);
+            let (others, gaps) = if let Some(others) = streamed {
+                self.stage.skip(self.staged[depth].take());
+                (others, 0)
+            } else if plain {
+                let target = &mut self.words(depth)[index as usize..index as usize + slots];
+                lanes::transcode(part, run.kinds, target, entries)
+            } else {
+                let layout = self.layout;
+                let target = &mut self.words(depth)[index as usize..index as usize + slots];
+                transcode(part, run, target, (patterns, absent), (&leaf.field, size), layout)
+            };
+            let second = run.kinds.is_second(part[0]);
+            let (kind, pattern) = if second { (other_attributes, other.pattern) } else { (attributes, leaf.pattern) };
+            let same = |entry: &u64| leaf.pattern == other.pattern || run.kinds.is_second(*entry) == second;
             let contiguous = gaps == 0 && is_contiguous(part, run.field, run.size_log2) && part.iter().all(same);
             let first = run.field.extract(part[0]);
             let next = first.wrapping_add((count as u64) << run.size_log2);
@@ -674,19 +774,19 @@ impl<'a> Builder<'a> {
         if run.kinds.is_one() {
             if !leaf.narrowed.is_empty() {
                 let bytes = (run.entries.len() as u128) << run.size_log2;
-                self.note_narrowed(&leaf, attributes, (run.iova.0, run.field.extract(run.entries[0])), run.entries.len() as u64, bytes);
+                self.note_narrowed(leaf, attributes, (run.iova.0, run.field.extract(run.entries[0])), run.entries.len() as u64, bytes);
             }
         } else {
-            self.note_kind(run, 0, &leaf, run.entries.len() as u64 - all_others - all_gaps);
-            self.note_kind(run, u64::MAX, &other, all_others);
+            self.note_kind(run, false, leaf, run.entries.len() as u64 - all_others - all_gaps);
+            self.note_kind(run, true, other, all_others);
         }
         Ok(true)
     }
 
     /// Notes what `count` leaves of one of two kinds lose.
-    fn note_kind(&mut self, run: &Run<'_>, selector: u64, leaf: &Leaf, count: u64) {
+    fn note_kind(&mut self, run: &Run<'_>, second: bool, leaf: &Leaf, count: u64) {
         let example = || {
-            let of_kind = |entry: &u64| !run.kinds.is_gap(*entry) && run.kinds.selector(*entry) == selector;
+            let of_kind = |entry: &u64| !run.kinds.is_gap(*entry) && run.kinds.is_second(*entry) == second;
             let index = run.entries.iter().position(of_kind).unwrap_or(0);
             let iova = Span::of_log2(run.iova.0 + ((index as u64) << run.size_log2), run.size_log2);
             Piece { iova, address: run.field.extract(run.entries[index]), attributes: run.kinds.of(run.entries[index]) }
@@ -714,7 +814,9 @@ impl Visitor for Builder<'_> {
     }
 
     fn table(&mut self) {
-        self.arena.prefetch();
+        if !lanes::STREAMS || self.arena.bytes() < self.before + crate::table::stage::IN_PLACE {
+            self.arena.prefetch();
+        }
     }
 
     fn takes_gaps(&self) -> bool {
@@ -770,10 +872,10 @@ fn transcode(
     let split_log2 = run.size_log2 - size;
     let (mut others, mut gaps) = (0, 0);
     for (index, entry) in source.iter().enumerate() {
-        let (selector, gap) = (run.kinds.selector(*entry), run.kinds.is_gap(*entry));
-        others += u64::from(selector != 0 && !gap);
+        let (second, gap) = (run.kinds.is_second(*entry), run.kinds.is_gap(*entry));
+        others += u64::from(second && !gap);
         gaps += u64::from(gap);
-        let pattern = patterns[0] ^ (patterns[0] ^ patterns[1]) & selector;
+        let pattern = patterns[usize::from(second)];
         let address = run.field.extract(*entry);
         for part in 0..1_usize << split_log2 {
             // The caller knows that all addresses fit.

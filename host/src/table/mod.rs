@@ -13,6 +13,7 @@ mod lanes;
 mod loss;
 mod remember;
 mod source;
+mod stage;
 mod stages;
 mod walk;
 

@@ -5,7 +5,7 @@
 
 use std::fmt;
 
-use crate::memory::{Budget, EntryLayout, EntryMemory, Exhausted, MemoryMap, PAGE};
+use crate::memory::{Budget, EntryLayout, EntryMemory, Exhausted, MemoryMap, Nearby, PAGE};
 use crate::table::format::{FaultKind, Finding, Format, FormatError, Meaning, Missing};
 use crate::table::geometry::{AddressField, Geometry, Nonsense, Root};
 use crate::table::lanes::{Pattern, Scanned, all_within, scan};
@@ -152,29 +152,32 @@ pub struct FaultAt<'a> {
 /// order, are as fast as leaves of one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Kinds {
-    pattern: u64,
-    /// Bits in which the second pattern differs; zero if there is one only.
-    difference: u64,
-    /// The lowest of them.
-    bit: u32,
+    patterns: [u64; 2],
+    /// A bit in which the patterns differ; zero if there is one only.
+    test: u64,
     attributes: [Attributes; 2],
-    /// The absent entry, and all ones if there may be any.
+    /// The absent entry, if there may be any.
     absent: u64,
-    gaps: u64,
+    gaps: bool,
 }
 
 impl Kinds {
     const fn one(pattern: u64, attributes: Attributes) -> Self {
-        Self { pattern, difference: 0, bit: 0, attributes: [attributes; 2], absent: 0, gaps: 0 }
+        Self { patterns: [pattern; 2], test: 0, attributes: [attributes; 2], absent: 0, gaps: false }
     }
 
     const fn with(self, pattern: u64, attributes: Attributes) -> Self {
-        let difference = self.pattern ^ pattern;
-        Self { difference, bit: difference.trailing_zeros() % 64, attributes: [self.attributes[0], attributes], ..self }
+        let difference = self.patterns[0] ^ pattern;
+        Self {
+            patterns: [self.patterns[0], pattern],
+            test: difference & difference.wrapping_neg(),
+            attributes: [self.attributes[0], attributes],
+            ..self
+        }
     }
 
     const fn with_gaps(self, absent: u64) -> Self {
-        Self { absent, gaps: u64::MAX, ..self }
+        Self { absent, gaps: true, ..self }
     }
 
     /// What leaves of the first and of the second kind allow; the same if there is one kind only.
@@ -186,7 +189,7 @@ impl Kinds {
     /// Whether there is one kind only, without gaps.
     #[must_use]
     pub const fn is_one(&self) -> bool {
-        self.difference | self.gaps == 0
+        self.test == 0 && !self.gaps
     }
 
     /// The same kinds, with other attributes.
@@ -199,46 +202,61 @@ impl Kinds {
     #[inline]
     #[must_use]
     pub const fn is_gap(&self, entry: u64) -> bool {
-        self.gap(entry) != 0
+        self.gaps && entry == self.absent
     }
 
-    /// All ones for an absent entry, zero for a leaf.
+    /// Whether a leaf is of the second kind; anything for an absent entry.
     #[inline]
-    pub(crate) const fn gap(&self, entry: u64) -> u64 {
-        ((entry == self.absent) as u64).wrapping_neg() & self.gaps
-    }
-
-    /// All ones for a leaf of the second kind, zero for one of the first; anything for an absent entry.
-    #[inline]
-    pub(crate) const fn selector(&self, entry: u64) -> u64 {
-        (((entry ^ self.pattern) & self.difference) >> self.bit & 1).wrapping_neg()
+    #[must_use]
+    pub const fn is_second(&self, entry: u64) -> bool {
+        (entry ^ self.patterns[0]) & self.test != 0
     }
 
     pub(crate) const fn pattern(&self) -> u64 {
-        self.pattern
+        self.patterns[0]
     }
 
-    /// Zero for an entry of one of these kinds.
+    /// The bit that tells the second kind from the first.
+    pub(crate) const fn test(&self) -> u64 {
+        self.test
+    }
+
+    /// That bit, if the patterns differ in no other.
     #[inline]
-    pub(crate) const fn distance(&self, entry: u64, mask: u64) -> u64 {
-        self.leaf_distance(entry, mask) & !self.gap(entry)
+    pub(crate) const fn only_difference(&self) -> u64 {
+        if self.patterns[0] ^ self.patterns[1] == self.test { self.test } else { 0 }
     }
 
-    /// The same without gaps.
+    const fn without_gaps(self) -> Self {
+        Self { gaps: false, ..self }
+    }
+
+    /// The first kind alone.
+    const fn first(self) -> Self {
+        Self::one(self.patterns[0], self.attributes[0])
+    }
+
+    /// Zero for a leaf of one of these kinds.
     #[inline]
     pub(crate) const fn leaf_distance(&self, entry: u64, mask: u64) -> u64 {
-        (entry ^ self.pattern) & mask ^ self.selector(entry) & self.difference
+        (entry ^ if self.is_second(entry) { self.patterns[1] } else { self.patterns[0] }) & mask
+    }
+
+    /// The same, and for an absent entry.
+    #[inline]
+    pub(crate) const fn distance(&self, entry: u64, mask: u64) -> u64 {
+        if self.is_gap(entry) { 0 } else { self.leaf_distance(entry, mask) }
     }
 
     pub(crate) const fn has_gaps(&self) -> bool {
-        self.gaps != 0
+        self.gaps
     }
 
     /// What a leaf allows that is of one of these kinds.
     #[inline]
     #[must_use]
     pub const fn of(&self, entry: u64) -> Attributes {
-        self.attributes[(self.selector(entry) & 1) as usize]
+        self.attributes[self.is_second(entry) as usize]
     }
 }
 
@@ -410,6 +428,7 @@ impl Table {
             stage,
             buffers: &mut self.scratch.buffers,
             path: &mut self.scratch.path,
+            last_read: None,
         };
         walker.path.clear();
         let mut next = Some(span.first);
@@ -436,6 +455,19 @@ struct Place {
     /// IOVA of entry 0.
     base: u64,
     inherited: u64,
+    /// The table that is probably walked after this one.
+    ahead: Option<u64>,
+}
+
+/// So many bytes of the next table are asked for early. The processor sees by itself how a table goes on; what it does not see is where it starts.
+const START: u64 = 512;
+
+/// Where the last entries were read from.
+#[derive(Clone, Copy)]
+struct LastRead {
+    address: u64,
+    region: Span,
+    nearby: Nearby,
 }
 
 struct Walker<'a, M: ?Sized, V> {
@@ -450,6 +482,7 @@ struct Walker<'a, M: ?Sized, V> {
     stage: u8,
     buffers: &'a mut Vec<Box<Buffer>>,
     path: &'a mut Vec<Step>,
+    last_read: Option<LastRead>,
 }
 
 impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
@@ -457,7 +490,7 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
         let level = &self.plan.levels[usize::from(root.level)];
         let top = u32::from(level.index_lsb + level.index_bits);
         let base = root.first & u64::MAX.checked_shl(top).unwrap_or(0);
-        self.table(Place { level: root.level, table: root.address, base, inherited: root.inherited }, span, (0, u64::MAX))
+        self.table(Place { level: root.level, table: root.address, base, inherited: root.inherited, ahead: None }, span, (0, u64::MAX))
     }
 
     /// Walks the part of a table that lies in `span`, of which the entries `exists` exist.
@@ -508,7 +541,13 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
             };
             self.visitor.table();
             match self.read(address, entries) {
-                Ok(()) => self.entries(place, index, entries, here)?,
+                Ok(()) => {
+                    let more = index + count <= last;
+                    if let Some(ahead) = if more { Some(address.wrapping_add(PAGE)) } else { place.ahead } {
+                        self.expect(ahead);
+                    }
+                    self.entries(place, index, entries, here)?;
+                }
                 Err(cause) => {
                     self.set_step(index, None);
                     self.fault(cause, here, Some(address))?;
@@ -527,10 +566,17 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
 
     fn read(&mut self, address: u64, entries: &mut [u64]) -> Result<(), Cause> {
         let last = address.saturating_add(entries.len() as u64 * u64::from(self.layout.bytes) - 1);
-        if self.map.region(address).is_none() || self.map.region(last).is_none() {
-            return Err(Cause::OutsideMemory);
+        let (Some(region), Some(_)) = (self.map.region(address), self.map.region(last)) else { return Err(Cause::OutsideMemory) };
+        let nearby = self.memory.read_entries_nearby(Gpa(address), self.layout, entries).map_err(|_| Cause::Missing)?;
+        self.last_read = Some(LastRead { address, region: region.span, nearby });
+        Ok(())
+    }
+
+    /// Tells the processor that entries at `address` will be read soon, if they are near those that were read last.
+    fn expect(&self, address: u64) {
+        if let Some(last) = self.last_read.filter(|last| last.region.contains(address)) {
+            last.nearby.expect(address.wrapping_sub(last.address), START);
         }
-        self.memory.read_entries(Gpa(address), self.layout, entries).map_err(|_| Cause::Missing)
     }
 
     fn set_step(&mut self, index: u64, entry: Option<u64>) {
@@ -586,8 +632,10 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
                 }
                 Meaning::Table { next, inherited } => {
                     self.set_step(index + at as u64, Some(entry));
-                    let address = level.field(known.shape).extract(entry);
-                    self.next_table(place, known, address, slot, part, (u64::from(next.first), last_index(next.last)), next.level, inherited)?;
+                    let field = level.field(known.shape);
+                    let ahead = entries.get(at + 1).filter(|ahead| **ahead & known.mask == known.pattern).map(|ahead| field.extract(*ahead));
+                    let below = Place { level: next.level, table: field.extract(entry), base: slot.first, inherited, ahead };
+                    self.next_table(place, below, slot, part, (u64::from(next.first), last_index(next.last)))?;
                     1
                 }
                 Meaning::Fault(kind) => {
@@ -640,43 +688,31 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
         Ok(())
     }
 
-    #[allow(clippy::too_many_arguments)]
-    fn next_table(
-        &mut self,
-        place: Place,
-        known: Remembered,
-        address: u64,
-        slot: Span,
-        part: Span,
-        exists: (u64, u64),
-        next: u8,
-        inherited: u64,
-    ) -> Result<(), WalkError> {
-        let Some(below) = self.plan.levels.get(usize::from(next)) else {
-            return Err(Nonsense(format!("level kind {} is followed by level kind {next}, which does not exist", place.level)).into());
+    /// Walks the table `next`, which an entry of the table `place` points to.
+    fn next_table(&mut self, place: Place, next: Place, slot: Span, part: Span, exists: (u64, u64)) -> Result<(), WalkError> {
+        let Some(below) = self.plan.levels.get(usize::from(next.level)) else {
+            return Err(Nonsense(format!("level kind {} is followed by level kind {}, which does not exist", place.level, next.level)).into());
         };
         let this = &self.plan.levels[usize::from(place.level)];
         let top = below.index_lsb + below.index_bits;
         if top > this.index_lsb || below.index_bits > crate::table::geometry::MAX_INDEX_BITS {
             return Err(Nonsense(format!(
-                "level kind {} (entries of 2^{} bytes) is followed by level kind {next} of 2^{top} bytes",
-                place.level, this.index_lsb
+                "level kind {} (entries of 2^{} bytes) is followed by level kind {} of 2^{top} bytes",
+                place.level, this.index_lsb, next.level
             ))
             .into());
         }
-        let _ = known;
-        if !self.output.contains(address) {
-            return self.fault(Cause::Entry(FaultKind::AddressSize), part, Some(address));
+        if !self.output.contains(next.table) {
+            return self.fault(Cause::Entry(FaultKind::AddressSize), part, Some(next.table));
         }
-        if !address.is_multiple_of(u64::from(self.layout.bytes)) {
-            return self.fault(Cause::Entry(FaultKind::Misaligned), part, Some(address));
+        if !next.table.is_multiple_of(u64::from(self.layout.bytes)) {
+            return self.fault(Cause::Entry(FaultKind::Misaligned), part, Some(next.table));
         }
         // A level that was skipped: IOVA bits between the two tables must be zero.
         let reachable = Span::of_log2(slot.first, top);
-        let place = Place { level: next, table: address, base: slot.first, inherited };
         match part.intersection(reachable) {
             Some(inside) => {
-                self.table(place, inside, exists)?;
+                self.table(next, inside, exists)?;
                 match inside.last.checked_add(1) {
                     Some(first) if first <= part.last => self.visitor.absent(Span { first, last: part.last }, self.path),
                     _ => Ok(()),
@@ -701,8 +737,8 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
         let size_mask = Span::of_log2(0, size_log2).last;
         let within = self.map.target(field.extract(entries[0])).and_then(|target| target.intersection(self.output));
         // Where this does not hold, every address counts as one outside of memory, and is looked at again.
-        let plain = within.filter(|within| field.is_in_place() && (within.last | field.in_place) >> 63 == 0 && within.last >= size_mask);
-        let (first, last) = plain.map_or((1, 0), |within| (within.first, within.last - size_mask));
+        let plain = within.filter(|within| field.is_in_place() && within.length_minus_one() >= size_mask);
+        let (first, room) = plain.map_or((0, 0), |within| (within.first, within.length_minus_one() - size_mask));
         let mut pattern = Pattern { mask: known.mask, kinds: Kinds::one(known.pattern, attributes), address: field.in_place };
         // Tables that had leaves of another kind a moment ago have some again.
         if let Some((other, attributes)) = self.judge.companion(place.level, known) {
@@ -713,7 +749,12 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
         {
             pattern.kinds = pattern.kinds.with_gaps(absent);
         }
-        let Scanned { count, gaps, outside } = scan(entries, pattern, first, last);
+        let Scanned { count, gaps, outside, uniform } = scan(entries, pattern, first, room);
+        if uniform {
+            pattern.kinds = pattern.kinds.first();
+        } else if gaps == 0 {
+            pattern.kinds = pattern.kinds.without_gaps();
+        }
         let run = &entries[..count];
         let run = &run[..run.iter().rposition(|entry| !pattern.kinds.is_gap(*entry)).map_or(0, |last| last + 1)];
         self.budget.charge_leaves(count as u64 - gaps)?;
