@@ -19,6 +19,8 @@ pub struct AddressSpace {
     intercepts: Vec<Intercept>,
 }
 
+// There is one of these per address space, and hardly ever the small one.
+#[allow(clippy::large_enum_variant)]
 #[derive(Debug)]
 enum Source {
     Direct(Vec<Window>),
