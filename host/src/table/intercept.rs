@@ -119,7 +119,10 @@ mod tests {
         Intercept { passed: 1, mask, value, server: String::new(), address: None, section: String::new() }
     }
 
-    struct Seen(Vec<(Span, Option<u64>)>);
+    /// IOVAs, and where the first of them goes; none: intercepted.
+    type Part = (Span, Option<u64>);
+
+    struct Seen(Vec<Part>);
 
     impl Visitor for Seen {
         fn piece(&mut self, piece: &Piece, _: &[Step]) -> Result<(), WalkError> {
@@ -132,7 +135,7 @@ mod tests {
         }
     }
 
-    fn split(intercepts: &[Intercept], rules: &[(u8, Compared)], piece: Piece, leaves: u64) -> (Vec<(Span, Option<u64>)>, Result<(), WalkError>) {
+    fn split(intercepts: &[Intercept], rules: &[(u8, Compared)], piece: Piece, leaves: u64) -> (Vec<Part>, Result<(), WalkError>) {
         let budget = Budget::new(Limits { leaves, ..Limits::default() });
         let mut seen = Seen(Vec::new());
         let result = Intercepted { intercepts, rules, tables: 1, budget: &budget, visitor: &mut seen }.piece(&piece, &[]);

@@ -21,6 +21,8 @@ pub struct AddressSpace {
     intercepts: Vec<Intercept>,
 }
 
+// There is one of these per address space, and hardly ever the small one.
+#[allow(clippy::large_enum_variant)]
 #[derive(Debug)]
 enum Kind {
     Tables { inner: Box<Table>, outer: Option<Box<Table>> },

@@ -231,3 +231,21 @@ fn supersections_reach_beyond_32_bits() {
     assert!(hex(&report["tables"][0]["root"]) >> 32 == 0);
     assert_eq!(stream(back)["mappings"], json!(expected));
 }
+
+#[test]
+fn what_nobody_set_up_is_no_violation_before_and_after_conversion() {
+    let validate = |path: &str| run(&["validate", path, "--format", "json"]);
+    // A device context that is not valid, and one with a reserved bit.
+    let (unused, refused) = (riscv([0; 8], true).save("unused"), riscv([1, 0, 1, 0, 0, 0, 0, 0], true).save("refused"));
+    for (saved, violations) in [(unused, 0), (refused, 1)] {
+        let path = saved.to_str().unwrap();
+        assert_eq!(stream(path)["state"], "blocked");
+        let found = validate(path);
+        assert_eq!((found.status, &found.json()["errors"]), (violations, &json!(violations)));
+        let out = saved.with_file_name("out");
+        convert(path, "intel-vtd/first-stage", out.to_str().unwrap());
+        let stored: Value = serde_json::from_slice(&fs::read(out.join("snapshot.json")).unwrap()).unwrap();
+        assert_eq!(stored["tables"][0]["unused"], if violations == 0 { json!(true) } else { json!(null) });
+        assert_eq!(validate(out.to_str().unwrap()).status, violations);
+    }
+}

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use proptest::prelude::*;
 use stagecraft_plugin_amd_vi::{unit::AmdVi, v1::V1, v2::V2};
-use stagecraft_sdk::{Direct, Error, Format, GuestMemory, Outcome, Registers, Requester, TableConfig, Tag, Translated, Unit, Window};
+use stagecraft_sdk::{BlockKind, Direct, Error, Format, GuestMemory, Outcome, Registers, Requester, TableConfig, Tag, Translated, Unit, Window};
 
 /// 64-bit words by address; what was never written reads as zero below `end`, and nothing can be read from there on. What is read through a host table
 /// stands at `OFFSET` above its guest-physical address.
@@ -525,4 +525,29 @@ proptest! {
         let list = AmdVi::pasids(&registers(&given), id, &mut memory).unwrap_or_default();
         prop_assert!(list.len() <= 1024 && list.is_sorted() && memory.reads <= 1 + 1024);
     }
+}
+
+#[test]
+fn address_spaces_are_named_by_domain_and_pasid() {
+    let tag = |memory: &Memory, pasid| match ask(&[], memory, pasid) {
+        Outcome::Tables(Translated { tag: Tag { domain, space }, .. }) => (domain, space),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(tag(&entry([VALID | RW | mode(3) | HOST, 0xffff_0000_1234, u64::MAX]), None), (Some(0x1234), None));
+    let [low, high] = gcr3(GCR3);
+    let mut guest = entry([VALID | GV | GIOV | RW | low, high | 0x4321, 0]);
+    guest.words.extend([(GCR3, GUEST | 1), (GCR3 + 9 * 8, GUEST | 1)]);
+    assert_eq!((tag(&guest, None), tag(&guest, Some(9))), ((Some(0x4321), Some(0)), (Some(0x4321), Some(9))));
+}
+
+#[test]
+fn devices_that_nobody_set_up_are_unused() {
+    let kind = |memory: &Memory| match ask(&[], memory, None) {
+        Outcome::Blocked(blocked) => blocked.kind,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(kind(&entry([1, 0, 0])), BlockKind::Unused, "no translation fields");
+    assert_eq!(kind(&entry([VALID, 0, 0])), BlockKind::Unused, "neither reads nor writes");
+    assert_eq!(kind(&entry([VALID | RW | mode(7), 0, 0])), BlockKind::Refused);
+    assert_eq!(kind(&entry([VALID | RW | 4, 0, 0])), BlockKind::Refused);
 }

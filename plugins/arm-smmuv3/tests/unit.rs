@@ -6,7 +6,7 @@ mod common;
 use common::{Guest, registers, settings};
 use proptest::prelude::*;
 use stagecraft_plugin_arm_smmuv3::{Smmuv3, Stage1, Stage2};
-use stagecraft_sdk::{Error, Format, Outcome, Registers, Requester, Settings, TableConfig, Translated, Unit};
+use stagecraft_sdk::{BlockKind, Error, Format, Outcome, Registers, Requester, Settings, TableConfig, Tag, Translated, Unit};
 
 /// Stages 1 and 2, AArch64, HTTU with dirty marks, hypervisor contexts, ATS, 16-bit ids, two-level tables, everything configurable.
 const IDR0: u64 = 0b11 | 2 << 2 | 2 << 6 | 1 << 9 | 1 << 10 | 1 << 12 | 1 << 18 | 1 << 19 | 1 << 27;
@@ -729,4 +729,44 @@ proptest! {
     fn any_information_has_an_answer(kind in 0_u32..4, info in prop::collection::vec(any::<u8>(), 0..80)) {
         let _ = Smmuv3::offers(kind, &info);
     }
+}
+
+#[test]
+fn address_spaces_are_named_by_vmid_and_asid() {
+    let tag = |case: Case| match case.lookup() {
+        Ok(Outcome::Tables(Translated { tag: Tag { domain, space }, .. })) => (domain, space),
+        other => panic!("{other:?}"),
+    };
+    let cd = |asid: u64| [CD[0] & !(0xffff << 48) | asid << 48, CD[1], CD[2], CD[3]];
+    let with_vmid = |mut case: Case, vmid| {
+        case.ste[2] = case.ste[2] & !0xffff | vmid;
+        case
+    };
+    let both_stages = IDR0 | 3 | 1 << 12 | 1 << 18;
+    assert_eq!(tag(with_vmid(stage1(cd(0x1234)), 0x56).set("IDR0", both_stages)), (Some(0x56), Some(0x1234)));
+    assert_eq!(tag(with_vmid(stage1(cd(0x12)), 0x56).set("IDR0", both_stages & !1)), (None, Some(0x12)), "no stage 2, no VMID");
+    let second = case([0xd, 0, S2[0] & !0xffff | 0x789, S2[1]]).set("IDR0", both_stages);
+    assert_eq!(tag(second), (Some(0x789), None));
+    // EL2 has one privilege level and no ASID, EL2-E2H has.
+    let el2 = |cr2| {
+        let mut case = stage1(cd(0x1234)).set("IDR0", both_stages | 1 << 9).set("CR2", cr2);
+        case.ste[1] |= 2 << 30;
+        tag(case)
+    };
+    assert_eq!((el2(0), el2(1)), ((None, None), (None, Some(0x1234))));
+}
+
+#[test]
+fn streams_that_nobody_set_up_are_unused() {
+    let kind = |case: Case| match case.lookup() {
+        Ok(Outcome::Blocked(blocked)) => blocked.kind,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(kind(case([0; 4])), BlockKind::Unused, "not valid");
+    assert_eq!(kind(case([1, 0, 0, 0])), BlockKind::Unused, "Config abort");
+    assert_eq!(kind(case([0; 4]).set("CR0", 0).set("GBPA", 1 << 20)), BlockKind::Unused, "off");
+    assert_eq!(kind(case([0; 4]).set("STRTAB_BASE_CFG", 2)), BlockKind::Unused, "beyond the stream table");
+    assert_eq!(kind(stage1([CD[0] & !(1 << 31), 0, 0, 0])), BlockKind::Unused, "no context descriptor");
+    assert_eq!(kind(stage1([CD[0] & !(1 << 41), CD[1], CD[2], CD[3]])), BlockKind::Refused, "AArch32");
+    assert_eq!(kind(case([0xb | 1 << 55, 0xd6, 0, 0])), BlockKind::Refused, "an address beyond the address size");
 }

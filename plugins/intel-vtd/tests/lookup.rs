@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use proptest::prelude::*;
 use stagecraft_plugin_intel_vtd::unit::IntelVtd;
-use stagecraft_sdk::{Error, GuestMemory, Outcome, Registers, Requester, TableConfig, Translated, Unit};
+use stagecraft_sdk::{BlockKind, Error, GuestMemory, Outcome, Registers, Requester, TableConfig, Tag, Translated, Unit};
 
 /// 64-bit words by address; what was never written reads as zero below `end`, and nothing can be read from there on.
 #[derive(Clone)]
@@ -492,4 +492,36 @@ proptest! {
         let list = IntelVtd::pasids(&registers(cap, ecap, rtaddr), id, &mut memory).unwrap();
         prop_assert!(list.len() <= 1024 && list.is_sorted() && memory.reads <= 2 + 32 + 1024);
     }
+}
+
+#[test]
+fn address_spaces_are_named_by_domain_and_pasid() {
+    let tag = |outcome: Outcome| match outcome {
+        Outcome::Tables(Translated { tag: Tag { domain, space }, .. }) => (domain, space),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(tag(ask(&registers(CAP, DT, ROOT), &legacy(TABLE | 1, 0x12_3402), None)), (Some(0x1234), None));
+    for kind in [FIRST_ONLY | AW_4, SECOND_ONLY | AW_4, NESTED | AW_4] {
+        let memory = scalable([1 | 1 << 3, 77], 77, [1 | kind | SECOND, 0x4321, TABLE]);
+        assert_eq!(tag(ask(&registers(CAP, SCALABLE, ROOT | 1 << 10), &memory, None)), (Some(0x4321), Some(77)), "RID_PASID");
+        let memory = scalable([1 | 1 << 3, 0], 88, [1 | kind | SECOND, 0x4321, TABLE]);
+        assert_eq!(tag(ask(&registers(CAP, SCALABLE, ROOT | 1 << 10), &memory, Some(88))), (Some(0x4321), Some(88)));
+    }
+}
+
+#[test]
+fn devices_that_nobody_set_up_are_unused() {
+    let kind = |outcome: Outcome| match outcome {
+        Outcome::Blocked(blocked) => blocked.kind,
+        other => panic!("{other:?}"),
+    };
+    let legacy = |memory: &Memory| kind(ask(&registers(CAP, 0, ROOT), memory, None));
+    assert_eq!(legacy(&Memory::new(&[(ROOT_ENTRY, 0)])), BlockKind::Unused);
+    assert_eq!(legacy(&self::legacy(0, 0)), BlockKind::Unused);
+    assert_eq!(legacy(&self::legacy(TABLE | 1, 0)), BlockKind::Refused);
+    let scalable = |entry| kind(ask(&registers(CAP, SCALABLE, ROOT | 1 << 10), &self::scalable([1, 0], 0, entry), None));
+    assert_eq!(scalable([0, 0, 0]), BlockKind::Unused);
+    assert_eq!(scalable([1, 0, 0]), BlockKind::Refused);
+    let off = registers(CAP, ADMS, ROOT | 0b11 << 10);
+    assert_eq!(kind(ask(&off, &Memory::new(&[]), None)), BlockKind::Unused);
 }

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use common::line;
 use proptest::prelude::*;
 use stagecraft_plugin_riscv_iommu::unit::RiscvIommu;
-use stagecraft_sdk::{Direct, Error, GuestMemory, Intercept, Outcome, Registers, Requester, TableConfig, Translated, Unit};
+use stagecraft_sdk::{BlockKind, Direct, Error, GuestMemory, Intercept, Outcome, Registers, Requester, TableConfig, Tag, Translated, Unit};
 
 /// 64-bit words by address, in the byte order given; what was never written reads as zero below `end`, and nothing can be read from there on. Behind a
 /// second stage, guest-physical addresses are found `BEHIND` further up.
@@ -673,4 +673,34 @@ proptest! {
             prop_assert!(list.len() <= 1024 && list.is_sorted() && memory.reads <= 3 + 1 + 8 + 1024);
         }
     }
+}
+
+#[test]
+fn address_spaces_are_named_by_guest_and_process() {
+    let tag = |memory: &Memory, pasid| match ask(&registers(CAP, 0, ONE_LEVEL), &mut memory.clone(), 5, pasid) {
+        Outcome::Tables(Translated { tag: Tag { domain, space }, .. }) => (domain, space),
+        other => panic!("{other:?}"),
+    };
+    let (guest, process) = (0x1234 << 44, 0xa_bcde << 12);
+    assert_eq!(tag(&base([V, 0, process, SV39_TABLE]), None), (None, Some(0xa_bcde)));
+    assert_eq!(tag(&base([V, atp(8, SECOND) | guest, process, 0]), None), (Some(0x1234), None));
+    assert_eq!(tag(&base([V, atp(8, SECOND) | guest, process, SV39_TABLE]), None), (Some(0x1234), Some(0xa_bcde)));
+    // Processes have ids of their own.
+    let device = base([V | PDTV, atp(8, SECOND) | guest, process, 0]);
+    assert_eq!(tag(&device, None), (Some(0x1234), None));
+    let device = base([V | PDTV, 0, process, atp(1, PROCESSES)]).with(&processes(1, 7, [V | 0x5_4321 << 12, atp(8, TABLE)]));
+    assert_eq!(tag(&device, Some(7)), (None, Some(0x5_4321)));
+}
+
+#[test]
+fn devices_that_nobody_set_up_are_unused() {
+    let kind = |memory: &Memory, pasid| match ask(&registers(CAP, 0, ONE_LEVEL), &mut memory.clone(), 5, pasid) {
+        Outcome::Blocked(blocked) => blocked.kind,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(kind(&base([0, 0, 0, 0]), None), BlockKind::Unused);
+    assert_eq!(kind(&base([V, 0, 0, 0]), Some(1)), BlockKind::Unused, "no process directory");
+    assert_eq!(kind(&base([V, 0, 1, 0]), None), BlockKind::Refused);
+    let off = ask(&registers(CAP, 0, 0), &mut base([0; 4]), 5, None);
+    assert!(matches!(off, Outcome::Blocked(blocked) if blocked.kind == BlockKind::Unused));
 }
