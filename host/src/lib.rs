@@ -5,6 +5,7 @@ mod attributes;
 pub mod convert;
 pub mod device;
 pub mod guest;
+pub mod kernel;
 pub mod memory;
 pub mod plugin;
 pub mod snapshot;
