@@ -135,7 +135,8 @@ pub trait Kernel: Send + Sync + fmt::Debug {
     /// Makes a hardware page table (IOMMU_HWPT_ALLOC).
     ///
     /// # Errors
-    /// EOPNOTSUPP: the unit lacks what the flags or data ask for. EINVAL: data without a type or the reverse, a parent that cannot be one or belongs to another unit. EIO:
+    /// EOPNOTSUPP: the unit lacks what the flags or data ask for. EINVAL: data without a type or the reverse, a parent that is not there,
+    /// cannot be one or belongs to another unit. EIO:
     /// the nested data are not valid. EADDRINUSE: areas lie where the unit cannot translate.
     fn hwpt_alloc(&self, request: &HwptAlloc) -> Result<HwptId>;
 

@@ -255,15 +255,16 @@ impl Areas {
         if self.overlapping(span).is_some() { Err(Errno::EEXIST) } else { Ok(iova) }
     }
 
-    /// The lowest room, aligned so that large pages can be used, and with the offset into a page that the memory has.
+    /// The lowest room, but not at 0, aligned as far as the memory is so that large pages can be used, and with the offset into a page that the memory has.
     fn choose(&self, length: u64, pieces: &[Piece]) -> Option<u64> {
         let piece = pieces.first()?;
-        let offset = (piece.pages.user_address + piece.offset) % PAGE;
-        let alignment = (1u64 << length.ilog2().min(30)).max(PAGE).max(self.alignment);
+        let user = piece.pages.user_address + piece.offset;
+        let offset = user % PAGE;
+        let alignment = (1u64 << length.ilog2().min(user.trailing_zeros()).min(30)).max(PAGE).max(self.alignment);
         let allowed = if self.allowed.is_empty() { vec![Span::ALL] } else { self.allowed.clone() };
         let free = self.ranges().ranges;
         for range in allowed.iter().flat_map(|allowed| free.iter().filter_map(|range| range.intersection(*allowed))) {
-            let mut first = range.first.checked_next_multiple_of(alignment)?.checked_add(offset)?;
+            let mut first = range.first.max(1).checked_next_multiple_of(alignment)?.checked_add(offset)?;
             while let Some(last) = first.checked_add(length - 1).filter(|last| *last <= range.last) {
                 match self.areas.range(..=last).next_back().filter(|(_, area)| area.last >= first) {
                     None => return Some(first),

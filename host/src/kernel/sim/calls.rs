@@ -202,12 +202,13 @@ impl Kernel for Sim {
         };
         let id = match request.parent {
             HwptParent::Ioas(ioas) => {
-                valid(request.data_type == hwpt_data::NONE)?;
+                objects.ioas(ioas.0).map_err(|_| Errno::EINVAL)?;
+                supported(request.data_type == hwpt_data::NONE)?;
                 self.paging(&mut objects, request.device.0, ioas.0, (request.flags, false, faults))?
             }
             HwptParent::Hwpt(parent) => self.nested(&mut objects, request, (parent.0, None), faults)?,
             HwptParent::Viommu(viommu) => {
-                let parent = objects.viommu(viommu.0)?.parent;
+                let parent = objects.viommu(viommu.0).map_err(|_| Errno::EINVAL)?.parent;
                 self.nested(&mut objects, request, (parent, Some(viommu.0)), faults)?
             }
         };
@@ -487,7 +488,7 @@ impl Sim {
     fn nested(&self, objects: &mut Objects, request: &HwptAlloc, (parent, viommu): (u32, Option<u32>), faults: Option<u32>) -> Result<u32> {
         supported(request.flags.within(HwptFlags::FAULT_ID | HwptFlags::PASID) && !request.data.is_empty())?;
         let path = objects.device(request.device.0)?.state.path.clone();
-        let paging = objects.paging(parent)?;
+        let paging = objects.paging(parent).map_err(|_| Errno::EINVAL)?;
         let unit = path.first().ok_or(Errno::ENODEV)?;
         // VT-d nests under the page table, the others under a vIOMMU.
         supported(unit.config.nesting && matches!(unit.config.kind, UnitKind::Vtd { .. }) == viommu.is_none())?;

@@ -1,4 +1,6 @@
 //! iommufd's errno contract, row by row.
+//!
+//! The rows that need no nesting were tried on Linux 7.3.4 (an emulated VT-d unit, a device behind it), and gave the same there.
 
 use super::{BASE, Lab, PAGE, RW, SIZE};
 use crate::kernel::handle::{Device, Ioas, PageTable};
@@ -69,9 +71,9 @@ fn mapping() {
         ("beyond the memory", map(&lab, ioas, 6, Some(0x20_0000), user + SIZE - PAGE, 2 * PAGE), Err(Errno::EFAULT)),
         ("no such IOAS", map(&lab, IoasId(999), 6, Some(0), user, PAGE), Err(Errno::ENOENT)),
         ("not an IOAS", map(&lab, IoasId(device.id().0), 6, Some(0), user, PAGE), Err(Errno::ENOENT)),
-        ("chosen, lowest first", map(&lab, ioas, 6, None, user, PAGE), Ok(0)),
-        ("chosen again", map(&lab, ioas, 6, None, user, PAGE), Ok(PAGE)),
-        ("chosen, aligned for large pages", map(&lab, ioas, 6, None, user, 2 << 20), Ok(2 << 20)),
+        ("chosen, lowest first, but not 0", map(&lab, ioas, 6, None, user, PAGE), Ok(PAGE)),
+        ("chosen again", map(&lab, ioas, 6, None, user, PAGE), Ok(2 * PAGE)),
+        ("chosen, aligned as the memory is", map(&lab, ioas, 6, None, user, 2 << 20).map(|at| at % (2 << 20).min(1 << user.trailing_zeros())), Ok(0)),
     ]);
     lab.kernel.ioas_unmap(ioas, Iova(0), u64::MAX).unwrap();
     drop(attachment);
@@ -246,7 +248,11 @@ fn objects() {
         ("data without a type", none(alloc(0, device, under, 0, &[1])), Err(Errno::EINVAL)),
         ("a type without data", none(alloc(0, device, in_viommu, arm, &[])), Err(Errno::EINVAL)),
         ("no such device", none(alloc(0, DeviceId(99), under, 0, &[])), Err(Errno::ENOENT)),
-        ("no such IOAS", none(alloc(0, device, HwptParent::Ioas(IoasId(99)), 0, &[])), Err(Errno::ENOENT)),
+        ("no such IOAS", none(alloc(0, device, HwptParent::Ioas(IoasId(99)), 0, &[])), Err(Errno::EINVAL)),
+        ("no such parent", none(alloc(0, vtd, HwptParent::Hwpt(HwptId(99)), 1, &[0; 24])), Err(Errno::EINVAL)),
+        ("no such vIOMMU", none(alloc(0, device, HwptParent::Viommu(ViommuId(99)), 2, &[0; 16])), Err(Errno::EINVAL)),
+        ("a device as parent", none(alloc(0, device, HwptParent::Ioas(IoasId(device.0)), 0, &[])), Err(Errno::EINVAL)),
+        ("data for what is not nested", none(alloc(0, device, under, 1, &[0; 24])), Err(Errno::EOPNOTSUPP)),
         ("a unit without nesting", none(alloc(1, plain, under, 0, &[])), Err(Errno::EOPNOTSUPP)),
         ("fault queue missing", none(alloc(4, device, under, 0, &[])), Err(Errno::ENOENT)),
         ("nested under what is no parent", none(alloc(0, vtd, HwptParent::Hwpt(not_parent), 1, &s1)), Err(Errno::EINVAL)),

@@ -581,3 +581,54 @@ fn hardware_info_is_the_kernels_struct() {
         rig.finish();
     }
 }
+
+#[test]
+fn riscv_64k_pages_memory_types_and_clear_bits() {
+    let rig = Rig::new(Arch::Riscv);
+    let napot = |target: u64, low: u64| target >> 2 | low << 10 | 1 << 63 | 0xd7;
+    let target = BASE + 0x41_0000;
+    for page in 0..16 {
+        rig.set(0x1_0000 + page * PAGE, 0, napot(target, 8));
+    }
+    assert_eq!(rig.reached(0x1_5123), Ok(target + 0x5123));
+    assert_eq!(rig.reached(0x1_f000), Ok(target + 0xf000), "out of the same cached entry");
+    rig.invalidate(None, false);
+    for (entry, wanted) in [
+        (napot(target, 4), Err(Reason::Reserved)),                       // 32K is reserved
+        (target >> 2 | 1 << 62 | 1 << 61 | 0xd7, Err(Reason::Reserved)), // memory type 3
+        (target >> 2 | 1 << 61 | 0xd7, Ok(target)),                      // non-cacheable
+        (target >> 2 | 1 << 54 | 0xd7, Err(Reason::Reserved)),           // reserved bit
+        (target >> 2 | 0xc7, Err(Reason::Permission)),                   // not the user's
+        (target >> 2 | 0xd5, Err(Reason::Reserved)),                     // writable, not readable
+        (target >> 2 | 0xd9, Err(Reason::Permission)),                   // executable only
+    ] {
+        rig.set(0x3_0000, 0, entry);
+        rig.invalidate(None, false);
+        assert_eq!(rig.reached(0x3_0000).map_err(|(reason, _)| reason), wanted, "{entry:#x}");
+    }
+    rig.finish();
+}
+
+#[test]
+fn x86_reserved_bits_and_levels() {
+    let rig = Rig::new(Arch::Vtd);
+    let large = BASE + (16 << 20);
+    let one = |iova, height, entry| {
+        rig.set(iova, height, entry);
+        rig.invalidate(None, false);
+        rig.reached(iova).map_err(|(reason, _)| reason)
+    };
+    assert_eq!(one(2 << 20, 1, large | 0xe7), Ok(large));
+    assert_eq!(one(2 << 20, 1, large | 0xe7 | 1 << 12), Ok(large), "PAT");
+    assert_eq!(one(2 << 20, 1, large | 0xe7 | 1 << 13), Err(Reason::Reserved));
+    assert_eq!(one(2 << 20, 1, large | 0xe3), Err(Reason::Permission), "a supervisor's page");
+    assert_eq!(one(1 << 39, 3, BASE | 0xe7), Err(Reason::Reserved), "no leaf at level 4");
+    assert_eq!(one(0x5000, 0, 0xfee0_0067), Err(Reason::InterruptRange), "no translation into the interrupt range");
+    assert_eq!(rig.reached(0xfee0_0000), Err((Reason::InterruptRange, Stage::Context)));
+    assert_eq!(rig.reached(1 << 47), Err((Reason::InputRange, Stage::First)), "not canonical");
+    // Accessed is set on the way down, too.
+    rig.leaf(0x7000, TARGET);
+    rig.reached(0x7000).unwrap();
+    assert!((0..4).all(|height| rig.lab.load(rig.slot(0x7000, height)) & 1 << 5 != 0));
+    rig.finish();
+}

@@ -8,6 +8,15 @@ use crate::Iova;
 use crate::kernel::handle::{Device, Ioas, PageTable};
 use crate::kernel::sim::{DmaAccess, Reason, UnitConfig};
 
+/// Tells the threads to stop when it goes, also by a panic: one that fails must not leave the others running.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Runs `change` while two threads do DMA with `check` all the time; both must have been at it before the end.
 fn meanwhile(check: impl Fn() + Sync, change: impl FnOnce()) {
     let (stop, done) = (AtomicBool::new(false), [AtomicU64::new(0), AtomicU64::new(0)]);
@@ -15,13 +24,6 @@ fn meanwhile(check: impl Fn() + Sync, change: impl FnOnce()) {
         for count in &done {
             let (stop, check) = (&stop, &check);
             scope.spawn(move || {
-                // A thread that fails must not leave the other ones running.
-                struct Stop<'a>(&'a AtomicBool);
-                impl Drop for Stop<'_> {
-                    fn drop(&mut self) {
-                        self.0.store(true, Ordering::Relaxed);
-                    }
-                }
                 let _stop = Stop(stop);
                 while !stop.load(Ordering::Relaxed) {
                     check();
@@ -32,8 +34,8 @@ fn meanwhile(check: impl Fn() + Sync, change: impl FnOnce()) {
         while done.iter().any(|count| count.load(Ordering::Relaxed) < 10) && !stop.load(Ordering::Relaxed) {
             std::thread::yield_now();
         }
+        let _stop = Stop(&stop);
         change();
-        stop.store(true, Ordering::Relaxed);
     });
 }
 
