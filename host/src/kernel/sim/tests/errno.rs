@@ -12,6 +12,8 @@ use crate::kernel::{
 };
 use crate::{Iova, Span};
 
+/// What an array of these words is answered with.
+type Array<'a> = (&'static str, &'a [u64], Result<u64, (u32, Errno)>);
 type Row = (&'static str, Result<u64>, Result<u64>);
 
 fn check(rows: Vec<Row>) {
@@ -367,7 +369,7 @@ fn invalidation_arrays() {
     let viommu = parent.viommu(&device, viommu_type::ARM_SMMUV3).unwrap();
     let _vdevice = viommu.vdevice(&device, 0x42).unwrap();
     let arm = InvalidateTarget::Viommu(viommu.id());
-    let rows: [(&str, &[u64], Result<u64, (u32, Errno)>); 14] = [
+    let rows: [Array<'_>; 14] = [
         ("probe", &[], Ok(0)),
         ("NSNH_ALL, NH_ALL", &[0x30, 0, 0x10, 0], Ok(2)),
         ("NH_ASID", &[0x11 | 1 << 48, 0], Ok(1)),
@@ -400,7 +402,7 @@ fn invalidation_arrays() {
     let s1 = [0u64, BASE, 48].map(u64::to_ne_bytes).concat();
     let vtd = vtd_parent.nested(&vtd_device, HwptFlags::NONE, (hwpt_data::VTD_S1, &s1), None).unwrap();
     let target = InvalidateTarget::Hwpt(vtd.id());
-    let rows: [(&str, &[u64], Result<u64, (u32, Errno)>); 7] = [
+    let rows: [Array<'_>; 7] = [
         ("probe", &[], Ok(0)),
         ("everything", &[0, u64::MAX, 0], Ok(1)),
         ("two ranges", &[0x1000, 1, 1, 0x10_0000, 512, 0], Ok(2)),

@@ -58,9 +58,9 @@ fn every_call_and_every_step_fails_once() {
     for steps in [false, true] {
         for n in 1.. {
             if steps {
-                lab.sim.fail_step_nth(n, Errno::ENOMEM)
+                lab.sim.fail_step_nth(n, Errno::ENOMEM);
             } else {
-                lab.sim.fail_nth(n, Errno::EINTR)
+                lab.sim.fail_nth(n, Errno::EINTR);
             }
             let result = sequence(&lab);
             let waiting = lab.sim.disarm();

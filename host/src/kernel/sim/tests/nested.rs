@@ -406,7 +406,7 @@ fn a_full_cache_fails_loudly() {
     let (device, ioas, parent) = lab.parent("dev0", HwptFlags::NONE);
     let nested = Arch::Vtd.nested(&parent, None, &device, ROOT);
     for (level, table) in (0..).zip([ROOT, ROOT + PAGE, ROOT + 2 * PAGE]) {
-        lab.store(table, ROOT + (level + 1) * PAGE | 7);
+        lab.store(table, (ROOT + (level + 1) * PAGE) | 7);
     }
     lab.store(ROOT + 3 * PAGE, TARGET | 7);
     let attachment = device.attach(None, PageTable::Hwpt(&nested)).unwrap();
