@@ -110,3 +110,22 @@ impl UserMemory {
         Some(())
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_change_only_if_nobody_else_changed_them() {
+        let (memory, region) = (UserMemory::default(), Arc::new(MmapRegion::new(8192).unwrap()));
+        let first = region.as_ptr() as u64;
+        memory.register(Arc::clone(&region)).unwrap();
+        assert_eq!(memory.register(region), Err(Errno::EEXIST));
+        assert_eq!(memory.compare_exchange(first + 8, 0, 5), Some(true));
+        assert_eq!(memory.compare_exchange(first + 8, 0, 6), Some(false));
+        assert_eq!((memory.load(first + 8), memory.load(first + 4), memory.load(first + 8192)), (Some(5), None, None));
+        assert!(memory.covers(first, 8192, true) && !memory.covers(first, 8193, false) && !memory.covers(first - 1, 2, false));
+        assert!(memory.unregister(first) && memory.load(first).is_none());
+    }
+}

@@ -229,6 +229,17 @@ fn nesting_on_a_path_of_two_units() {
     let attachment = device.attach(None, PageTable::Hwpt(&nested)).unwrap();
     let dma = lab.sim.device("both").unwrap();
     assert_eq!(dma.translate(None, Iova(0), DmaAccess::Read).unwrap().user_address, lab.at(BASE + 0x40_0000));
+    // A unit that was forgotten, as no kernel call would: the path leads nowhere then.
+    {
+        let objects = crate::kernel::sim::lock::lock(&lab.sim.objects);
+        let far = &objects.paging(parent.id().0).unwrap().domains[1];
+        far.remove(BASE);
+        let fault = dma.translate(None, Iova(8), DmaAccess::Read).unwrap_err();
+        assert_eq!((fault.reason, fault.stage), (Reason::NotPresent, Stage::Second));
+        let elsewhere = crate::kernel::sim::domain::Extent { last: u64::MAX, user_address: 0, read: true, write: true };
+        far.insert(BASE, elsewhere);
+        assert_eq!(dma.translate(None, Iova(8), DmaAccess::Read).unwrap_err().reason, Reason::PathDisagrees);
+    }
     // The interrupt windows of both units count.
     let last = lab.kernel.ioas_iova_ranges(ioas.id()).unwrap().ranges.last().copied().unwrap();
     assert_eq!(last, crate::Span { first: 1 << 40, last: (1 << 57) - 1 });

@@ -103,6 +103,56 @@ fn unmap_waits_for_transactions() {
 }
 
 #[test]
+fn detaching_and_invalidating_wait_for_transactions() {
+    let target = BASE + 0x40_0000;
+    let quiet = |lab: &Lab| {
+        // The memory is the owner's again: nothing that was on its way may arrive now.
+        lab.store(target + PAGE - 8, 0);
+        for _ in 0..50 {
+            assert_eq!(lab.load(target + PAGE - 8), 0);
+        }
+    };
+    for arch in ALL {
+        let rig = Rig::new(arch);
+        let dma = rig.dma.clone();
+        meanwhile(
+            || {
+                let _ = dma.write(None, Iova(0x5000), &[0xee; 4096]);
+            },
+            || {
+                for _ in 0..200 {
+                    rig.leaf(0x5000, target);
+                    std::thread::yield_now();
+                    rig.set(0x5000, 0, 0);
+                    rig.invalidate(Some(0x5000), true);
+                    quiet(&rig.lab);
+                }
+            },
+        );
+        rig.finish();
+    }
+    let lab = Lab::new(vec![UnitConfig::riscv("u")]);
+    let (device, ioas) = (Device::bind(&lab.kernel, "dev0").unwrap(), Ioas::alloc(&lab.kernel).unwrap());
+    lab.map(ioas.id(), 0x5000, target, PAGE).unwrap();
+    let dma = lab.sim.device("dev0").unwrap();
+    meanwhile(
+        || {
+            let _ = dma.write(None, Iova(0x5000), &[0xee; 4096]);
+        },
+        || {
+            for _ in 0..200 {
+                let attachment = device.attach(None, PageTable::Ioas(&ioas)).unwrap();
+                std::thread::yield_now();
+                drop(attachment);
+                quiet(&lab);
+            }
+        },
+    );
+    drop((device, ioas));
+    lab.assert_clean();
+}
+
+#[test]
 fn neighbours_change_and_nothing_is_stale() {
     for arch in ALL {
         let rig = Rig::new(arch);
