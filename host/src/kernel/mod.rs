@@ -113,7 +113,7 @@ pub trait Kernel: Send + Sync + fmt::Debug {
     ///
     /// # Errors
     /// As [`Kernel::ioas_map`]. ENOENT: the source is not mapped throughout.
-    fn ioas_copy(&self, copy: &Copy) -> Result<Iova>;
+    fn ioas_copy(&self, copy: &CopyRange) -> Result<Iova>;
 
     /// Removes the areas within `length` bytes from `iova`, and says how many bytes that were (IOMMU_IOAS_UNMAP). `0` and `u64::MAX` stand for all there are, and succeed
     /// even if there are none.

@@ -255,7 +255,7 @@ pub struct MapFile<'a> {
 
 /// Maps what another IOAS maps, without pinning it again (IOMMU_IOAS_COPY).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Copy {
+pub struct CopyRange {
     /// What devices may do.
     pub flags: MapFlags,
     /// To.

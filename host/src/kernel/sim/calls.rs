@@ -16,7 +16,7 @@ use super::unit::{Unit, UnitKind};
 use super::walk::context::FirstStage;
 use super::{Piece, Sim};
 use crate::kernel::{
-    Copy, DeviceId, DirtyFlags, DirtyRange, Errno, Event, EventQueueAlloc, EventQueueId, FaultQueueId, HwInfo, HwptAlloc, HwptFlags, HwptId,
+    CopyRange, DeviceId, DirtyFlags, DirtyRange, Errno, Event, EventQueueAlloc, EventQueueId, FaultQueueId, HwInfo, HwptAlloc, HwptFlags, HwptId,
     HwptParent, Invalidate, InvalidateError, InvalidateTarget, IoasId, IovaRanges, Kernel, KernelOption, Map, MapFile, MapFlags, ObjectId, PageFault,
     PageResponse, PageTableId, Pasid, Result, VdeviceId, ViommuAlloc, ViommuId, hwpt_data, invalidate_data, viommu_type,
 };
@@ -134,7 +134,7 @@ impl Kernel for Sim {
         self.map_pages(ioas, map.iova, map.flags, (user_address, map.length))
     }
 
-    fn ioas_copy(&self, copy: &Copy) -> Result<Iova> {
+    fn ioas_copy(&self, copy: &CopyRange) -> Result<Iova> {
         self.calls.enter(Call::Copy)?;
         check_map(copy.flags, copy.destination_iova, copy.length)?;
         let mut objects = lock(&self.objects);

@@ -1,6 +1,6 @@
 //! A kernel and IOMMU hardware inside this process.
 //!
-//! [`Sim`] implements [`Kernel`] with iommufd's errno contract. Its hardware really walks tables in memory, with walkers of its own; its IOTLB and walk caches keep
+//! [`Sim`] implements [`Kernel`](super::Kernel) with iommufd's errno contract. Its hardware really walks tables in memory, with walkers of its own; its IOTLB and walk caches keep
 //! what they saw until an invalidation covers it, so that a forgotten invalidation is a wrong DMA. Devices do DMA from as many threads as there are.
 //!
 //! ```text

@@ -6,7 +6,7 @@ use super::{BASE, Lab, PAGE, RW, SIZE};
 use crate::kernel::handle::{Device, Ioas, PageTable};
 use crate::kernel::sim::UnitConfig;
 use crate::kernel::{
-    Copy, DeviceId, DirtyFlags, DirtyRange, Errno, EventQueueAlloc, FaultQueueId, HwptAlloc, HwptFlags, HwptId, HwptParent, Invalidate,
+    CopyRange, DeviceId, DirtyFlags, DirtyRange, Errno, EventQueueAlloc, FaultQueueId, HwptAlloc, HwptFlags, HwptId, HwptParent, Invalidate,
     InvalidateTarget, IoasId, KernelOption, Map, MapFlags, ObjectId, PageResponse, PageTableId, Pasid, ResponseCode, Result, ViommuAlloc, ViommuId,
     hwpt_data, viommu_type,
 };
@@ -35,7 +35,7 @@ fn map(lab: &Lab, ioas: IoasId, flags: u32, at: Option<u64>, user_address: u64, 
 }
 
 fn copy(lab: &Lab, (to, at): (IoasId, Option<u64>), (from, source): (IoasId, u64), length: u64) -> Result<u64> {
-    let copy = Copy { flags: RW, destination: to, destination_iova: at.map(Iova), source: from, source_iova: Iova(source), length };
+    let copy = CopyRange { flags: RW, destination: to, destination_iova: at.map(Iova), source: from, source_iova: Iova(source), length };
     iova(lab.kernel.ioas_copy(&copy))
 }
 

@@ -5,7 +5,7 @@ use super::{BASE, Lab, PAGE, RW, SIZE};
 use crate::Iova;
 use crate::kernel::handle::{Device, FaultQueue, Ioas, PageTable};
 use crate::kernel::sim::{Call, DmaAccess, UnitConfig};
-use crate::kernel::{Copy, Errno, HwptFlags, Invalidate, InvalidateTarget, Pasid, Result, hwpt_data, invalidate_data, viommu_type};
+use crate::kernel::{CopyRange, Errno, HwptFlags, Invalidate, InvalidateTarget, Pasid, Result, hwpt_data, invalidate_data, viommu_type};
 
 /// Everything that the trait has, in a sequence that succeeds: two devices behind two units, a copy, a nested page table in a vIOMMU, a PASID, a replacement, a queue.
 fn sequence(lab: &Lab) -> Result<()> {
@@ -22,7 +22,7 @@ fn sequence(lab: &Lab) -> Result<()> {
     let nested = viommu.nested(&arm, HwptFlags::NONE, (hwpt_data::ARM_SMMUV3, &ste), Some(&queue))?;
     let mut first = arm.attach(None, PageTable::Ioas(&gpa))?;
     first.replace(PageTable::Hwpt(&nested))?;
-    let copy = Copy {
+    let copy = CopyRange {
         flags: RW,
         destination: guest.id(),
         destination_iova: Some(Iova(0x1000)),

@@ -4,7 +4,7 @@ use super::{BASE, Lab, PAGE, RW};
 use crate::Iova;
 use crate::kernel::handle::{Device, FaultQueue, Ioas, PageTable};
 use crate::kernel::sim::{Data, DmaAccess, Reason, Stage, UnitConfig};
-use crate::kernel::{Copy, Errno, HwptFlags, Map, MapFile, MapFlags, PageResponse, ResponseCode};
+use crate::kernel::{CopyRange, Errno, HwptFlags, Map, MapFile, MapFlags, PageResponse, ResponseCode};
 
 #[test]
 fn areas_reach_memory() {
@@ -75,7 +75,7 @@ fn two_units_hold_the_same_all_or_nothing() {
     assert_eq!(counts(), [0; 6], "a table for each unit, and three more for the path through all of them");
     lab.map(ioas.id(), 0x10_0000, BASE, PAGE).unwrap();
     assert_eq!(counts(), [1; 6]);
-    let copy = Copy {
+    let copy = CopyRange {
         flags: RW,
         destination: ioas.id(),
         destination_iova: Some(Iova(0x20_0000)),
