@@ -7,6 +7,7 @@ pub mod convert;
 pub mod device;
 pub mod guess;
 pub mod guest;
+pub mod kernel;
 pub mod memory;
 pub mod offers;
 pub mod plugin;
