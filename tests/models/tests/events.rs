@@ -5,7 +5,7 @@
 use stagecraft_models::amd::Amd;
 use stagecraft_models::judge::second_stage;
 use stagecraft_models::riscv::{Riscv, RiscvTables};
-use stagecraft_models::smmu::{Smmu, SmmuTables, Stages};
+use stagecraft_models::smmu::{Smmu, SmmuTables, Stages, context_descriptor};
 use stagecraft_models::tables::amd::{self, AmdTable};
 use stagecraft_models::tables::riscv::{self, RiscvTable};
 use stagecraft_models::vtd::{Mode, Vtd};
@@ -122,6 +122,49 @@ fn smmu() {
         for event in refused(stage) {
             // The IPA is that of a page; the model also has the bits below.
             compare::<Smmuv3>(&mut model, &[], &event, [0, 0, 0, 0xfff]);
+        }
+    }
+}
+
+/// Stage 2 fails: for what stage 1 puts out, and for one of stage 1's own tables.
+#[test]
+fn smmu_nested() {
+    if !available(Board::ArmVirt) {
+        return;
+    }
+    let mut rng = Rng::new(1);
+    let half = ArmHalf { root: 0, granule: 4096, input_bits: 39, top_byte_ignored: false, hierarchical_disabled: false };
+    let config = ArmStage1 { low: Some(half), output_bits: 40, mair: 0xff44, ..ArmStage1::default() };
+    // The IPA 0x7000 is nowhere.
+    let first = build(TableConfig::ArmStage1(config), &[page(BOTH, 0x7000, Access::RW)], &mut rng, PLAIN);
+    let TableConfig::ArmStage1(config) = first.config else { panic!() };
+    let context = 0x8000_1000;
+    let mut memory = first.snapshot.memory.clone();
+    for (word, index) in context_descriptor(&config).unwrap().into_iter().zip(0..) {
+        memory.write(context + index * 8, word, false);
+    }
+    // The last table on the way has the leaf.
+    let leaf = memory.pages.iter().find(|(_, bytes)| bytes.as_chunks::<8>().0.iter().any(|word| u64::from_le_bytes(*word) >> 12 & 0xf_ffff == 7));
+    let leaf = *leaf.unwrap().0;
+    let second = ArmStage2 { granule: 4096, input_bits: 42, output_bits: 42, start_level: 0, ..ArmStage2::default() };
+    let mut model = Smmu::start(Stages::Nested).unwrap();
+    for missing in [None, Some(leaf)] {
+        let (leaves, mut moved) = second_stage(&memory, &[], 4096, 4096, &[], &mut rng);
+        let leaves: Vec<Run> = leaves.into_iter().filter(|run| missing.is_none_or(|page| !(run.iova..run.iova + run.size).contains(&page))).collect();
+        let second = build(TableConfig::ArmStage2(second), &leaves, &mut rng, PLAIN);
+        let TableConfig::ArmStage2(second_config) = second.config else { panic!() };
+        moved.pages.extend(second.snapshot.memory.pages.clone());
+        model.write_memory(&moved).unwrap();
+        model.set_table(&SmmuTables { first: Some(config), second: Some(second_config), context: Some(context) }).unwrap();
+        for write in [false, true] {
+            let event = event(FaultKind::Translation, 2, BOTH + 8, write);
+            let event = match missing {
+                None => Event { intermediate: Some(0x7008), ..event },
+                Some(table) => Event { intermediate: Some(table), reading_table: true, ..event },
+            };
+            // Of a table below the first the model says stage 1 (S2 39), and it never says what was done to a table (TTRnW 44).
+            let different = if missing.is_some() { 1 << 39 | 1 << 44 } else { 0 };
+            compare::<Smmuv3>(&mut model, &[], &event, [0, different, 0, 0xfff]);
         }
     }
 }
