@@ -160,7 +160,7 @@ pub fn encode_event<U: Unit>(unit: &str, registers: Vec<types::Named>, event: qu
     let event = Event {
         fault: fault_kind_in(event.fault),
         name: event.name,
-        stage: event.stage,
+        format: event.format,
         level: event.level,
         id: event.id,
         pasid: event.pasid,

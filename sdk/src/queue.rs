@@ -179,8 +179,8 @@ pub struct Event {
     pub fault: FaultKind,
     /// The event of the outcome that blocked the request, if one did.
     pub name: Option<String>,
-    /// 1 or 2; 0 if no table was reached.
-    pub stage: u8,
+    /// The format of the table that failed: it says which stage that is. None if no table was reached.
+    pub format: Option<String>,
     /// The level of the last entry, as the architecture counts it.
     pub level: Option<i8>,
     /// Requester id, StreamID or device id.
@@ -201,6 +201,14 @@ pub struct Event {
     pub privileged: bool,
     /// The domain of the address space's tag.
     pub domain: Option<u32>,
+}
+
+impl Event {
+    /// Whether a table of this format failed.
+    #[must_use]
+    pub fn is_of(&self, format: &str) -> bool {
+        self.format.as_deref() == Some(format)
+    }
 }
 
 /// The bytes of an event record.

@@ -357,7 +357,7 @@ fn commands_and_events_pass_the_sandbox_checked() {
     let event = Event {
         fault: FaultKind::Translation,
         name: None,
-        stage: 2,
+        format: Some("hostile/radix".to_owned()),
         level: Some(3),
         id: 0x38,
         pasid: Some(7),
@@ -371,7 +371,7 @@ fn commands_and_events_pass_the_sandbox_checked() {
     };
     let encode = |mode| plugin().instantiate().expect("an instance").encode_event("hostile", &registers(mode), &event);
     let record = encode(mode::WELL).expect("an answer");
-    let words: Vec<u8> = [0x38_u64, 0x1234_5000, 7, 2].iter().flat_map(|word| word.to_le_bytes()).collect();
+    let words: Vec<u8> = [0x38_u64, 0x1234_5000, 7, 13].iter().flat_map(|word| word.to_le_bytes()).collect();
     assert_eq!((&*record.queue, record.bytes), ("log", words));
     assert!(nonsense(&encode(mode::LONG_RECORD).expect_err("nonsense")).contains("an event record of 100000 bytes"));
     assert!(matches!(encode(mode::UNSUPPORTED), Err(CallError::Refused { refusal: Refusal::Unsupported(_), .. })));

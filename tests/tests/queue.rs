@@ -97,7 +97,7 @@ fn every_unit_has_an_answer_about_commands_and_events() {
     let event = Event {
         fault: FaultKind::Translation,
         name: None,
-        stage: 1,
+        format: Some("some/table".to_owned()),
         level: Some(2),
         id: 0x38,
         pasid: None,

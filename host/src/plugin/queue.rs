@@ -90,10 +90,11 @@ pub enum EventAccess {
 pub struct Event {
     /// Why.
     pub fault: FaultKind,
-    /// For a request that was blocked: [`Blocked::event`](super::Blocked::event). Such an event has neither stage nor level.
+    /// For a request that was blocked: [`Blocked::event`](super::Blocked::event). Such an event has neither format nor level, unless a structure stood
+    /// behind a table that failed.
     pub name: Option<String>,
-    /// The stage that failed: 1 or 2 as the architecture calls them; 0 if no table was reached.
-    pub stage: u8,
+    /// The format of the table that failed: only the plugin knows which stage that is. None if no table was reached.
+    pub format: Option<String>,
     /// The level of the last entry that was looked at, as [`Level::number`](crate::table::Level::number) has it.
     pub level: Option<i8>,
     /// Requester id, StreamID or device id.
@@ -204,7 +205,7 @@ pub(super) fn event_in(event: &Event) -> wit::Event {
     wit::Event {
         fault: fault_kind_in(event.fault),
         name: event.name.clone(),
-        stage: event.stage,
+        format: event.format.clone(),
         level: event.level,
         id: event.id,
         pasid: event.pasid,

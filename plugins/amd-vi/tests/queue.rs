@@ -61,7 +61,7 @@ fn event() -> Event {
     Event {
         fault: FaultKind::Translation,
         name: None,
-        stage: 1,
+        format: Some("amd-vi/v1".to_owned()),
         level: Some(1),
         id: 0x0138,
         pasid: None,

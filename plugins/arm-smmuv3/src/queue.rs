@@ -10,8 +10,9 @@
 
 use stagecraft_sdk::bits::Field;
 use stagecraft_sdk::queue::Access;
-use stagecraft_sdk::{Effect, Error, Event, EventRecord, FaultKind, Registers, Scope};
+use stagecraft_sdk::{Effect, Error, Event, EventRecord, FaultKind, Format, Registers, Scope};
 
+use crate::Stage2;
 use crate::spec::registers::{cr2, idr0, idr3};
 
 const COMMANDS: &str = "IHI 0070 section 4.1";
@@ -240,7 +241,7 @@ const F_WALK_EABT: u64 = 0x0b;
 pub(crate) fn encode(event: &Event) -> Result<EventRecord, Error> {
     let name = match event.name.as_deref() {
         // The context descriptor's own address did not get through stage 2.
-        Some("F_CD_FETCH") if event.stage == 2 => walk_event(event.fault),
+        Some("F_CD_FETCH") if event.is_of(Stage2::NAME) => walk_event(event.fault),
         Some(name) => name,
         None => walk_event(event.fault),
     };
@@ -254,7 +255,7 @@ pub(crate) fn encode(event: &Event) -> Result<EventRecord, Error> {
     match number {
         F_STE_FETCH | F_CD_FETCH => words[3] = FETCH.in_place(event.unreadable.unwrap_or(0)),
         F_WALK_EABT | 0x10.. => {
-            let stage2 = event.stage == 2;
+            let stage2 = event.is_of(Stage2::NAME);
             let class = match (stage2 && event.reading_table, event.name.as_deref()) {
                 (true, Some("F_CD_FETCH")) => record_1::CD,
                 (true, _) => record_1::TT,

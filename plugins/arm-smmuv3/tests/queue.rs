@@ -134,7 +134,7 @@ fn event() -> Event {
     Event {
         fault: FaultKind::Translation,
         name: None,
-        stage: 1,
+        format: Some("arm-smmuv3/stage1".to_owned()),
         level: Some(3),
         id: 0x38,
         pasid: None,
@@ -164,9 +164,9 @@ fn faults_of_walks() {
     assert_eq!(record(&fetch), [0x38_0000_0012, 0x20e_0000_0000, iova, 0]);
     assert_eq!(record(&Event { fault: FaultKind::AddressSize, ..event() })[0], 0x38_0000_0011);
     assert_eq!(record(&Event { fault: FaultKind::Reserved, ..event() })[0], 0x38_0000_0010);
-    let second = Event { stage: 2, intermediate: Some(0x8_1234_5678), ..event() };
+    let second = Event { format: Some("arm-smmuv3/stage2".to_owned()), intermediate: Some(0x8_1234_5678), ..event() };
     assert_eq!(record(&second), [0x38_0000_0010, 0x288_0000_0000, iova, 0x8_1234_5000]);
-    assert_eq!(record(&Event { stage: 2, iova: 0x5678, ..event() })[3], 0x5000, "stage 2 alone");
+    assert_eq!(record(&Event { format: Some("arm-smmuv3/stage2".to_owned()), iova: 0x5678, ..event() })[3], 0x5000, "stage 2 alone");
     let table = Event { reading_table: true, ..second.clone() };
     assert_eq!(record(&table), [0x38_0000_0010, 0x1188_0000_0000, iova, 0x8_1234_5000]);
     let context = Event { name: Some("F_CD_FETCH".to_owned()), ..table };
@@ -180,7 +180,7 @@ fn faults_of_structures() {
     let named = |name: &str, pasid| Event {
         fault: FaultKind::Configuration,
         name: Some(name.to_owned()),
-        stage: 0,
+        format: None,
         pasid,
         unreadable: Some(0x9_8765_4040),
         ..event()

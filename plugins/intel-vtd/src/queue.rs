@@ -8,8 +8,9 @@
 
 use stagecraft_sdk::bits::Field;
 use stagecraft_sdk::queue::{Access, decode_each};
-use stagecraft_sdk::{Command, Effect, Error, Event, EventRecord, FaultKind, Registers, Scope};
+use stagecraft_sdk::{Command, Effect, Error, Event, EventRecord, FaultKind, Format, Registers, Scope};
 
+use crate::second_stage::SecondStage;
 use crate::spec::registers::{iqa, rtaddr};
 
 const DESCRIPTORS: &str = "D51397 section 6.5.2";
@@ -203,8 +204,8 @@ const fn legacy_reason(event: &Event) -> u64 {
 }
 
 /// Tables of scalable mode: SFS, SSS and SGN conditions. A user's request to a supervisor's page counts as one without permission: the event does not tell.
-const fn scalable_reason(event: &Event) -> u64 {
-    let second = event.stage == 2;
+fn scalable_reason(event: &Event) -> u64 {
+    let second = event.is_of(SecondStage::NAME);
     match (event.fault, event.access) {
         (FaultKind::Translation, _) if event.level.is_none() => {
             if second {

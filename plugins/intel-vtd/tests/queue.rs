@@ -94,7 +94,7 @@ fn event() -> Event {
     Event {
         fault: FaultKind::Translation,
         name: None,
-        stage: 2,
+        format: Some("intel-vtd/second-stage".to_owned()),
         level: Some(1),
         id: 0x0138,
         pasid: None,
@@ -133,7 +133,7 @@ fn faults_in_legacy_mode() {
 #[test]
 fn faults_in_scalable_mode() {
     let scalable = |event: &Event| record(0x1400, event);
-    let first = Event { stage: 1, pasid: Some(0xa_bcde), access: Access::Write, ..event() };
+    let first = Event { format: Some("intel-vtd/first-stage".to_owned()), pasid: Some(0xa_bcde), access: Access::Write, ..event() };
     assert_eq!(scalable(&first), [0x1_2345_6000, 0x8abc_de71_8000_0138]);
     let fetch = Event { access: Access::Execute, privileged: true, fault: FaultKind::Permission, ..first.clone() };
     assert_eq!(scalable(&fetch), [0x1_2345_6000, 0xcabc_de82_e000_0138]);

@@ -6,7 +6,9 @@
 
 use stagecraft_sdk::bits::Field;
 use stagecraft_sdk::queue::{Access, decode_each};
-use stagecraft_sdk::{Command, Effect, Error, Event, EventRecord, FaultKind, Scope};
+use stagecraft_sdk::{Command, Effect, Error, Event, EventRecord, FaultKind, Format, Scope};
+
+use crate::second_stage::SecondStage;
 
 const COMMANDS: &str = "RISC-V IOMMU 1.0 section 3.1";
 const RECORDS: &str = "RISC-V IOMMU 1.0 section 3.2";
@@ -153,13 +155,13 @@ pub(crate) fn encode(event: &Event, causes: &[(u16, &str)]) -> Result<EventRecor
 }
 
 /// The cause of a walk that failed: access faults for what cannot be read or has too many bits, page faults else, guest-page faults in the second stage.
-const fn cause(event: &Event) -> u64 {
-    let base = match (event.fault, event.stage) {
+fn cause(event: &Event) -> u64 {
+    let base = match (event.fault, event.is_of(SecondStage::NAME)) {
         (FaultKind::Unreadable | FaultKind::AddressSize, _) => match event.access {
             Access::Execute => return 1,
             _ => 5,
         },
-        (_, 2) => match event.access {
+        (_, true) => match event.access {
             Access::Execute => return 20,
             _ => 21,
         },

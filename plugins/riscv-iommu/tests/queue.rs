@@ -74,7 +74,7 @@ fn event() -> Event {
     Event {
         fault: FaultKind::Translation,
         name: None,
-        stage: 1,
+        format: Some("riscv-iommu/first-stage".to_owned()),
         level: Some(0),
         id: 0xab_cdef,
         pasid: None,
@@ -101,7 +101,7 @@ fn records() {
     assert_eq!(record(&Event { access: Access::Write, ..event() }), [0xabcd_ef0c_0000_000f, 0, iova, 0]);
     let process = Event { access: Access::Execute, pasid: Some(0x5_4321), privileged: true, ..event() };
     assert_eq!(record(&process), [0xabcd_ef07_5432_100c, 0, iova, 0]);
-    let guest = Event { stage: 2, intermediate: Some(0x8_1234_567b), ..event() };
+    let guest = Event { format: Some("riscv-iommu/second-stage".to_owned()), intermediate: Some(0x8_1234_567b), ..event() };
     assert_eq!(record(&guest), [0xabcd_ef08_0000_0015, 0, iova, 0x8_1234_5678]);
     assert_eq!(record(&Event { access: Access::Write, ..guest.clone() }), [0xabcd_ef0c_0000_0017, 0, iova, 0x8_1234_5678]);
     assert_eq!(record(&Event { access: Access::Execute, ..guest.clone() })[0] & 0xfff, 20);

@@ -28,7 +28,7 @@ fn an_error_event_cannot_be_written_without_the_handle() {
     let event = Event {
         fault: FaultKind::Translation,
         name: None,
-        stage: 1,
+        format: Some("s390-zpci/dma".to_owned()),
         level: None,
         id: 1,
         pasid: None,

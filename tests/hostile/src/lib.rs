@@ -401,7 +401,10 @@ impl Unit for Hostile {
         match registers.get("MODE").unwrap_or(0) {
             mode::LONG_RECORD => Ok(EventRecord { queue: "log".to_owned(), bytes: vec![0; 100_000] }),
             mode::UNSUPPORTED => Err(Error::Unsupported("told not to support this".to_owned())),
-            _ => Ok(EventRecord::of_words("log", &[event.id, event.iova, u64::from(event.pasid.unwrap_or(0)), u64::from(event.stage)])),
+            _ => Ok(EventRecord::of_words(
+                "log",
+                &[event.id, event.iova, u64::from(event.pasid.unwrap_or(0)), event.format.as_ref().map_or(0, String::len) as u64],
+            )),
         }
     }
 

@@ -5,7 +5,7 @@
 use stagecraft_models::amd::Amd;
 use stagecraft_models::judge::second_stage;
 use stagecraft_models::riscv::{Riscv, RiscvTables};
-use stagecraft_models::smmu::{Smmu, SmmuTables, Stages};
+use stagecraft_models::smmu::{Smmu, SmmuTables, Stages, context_descriptor};
 use stagecraft_models::tables::amd::{self, AmdTable};
 use stagecraft_models::tables::riscv::{self, RiscvTable};
 use stagecraft_models::vtd::{Mode, Vtd};
@@ -33,11 +33,11 @@ fn leaves() -> [Run; 2] {
     [page(BOTH, TARGET, Access::RW), page(READ_ONLY, TARGET + 0x1000, Access::R)]
 }
 
-fn event(fault: FaultKind, stage: u8, iova: u64, write: bool) -> Event {
+fn event(fault: FaultKind, format: &str, iova: u64, write: bool) -> Event {
     Event {
         fault,
         name: None,
-        stage,
+        format: Some(format.to_owned()),
         level: Some(1),
         id: machine::DEVICE,
         pasid: None,
@@ -52,11 +52,11 @@ fn event(fault: FaultKind, stage: u8, iova: u64, write: bool) -> Event {
 }
 
 /// Requests that fail: to a hole, and to write where only reads pass.
-fn refused(stage: u8) -> [Event; 3] {
+fn refused(format: &str) -> [Event; 3] {
     [
-        event(FaultKind::Translation, stage, NOTHING + 8, false),
-        event(FaultKind::Translation, stage, NOTHING + 8, true),
-        event(FaultKind::Permission, stage, READ_ONLY + 8, true),
+        event(FaultKind::Translation, format, NOTHING + 8, false),
+        event(FaultKind::Translation, format, NOTHING + 8, true),
+        event(FaultKind::Permission, format, READ_ONLY + 8, true),
     ]
 }
 
@@ -85,17 +85,17 @@ fn vtd() {
     // In scalable mode the model says of such requests that they had the PASID which the context entry gives them (PP).
     let own_pasid = no_pasid | 1 << 31;
     // Scalable mode's reasons, 39:32, for a second stage are its own; the model says those of legacy mode.
-    for (mode, config, stage, different) in [
-        (Mode::Legacy, TableConfig::VtdSecond(second), 2, no_pasid),
-        (Mode::ScalableSecond, TableConfig::VtdSecond(second), 2, own_pasid | 0xff << 32),
-        (Mode::ScalableFirst, TableConfig::VtdFirst(first), 1, own_pasid),
+    for (mode, config, format, different) in [
+        (Mode::Legacy, TableConfig::VtdSecond(second), "intel-vtd/second-stage", no_pasid),
+        (Mode::ScalableSecond, TableConfig::VtdSecond(second), "intel-vtd/second-stage", own_pasid | 0xff << 32),
+        (Mode::ScalableFirst, TableConfig::VtdFirst(first), "intel-vtd/first-stage", own_pasid),
     ] {
         let mut model = Vtd::start(mode, 48).unwrap();
         let generated = build(config, &leaves(), &mut Rng::new(1), PLAIN);
         model.write_memory(&generated.snapshot.memory).unwrap();
         model.set_table(Tables::Vtd(generated.config)).unwrap();
         let registers = [("RTADDR", if mode == Mode::Legacy { 0 } else { 1 << 10 })];
-        for event in refused(stage) {
+        for event in refused(format) {
             compare::<IntelVtd>(&mut model, &registers, &event, [0, different, 0, 0]);
         }
     }
@@ -110,7 +110,7 @@ fn smmu() {
     let first = ArmStage1 { low: Some(half), output_bits: 40, mair: 0xff44, ..ArmStage1::default() };
     let second = ArmStage2 { granule: 4096, input_bits: 39, output_bits: 40, start_level: 1, ..ArmStage2::default() };
     let mut model = Smmu::start(Stages::Nested).unwrap();
-    for (config, stage) in [(TableConfig::ArmStage1(first), 1), (TableConfig::ArmStage2(second), 2)] {
+    for (config, format) in [(TableConfig::ArmStage1(first), "arm-smmuv3/stage1"), (TableConfig::ArmStage2(second), "arm-smmuv3/stage2")] {
         let generated = build(config, &leaves(), &mut Rng::new(1), PLAIN);
         model.write_memory(&generated.snapshot.memory).unwrap();
         let tables = match generated.config {
@@ -119,9 +119,52 @@ fn smmu() {
             other => panic!("{other:?}"),
         };
         model.set_table(Tables::Smmu(tables)).unwrap();
-        for event in refused(stage) {
+        for event in refused(format) {
             // The IPA is that of a page; the model also has the bits below.
             compare::<Smmuv3>(&mut model, &[], &event, [0, 0, 0, 0xfff]);
+        }
+    }
+}
+
+/// Stage 2 fails: for what stage 1 puts out, and for one of stage 1's own tables.
+#[test]
+fn smmu_nested() {
+    if !available(Board::ArmVirt) {
+        return;
+    }
+    let mut rng = Rng::new(1);
+    let half = ArmHalf { root: 0, granule: 4096, input_bits: 39, top_byte_ignored: false, hierarchical_disabled: false };
+    let config = ArmStage1 { low: Some(half), output_bits: 40, mair: 0xff44, ..ArmStage1::default() };
+    // The IPA 0x7000 is nowhere.
+    let first = build(TableConfig::ArmStage1(config), &[page(BOTH, 0x7000, Access::RW)], &mut rng, PLAIN);
+    let TableConfig::ArmStage1(config) = first.config else { panic!() };
+    let context = 0x8000_1000;
+    let mut memory = first.snapshot.memory.clone();
+    for (word, index) in context_descriptor(&config).unwrap().into_iter().zip(0..) {
+        memory.write(context + index * 8, word, false);
+    }
+    // The last table on the way has the leaf.
+    let leaf = memory.pages.iter().find(|(_, bytes)| bytes.as_chunks::<8>().0.iter().any(|word| u64::from_le_bytes(*word) >> 12 & 0xf_ffff == 7));
+    let leaf = *leaf.unwrap().0;
+    let second = ArmStage2 { granule: 4096, input_bits: 42, output_bits: 42, start_level: 0, ..ArmStage2::default() };
+    let mut model = Smmu::start(Stages::Nested).unwrap();
+    for missing in [None, Some(leaf)] {
+        let (leaves, mut moved) = second_stage(&memory, &[], 4096, 4096, &[], &mut rng);
+        let leaves: Vec<Run> = leaves.into_iter().filter(|run| missing.is_none_or(|page| !(run.iova..run.iova + run.size).contains(&page))).collect();
+        let second = build(TableConfig::ArmStage2(second), &leaves, &mut rng, PLAIN);
+        let TableConfig::ArmStage2(second_config) = second.config else { panic!() };
+        moved.pages.extend(second.snapshot.memory.pages.clone());
+        model.write_memory(&moved).unwrap();
+        model.set_table(Tables::Smmu(SmmuTables { first: Some(config), second: Some(second_config), context: Some(context) })).unwrap();
+        for write in [false, true] {
+            let event = event(FaultKind::Translation, "arm-smmuv3/stage2", BOTH + 8, write);
+            let event = match missing {
+                None => Event { intermediate: Some(0x7008), ..event },
+                Some(table) => Event { intermediate: Some(table), reading_table: true, ..event },
+            };
+            // Of a table below the first the model says stage 1 (S2 39), and it never says what was done to a table (TTRnW 44).
+            let different = if missing.is_some() { 1 << 39 | 1 << 44 } else { 0 };
+            compare::<Smmuv3>(&mut model, &[], &event, [0, different, 0, 0xfff]);
         }
     }
 }
@@ -139,13 +182,13 @@ fn riscv() {
     let first = riscv::build(RiscvTable { root: 0, levels: 3, second: false }, &leaves(), places(), false, &mut rng);
     model.write_memory(&first.memory).unwrap();
     model.set_table(Tables::Riscv(RiscvTables { first: Some(first.config), second: None })).unwrap();
-    for event in refused(1) {
+    for event in refused("riscv-iommu/first-stage") {
         compare::<RiscvIommu>(&mut model, &[], &event, different);
     }
     let second = riscv::build(RiscvTable { root: 0, levels: 3, second: true }, &leaves(), places(), false, &mut rng);
     model.write_memory(&second.memory).unwrap();
     model.set_table(Tables::Riscv(RiscvTables { first: None, second: Some(second.config) })).unwrap();
-    for event in refused(2) {
+    for event in refused("riscv-iommu/second-stage") {
         // The model does not say the guest-physical address, which is the IOVA.
         compare::<RiscvIommu>(&mut model, &[], &event, [different[0], 0, 0, u64::MAX]);
     }
@@ -157,7 +200,7 @@ fn riscv() {
     model.write_memory(&moved).unwrap();
     model.set_table(Tables::Riscv(RiscvTables { first: Some(first.config), second: Some(second.config) })).unwrap();
     // Of reads the model says that they were writes: see [`known::RISCV_TWO_STAGES`].
-    let nested = Event { intermediate: Some(0x7008), ..event(FaultKind::Translation, 2, BOTH + 8, true) };
+    let nested = Event { intermediate: Some(0x7008), ..event(FaultKind::Translation, "riscv-iommu/second-stage", BOTH + 8, true) };
     compare::<RiscvIommu>(&mut model, &[], &nested, different);
 }
 
@@ -173,7 +216,7 @@ fn amd() {
     let tables = amd::build(config, &leaves(), 0x4000_0000..0x8000_0000, &mut Rng::new(1));
     model.set_table(Tables::Amd(tables.built.config)).unwrap();
     model.write_memory(&tables.built.memory).unwrap();
-    for event in refused(1) {
+    for event in refused("amd-vi/v1") {
         assert_eq!(model.dma(event.iova, event.access == queue::Access::Write).unwrap(), Outcome::Nothing);
     }
 }
