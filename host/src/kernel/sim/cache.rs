@@ -36,6 +36,8 @@ struct Entries {
     /// Bit n: there may be leaves of `2^n` bytes.
     sizes: u64,
     leaves: HashMap<(u8, u64), Leaf>,
+    /// Bit n: there may be tables that cover `2^n` bytes.
+    table_sizes: u64,
     /// By what the table covers: log2 of the size, and IOVA in such units.
     tables: HashMap<(u8, u64), Table>,
 }
@@ -77,8 +79,8 @@ impl Caches {
     /// The table nearest to the leaf.
     pub(super) fn table(&self, space: Space, iova: u64) -> Option<Table> {
         let spaces = read(&self.spaces);
-        let tables = &spaces.get(&space)?.tables;
-        (12..64).find_map(|size| tables.get(&(size, iova >> size)).copied())
+        let entries = spaces.get(&space)?;
+        sizes(entries.table_sizes).find_map(|size| entries.tables.get(&(size, iova >> size)).copied())
     }
 
     fn count_one(&self) -> Result<(), Full> {
@@ -106,6 +108,7 @@ impl Caches {
         if let std::collections::hash_map::Entry::Vacant(vacant) = entries.tables.entry((size, iova >> size)) {
             self.count_one()?;
             vacant.insert(table);
+            entries.table_sizes |= 1 << size;
         }
         Ok(())
     }
@@ -181,7 +184,7 @@ fn drop_each(entries: &mut Entries, range: Span, leaf_only: bool, leaf: &impl Fn
         }
     }
     if !leaf_only {
-        for size in 12..64 {
+        for size in sizes(entries.table_sizes) {
             for index in range.first >> size..=range.last >> size {
                 entries.tables.remove(&(size, index));
             }
