@@ -1,8 +1,8 @@
 //! The IOTLB and the walk caches of a unit.
 //!
-//! They keep what they saw until an invalidation covers it, and never evict: a forgotten invalidation is a wrong DMA every time, not once in a while. Where entries of
-//! different sizes cover an IOVA, the one that was there first is the smaller one, and wins. What is not present is not remembered: none of the stages here may
-//! (VT-d's caching mode is for the second stage, which is the kernel's own).
+//! They keep what they saw until an invalidation covers it, and never evict: a forgotten invalidation is a wrong DMA every time, not once in a while.
+//! Where entries of different sizes cover an IOVA, the one that was there first is the smaller one, and wins. What is not present is not remembered:
+//! none of the stages here may (VT-d's caching mode is for the second stage, which is the kernel's own).
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
