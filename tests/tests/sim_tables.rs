@@ -67,13 +67,19 @@ impl Rig {
         Self { sim, _attachment: attachment, _nested: nested, _viommu: viommu, _parent: parent, _ioas: ioas, _device: device }
     }
 
-    /// Every run at its edges and somewhere in it, and beside; and IOVAs of `others`. `ignored` are bits of an IOVA that nobody looks at.
+    /// Every run at its edges and somewhere in it, and beside; other places in the same tables; and IOVAs of `others`.
     fn check(&self, truth: &[Run], others: &[u64], rng: &mut Rng, what: &str) -> usize {
         let device = self.sim.device("device").unwrap();
         let mut probes: Vec<u64> = others.to_vec();
         for run in truth {
             let last = run.iova + (run.size - 1);
             probes.extend([run.iova, last, run.iova + rng.below(run.size), run.iova.wrapping_sub(1), last.wrapping_add(1), rng.number()]);
+        }
+        // Elsewhere in the same tables of every level: that is where the entries are that look like something and must not translate.
+        for run in truth.iter().take(60) {
+            for shift in (12..57).step_by(3) {
+                probes.extend((0..4).map(|_| run.iova ^ rng.below(512) << shift));
+            }
         }
         let mut translated = 0;
         for iova in probes {

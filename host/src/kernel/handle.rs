@@ -1,7 +1,8 @@
 //! Kernel objects as owned values: dropping one destroys it, and a child holds its parents alive.
 //!
-//! Death is always upwards in the picture of [the module above](super): a nested page table drops before its vIOMMU, that before the parent page table, that before the
-//! IOAS. An [`Attachment`] detaches before it lets go of the page table and the device. Nothing here is ever destroyed twice, and nothing can be used after it is gone.
+//! Death is always upwards in the picture of [the module above](super): a nested page table drops before its vIOMMU, that before the parent page
+//! table, that before the IOAS. An [`Attachment`] detaches before it lets go of the page table and the device. Nothing here is ever destroyed twice,
+//! and nothing can be used after it is gone.
 
 use std::sync::Arc;
 

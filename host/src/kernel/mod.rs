@@ -1,7 +1,7 @@
 //! The kernel's side of I/O address spaces, behind a trait.
 //!
-//! [`Kernel`] is the part of the iommufd uAPI that this library needs, in typed form: one method per ioctl, the same objects, the same errors. [`sim`] is a kernel and
-//! IOMMU hardware inside this process. [`handle`] makes owned handles out of ids.
+//! [`Kernel`] is the part of the iommufd uAPI that this library needs, in typed form: one method per ioctl, the same objects, the same errors.
+//! [`sim`] is a kernel and IOMMU hardware inside this process. [`handle`] makes owned handles out of ids.
 //!
 //! ```text
 //!    BIND_IOMMUFD        IOAS_ALLOC             FAULT_QUEUE_ALLOC
@@ -15,9 +15,9 @@
 //!       vDEVICE ----    event queue   attached to device, or to (device, PASID)
 //! ```
 //!
-//! Birth is downwards in this picture: device, IOAS, fault queue; paging HWPT; vIOMMU; vDEVICE, event queue, nested HWPT; then the attachment. Death is upwards: detach;
-//! nested HWPT, event queue, vDEVICE; vIOMMU; paging HWPT; fault queue, IOAS; unbind. Whatever is out of order is refused with EBUSY and changes nothing. Handles of
-//! [`handle`] keep that order by themselves: a child holds its parents alive.
+//! Birth is downwards in this picture: device, IOAS, fault queue; paging HWPT; vIOMMU; vDEVICE, event queue, nested HWPT; then the attachment. Death
+//! is upwards: detach; nested HWPT, event queue, vDEVICE; vIOMMU; paging HWPT; fault queue, IOAS; unbind. Whatever is out of order is refused with
+//! EBUSY and changes nothing. Handles of [`handle`] keep that order by themselves: a child holds its parents alive.
 
 mod errno;
 pub mod handle;
@@ -35,8 +35,8 @@ use crate::{Iova, Span};
 ///
 /// # Who calls
 ///
-/// The owner of the I/O address spaces, from any thread, in any order that the picture in the [module](self) allows. Calls on different objects run in parallel; a call
-/// that would race with the destruction of an object that it uses gets ENOENT or EBUSY. No method calls back.
+/// The owner of the I/O address spaces, from any thread, in any order that the picture in the [module](self) allows. Calls on different objects run
+/// in parallel; a call that would race with the destruction of an object that it uses gets ENOENT or EBUSY. No method calls back.
 ///
 /// # What a caller can rely on
 ///
@@ -54,8 +54,8 @@ use crate::{Iova, Span};
 ///
 /// # Errors
 ///
-/// Those of iommufd. For all calls: ENOENT for an id that does not exist or is of another kind, EOPNOTSUPP for flags and types that are not known, ENOMEM. The methods name
-/// the others.
+/// Those of iommufd. For all calls: ENOENT for an id that does not exist or is of another kind, EOPNOTSUPP for flags and types that are not known,
+/// ENOMEM. The methods name the others.
 pub trait Kernel: Send + Sync + fmt::Debug {
     /// Binds the device with this label: a VFIO device's cdev (VFIO_DEVICE_BIND_IOMMUFD). Until it is attached, its DMA is blocked.
     ///
@@ -87,8 +87,8 @@ pub trait Kernel: Send + Sync + fmt::Debug {
     #[allow(clippy::missing_errors_doc)]
     fn ioas_iova_ranges(&self, ioas: IoasId) -> Result<IovaRanges>;
 
-    /// Promises that IOVAs will be chosen from these ranges only; in return an attachment that would forbid any of them is refused (IOMMU_IOAS_ALLOW_IOVAS). An empty
-    /// list takes the promise back.
+    /// Promises that IOVAs will be chosen from these ranges only; in return an attachment that would forbid any of them is refused
+    /// (IOMMU_IOAS_ALLOW_IOVAS). An empty list takes the promise back.
     ///
     /// # Errors
     /// EINVAL: ranges overlap, or have one byte only. EADDRINUSE: a range is reserved already.
@@ -97,8 +97,10 @@ pub trait Kernel: Send + Sync + fmt::Debug {
     /// Makes an area of user memory (IOMMU_IOAS_MAP), in every page table of the IOAS or in none.
     ///
     /// # Errors
-    /// EINVAL: neither readable nor writeable, length zero or not aligned, IOVA not aligned or reserved. EEXIST: there is an area already, even in part. ENOSPC: no IOVA is
-    /// free. EFAULT: no such user memory. EPERM: writeable, but the memory is not. EOVERFLOW. ENOMEM: also the limit of locked memory.
+    /// EINVAL: neither readable nor writeable, length zero or not aligned, IOVA not aligned or reserved. EEXIST: there is an area already, even in
+    /// part. ENOSPC: no IOVA is free. EFAULT: no such user memory, or writeable where it is not; with no page table to fill nobody looks, and the
+    /// first one that is made or attached gets the error. EPERM: a copy is writeable, but its source is not. EOVERFLOW. ENOMEM: also the limit of
+    /// locked memory.
     fn ioas_map(&self, ioas: IoasId, map: &Map) -> Result<Iova>;
 
     /// Makes an area of a file's pages (IOMMU_IOAS_MAP_FILE).
@@ -115,8 +117,8 @@ pub trait Kernel: Send + Sync + fmt::Debug {
     /// As [`Kernel::ioas_map`]. ENOENT: the source is not mapped throughout.
     fn ioas_copy(&self, copy: &CopyRange) -> Result<Iova>;
 
-    /// Removes the areas within `length` bytes from `iova`, and says how many bytes that were (IOMMU_IOAS_UNMAP). `0` and `u64::MAX` stand for all there are, and succeed
-    /// even if there are none.
+    /// Removes the areas within `length` bytes from `iova`, and says how many bytes that were (IOMMU_IOAS_UNMAP). `0` and `u64::MAX` stand for all
+    /// there are, and succeed even if there are none.
     ///
     /// # Errors
     /// ENOENT: nothing is mapped there, or an area is cut; the areas in front of the one that is cut are then gone. EINVAL: length zero. EOVERFLOW.
@@ -143,8 +145,8 @@ pub trait Kernel: Send + Sync + fmt::Debug {
     /// Drops cached translations of tables that user space owns (IOMMU_HWPT_INVALIDATE), and says how many entries were handled: all.
     ///
     /// # Errors
-    /// EINVAL: wrong type for the target, entries of a wrong length. EOPNOTSUPP: the target has nothing to invalidate, or unknown flags. EIO: a command is not valid. Entries
-    /// before the bad one were handled.
+    /// EINVAL: wrong type for the target, entries of a wrong length. EOPNOTSUPP: the target has nothing to invalidate, or unknown flags. EIO: a
+    /// command is not valid. Entries before the bad one were handled.
     fn hwpt_invalidate(&self, request: &Invalidate<'_>) -> Result<u32, InvalidateError>;
 
     /// Starts or stops recording which pages devices write (IOMMU_HWPT_SET_DIRTY_TRACKING). Starting begins with an empty record.
@@ -195,15 +197,16 @@ pub trait Kernel: Send + Sync + fmt::Debug {
     #[allow(clippy::missing_errors_doc)]
     fn read_events(&self, queue: EventQueueId) -> Result<Vec<Event>>;
 
-    /// Attaches a device, or a PASID of it, or replaces what it is attached to, hitless (VFIO_DEVICE_ATTACH_IOMMUFD_PT). Returns the hardware page table: for an IOAS the
-    /// one that the kernel found or made, which goes away with its last attachment.
+    /// Attaches a device, or a PASID of it, or replaces what it is attached to, hitless (VFIO_DEVICE_ATTACH_IOMMUFD_PT). Returns the hardware page
+    /// table: for an IOAS the one that the kernel found or made, which goes away with its last attachment.
     ///
     /// # Errors
-    /// EINVAL: the page table belongs to another unit, or is not made for PASIDs, or the unit cannot do what its data ask for. EADDRINUSE: areas lie where the device must not
-    /// translate. ENOENT: a nested page table of a vIOMMU whose vDEVICE is missing.
+    /// EINVAL: the page table belongs to another unit, or is not made for PASIDs, or the unit cannot do what its data ask for. EADDRINUSE: areas lie
+    /// where the device must not translate. ENOENT: a nested page table of a vIOMMU whose vDEVICE is missing.
     fn attach(&self, device: DeviceId, pasid: Option<Pasid>, to: PageTableId) -> Result<HwptId>;
 
-    /// Detaches (VFIO_DEVICE_DETACH_IOMMUFD_PT): DMA is blocked. Faults that wait are answered as invalid. What is not attached stays so, without an error.
+    /// Detaches (VFIO_DEVICE_DETACH_IOMMUFD_PT): DMA is blocked. Faults that wait are answered as invalid. What is not attached stays so, without an
+    /// error.
     #[allow(clippy::missing_errors_doc)]
     fn detach(&self, device: DeviceId, pasid: Option<Pasid>) -> Result<()>;
 

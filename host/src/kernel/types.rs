@@ -1,7 +1,7 @@
 //! What goes into kernel calls and comes out of them: the structs of `linux/iommufd.h` in typed form.
 //!
-//! Sizes, reserved fields and pointers are the backend's business; everything else is here under the kernel's names. Numbers that the kernel may extend
-//! (types of data, flags) stay numbers, so that an unknown one can be asked for and refused.
+//! Sizes, reserved fields and pointers are the backend's business; everything else is here under the kernel's names. Numbers that the kernel may
+//! extend (types of data, flags) stay numbers, so that an unknown one can be asked for and refused.
 
 use std::os::fd::BorrowedFd;
 
@@ -197,7 +197,8 @@ pub mod invalidate_data {
 pub mod viommu_type {
     /// SMMUv3. Events are records of its event queue, 256 bits each.
     pub const ARM_SMMUV3: u32 = 1;
-    /// Only the simulated kernel: AMD. Events are records of its event log, 128 bits each. (The real kernel takes any number for AMD, and can invalidate nothing.)
+    /// Only the simulated kernel: AMD. Events are records of its event log, 128 bits each. (The real kernel takes any number for AMD, and can
+    /// invalidate nothing.)
     pub const SIM_AMD: u32 = 0x5347_0001;
     /// Only the simulated kernel: RISC-V. Events are records of its fault queue, 256 bits each.
     pub const SIM_RISCV: u32 = 0x5347_0002;

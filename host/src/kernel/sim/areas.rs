@@ -1,6 +1,7 @@
 //! An IOAS: areas of user memory at IOVAs, mirrored into the kernel's table of every unit that needs them.
 //!
-//! An area goes into all tables or into none. Whatever is taken away is first removed from all tables, then the units are drained, and only then is memory unpinned.
+//! An area goes into all tables or into none. Whatever is taken away is first removed from all tables, then the units are drained, and only then is
+//! memory unpinned.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -255,7 +256,8 @@ impl Areas {
         if self.overlapping(span).is_some() { Err(Errno::EEXIST) } else { Ok(iova) }
     }
 
-    /// The lowest room, but not at 0, aligned as far as the memory is so that large pages can be used, and with the offset into a page that the memory has.
+    /// The lowest room, but not at 0, aligned as far as the memory is so that large pages can be used, and with the offset into a page that the
+    /// memory has.
     fn choose(&self, length: u64, pieces: &[Piece]) -> Option<u64> {
         let piece = pieces.first()?;
         let user = piece.pages.user_address + piece.offset;

@@ -1,4 +1,5 @@
-//! Attaching, replacing and detaching: everything is checked and made first, then one swap, then the units are drained, and only then the old page table is let go.
+//! Attaching, replacing and detaching: everything is checked and made first, then one swap, then the units are drained, and only then the old page
+//! table is let go.
 
 use std::sync::Arc;
 

@@ -1,8 +1,8 @@
 //! The IOTLB and the walk caches of a unit.
 //!
-//! They keep what they saw until an invalidation covers it, and never evict: a forgotten invalidation is a wrong DMA every time, not once in a while. Where entries of
-//! different sizes cover an IOVA, the one that was there first is the smaller one, and wins. What is not present is not remembered: none of the stages here may
-//! (VT-d's caching mode is for the second stage, which is the kernel's own).
+//! They keep what they saw until an invalidation covers it, and never evict: a forgotten invalidation is a wrong DMA every time, not once in a while.
+//! Where entries of different sizes cover an IOVA, the one that was there first is the smaller one, and wins. What is not present is not remembered:
+//! none of the stages here may (VT-d's caching mode is for the second stage, which is the kernel's own).
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -36,6 +36,8 @@ struct Entries {
     /// Bit n: there may be leaves of `2^n` bytes.
     sizes: u64,
     leaves: HashMap<(u8, u64), Leaf>,
+    /// Bit n: there may be tables that cover `2^n` bytes.
+    table_sizes: u64,
     /// By what the table covers: log2 of the size, and IOVA in such units.
     tables: HashMap<(u8, u64), Table>,
 }
@@ -77,8 +79,8 @@ impl Caches {
     /// The table nearest to the leaf.
     pub(super) fn table(&self, space: Space, iova: u64) -> Option<Table> {
         let spaces = read(&self.spaces);
-        let tables = &spaces.get(&space)?.tables;
-        (12..64).find_map(|size| tables.get(&(size, iova >> size)).copied())
+        let entries = spaces.get(&space)?;
+        sizes(entries.table_sizes).find_map(|size| entries.tables.get(&(size, iova >> size)).copied())
     }
 
     fn count_one(&self) -> Result<(), Full> {
@@ -106,6 +108,7 @@ impl Caches {
         if let std::collections::hash_map::Entry::Vacant(vacant) = entries.tables.entry((size, iova >> size)) {
             self.count_one()?;
             vacant.insert(table);
+            entries.table_sizes |= 1 << size;
         }
         Ok(())
     }
@@ -181,7 +184,7 @@ fn drop_each(entries: &mut Entries, range: Span, leaf_only: bool, leaf: &impl Fn
         }
     }
     if !leaf_only {
-        for size in 12..64 {
+        for size in sizes(entries.table_sizes) {
             for index in range.first >> size..=range.last >> size {
                 entries.tables.remove(&(size, index));
             }

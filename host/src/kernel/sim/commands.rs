@@ -1,8 +1,9 @@
 //! Invalidation arrays: what the kernel accepts, and what the unit's caches do with it.
 //!
-//! Semantics are the architectures' at their strictest: what a command need not drop stays. A leaf-only command keeps walk caches, RISC-V's commands with an address are
-//! leaf-only unless NL is set, a command for one ASID keeps global entries, a TTL keeps leaves of other levels, context structures are dropped by their own commands only.
-//! Entries take effect one by one, so that those in front of a bad one are done; when the call returns, no transaction uses what was dropped.
+//! Semantics are the architectures' at their strictest: what a command need not drop stays. A leaf-only command keeps walk caches, RISC-V's commands
+//! with an address are leaf-only unless NL is set, a command for one ASID keeps global entries, a TTL keeps leaves of other levels, context
+//! structures are dropped by their own commands only. Entries take effect one by one, so that those in front of a bad one are done; when the call
+//! returns, no transaction uses what was dropped.
 
 use std::sync::Arc;
 
@@ -146,7 +147,8 @@ fn smmuv3_range(low: u64, high: u64) -> (Span, Option<i8>) {
     (Span { first, last }, level)
 }
 
-/// AMD IOMMU section 2.4: operation 63:60. Only what guest translation needs; GN must be set. These are the simulated kernel's own: the real one takes none.
+/// AMD IOMMU section 2.4: operation 63:60. Only what guest translation needs; GN must be set. These are the simulated kernel's own: the real one
+/// takes none.
 fn amd(state: &ViommuState, [low, high]: [u64; 2]) -> Result<()> {
     let owner = state.serial;
     let (pasid, domain) = (u32::try_from(low & 0xf_ffff).unwrap_or(0), u16::try_from((low >> 32) & 0xffff).unwrap_or(0));

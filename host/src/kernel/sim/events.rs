@@ -36,7 +36,8 @@ fn smmuv3(device: u64, fault: &Fault) -> [u64; 4] {
     [number | substream | device << 32, (1 - writes(fault)) << 35 | class << 40, fault.iova.0, 0]
 }
 
-/// AMD IOMMU section 2.5.3, IO_PAGE_FAULT: DeviceID 15:0, PASID 19:16, PASID 47:32, GN 48, US 50, PR 52, RW 53, RZ 55, TR 56, code 63:60; then the address.
+/// AMD IOMMU section 2.5.3, IO_PAGE_FAULT: DeviceID 15:0, PASID 19:16, PASID 47:32, GN 48, US 50, PR 52, RW 53, RZ 55, TR 56, code 63:60; then the
+/// address.
 fn amd(device: u64, fault: &Fault) -> [u64; 2] {
     let pasid = fault.pasid.map_or(0, |pasid| u64::from(pasid.0));
     let present = u64::from(matches!(fault.reason, Reason::Permission | Reason::Reserved));

@@ -1,7 +1,7 @@
 //! User memory, and what "physical" means here: the simulated machine's physical addresses are the addresses that this process has its memory at.
 //!
-//! Nothing is reached that was not registered: an address is looked up among the registered regions, and everything goes through `vm-memory`'s checked accessors. Words of
-//! tables are loaded, and changed, atomically and only whole.
+//! Nothing is reached that was not registered: an address is looked up among the registered regions, and everything goes through `vm-memory`'s
+//! checked accessors. Words of tables are loaded, and changed, atomically and only whole.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd};

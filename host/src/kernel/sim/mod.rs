@@ -1,7 +1,8 @@
 //! A kernel and IOMMU hardware inside this process.
 //!
-//! [`Sim`] implements [`Kernel`](super::Kernel) with iommufd's errno contract. Its hardware really walks tables in memory, with walkers of its own; its IOTLB and walk caches keep
-//! what they saw until an invalidation covers it, so that a forgotten invalidation is a wrong DMA. Devices do DMA from as many threads as there are.
+//! [`Sim`] implements [`Kernel`](super::Kernel) with iommufd's errno contract. Its hardware really walks tables in memory, with walkers of its own;
+//! its IOTLB and walk caches keep what they saw until an invalidation covers it, so that a forgotten invalidation is a wrong DMA. Devices do DMA from
+//! as many threads as there are.
 //!
 //! ```text
 //!    Device::read(pasid, iova)                                  Kernel calls
@@ -14,13 +15,14 @@
 //!    user memory
 //! ```
 //!
-//! What a machine has is said once, in [`SimBuilder`]; then memory is registered as it comes and goes. Physical addresses are the addresses of this process.
+//! What a machine has is said once, in [`SimBuilder`]; then memory is registered as it comes and goes. Physical addresses are the addresses of this
+//! process.
 //!
-//! Where a path has several units, the nearest one walks stage 1, and every unit translates the result by its own copy of the kernel's table: a DMA succeeds only if all
-//! of them lead to the same memory. So a unit that was forgotten in mirroring shows.
+//! Where a path has several units, the nearest one walks stage 1, and every unit translates the result by its own copy of the kernel's table: a DMA
+//! succeeds only if all of them lead to the same memory. So a unit that was forgotten in mirroring shows.
 //!
-//! What the real kernel does not have, and the simulation does, has type numbers with `SIM_` in their names: vIOMMUs and invalidation for AMD, and all nesting for RISC-V.
-//! Devices have no translation caches of their own (ATC); commands for them are checked and do nothing.
+//! What the real kernel does not have, and the simulation does, has type numbers with `SIM_` in their names: vIOMMUs and invalidation for AMD, and
+//! all nesting for RISC-V. Devices have no translation caches of their own (ATC); commands for them are checked and do nothing.
 
 mod areas;
 mod attach;
@@ -272,8 +274,8 @@ impl Sim {
         self.log.count()
     }
 
-    /// The n-th kernel call from now, counted from 1, fails with this error before it does anything. Calls that cannot fail by contract do not count: destroying, detaching,
-    /// unbinding.
+    /// The n-th kernel call from now, counted from 1, fails with this error before it does anything. Calls that cannot fail by contract do not count:
+    /// destroying, detaching, unbinding.
     pub fn fail_nth(&self, n: u64, errno: Errno) {
         self.calls.fail_nth(n, errno);
     }

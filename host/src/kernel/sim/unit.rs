@@ -83,7 +83,8 @@ impl UnitConfig {
     /// SMMUv3.3 with both stages, all granules, 52-bit addresses, hardware updates of access flag and dirty state, range invalidation, substreams.
     #[must_use]
     pub fn smmuv3(name: &str) -> Self {
-        // IDR0: S2P, S1P, TTF AArch64, COHACC, BTM clear, HTTU 2 (7:6), ATS, ASID16 (12), VMID16 (18), CD2L (19), stall forced off, TTENDIAN mixed, two-level streams.
+        // IDR0: S2P, S1P, TTF AArch64, COHACC, BTM clear, HTTU 2 (7:6), ATS, ASID16 (12), VMID16 (18), CD2L (19), stall forced off, TTENDIAN mixed,
+        // two-level streams.
         let idr0 = 0b11 | 0b10 << 2 | 1 << 4 | 2 << 6 | 1 << 10 | 1 << 12 | 1 << 16 | 1 << 18 | 1 << 19 | 1 << 24 | 1 << 27;
         // IDR1: SIDSIZE 16, SSIDSIZE 20.
         let idr1 = 16 | 20 << 6;
@@ -109,7 +110,8 @@ impl UnitConfig {
     /// RISC-V with Sv39, Sv48 and Sv57, Svnapot, Svpbmt, hardware updates, process directories of all sizes. The real kernel nests nothing there.
     #[must_use]
     pub fn riscv(name: &str) -> Self {
-        // Version 1.0; Sv39, Sv48, Sv57 (9, 10, 11); Svpbmt (15); Sv39x4 .. Sv57x4 (17 .. 19); AMO_HWAD (24); PAS 56 (37:32); PD8, PD17, PD20 (38 .. 40); NL (42); S (43).
+        // Version 1.0; Sv39, Sv48, Sv57 (9, 10, 11); Svpbmt (15); Sv39x4 .. Sv57x4 (17 .. 19); AMO_HWAD (24); PAS 56 (37:32); PD8, PD17, PD20 (38 ..
+        // 40); NL (42); S (43).
         let capabilities = 0x10 | 0b111 << 9 | 1 << 15 | 0b111 << 17 | 1 << 24 | 56 << 32 | 0b111 << 38 | 1 << 42;
         Self::new(name, UnitKind::Riscv { capabilities }, 56, vec![Span { first: 0x2800_0000, last: 0x28ff_ffff }])
     }
@@ -183,8 +185,8 @@ impl UnitConfig {
 pub(super) struct Unit {
     pub(super) config: UnitConfig,
     pub(super) caches: Caches,
-    /// Held for reading by each transaction from its first look-up until its last byte is transferred; taken for writing, for a moment, by everything that promises that no
-    /// transaction uses the old state any more. Kernel calls never hold it while they change something.
+    /// Held for reading by each transaction from its first look-up until its last byte is transferred; taken for writing, for a moment, by everything
+    /// that promises that no transaction uses the old state any more. Kernel calls never hold it while they change something.
     pub(super) gate: RwLock<()>,
 }
 

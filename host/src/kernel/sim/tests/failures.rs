@@ -7,7 +7,8 @@ use crate::kernel::handle::{Device, FaultQueue, Ioas, PageTable};
 use crate::kernel::sim::{Call, DmaAccess, UnitConfig};
 use crate::kernel::{CopyRange, Errno, HwptFlags, Invalidate, InvalidateTarget, Pasid, Result, hwpt_data, invalidate_data, viommu_type};
 
-/// Everything that the trait has, in a sequence that succeeds: two devices behind two units, a copy, a nested page table in a vIOMMU, a PASID, a replacement, a queue.
+/// Everything that the trait has, in a sequence that succeeds: two devices behind two units, a copy, a nested page table in a vIOMMU, a PASID, a
+/// replacement, a queue.
 fn sequence(lab: &Lab) -> Result<()> {
     let (arm, vtd) = (Device::bind(&lab.kernel, "dev0")?, Device::bind(&lab.kernel, "dev1")?);
     lab.kernel.hw_info(arm.id())?;

@@ -1,4 +1,5 @@
-//! DMA from several threads while the kernel and the owner of the tables change things: never a failure where nothing changed, never stale after a call returned.
+//! DMA from several threads while the kernel and the owner of the tables change things: never a failure where nothing changed, never stale after a
+//! call returned.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 

@@ -1,7 +1,8 @@
 //! VMSAv8-64 stage 1 as an SMMUv3 walks it (DDI 0487 chapter D8; IHI 0070 sections 3.4 and 5.4).
 //!
-//! A descriptor: valid 0, table or page 1, AttrIndx 4:2, AP\[1\] 6 (unprivileged access), AP\[2\] 7 (read-only), SH 9:8 (or address 51:50 with DS), AF 10, nG 11, address from
-//! the granule on (64K: bits 51:48 at 15:12), DBM 51, contiguous 52, XN; of tables APTable 62:61. Requests are unprivileged. The contiguous hint is not used.
+//! A descriptor: valid 0, table or page 1, AttrIndx 4:2, AP\[1\] 6 (unprivileged access), AP\[2\] 7 (read-only), SH 9:8 (or address 51:50 with DS),
+//! AF 10, nG 11, address from the granule on (64K: bits 51:48 at 15:12), DBM 51, contiguous 52, XN; of tables APTable 62:61. Requests are
+//! unprivileged. The contiguous hint is not used.
 
 use super::{Entry, Leaf, Reason, Table};
 

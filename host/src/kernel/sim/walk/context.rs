@@ -1,7 +1,8 @@
 //! From what a nested page table was made from, and the context structures in memory that it names, to one address space.
 //!
-//! VT-d has none: the table is in the data. SMMUv3 has context descriptors, AMD a GCR3 table, RISC-V a process directory; they are read through the parent, and what they
-//! said is remembered by device and PASID until a command for just that is given (CFGI_CD, INVALIDATE_IOMMU_PAGES of a PASID, IODIR.INVAL_PDT).
+//! VT-d has none: the table is in the data. SMMUv3 has context descriptors, AMD a GCR3 table, RISC-V a process directory; they are read through the
+//! parent, and what they said is remembered by device and PASID until a command for just that is given (CFGI_CD, INVALIDATE_IOMMU_PAGES of a PASID,
+//! IODIR.INVAL_PDT).
 
 use std::sync::Arc;
 

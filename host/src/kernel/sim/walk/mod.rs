@@ -1,8 +1,8 @@
 //! The hardware's walkers of tables that user space owns.
 //!
-//! Written from the architectures alone; they share nothing with the format plugins or the table engine. A walk loads every entry with one atomic load, through the parent's
-//! table, and changes accessed and dirty bits with a compare-exchange: if the entry changed meanwhile it is looked at again. No lock is held that anybody who changes
-//! tables would take.
+//! Written from the architectures alone; they share nothing with the format plugins or the table engine. A walk loads every entry with one atomic
+//! load, through the parent's table, and changes accessed and dirty bits with a compare-exchange: if the entry changed meanwhile it is looked at
+//! again. No lock is held that anybody who changes tables would take.
 
 pub(super) mod arm;
 pub(super) mod context;

@@ -1,6 +1,7 @@
 //! RISC-V Sv39, Sv48 and Sv57 as an IOMMU's first stage (privileged architecture, sections on Sv39 to Sv57, Svnapot, Svpbmt; RISC-V IOMMU section 3).
 //!
-//! An entry: V 0, R 1, W 2, X 3, U 4, G 5, A 6, D 7, PPN 53:10, reserved 60:54, PBMT 62:61, N 63. Requests are unprivileged: leaves without U are refused.
+//! An entry: V 0, R 1, W 2, X 3, U 4, G 5, A 6, D 7, PPN 53:10, reserved 60:54, PBMT 62:61, N 63. Requests are unprivileged: leaves without U are
+//! refused.
 
 use super::{Entry, Leaf, Reason, Table};
 

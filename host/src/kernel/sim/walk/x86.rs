@@ -1,7 +1,9 @@
-//! x86-64 tables as IOMMUs walk them: VT-d first stage (VT-d specification sections 3.6 and 9.7) and AMD v2 (AMD64 volume 2 section 5.3; AMD IOMMU section 2.2.6).
+//! x86-64 tables as IOMMUs walk them: VT-d first stage (VT-d specification sections 3.6 and 9.7) and AMD v2 (AMD64 volume 2 section 5.3; AMD IOMMU
+//! section 2.2.6).
 //!
-//! An entry: P 0, R/W 1, U/S 2, PWT 3, PCD 4, A 5, D 6 (leaf), PS 7 (above the last level), G 8, EA 10 (VT-d, extended accessed), address 51:12, XD 63. R/W and U/S are
-//! ANDed down the path. Requests here are unprivileged: without U/S they are refused. Hardware always sets A, and D of what is written.
+//! An entry: P 0, R/W 1, U/S 2, PWT 3, PCD 4, A 5, D 6 (leaf), PS 7 (above the last level), G 8, EA 10 (VT-d, extended accessed), address 51:12, XD
+//! 63. R/W and U/S are ANDed down the path. Requests here are unprivileged: without U/S they are refused. Hardware always sets A, and D of what is
+//! written.
 
 use super::{Entry, Leaf, Reason, Table};
 
