@@ -54,10 +54,16 @@ pub(super) fn load_u64<B: BitmapSlice>(slice: &VolatileSlice<'_, B>, entries: &m
     }
     #[cfg(all(target_arch = "x86_64", not(miri)))]
     if entries.len() >= LINE && entries.len().is_multiple_of(LINE) && first.addr().is_multiple_of(16) && is_x86_feature_detected!("avx") {
-        let lines = entries.len() / LINE;
-        // SAFETY: a `VolatileSlice` vouches for its bytes being valid for reading while the guard lives, and somebody else may write them; `lines` lines are
-        // within both. The loads are aligned, and the processor has AVX.
-        unsafe { load_lines(first.cast(), entries.as_mut_ptr(), lines) };
+        let (from, to, lines) = (first.cast(), entries.as_mut_ptr(), entries.len() / LINE);
+        // A `VolatileSlice` vouches for its bytes being valid for reading while the guard lives, and somebody else may write them; `lines` lines are within
+        // both. The loads are aligned.
+        if is_x86_feature_detected!("avx512f") {
+            // SAFETY: see above; the processor has AVX-512F.
+            unsafe { load_lines_wide(from, to, lines) };
+        } else {
+            // SAFETY: see above; the processor has AVX.
+            unsafe { load_lines(from, to, lines) };
+        }
         return true;
     }
     // SAFETY: a `VolatileSlice` vouches for its bytes being valid for reading while the guard lives. The words are within it and aligned, and atomics may
@@ -69,7 +75,7 @@ pub(super) fn load_u64<B: BitmapSlice>(slice: &VolatileSlice<'_, B>, entries: &m
     true
 }
 
-/// Copies `lines` lines, 16 bytes with each load: what is 32 bytes wide is joined from two of them.
+/// Copies `lines` lines, 16 bytes with each load: what is wider is joined from them.
 ///
 /// # Safety
 /// `from` is a multiple of 16; `lines`, at least one, times 64 bytes from there may be read, and from `to` written. The processor has AVX.
@@ -95,6 +101,35 @@ unsafe fn load_lines(from: *const u8, to: *mut u64, lines: usize) {
             lines = inout(reg) lines => _,
             a = out(ymm_reg) _,
             b = out(ymm_reg) _,
+            options(nostack)
+        );
+    }
+}
+
+/// The same with one store for a line, so that the loads of further ones need not wait.
+///
+/// # Safety
+/// As [`load_lines`]; the processor has AVX-512F.
+#[cfg(all(target_arch = "x86_64", not(miri)))]
+#[target_feature(enable = "avx512f")]
+unsafe fn load_lines_wide(from: *const u8, to: *mut u64, lines: usize) {
+    // SAFETY: the caller's promise; no stack, no flags kept.
+    unsafe {
+        std::arch::asm!(
+            "2:",
+            "vmovdqa {a:x}, xmmword ptr [{from}]",
+            "vinserti32x4 {a}, {a}, xmmword ptr [{from} + 16], 1",
+            "vinserti32x4 {a}, {a}, xmmword ptr [{from} + 32], 2",
+            "vinserti32x4 {a}, {a}, xmmword ptr [{from} + 48], 3",
+            "vmovdqu64 zmmword ptr [{to}], {a}",
+            "add {from}, 64",
+            "add {to}, 64",
+            "dec {lines}",
+            "jnz 2b",
+            from = inout(reg) from => _,
+            to = inout(reg) to => _,
+            lines = inout(reg) lines => _,
+            a = out(zmm_reg) _,
             options(nostack)
         );
     }

@@ -561,8 +561,10 @@ impl<'a> Builder<'a> {
         if filled < index {
             let layout = self.layout;
             let words = self.words(depth);
-            for slot in filled..index {
-                write_entry(words, layout, slot as usize, absent);
+            if (layout.bytes, layout.order) == (8, ByteOrder::Little) {
+                words[filled as usize..index as usize].fill(absent.to_le());
+            } else {
+                (filled..index).for_each(|slot| write_entry(words, layout, slot as usize, absent));
             }
             self.open[depth].contents = Contents::Mixed;
             self.open[depth].filled = index;

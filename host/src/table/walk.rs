@@ -8,7 +8,7 @@ use std::fmt;
 use crate::memory::{Budget, EntryLayout, EntryMemory, Exhausted, MemoryMap, Nearby, PAGE};
 use crate::table::format::{FaultKind, Finding, Format, FormatError, Meaning, Missing};
 use crate::table::geometry::{AddressField, Geometry, Nonsense, Root};
-use crate::table::lanes::{Pattern, Scanned, all_within, scan};
+use crate::table::lanes::{Pattern, Scanned, all_in_place_within, all_within, run_length, scan};
 use crate::table::remember::{Judge, JudgeError, LevelPlan, Plan, Remembered};
 use crate::{Attributes, Gpa, Iova, Span};
 
@@ -216,9 +216,19 @@ impl Kinds {
         self.patterns[0]
     }
 
+    /// What an absent entry is, if there may be any.
+    pub(crate) const fn gap(&self) -> u64 {
+        self.absent
+    }
+
     /// The bit that tells the second kind from the first.
     pub(crate) const fn test(&self) -> u64 {
         self.test
+    }
+
+    /// The bits in which the patterns differ.
+    pub(crate) const fn difference(&self) -> u64 {
+        self.patterns[0] ^ self.patterns[1]
     }
 
     /// That bit, if the patterns differ in no other.
@@ -789,6 +799,9 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
         if (field.address_mask | within.last) >> 63 != 0 {
             return None;
         }
+        if field.is_in_place() {
+            return all_in_place_within(run, *kinds, field.in_place, spans, size_mask).then_some(within);
+        }
         all_within(run.iter().filter(|entry| !kinds.is_gap(**entry)).map(|entry| field.extract(*entry)), spans, size_mask).then_some(within)
     }
 
@@ -832,22 +845,6 @@ const NOTHING_MISSING: Missing = Missing { front: 0, back: 0 };
 
 const fn last_index(last: u16) -> u64 {
     if last == u16::MAX { u64::MAX } else { last as u64 }
-}
-
-/// How many of the first `entries` have `entry & mask == pattern`. At least one does.
-#[inline]
-fn run_length(entries: &[u64], mask: u64, pattern: u64) -> usize {
-    const BLOCK: usize = 16;
-    let (blocks, _) = entries.as_chunks::<BLOCK>();
-    let mut count = 0;
-    for block in blocks {
-        let different = block.iter().fold(0, |different, entry| different | (entry & mask ^ pattern));
-        if different != 0 {
-            break;
-        }
-        count += BLOCK;
-    }
-    count + entries[count..].iter().take_while(|entry| **entry & mask == pattern).count()
 }
 
 /// Parts of guest memory that are looked at together.
