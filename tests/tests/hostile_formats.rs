@@ -10,7 +10,7 @@ mod hostile;
 
 use std::path::Path;
 
-use hostile::compare::is_orderly;
+use hostile::compare::{have_reason, is_orderly};
 use hostile::mutate::absurd;
 use hostile::{plugins, rounds, seed, timed};
 use serde_json::{Value, json};
@@ -18,7 +18,7 @@ use stagecraft::convert::{ConvertError, Target, convert};
 use stagecraft::guest::{Guest, GuestError, State, StreamState};
 use stagecraft::memory::Limits;
 use stagecraft::snapshot::{Snapshot, store};
-use stagecraft::table::{BuildError, Cause, Collector, Severity, WalkError};
+use stagecraft::table::{BuildError, Cause, Collector, WalkError};
 use stagecraft::{Access, Iova, Span};
 use stagecraft_tests::reference::generate::Rng;
 
@@ -231,11 +231,11 @@ fn walk(label: &str, guest: &Guest<'_>, configs: &[stagecraft::plugin::TableConf
         let last = mapping.address.checked_add(mapping.iova.length_minus_one()).unwrap_or_else(|| panic!("{label}: {mapping:?}"));
         assert!(guest.map().target(mapping.address).is_some_and(|target| target.contains(last)), "{label}: {mapping:?} leaves memory");
     }
-    for (_, fault) in collector.faults() {
-        let (Some(step), Cause::Entry(kind), None) = (fault.path.last(), fault.cause, fault.address) else { continue };
+    for (span, fault) in collector.faults() {
+        let (Some(step), Cause::Entry(_), None) = (fault.path.last(), fault.cause, fault.address) else { continue };
         let findings = space.explain(fault.stage, step).unwrap();
         let worst = findings.first().unwrap_or_else(|| panic!("{label}: nothing is said about {fault:?}"));
-        assert!(worst.severity == Severity::Error && worst.kind == kind && worst.bits != 0, "{label}: {fault:?}: {worst:?}");
+        assert!(have_reason(&space, *span, fault, &findings) && worst.bits != 0, "{label}: {fault:?} at {span}: {worst:?}");
         seen.explained += 1;
     }
     let ends = collector.mappings().iter().flat_map(|mapping| [mapping.iova.first, mapping.iova.last, mapping.iova.last.wrapping_add(1)]);

@@ -9,7 +9,7 @@ mod hostile;
 use std::collections::BTreeMap;
 
 use configs::arena_memory;
-use hostile::compare::{self, Found, clip, first_difference, is_orderly, reference_config, same_state, within};
+use hostile::compare::{self, Found, clip, first_difference, have_reason, is_orderly, reference_config, same_intercepts, same_state, within};
 use hostile::mutate::{Words, absurd, mutate};
 use hostile::{load, nested, plugins, rounds, seed, timed};
 use stagecraft::convert::{ConvertError, Target, convert};
@@ -17,9 +17,9 @@ use stagecraft::guest::{Guest, StreamState};
 use stagecraft::memory::MemoryMap;
 use stagecraft::plugin::TableConfig;
 use stagecraft::snapshot::{PageMemory, Source};
-use stagecraft::table::{AddressSpace, Cause, Collector, Mapping, Severity, WalkError};
+use stagecraft::table::{AddressSpace, Cause, Collector, Mapping, WalkError};
 use stagecraft::{Access, Iova, Span};
-use stagecraft_tests::reference::detect::{resolve, resolve_pasid};
+use stagecraft_tests::reference::detect::{messages, resolve, resolve_pasid};
 use stagecraft_tests::reference::generate::{Format, Rng, generate};
 use stagecraft_tests::reference::snapshot::{Device, MemoryRange, Snapshot};
 use stagecraft_tests::reference::tables;
@@ -123,6 +123,9 @@ impl Case<'_> {
                     Ok(_) => {}
                     Err(difference) => seen.differ(&self.label, format!("device {:#x}, PASID {pasid:?}: {difference}", device.id)),
                 }
+                if let Err(difference) = same_intercepts(&stream, &messages(&self.reference, device.id)) {
+                    seen.differ(&self.label, format!("device {:#x}, PASID {pasid:?}: {difference}", device.id));
+                }
                 seen.states += 1;
                 streams.extend(stream.ok());
             }
@@ -173,7 +176,7 @@ impl Case<'_> {
     /// Every fault that an entry caused can be explained, and the worst thing said about it is that fault.
     fn explain(&self, space: &mut AddressSpace, collector: &Collector, seen: &mut Seen) {
         for (span, fault) in collector.faults() {
-            let (Some(step), Cause::Entry(kind), None) = (fault.path.last(), fault.cause, fault.address) else { continue };
+            let (Some(step), Cause::Entry(_), None) = (fault.path.last(), fault.cause, fault.address) else { continue };
             let findings = space.explain(fault.stage, step).unwrap_or_else(|error| self.fail(&format!("explain: {error}")));
             // What the address bits say of a size is not in the pattern that is explained: AMD's NextLevel 7, RISC-V's N.
             let sized = step.entry.is_some_and(|entry| bits(entry, 11, 9) == 7 || bit(entry, 63));
@@ -181,7 +184,7 @@ impl Case<'_> {
                 continue;
             }
             let worst = findings.first().unwrap_or_else(|| self.fail(&format!("nothing is said about {fault:?} at {span}")));
-            assert!(worst.severity == Severity::Error && worst.kind == kind, "{}: {fault:?} is explained by {worst:?}", self.label);
+            assert!(have_reason(space, *span, fault, &findings), "{}: {fault:?} at {span} is explained by {worst:?}", self.label);
             seen.explained += 1;
         }
     }
@@ -454,6 +457,9 @@ fn damaged_structures() {
             assert!(stream.as_ref().err().is_none_or(is_orderly), "{label}: {stream:?}");
             let expected = resolve_pasid(&reference, id, pasid);
             if let Err(difference) = same_state(&stream, &expected) {
+                seen.differ(&label, difference);
+            }
+            if let Err(difference) = same_intercepts(&stream, &messages(&reference, id)) {
                 seen.differ(&label, difference);
             }
             let kind = stream.map_or("refused", |stream| stream.state.as_str());

@@ -3,6 +3,7 @@
 
 mod fixtures;
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
@@ -13,6 +14,7 @@ use stagecraft::plugin::{Config, Engine, PluginFormat, Plugins, TableConfig};
 use stagecraft::snapshot::Snapshot;
 use stagecraft::table::{Arena, Builder, Collector, Encoded, Finding, Format, FormatError, Geometry, Meaning, Piece, Table};
 use stagecraft::{Attributes, Span};
+use stagecraft_tests::reference::{self, bit, bits};
 
 const SOURCE: &str = "arm-smmuv3/stage1";
 const TARGET: &str = "intel-vtd/first-stage";
@@ -160,10 +162,25 @@ impl stagecraft::memory::EntryMemory for Marked<'_> {
     }
 }
 
+/// How many different entries the guest's pages hold whose size is coded in the address: a plugin is asked for each of them once, because what such an entry
+/// means is not in its pattern. They are read from the pages, without any walk: AMD-Vi's NextLevel 7 (48882 section 2.2.3), and RISC-V's N (Svnapot).
+fn entries_with_sizes(snapshot: &reference::snapshot::Snapshot, format: &str) -> u64 {
+    let coded = |entry: u64| match format {
+        "amd-vi/v1" => bit(entry, 0) && bits(entry, 11, 9) == 7,
+        "riscv-iommu/first-stage" | "riscv-iommu/second-stage" => bit(entry, 0) && bit(entry, 63),
+        _ => false,
+    };
+    let words = snapshot.memory.pages.keys().flat_map(|page| (0..512).map(move |index| page + index * 8));
+    let entries: BTreeSet<u64> = words.map(|word| snapshot.memory.read(word, false).unwrap()).filter(|entry| coded(*entry)).collect();
+    entries.len() as u64
+}
+
+/// Dozens of calls, and one more for each different entry that has its size in the address.
 #[test]
 fn real_guests_take_dozens_of_calls() {
     let plugins = plugins();
     for fixture in fixtures::all() {
+        let naive = reference::snapshot::Snapshot::load(&fixture.path).unwrap();
         let snapshot = Snapshot::load(&fixture.path).unwrap();
         let guest = Guest::new(&snapshot, plugins).unwrap();
         let streams = guest.streams().unwrap();
@@ -171,7 +188,9 @@ fn real_guests_take_dozens_of_calls() {
             let State::Translated(configs) = &stream.state else { continue };
             let mut space = guest.open(configs).unwrap();
             guest.collect(&mut space, 0).unwrap();
-            assert!(space.questions() < DOZENS, "{}: {} questions", fixture.name, space.questions());
+            let sizes: u64 = configs.iter().map(|config| entries_with_sizes(&naive, &config.format)).sum();
+            println!("{}: {} questions, {sizes} entries with their size in the address", fixture.name, space.questions());
+            assert!(space.questions() < DOZENS + sizes, "{}: {} questions, {sizes} such entries", fixture.name, space.questions());
         }
         let conversion = convert(&guest, &streams, &Target::new(TARGET), &mut |_, _| {}).unwrap();
         for table in &conversion.tables {

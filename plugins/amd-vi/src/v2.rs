@@ -13,10 +13,11 @@
 
 use stagecraft_sdk::{Attributes, Encoded, Error, Findings, Format, Kind, Level, Mark, MemoryType, Need, Next, Root, Segment, Settings, Shape};
 
-use crate::spec::v2::{A, D, NX, P, PS, RESERVED_1G, RESERVED_2M, RW, US};
+use crate::spec::v2::{A, D, NX, P, PS, RESERVED_1G, RESERVED_2M, RESERVED_TOP, RW, US};
 use crate::{ADDRESS_BITS, NO_READ, NO_WRITE, in_manifest_order, root_address, root_permissions};
 
 const ENTRIES: &str = "48882 section 2.2.6";
+const TOP: &str = "24593 section 5.3.3";
 pub(crate) const NAMES: &[&str] =
     &["levels", "root", "output-bits", "sign-extended", "page-1g", "no-execute", "privileged", "read", "write", "update-accessed", "update-dirty"];
 
@@ -155,7 +156,9 @@ impl Format for V2 {
         let _ = inherited;
         match kind {
             Kind::Absent => {}
-            Kind::Table if level > DIRECTORY_POINTERS => findings.reserved(pattern, PS, ENTRIES, "the page size bit must be zero at this level"),
+            Kind::Table if level > DIRECTORY_POINTERS => {
+                findings.reserved(pattern, RESERVED_TOP, TOP, "bits 8:7 of the two highest levels must be zero");
+            }
             Kind::Table => findings.reserved(pattern, PS, ENTRIES, "there are no pages of 1 GiB"),
             Kind::Leaf => match level {
                 DIRECTORY => findings.reserved(pattern, RESERVED_2M, ENTRIES, "bits 20:13 of a page of 2 MiB must be zero"),
@@ -295,8 +298,8 @@ mod tests {
                         0 => Meaning::Absent,
                         1 => table(NO_WRITE),
                         2 => table(PRIVILEGED_ONLY),
-                        63 => table(NO_EXECUTE),
-                        7 if level > 2 => Meaning::Fault(FaultKind::Reserved),
+                        63 if execute => table(NO_EXECUTE),
+                        7 | 8 if level > 2 => Meaning::Fault(FaultKind::Reserved),
                         7 => continue,
                         _ => table(0),
                     };

@@ -59,7 +59,7 @@ fn guest_tables() {
             rows.push(Row::new("table", 2, 0x27 | 1 << 20).other(1).reserved(1 << 7));
         }
         for level in 3..5 {
-            rows.push(Row::new("table", level, 0x27 | 1 << 20).other(1).reserved(1 << 7));
+            rows.push(Row::new("table", level, 0x27 | 1 << 20).other(1).reserved(mask(8, 7)));
         }
         check_format(&open::<V2>(settings), &rows, &[0, 1, 2, 4, 8, 15], &[]);
     }

@@ -4,7 +4,8 @@
 //!   address in an entry that they invalidate.
 //! * Region and segment entries name the kind of the table that they are in; a wrong one faults. Page tables have 256 entries (2 KiB), all others 2,048
 //!   (16 KiB).
-//! * A region entry says which quarters of the next table exist. zPCI as it is known wants all four; with `partial-tables` the processor's rule holds.
+//! * A region entry says which quarters of the next table exist. zPCI as it is known wants all four, in a table that is aligned to its size; with
+//!   `partial-tables` the processor's rules hold, and a table begins at any page.
 //! * Protection forbids writes, at every level and in the anchor (`read-only`). Reads cannot be forbidden, so there is nothing that only writes.
 //! * A segment entry with the format control is a frame of 1 MiB.
 //!
@@ -124,7 +125,7 @@ impl Format for Dma {
                     Shape { mask: segment::FRAME, value: segment::FRAME, address: in_place(segment::FRAME_ORIGIN) },
                     Shape { mask: segment::FRAME, value: 0, address: in_place(segment::ORIGIN) },
                 ],
-                _ => vec![Shape { mask: 0, value: 0, address: in_place(region::ORIGIN) }],
+                _ => vec![Shape { mask: 0, value: 0, address: in_place(if self.partial_tables { region::ORIGIN } else { region::WHOLE_ORIGIN }) }],
             };
             let has_leaves = level == PAGE_TABLE || (level == SEGMENT_TABLE && self.page_1m);
             Level {
@@ -199,7 +200,11 @@ impl Format for Dma {
         if kind == Kind::Leaf && !self.page_1m {
             findings.reserved(pattern, segment::FRAME, section, "there are no frames of 1 MiB here");
         }
-        let unassigned = if level == SEGMENT_TABLE { segment::UNASSIGNED } else { region::UNASSIGNED };
+        let unassigned = match level {
+            SEGMENT_TABLE => segment::UNASSIGNED,
+            _ if self.partial_tables => region::UNASSIGNED,
+            _ => region::WHOLE_UNASSIGNED,
+        };
         findings.should_be_zero(pattern, unassigned, section, ignored);
     }
 
@@ -360,6 +365,9 @@ mod tests {
                 assert_eq!(partial.decode(level, 0, entry), expected);
             }
         }
+        // Such tables begin at any page, whole ones at a multiple of their size.
+        let origin = |format: &Dma| format.levels()[2..].iter().map(|level| address_bits(&level.shapes[0])).collect::<Vec<_>>();
+        assert_eq!((origin(&whole), origin(&partial)), (vec![!0x3fff; 3], vec![!0xfff; 3]));
         // Segment entries have no such fields.
         assert_eq!(partial.decode(1, 0, 0xc3), table_to(0, 0));
     }

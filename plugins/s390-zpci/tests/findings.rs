@@ -36,7 +36,9 @@ fn all_tables() {
             }
             for level in 2..5_u8 {
                 let entry = u64::from(level - 1) << 2 | 3 | 1 << 20;
-                let region = Row::new("region", level, entry).warnings(mask(13, 10) | 1 << 8 | 1 << 4);
+                // Bits 13:12 are the origin's where a table may begin at any page.
+                let origin = if partial == 1 { 0 } else { mask(13, 12) };
+                let region = Row::new("region", level, entry).warnings(origin | mask(11, 10) | 1 << 8 | 1 << 4);
                 // With partial tables any offset that is not above the length is good.
                 rows.push(if partial == 1 { region.other(1 << 5 | PART).reserved(TYPE) } else { region.other(1 << 5).reserved(TYPE | PART) });
             }

@@ -24,7 +24,7 @@ fn folders() -> Vec<PathBuf> {
 fn mappings(snapshot: &Snapshot, id: u64) -> Result<Vec<Run>, Problem> {
     match resolve(snapshot, id)? {
         Resolution::Tables(stages) => Walker::new(&snapshot.memory, &stages)?.mappings(),
-        Resolution::Bypass | Resolution::Blocked(_) => Ok(Vec::new()),
+        Resolution::Bypass | Resolution::Direct(_) | Resolution::Blocked(_) => Ok(Vec::new()),
     }
 }
 

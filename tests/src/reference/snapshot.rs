@@ -303,7 +303,7 @@ impl Snapshot {
                             .map(|(key, value)| {
                                 // Addresses and attribute words read better in hexadecimal.
                                 let value = match key.as_str() {
-                                    "root-high" | "mair" | "msi-root" | "root-1" | "root-2" | "root-3" | "first-iova" | "last-iova" => hex(value),
+                                    "root-high" | "mair" | "root-1" | "root-2" | "root-3" | "first-iova" | "last-iova" => hex(value),
                                     "start-level" => json!(value as i64),
                                     _ => json!(value),
                                 };

@@ -163,11 +163,15 @@ impl<'a> Walker<'a> {
                 }
                 self.descend(stage, region, position, write, depth + 1 + skip, Table { address, half, exists }, allowed.and(limit))
             }
-            Entry::Leaf { address, access, size } => {
+            Entry::Leaf { address, access, size, reach } => {
+                let offset = bits(position, size.unwrap_or(step.shift) - 1, 0);
+                if reach.is_some_and(|(first, last)| offset < first || last < offset) {
+                    return Err(NoEntry::Fault);
+                }
                 if !allowed.and(access).allows(write) {
                     return Err(NoEntry::Fault);
                 }
-                let address = address + bits(position, size.unwrap_or(step.shift) - 1, 0);
+                let address = address + offset;
                 if beyond(address, config.output_bits()) { Err(NoEntry::Fault) } else { Ok(address) }
             }
         }
@@ -225,12 +229,19 @@ impl<'a> Walker<'a> {
                     // Without levels between, what the next table covers is the beginning of this slot: the bits of the levels left out are zero.
                     self.visit(stage, region, depth + 1 + skip, Table { address, half, exists }, position, allowed.and(limit), budget, walk);
                 }
-                Entry::Leaf { address, access, size } => {
+                Entry::Leaf { address, access, size, reach } => {
                     let access = allowed.and(access);
-                    // The part of the leaf under this slot, and of that the part inside the region.
-                    let address = address + position % (1 << size.unwrap_or(step.shift));
-                    let first = position.max(region.table_first);
-                    let last = end.min(region_end);
+                    // The part of the leaf under this slot, of that the part inside the region, and of that what can be reached.
+                    let offset = position % (1 << size.unwrap_or(step.shift));
+                    let address = address + offset;
+                    let (mut first, mut last) = (position.max(region.table_first), end.min(region_end));
+                    if let Some((front, back)) = reach {
+                        let begin = position - offset;
+                        (first, last) = (first.max(begin + front), last.min(begin + back));
+                    }
+                    if first > last {
+                        continue;
+                    }
                     if access != Access::NONE && !beyond(address, config.output_bits()) {
                         let iova = region.first + (first - region.table_first);
                         append(&mut walk.runs, Run { iova, address: address + (first - position), size: last - first + 1, access });

@@ -4,9 +4,9 @@ use stagecraft::device::LookupError;
 use stagecraft::guest::{GuestError, State, StreamState};
 use stagecraft::memory::MemoryMap;
 use stagecraft::plugin::{CallError, Refusal, TableConfig};
-use stagecraft::table::Mapping;
+use stagecraft::table::{AddressSpace, Cause, Fault, FaultKind, Finding, Mapping, Severity};
 use stagecraft::{Access, Span};
-use stagecraft_tests::reference::detect::Resolution;
+use stagecraft_tests::reference::detect::{MessageTable, Resolution};
 use stagecraft_tests::reference::tables;
 use stagecraft_tests::reference::{self, Problem, Run};
 
@@ -88,6 +88,20 @@ const EXCEPTIONS: &[Exception] = &[
 /// The tables of a device, as the engine found them and as the reference did.
 pub type Found = (Vec<TableConfig>, Vec<tables::TableConfig>);
 
+/// Whether the findings, the worst one first, have the reason for a fault that an entry caused at these IOVAs. A leaf of which only a part can be used is
+/// no mistake, only worth mentioning: there the fault is less than what the entry covers.
+pub fn have_reason(space: &AddressSpace, span: Span, fault: &Fault, findings: &[Finding]) -> bool {
+    let (Some(step), Cause::Entry(kind)) = (fault.path.last(), fault.cause) else { return false };
+    let table = space.tables().nth(usize::from(fault.stage - 1)).expect("the stage has a table");
+    let slot = Span::of_log2(0, table.geometry().levels[usize::from(step.level)].index_lsb).last;
+    let Some(worst) = findings.first() else { return false };
+    let mentioned = findings.iter().any(|finding| finding.severity == Severity::Info && finding.kind == kind);
+    match worst.severity {
+        Severity::Error => worst.kind == kind,
+        _ => kind == FaultKind::Permission && mentioned && span.length_minus_one() < slot,
+    }
+}
+
 /// What both found, if both found tables; `Err` says how they differ.
 pub fn same_state(engine: &Result<StreamState, GuestError>, reference: &Result<Resolution, Problem>) -> Result<Option<Found>, String> {
     let said = match engine {
@@ -109,6 +123,12 @@ pub fn same_state(engine: &Result<StreamState, GuestError>, reference: &Result<R
     match (engine, reference) {
         (Ok(StreamState { state: State::Bypass, .. }), Ok(Resolution::Bypass)) => Ok(None),
         (Ok(StreamState { state: State::Blocked(_), .. }), Ok(Resolution::Blocked(_))) => Ok(None),
+        (Ok(StreamState { state: State::Direct(windows), .. }), Ok(Resolution::Direct(expected))) => {
+            let [window] = windows.as_slice() else { return differ() };
+            let allowed = window.attributes.access(false);
+            let found = (window.iova.first, window.iova.last, window.address, allowed);
+            if found == (expected.first, expected.last, expected.address, access(expected.access)) { Ok(None) } else { differ() }
+        }
         (Err(GuestError::Lookup(LookupError::Call(CallError::Refused { refusal: Refusal::Unsupported(_), .. }))), Err(Problem::Unsupported(_))) => {
             Ok(None)
         }
@@ -130,6 +150,17 @@ pub fn same_state(engine: &Result<StreamState, GuestError>, reference: &Result<R
         }
         _ => differ(),
     }
+}
+
+/// Whether both say the same of addresses that no table serves, where requests are not blocked.
+pub fn same_intercepts(engine: &Result<StreamState, GuestError>, reference: &Result<Option<MessageTable>, Problem>) -> Result<(), String> {
+    let Ok(stream @ StreamState { state: State::Translated(_) | State::Direct(_) | State::Bypass, .. }) = engine else { return Ok(()) };
+    let said: Vec<_> = stream.intercepts.iter().map(|one| (one.passed, one.mask, one.value, one.address)).collect();
+    let Ok(table) = reference else { return Err(format!("the reference says {reference:x?}")) };
+    let passed = u8::from(stream.tables().iter().any(|table| table.format == "riscv-iommu/first-stage"));
+    let expected: Vec<_> = table.iter().map(|table| (passed, *table, !(table.mask << 12 | 0xfff))).collect();
+    let expected: Vec<_> = expected.iter().map(|(passed, table, mask)| (*passed, *mask, table.pattern << 12 & mask, Some(table.root))).collect();
+    if said == expected { Ok(()) } else { Err(format!("the engine intercepts {said:x?}, the reference {expected:x?}")) }
 }
 
 /// What can happen to a lookup: a plugin that traps or is interrupted is a bug, however absurd the guest.

@@ -23,10 +23,14 @@ pub(crate) mod region {
     pub(crate) const LENGTH: Field = Field::new(1, 0);
     /// Quarters of the next table that are there: the first one.
     pub(crate) const OFFSET: Field = Field::new(7, 6);
-    /// Next table, where it stands: highest and lowest bit.
-    pub(crate) const ORIGIN: (u8, u8) = (63, 14);
+    /// Next table, where it stands: highest and lowest bit. A table of which the first quarters are missing begins at a page.
+    pub(crate) const ORIGIN: (u8, u8) = (63, 12);
+    /// The same where tables are whole: they are aligned to their size, and bits 13:12 are ignored.
+    pub(crate) const WHOLE_ORIGIN: (u8, u8) = (63, 14);
     /// Not assigned in I/O tables, and ignored.
-    pub(crate) const UNASSIGNED: u64 = mask(13, 10) | bit(8) | bit(4);
+    pub(crate) const UNASSIGNED: u64 = mask(11, 10) | bit(8) | bit(4);
+    /// The same where tables are whole.
+    pub(crate) const WHOLE_UNASSIGNED: u64 = mask(13, 12) | UNASSIGNED;
 
     /// [`LENGTH`]: to the end.
     pub(crate) const WHOLE: u64 = 3;
@@ -76,9 +80,10 @@ mod tests {
         let range = |(high, low)| mask(high, low);
         let named = table::INVALID | table::TYPE.mask() | PROTECTED;
         let region = [named, region::LENGTH.mask(), region::OFFSET.mask(), range(region::ORIGIN), region::UNASSIGNED];
+        let whole = [named, region::LENGTH.mask(), region::OFFSET.mask(), range(region::WHOLE_ORIGIN), region::WHOLE_UNASSIGNED];
         let segment = [named, segment::FRAME, range(segment::ORIGIN), segment::UNASSIGNED];
         let page = [page::INVALID, PROTECTED, range(page::FRAME_ORIGIN), page::UNASSIGNED, mask(8, 0)];
-        for parts in [&region[..], &segment, &page] {
+        for parts in [&region[..], &whole, &segment, &page] {
             let all = parts.iter().fold(0, |all, part| {
                 assert_eq!(all & part, 0);
                 all | part

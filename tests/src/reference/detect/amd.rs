@@ -2,9 +2,9 @@
 //!
 //! Source: AMD I/O Virtualization Technology (IOMMU) Specification 48882, sections 2.2.2 (device table), 2.2.6 (guest CR3 tables) and 3.4 (registers).
 
-use super::{Resolution, any, blocked, illegal, register};
+use super::{Resolution, Window, any, blocked, illegal, register};
 use crate::reference::snapshot::Snapshot;
-use crate::reference::tables::{AmdV1, AmdV2, TableConfig};
+use crate::reference::tables::{AmdV1, AmdV2, TableConfig, beyond};
 use crate::reference::walk::Walker;
 use crate::reference::{Access, Problem, bit, bits};
 
@@ -86,6 +86,10 @@ fn guest_table(snapshot: &Snapshot, unit: &Unit, entry: &[u64; 4], host: Option<
         guest_physical = true;
         table = bits(word, 51, 12) << 12;
     }
+    // A root is a guest-physical address, too. Mode says how many bits of these a host table takes; more of them fault (section 2.2.3).
+    if host.is_some_and(|host| beyond(table, 12 + 9 * host.levels)) {
+        return Ok(Err("the guest table's root is no guest-physical address"));
+    }
     Ok(Ok(AmdV2 {
         root: table,
         levels: 4 + paging_mode as u32,
@@ -157,7 +161,8 @@ pub(super) fn amd(snapshot: &Snapshot, id: u64, pasid: Option<u64>) -> Result<Re
     if stages.is_empty() {
         return match granted(&entry) {
             Access::RW => Ok(Resolution::Bypass),
-            _ => Err(Problem::Unsupported("untranslated requests of one kind".to_string())),
+            // "Translation disabled (access controlled by IR and IW bits)".
+            access => Ok(Resolution::Direct(Window::everything(access))),
         };
     }
     Ok(Resolution::Tables(stages))

@@ -4,7 +4,7 @@
 
 use super::snapshot::{Snapshot, TableState};
 use super::tables::TableConfig;
-use super::{Problem, bits};
+use super::{Access, Problem, bits};
 
 mod amd;
 mod arm;
@@ -19,8 +19,50 @@ pub enum Resolution {
     Bypass,
     /// They fail; the reason.
     Blocked(String),
+    /// They pass without tables, but only some of them, or with an offset.
+    Direct(Window),
     /// One table, or two: the one that the IOVA enters first.
     Tables(Vec<TableConfig>),
+}
+
+/// IOVAs that go to memory without a table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Window {
+    /// The lowest IOVA.
+    pub first: u64,
+    /// The highest one.
+    pub last: u64,
+    /// Where the lowest one goes; the others follow.
+    pub address: u64,
+    /// What is allowed.
+    pub access: Access,
+}
+
+impl Window {
+    /// Every IOVA is its own address.
+    fn everything(access: Access) -> Window {
+        Window { first: 0, last: u64::MAX, address: 0, access }
+    }
+}
+
+/// RISC-V's MSI page table: accesses to pages whose number is `pattern`, without regard to the bits of `mask`, go where it says and nowhere else. The
+/// addresses are those that the first stage puts out; without one, the IOVAs (IOMMU Architecture Specification 1.0 section 2.1.3.6).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MessageTable {
+    /// Its address.
+    pub root: u64,
+    /// `msi_addr_mask`, page numbers.
+    pub mask: u64,
+    /// `msi_addr_pattern`, a page number.
+    pub pattern: u64,
+}
+
+/// The MSI page table of a device whose requests are translated or pass.
+///
+/// # Errors
+/// As [`resolve`].
+pub fn messages(snapshot: &Snapshot, id: u64) -> Result<Option<MessageTable>, Problem> {
+    if snapshot.unit_kind == "riscv-iommu" { riscv::messages(snapshot, id) } else { Ok(None) }
 }
 
 fn blocked(reason: &str) -> Result<Resolution, Problem> {

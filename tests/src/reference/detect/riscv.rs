@@ -2,13 +2,13 @@
 //!
 //! Source: RISC-V IOMMU Architecture Specification 1.0, chapter 3 (data structures) and 6 (registers).
 
-use super::{Resolution, any, blocked, illegal, register};
+use super::{MessageTable, Resolution, Window, any, blocked, illegal, register};
 use crate::reference::snapshot::Snapshot;
 use crate::reference::tables::beyond;
 use crate::reference::tables::riscv::Entries;
-use crate::reference::tables::{Msi, RiscvFirst, RiscvSecond, TableConfig};
+use crate::reference::tables::{RiscvFirst, RiscvSecond, TableConfig};
 use crate::reference::walk::Walker;
-use crate::reference::{Problem, bit, bits};
+use crate::reference::{Access, Problem, bit, bits};
 
 /// What the registers say.
 struct Unit {
@@ -78,6 +78,11 @@ impl Context {
 
     fn mode(&self, word: usize) -> u64 {
         bits(self.words[word], 63, 60)
+    }
+
+    /// MODE Flat; masks and patterns have the 52 bits of a page number.
+    fn messages(&self) -> Option<MessageTable> {
+        (self.mode(4) == 1).then(|| MessageTable { root: pointer(self.words[4]), mask: self.words[5], pattern: self.words[6] })
     }
 
     /// "Device-context configuration checks".
@@ -219,10 +224,23 @@ fn process_context(
     Ok(Ok(first))
 }
 
-pub(super) fn riscv(snapshot: &Snapshot, id: u64, pasid: Option<u64>) -> Result<Resolution, Problem> {
+fn unit(snapshot: &Snapshot) -> Result<Unit, Problem> {
     let control = register(snapshot, "FCTL")?;
-    let unit = Unit { capabilities: register(snapshot, "CAPABILITIES")?, big_endian: bit(control, 0), guest_32: bit(control, 2) };
-    let ddtp = register(snapshot, "DDTP")?;
+    Ok(Unit { capabilities: register(snapshot, "CAPABILITIES")?, big_endian: bit(control, 0), guest_32: bit(control, 2) })
+}
+
+/// The MSI page table of a device whose requests come so far.
+pub(super) fn messages(snapshot: &Snapshot, id: u64) -> Result<Option<MessageTable>, Problem> {
+    let (unit, ddtp) = (unit(snapshot)?, register(snapshot, "DDTP")?);
+    // Off, everything passes, or no mode at all.
+    if !(2..=4).contains(&bits(ddtp, 3, 0)) {
+        return Ok(None);
+    }
+    Ok(device_context(snapshot, &unit, id, ddtp)?.ok().and_then(|context| context.messages()))
+}
+
+pub(super) fn riscv(snapshot: &Snapshot, id: u64, pasid: Option<u64>) -> Result<Resolution, Problem> {
+    let (unit, ddtp) = (unit(snapshot)?, register(snapshot, "DDTP")?);
     // Registers hold no other values.
     if bits(ddtp, 3, 0) > 4 || id >> 24 != 0 {
         return illegal("iommu_mode, or no device id");
@@ -242,16 +260,11 @@ pub(super) fn riscv(snapshot: &Snapshot, id: u64, pasid: Option<u64>) -> Result<
         return blocked(reason);
     }
     let narrow = context.control(11);
-    let msi = match context.mode(4) {
-        1 => Msi { root: Some(pointer(context.words[4])), mask: context.words[5], pattern: context.words[6] },
-        _ => Msi::default(),
-    };
     let second = unit.second_levels(context.mode(1)).unwrap_or(None).map(|levels| RiscvSecond {
         root: pointer(context.words[1]),
         levels,
         input_bits: if narrow { 34 } else { 59 },
         entries: unit.entries(levels, unit.physical_bits(), context.control(7), unit.big_endian),
-        msi,
     });
     if second.is_some_and(|second| beyond(second.root, unit.physical_bits())) {
         return blocked("iohgatp.PPN beyond PAS");
@@ -283,14 +296,15 @@ pub(super) fn riscv(snapshot: &Snapshot, id: u64, pasid: Option<u64>) -> Result<
         root: pointer(first),
         levels,
         entries: unit.entries(levels, if second.is_some() { 56 } else { unit.physical_bits() }, context.control(8), context.control(10)),
-        msi: if second.is_some() { Msi::default() } else { msi },
     });
     if second.is_none() && first.is_some_and(|first| beyond(first.root, unit.physical_bits())) {
         return blocked("iosatp.PPN beyond PAS");
     }
     let stages: Vec<TableConfig> = first.map(TableConfig::RiscvFirst).into_iter().chain(second.map(TableConfig::RiscvSecond)).collect();
-    if stages.is_empty() && msi.root.is_some() {
-        return Err(Problem::Unsupported("an MSI page table alone".to_string()));
-    }
-    Ok(if stages.is_empty() { Resolution::Bypass } else { Resolution::Tables(stages) })
+    Ok(match (stages.is_empty(), context.messages()) {
+        (false, _) => Resolution::Tables(stages),
+        (true, None) => Resolution::Bypass,
+        // All but messages.
+        (true, Some(_)) => Resolution::Direct(Window::everything(Access::RW)),
+    })
 }

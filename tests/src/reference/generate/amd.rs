@@ -188,7 +188,9 @@ impl Radix for AmdV2 {
         let largest = if self.page_1g { 2 } else { 1 };
         let address = ink.address(self.output_bits, 12 + 9 * height.min(2));
         let large = u64::from(height > 0) << 7;
-        match ink.rng.below(6) {
+        match ink.rng.below(7) {
+            // Reserved bits of the two highest levels.
+            6 if height > 2 => address + 0b111 + (ink.rng.pick(&[1, 2, 3]) << 7),
             // For privileged requests.
             0 if height <= largest => address + 0b011 + large,
             // Misaligned.

@@ -3,7 +3,7 @@
 use super::Rng;
 use super::radix::{Ink, Pointer, Radix, Window};
 use crate::reference::tables::{Dart, Packing};
-use crate::reference::{Access, Run};
+use crate::reference::{Access, Run, bits};
 
 pub(super) fn random(packing: Packing, rng: &mut Rng) -> Dart {
     let granule: u64 = if packing == Packing::Dart1 { rng.pick(&[4096, 16384]) } else { 16384 };
@@ -97,11 +97,23 @@ impl Radix for Dart {
         (entry + range, leaf.access)
     }
 
+    fn cut(&self, _leaf: &Run, entry: u64, rng: &mut Rng) -> Option<(u64, (u64, u64))> {
+        if !rng.percent(20) {
+            return None;
+        }
+        let (one, other) = (rng.below(4096), rng.below(4096));
+        let (first, last) = rng.pick(&[(0, 0), (0, 0xffe), (1, 0xfff), (0xfff, 0xfff), (one.min(other), one.max(other))]);
+        // DART1's switch for whole pages is off.
+        let kept = bits(entry, 39, 0) & if self.packing == Packing::Dart1 { !2 } else { u64::MAX };
+        let unit = self.granule / 4096;
+        Some((kept + (first << 52) + (last << 40), (first * unit, last * unit + (unit - 1))))
+    }
+
     fn decoy(&self, height: u32, ink: &mut Ink<'_>) -> u64 {
         let address = ink.address(self.output_bits, self.page_bits());
         match ink.rng.below(4) {
-            // A part of a page.
-            0 if height == 0 => self.pack(address) + 1 + (ink.rng.pick(&[0x1fff, 0x7ff, 0x80_0fff, 0]) << 40),
+            // A part that ends before it begins.
+            0 if height == 0 => self.pack(address) + 1 + (ink.rng.pick(&[0x1000, 0x80_07ff, 0xfff_fffe, 0xfff_f000]) << 40),
             1 if height == 0 => self.pack(address) + 1 + WHOLE + self.forbidden(Access::NONE),
             _ => ink.rng.number() & !1,
         }

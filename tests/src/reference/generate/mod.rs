@@ -118,7 +118,7 @@ impl Format {
 pub struct Options {
     /// How many groups of mappings are tried.
     pub clusters: u64,
-    /// Table entries that forbid some or all access to what is behind them.
+    /// Table entries that forbid some or all access to what is behind them; leaves of which only a part can be reached.
     pub restrictions: bool,
     /// Entries that look like something and must not translate: invalid, reserved, misaligned, without access flag, beyond the output size, empty tables.
     pub decoys: bool,
@@ -206,7 +206,8 @@ pub fn build(config: TableConfig, leaves: &[Run], rng: &mut Rng, options: Option
     match radix::of(&config) {
         Some(format) => {
             let built = radix::build(format, leaves, rng, options);
-            generated(radix::with_roots(config, &built.roots), built.memory, built.truth, format.address_bits())
+            let address_bits = format.leaf_sizes().into_iter().map(|size| format.leaf_address_bits(size)).fold(format.address_bits(), u32::max);
+            generated(radix::with_roots(config, &built.roots), built.memory, built.truth, address_bits)
         }
         None => ladder_build::build(config, leaves, rng, options),
     }

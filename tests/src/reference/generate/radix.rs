@@ -64,8 +64,12 @@ pub(super) trait Radix {
     fn leaf_sizes(&self) -> Vec<u32>;
     /// The height where a leaf of a size stands.
     fn leaf_height(&self, size: u32) -> u32;
-    /// Addresses are below `1 << address_bits`.
+    /// Addresses of tables are below `1 << address_bits`.
     fn address_bits(&self) -> u32;
+    /// Addresses of leaves of a size are below `1 << leaf_address_bits(size)`.
+    fn leaf_address_bits(&self, _size: u32) -> u32 {
+        self.address_bits()
+    }
     /// What leaves can allow.
     fn accesses(&self) -> Vec<Access>;
     fn entry_bytes(&self) -> u64 {
@@ -74,6 +78,10 @@ pub(super) trait Radix {
     /// The least size, and alignment, of a root.
     fn least_root(&self) -> u64 {
         64
+    }
+    /// What a table of so many bytes is aligned to.
+    fn table_alignment(&self, size: u64) -> u64 {
+        size
     }
     fn big_endian(&self) -> bool {
         false
@@ -94,6 +102,10 @@ pub(super) trait Radix {
     fn pointer(&self, pointer: Pointer, ink: &mut Ink<'_>) -> (u64, Access, u64);
     /// A leaf, and what it allows.
     fn leaf(&self, height: u32, leaf: &Run, word: u64, ink: &mut Ink<'_>) -> (u64, Access);
+    /// The entry of a leaf made such that only some of its bytes can be reached, and the first and the last of these; none if it stays whole.
+    fn cut(&self, _leaf: &Run, _entry: u64, _rng: &mut Rng) -> Option<(u64, (u64, u64))> {
+        None
+    }
     /// Something that does not translate, at this height.
     fn decoy(&self, height: u32, ink: &mut Ink<'_>) -> u64;
 }
@@ -133,13 +145,13 @@ pub(super) fn with_roots(mut config: TableConfig, roots: &BTreeMap<usize, u64>) 
 
 /// Random leaves that do not overlap, at the ends of windows and between.
 pub(super) fn random_leaves(format: &dyn Radix, rng: &mut Rng, options: Options) -> Vec<Run> {
-    let (windows, sizes, accesses, address_bits) = (format.windows(), format.leaf_sizes(), format.accesses(), format.address_bits());
+    let (windows, sizes, accesses) = (format.windows(), format.leaf_sizes(), format.accesses());
     let mut leaves: BTreeMap<u64, Run> = BTreeMap::new();
     let mut previous: Option<u64> = None;
     for _ in 0..options.clusters {
         let window = rng.pick(&windows);
         let bits = if rng.percent(45) { sizes[0] } else { rng.pick(&sizes) };
-        let size = 1u64 << bits;
+        let (size, address_bits) = (1u64 << bits, format.leaf_address_bits(bits));
         // Slots of this size inside the window, by number from IOVA zero.
         let low = window.first.div_ceil(size);
         if bits >= address_bits || window.last < size - 1 || (window.last - (size - 1)) / size < low {
@@ -266,7 +278,8 @@ impl Builder<'_> {
             places.push(0x7fff_8000_0000);
         }
         loop {
-            let place = self.ink.rng.pick(&places) + self.ink.rng.below(0x4000_0000 / size) * size;
+            let alignment = self.format.table_alignment(size);
+            let place = self.ink.rng.pick(&places) + self.ink.rng.below((0x4000_0000 - size) / alignment + 1) * alignment;
             let free = self.taken.range(..place + size).next_back().is_none_or(|(first, length)| first + length <= place);
             if free {
                 self.taken.insert(place, size);
@@ -320,6 +333,8 @@ impl Builder<'_> {
         }
         let shift = self.format.shift(height);
         let (entry, access) = self.format.leaf(height, &leaf, word, &mut self.ink);
+        let cut = if self.ink.options.restrictions { self.format.cut(&leaf, entry, self.ink.rng) } else { None };
+        let (entry, (reach_first, reach_last)) = cut.unwrap_or((entry, (0, leaf.size - 1)));
         let access = allowed.and(access);
         let slots = leaf.size >> shift;
         for replica in 0..slots {
@@ -331,8 +346,9 @@ impl Builder<'_> {
             let slot = self.slot(table, height, tree, position + offset);
             assert!(!self.written.contains_key(&slot), "leaves do not overlap");
             self.write(slot, entry);
-            if access != Access::NONE {
-                truth.push(Run { iova: leaf.iova + offset, address: leaf.address + offset, size: 1 << shift, access });
+            let (first, last) = (reach_first.max(offset), reach_last.min(offset + ((1 << shift) - 1)));
+            if access != Access::NONE && first <= last {
+                truth.push(Run { iova: leaf.iova + first, address: leaf.address + first, size: last - first + 1, access });
             }
         }
     }

@@ -3,7 +3,7 @@
 use super::Rng;
 use super::radix::{Ink, Pointer, Radix, Window};
 use crate::reference::tables::riscv::Entries;
-use crate::reference::tables::{Msi, RiscvFirst, RiscvSecond};
+use crate::reference::tables::{RiscvFirst, RiscvSecond};
 use crate::reference::{Access, Run, bits};
 
 const V: u64 = 1;
@@ -28,13 +28,13 @@ fn random_entries(levels: u32, rng: &mut Rng) -> Entries {
 
 pub(super) fn random_first(rng: &mut Rng) -> RiscvFirst {
     let levels = rng.pick(&[2, 3, 3, 4, 5]);
-    RiscvFirst { root: 0, levels, entries: random_entries(levels, rng), msi: Msi::default() }
+    RiscvFirst { root: 0, levels, entries: random_entries(levels, rng) }
 }
 
 pub(super) fn random_second(rng: &mut Rng) -> RiscvSecond {
     let levels = rng.pick(&[2, 3, 3, 4, 5]);
     let input_bits = if rng.percent(20) { 34 } else { 59 };
-    RiscvSecond { root: 0, levels, input_bits, entries: random_entries(levels, rng), msi: Msi::default() }
+    RiscvSecond { root: 0, levels, input_bits, entries: random_entries(levels, rng) }
 }
 
 /// What both stages share.

@@ -71,6 +71,10 @@ impl Radix for S390 {
         4096
     }
 
+    fn table_alignment(&self, size: u64) -> u64 {
+        if self.partial_tables { size.min(4096) } else { size }
+    }
+
     fn granted(&self) -> Access {
         Access { read: true, write: !self.read_only }
     }

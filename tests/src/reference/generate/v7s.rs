@@ -22,6 +22,7 @@ pub(super) fn random(rng: &mut Rng) -> V7s {
         domains: DOMAINS,
         execute_never_privileged: rng.percent(40),
         supersections: rng.percent(80),
+        output_bits: rng.pick(&[32, 32, 36, 40]),
         privileged: false,
         tex_remap: rng.percent(70),
         prrr: PRRR,
@@ -48,6 +49,8 @@ impl V7s {
             return entry + address + if size == 1 << 16 { 1 + ink.noise(15, 15) } else { 2 + ink.noise(0, 0) };
         }
         // AP[2] is 15, AP[1:0] 11:10; XN 4, S, nG 17:16, NS 19.
+        // Only a supersection has address bits 35:32, in 23:20, and 39:36, in 8:5.
+        let address = bits(address, 31, 0) + (bits(address, 35, 32) << 20) + (bits(address, 39, 36) << 5);
         let entry = address + 2 + (ap2 << 15) + (ap << 10) + ink.noise(4, 2) + ink.noise(17, 16) + ink.noise(19, 19);
         let entry = entry + if self.execute_never_privileged { ink.noise(0, 0) } else { 0 };
         entry + if size == 1 << 24 { 1 << 18 } else { domain << 5 }
@@ -90,6 +93,10 @@ impl Radix for V7s {
         32
     }
 
+    fn leaf_address_bits(&self, size: u32) -> u32 {
+        if size == 24 { self.output_bits } else { 32 }
+    }
+
     fn entry_bytes(&self) -> u64 {
         4
     }
@@ -123,7 +130,7 @@ impl Radix for V7s {
     fn decoy(&self, height: u32, ink: &mut Ink<'_>) -> u64 {
         let address = ink.address(32, 20);
         let size = if height == 0 { 1 << 12 } else { 1 << 20 };
-        match ink.rng.below(5) {
+        match ink.rng.below(6) {
             // For privileged requests; without access flag. A manager's page would be open to all, so that these are in the first table.
             0 if height == 1 => self.entry(height, address, size, 0b001, 0, ink),
             1 if height == 1 && self.access_flag => self.entry(height, address, size, 0b010, 0, ink),
@@ -131,6 +138,11 @@ impl Radix for V7s {
             2 if height == 1 && !self.access_flag => self.entry(height, address, size, 0b100, 0, ink),
             3 if height == 1 && !self.execute_never_privileged => self.entry(height, address, size, 0b011, 0, ink) | 1,
             4 if height == 1 && !self.supersections => self.entry(height, address, 1 << 24, 0b011, 0, ink),
+            // Beyond what the unit can put out.
+            5 if height == 1 && self.supersections && self.output_bits < 40 => {
+                let address = (bits(address, 31, 24) << 24) + (1 << ink.rng.pick(&[self.output_bits, 39]));
+                self.entry(height, address, 1 << 24, 0b011, 0, ink)
+            }
             _ => bits(ink.rng.number(), 31, 2) << 2,
         }
     }

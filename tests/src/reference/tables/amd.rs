@@ -102,7 +102,7 @@ impl AmdV1 {
                 if beyond(base, self.output_bits) {
                     return Entry::Fault;
                 }
-                Entry::Leaf { address: base, access: allowed, size: Some(size) }
+                Entry::Leaf { address: base, access: allowed, size: Some(size), reach: None }
             }
             // A table of the same level or a higher one.
             _ if next >= level => Entry::Fault,
@@ -163,6 +163,10 @@ impl AmdV2 {
         }
         let reachable = bit(entry, 2) || self.privileged;
         let access = Access { read: reachable, write: reachable && bit(entry, 1) };
+        // PML4E and PML5E: 8:7 must be zero.
+        if step.level > 3 && bits(entry, 8, 7) != 0 {
+            return Entry::Fault;
+        }
         let large = step.level > 1 && bit(entry, 7);
         let address = address_of(entry);
         if large {

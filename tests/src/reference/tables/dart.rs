@@ -91,7 +91,7 @@ impl Dart {
     }
 
     /// Valid 0; DART1: sub-page protection off 1, no write 7, no read 8; DART2: no write 2, no read 3. First and last part of the page that may be reached, in 1/4096:
-    /// 63:52 and 51:40. Parts of a page cannot be said here: what does not cover its page counts as a fault.
+    /// 63:52 and 51:40. A last part before the first one leaves nothing.
     pub(super) fn decode(&self, step: Step, entry: u64) -> Entry {
         if !bit(entry, 0) {
             return Entry::Fault;
@@ -108,11 +108,13 @@ impl Dart {
         if step.level > 1 {
             return Entry::table(page, Access::RW, 0);
         }
-        let whole = (bits(entry, 63, 52), bits(entry, 51, 40)) == (0, 0xfff);
+        let (first, last) = (bits(entry, 63, 52), bits(entry, 51, 40));
         let unchecked = self.packing == Packing::Dart1 && bit(entry, 1);
-        if !whole && !unchecked {
+        let unit = self.granule / 4096;
+        let reach = if unchecked || (first, last) == (0, 0xfff) { None } else { Some((first * unit, last * unit + (unit - 1))) };
+        if !unchecked && first > last {
             return Entry::Fault;
         }
-        Entry::leaf(page, Access { read: !no_read, write: !no_write })
+        Entry::Leaf { address: page, access: Access { read: !no_read, write: !no_write }, size: None, reach }
     }
 }

@@ -21,7 +21,7 @@ pub use amd::{AmdV1, AmdV2};
 pub use arm::{ArmHalf, ArmStage1, ArmStage2};
 pub use dart::{Dart, Packing};
 pub use loongarch::LoongArch;
-pub use riscv::{Msi, RiscvFirst, RiscvSecond};
+pub use riscv::{RiscvFirst, RiscvSecond};
 pub use s390::S390;
 pub use v7s::V7s;
 pub use vtd::{VtdFirst, VtdSecond};
@@ -128,6 +128,8 @@ pub enum Entry {
         access: Access,
         /// Log2 of its size if that is not what the slot covers: then it is repeated in more slots, and each shows the part that lies under it.
         size: Option<u32>,
+        /// The first and the last of its bytes that can be reached, counted from its beginning, if not all of them.
+        reach: Option<(u64, u64)>,
     },
 }
 
@@ -139,7 +141,7 @@ impl Entry {
 
     /// A leaf of the slot's size.
     fn leaf(address: u64, access: Access) -> Entry {
-        Entry::Leaf { address, access, size: None }
+        Entry::Leaf { address, access, size: None, reach: None }
     }
 }
 
@@ -217,7 +219,7 @@ impl TableConfig {
             TableConfig::S390(config) => config.output_bits,
             TableConfig::LoongArch(config) => config.output_bits,
             TableConfig::Dart(config) => config.output_bits,
-            TableConfig::V7s(_) => 32,
+            TableConfig::V7s(config) => config.output_bits,
         }
     }
 

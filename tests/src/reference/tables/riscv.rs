@@ -24,17 +24,6 @@ pub struct Entries {
     pub big_endian: bool,
 }
 
-/// Where messages go instead of the second stage; it plays no part here, and is carried along to be reported.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Msi {
-    /// Address of the MSI page table, none if there is none.
-    pub root: Option<u64>,
-    /// `msi_addr_mask`.
-    pub mask: u64,
-    /// `msi_addr_pattern`.
-    pub pattern: u64,
-}
-
 /// `riscv-iommu/first-stage`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RiscvFirst {
@@ -44,8 +33,6 @@ pub struct RiscvFirst {
     pub levels: u32,
     /// Entries.
     pub entries: Entries,
-    /// The MSI page table.
-    pub msi: Msi,
 }
 
 /// `riscv-iommu/second-stage`.
@@ -59,12 +46,9 @@ pub struct RiscvSecond {
     pub input_bits: u32,
     /// Entries.
     pub entries: Entries,
-    /// The MSI page table.
-    pub msi: Msi,
 }
 
-const COMMON: &[&str] =
-    &["root", "levels", "output-bits", "svnapot", "svpbmt", "svrsw60t59b", "hardware-update", "big-endian", "msi-root", "msi-mask", "msi-pattern"];
+const COMMON: &[&str] = &["root", "levels", "output-bits", "svnapot", "svpbmt", "svrsw60t59b", "hardware-update", "big-endian"];
 
 impl Entries {
     fn read(reader: &Reader<'_>) -> Result<Entries, Problem> {
@@ -135,21 +119,7 @@ impl Entries {
         if !address.is_multiple_of(1 << size) || beyond(address, self.output_bits) {
             return Entry::Fault;
         }
-        Entry::Leaf { address, access, size: Some(size) }
-    }
-}
-
-impl Msi {
-    fn read(reader: &Reader<'_>) -> Msi {
-        let number = |name: &str| reader.get(name).unwrap_or(0);
-        Msi { root: reader.get("msi-root"), mask: number("msi-mask"), pattern: number("msi-pattern") }
-    }
-
-    fn said(&self) -> Vec<Said> {
-        match self.root {
-            Some(root) => vec![said("msi-root", root), said("msi-mask", self.mask), said("msi-pattern", self.pattern)],
-            None => Vec::new(),
-        }
+        Entry::Leaf { address, access, size: Some(size), reach: None }
     }
 }
 
@@ -170,12 +140,12 @@ impl RiscvFirst {
         // What privileged requests may do is not looked at.
         reader.know(&[COMMON, &["supervisor", "sum"]].concat())?;
         let (root, levels) = (reader.need("root")?, reader.number("levels", 3, 2, 5)?);
-        Ok(RiscvFirst { root, levels, entries: Entries::read(reader)?, msi: Msi::read(reader) })
+        Ok(RiscvFirst { root, levels, entries: Entries::read(reader)? })
     }
 
     pub(super) fn said(&self) -> Vec<Said> {
         let own = [said("root", self.root), said("levels", self.levels)];
-        own.into_iter().chain(self.entries.said()).chain(self.msi.said()).collect()
+        own.into_iter().chain(self.entries.said()).collect()
     }
 
     pub(super) fn regions(&self) -> Result<Vec<Region>, Problem> {
@@ -202,12 +172,12 @@ impl RiscvSecond {
         reader.know(&[COMMON, &["input-bits"]].concat())?;
         let (root, levels) = (reader.need("root")?, reader.number("levels", 3, 2, 5)?);
         let input_bits = reader.number("input-bits", 59, 12, 59)?;
-        Ok(RiscvSecond { root, levels, input_bits, entries: Entries::read(reader)?, msi: Msi::read(reader) })
+        Ok(RiscvSecond { root, levels, input_bits, entries: Entries::read(reader)? })
     }
 
     pub(super) fn said(&self) -> Vec<Said> {
         let own = [said("root", self.root), said("levels", self.levels), said("input-bits", self.input_bits)];
-        own.into_iter().chain(self.entries.said()).chain(self.msi.said()).collect()
+        own.into_iter().chain(self.entries.said()).collect()
     }
 
     pub(super) fn regions(&self) -> Result<Vec<Region>, Problem> {

@@ -106,8 +106,8 @@ impl S390 {
                 if !self.partial_tables && (offset, length) != (0, 3) {
                     return Entry::Fault;
                 }
-                // A whole table has 16 KiB and is aligned to them.
-                let address = entry - entry % 16384;
+                // Origins are bits 63:12. zPCI as drivers and models know it has whole tables of 16 KiB, aligned to them, and ignores bits 13:12.
+                let address = entry - entry % if self.partial_tables { 4096 } else { 16384 };
                 if offset > length || beyond(address, self.output_bits) {
                     return Entry::Fault;
                 }

@@ -3,7 +3,7 @@
 //! Source: Arm Architecture Reference Manual ARMv7-A, DDI 0406, section B3.5.
 
 use super::settings::{Reader, Said, said};
-use super::{Entry, Region, Step};
+use super::{Entry, Region, Step, beyond};
 use crate::reference::{Access, Problem, bit, bits};
 
 /// `arm-v7s/short`.
@@ -23,6 +23,8 @@ pub struct V7s {
     pub execute_never_privileged: bool,
     /// There are supersections.
     pub supersections: bool,
+    /// Addresses beyond fault; supersections alone have more than 32 bits.
+    pub output_bits: u32,
     /// Requests are privileged.
     pub privileged: bool,
     /// TEX\[0\], C and B select a type of `prrr`.
@@ -40,7 +42,7 @@ const MANAGER: u64 = 3;
 impl V7s {
     pub(super) fn read(reader: &Reader<'_>) -> Result<V7s, Problem> {
         let known = ["split", "root", "root-high", "access-flag", "tex-remap", "prrr", "nmrr", "domains"];
-        reader.know(&[known.as_slice(), &["execute-never-privileged", "supersections", "privileged"]].concat())?;
+        reader.know(&[known.as_slice(), &["execute-never-privileged", "supersections", "output-bits", "privileged"]].concat())?;
         Ok(V7s {
             split: reader.number("split", 0, 0, 7)?,
             root: reader.get("root"),
@@ -49,6 +51,7 @@ impl V7s {
             domains: reader.number("domains", 0x5555_5555, 0, u64::from(u32::MAX))?,
             execute_never_privileged: reader.flag("execute-never-privileged", false),
             supersections: reader.flag("supersections", true),
+            output_bits: reader.number("output-bits", 32, 32, 40)?,
             privileged: reader.flag("privileged", false),
             tex_remap: reader.flag("tex-remap", true),
             prrr: reader.number("prrr", u64::from(PRRR), 0, u64::from(u32::MAX))?,
@@ -59,6 +62,7 @@ impl V7s {
         let mut all = vec![said("split", self.split), said("access-flag", self.access_flag), said("domains", self.domains)];
         all.push(said("execute-never-privileged", self.execute_never_privileged));
         all.extend([said("supersections", self.supersections), said("privileged", self.privileged)]);
+        all.push(said("output-bits", self.output_bits));
         all.extend([said("tex-remap", self.tex_remap), said("prrr", self.prrr)]);
         all.extend(self.root.map(|root| said("root", root)));
         all.extend(self.root_high.map(|root| said("root-high", root)));
@@ -133,7 +137,7 @@ impl V7s {
     /// `tex` and bits 3:2 of the entry say the memory type.
     fn leaf(&self, domain: u64, permissions: u64, address: u64, size: u32, tex: u64, entry: u64) -> Entry {
         match self.access(domain, permissions).filter(|_| self.is_type(tex, bits(entry, 3, 2))) {
-            Some(access) => Entry::Leaf { address, access, size: Some(size) },
+            Some(access) => Entry::Leaf { address, access, size: Some(size), reach: None },
             None => Entry::Fault,
         }
     }
@@ -159,10 +163,11 @@ impl V7s {
             3 if !self.execute_never_privileged => Entry::Fault,
             // AP 15 and 11:10; a supersection has address bits 35:32 in 23:20 and 39:36 in 8:5, and domain 0.
             _ if bit(entry, 18) => {
-                if !self.supersections || bits(entry, 23, 20) != 0 || domain != 0 {
+                let address = (bits(entry, 31, 24) << 24) + (bits(entry, 23, 20) << 32) + (domain << 36);
+                if !self.supersections || beyond(address, self.output_bits) {
                     return Entry::Fault;
                 }
-                self.leaf(0, bits(entry, 15, 15) * 4 + bits(entry, 11, 10), bits(entry, 31, 24) << 24, 24, bits(entry, 14, 12), entry)
+                self.leaf(0, bits(entry, 15, 15) * 4 + bits(entry, 11, 10), address, 24, bits(entry, 14, 12), entry)
             }
             _ => self.leaf(domain, bits(entry, 15, 15) * 4 + bits(entry, 11, 10), bits(entry, 31, 20) << 20, 20, bits(entry, 14, 12), entry),
         }

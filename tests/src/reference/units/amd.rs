@@ -60,7 +60,7 @@ pub fn amd_host(seed: u64) -> (Snapshot, Request, Generated) {
     let id = rng.below(1 << 16);
     let mut memory = generated.snapshot.memory.clone();
     write_entry(&mut memory, id, [start(config.granted) + (u64::from(config.levels) << 9) + config.root, rng.below(1 << 16), 0, 0]);
-    (unit(memory, false), Request { id, pasid: None, others: vec![(id ^ 1, None), (id, Some(0)), (id, Some(5))] }, generated)
+    (unit(memory, false), Request { id, pasid: None, others: vec![(id ^ 1, None), (id, Some(0)), (id, Some(5))], messages: None }, generated)
 }
 
 /// Guest CR3 tables that lead a PASID to a root; returns the first one's address. `moved` says where guest pages are to be written.
@@ -111,7 +111,7 @@ pub fn amd_guest(seed: u64) -> (Snapshot, Request, Generated) {
     write_entry(&mut memory, id, entry);
     let beyond = 1 << (9 * (glx + 1)).min(20);
     let others = vec![(id ^ 1, None), (id, Some(pasid ^ 1)), (id, Some(pasid + beyond))];
-    (unit(memory, false), Request { id, pasid: (!implicit).then_some(pasid), others }, generated)
+    (unit(memory, false), Request { id, pasid: (!implicit).then_some(pasid), others, messages: None }, generated)
 }
 
 /// A device with guest tables behind a host table.
@@ -141,5 +141,5 @@ pub fn amd_nested(seed: u64) -> (Snapshot, Request, Nested) {
     entry[0] += start(granted) + (u64::from(host.levels) << 9) + host.root;
     write_entry(&mut memory, id, entry);
     let others = vec![(id ^ 1, None), (id, Some(pasid ^ 1))];
-    (unit(memory, guest_physical), Request { id, pasid: (!implicit).then_some(pasid), others }, nested)
+    (unit(memory, guest_physical), Request { id, pasid: (!implicit).then_some(pasid), others, messages: None }, nested)
 }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use super::detect::MessageTable;
 use super::generate::{Format, Generated, Options, Rng, build, generate_with, says_write_only};
 use super::snapshot::{Memory, Snapshot};
 use super::tables::{ArmHalf, ArmStage2, TableConfig, VtdSecond};
@@ -78,6 +79,8 @@ pub struct Request {
     pub pasid: Option<u64>,
     /// Ids that are next to it and have nothing.
     pub others: Vec<(u64, Option<u64>)>,
+    /// The device's MSI page table, if it has one.
+    pub messages: Option<MessageTable>,
 }
 
 /// Writes a page's first words.

@@ -1,9 +1,10 @@
 //! RISC-V units: device directories of one to three levels with both contexts, process directories of one to three levels, one stage and two.
 
 use super::{Nested, Request, STRUCTURES, nest};
+use crate::reference::detect::MessageTable;
 use crate::reference::generate::{Format, Generated, Options, Rng, build, random_config, random_leaves};
 use crate::reference::snapshot::{Memory, Snapshot};
-use crate::reference::tables::{Msi, RiscvFirst, RiscvSecond, TableConfig};
+use crate::reference::tables::{RiscvFirst, RiscvSecond, TableConfig};
 use crate::reference::{Run, bits};
 
 /// How the unit's structures are shaped.
@@ -56,7 +57,7 @@ impl Shape {
         [bits(self.id, own - 1, 0), bits(self.id, own + 8, own), bits(self.id, 23, own + 9)]
     }
 
-    fn request(&self) -> Request {
+    fn request(&self, messages: Option<MessageTable>) -> Request {
         let mut others = vec![(self.id ^ 1, None)];
         if self.levels < 3 {
             // More bits than the directory resolves.
@@ -66,7 +67,7 @@ impl Shape {
             (0, _) => others.extend([(self.id, Some(0)), (self.id, Some(1))]),
             (_, process) => others.extend([(self.id, Some(process.unwrap_or(0) ^ 1)), (self.id, Some(1 << 20))]),
         }
-        Request { id: self.id, pasid: self.process, others }
+        Request { id: self.id, pasid: self.process, others, messages }
     }
 }
 
@@ -106,7 +107,14 @@ fn process_directory(memory: &mut Memory, shape: &Shape, first: Option<RiscvFirs
 }
 
 /// The unit with one device; `pdtp` is set if there is a process directory.
-fn unit(mut memory: Memory, shape: &Shape, first: Option<RiscvFirst>, second: Option<RiscvSecond>, pdtp: Option<u64>, msi: Msi) -> Snapshot {
+fn unit(
+    mut memory: Memory,
+    shape: &Shape,
+    first: Option<RiscvFirst>,
+    second: Option<RiscvSecond>,
+    pdtp: Option<u64>,
+    messages: Option<MessageTable>,
+) -> Snapshot {
     let entries = first.map(|first| first.entries).or(second.map(|second| second.entries)).unwrap();
     let big_endian = second.is_some_and(|second| second.entries.big_endian);
     let sbe = first.map_or(big_endian, |first| first.entries.big_endian);
@@ -122,7 +130,7 @@ fn unit(mut memory: Memory, shape: &Shape, first: Option<RiscvFirst>, second: Op
         pdtp.unwrap_or(first.map_or(0, |first| pointer(mode(first.levels), first.root))),
     ];
     if shape.extended {
-        context.extend([msi.root.map_or(0, |root| pointer(1, root)), msi.mask, msi.pattern, 0]);
+        context.extend(messages.map_or([0; 4], |table| [pointer(1, table.root), table.mask, table.pattern, 0]));
     }
     let index = shape.indexes();
     let places = [STRUCTURES, STRUCTURES + 0x1000, STRUCTURES + 0x2000];
@@ -146,23 +154,22 @@ fn unit(mut memory: Memory, shape: &Shape, first: Option<RiscvFirst>, second: Op
 }
 
 /// Settings that the unit's registers give: all address bits, Svnapot.
-fn settled(mut config: TableConfig, msi: Msi) -> TableConfig {
-    let (levels, entries, own) = match &mut config {
-        TableConfig::RiscvFirst(config) => (&mut config.levels, &mut config.entries, &mut config.msi),
+fn settled(mut config: TableConfig) -> TableConfig {
+    let (levels, entries) = match &mut config {
+        TableConfig::RiscvFirst(config) => (&mut config.levels, &mut config.entries),
         TableConfig::RiscvSecond(config) => {
             config.input_bits = 59;
-            (&mut config.levels, &mut config.entries, &mut config.msi)
+            (&mut config.levels, &mut config.entries)
         }
         _ => unreachable!(),
     };
     *levels = (*levels).max(3);
     (entries.output_bits, entries.svnapot) = (56, true);
-    *own = msi;
     config
 }
 
-fn random_msi(shape: &Shape, rng: &mut Rng) -> Msi {
-    if shape.extended && rng.percent(50) { Msi { root: Some(0x5000_0000), mask: 0xff, pattern: 0x2_8000 } } else { Msi::default() }
+fn random_messages(shape: &Shape, rng: &mut Rng) -> Option<MessageTable> {
+    (shape.extended && rng.percent(50)).then_some(MessageTable { root: 0x5000_0000, mask: 0xff, pattern: 0x2_8000 })
 }
 
 /// A device with one stage, of either kind.
@@ -170,8 +177,8 @@ fn random_msi(shape: &Shape, rng: &mut Rng) -> Msi {
 pub fn riscv_single(second_stage: bool, seed: u64) -> (Snapshot, Request, Generated) {
     let rng = &mut Rng::new(seed);
     let mut shape = Shape::random(seed, rng);
-    let msi = random_msi(&shape, rng);
-    let config = settled(random_config(if second_stage { Format::RiscvSecond } else { Format::RiscvFirst }, rng), msi);
+    let messages = random_messages(&shape, rng);
+    let config = settled(random_config(if second_stage { Format::RiscvSecond } else { Format::RiscvFirst }, rng));
     let options = Options { clusters: 6, ..Options::default() };
     let leaves = random_leaves(&config, rng, options);
     let generated = build(config, &leaves, rng, options);
@@ -187,7 +194,7 @@ pub fn riscv_single(second_stage: bool, seed: u64) -> (Snapshot, Request, Genera
     }
     let places = [STRUCTURES + 0x8000, STRUCTURES + 0x9000, STRUCTURES + 0xa000];
     let pdtp = (shape.process_levels > 0).then(|| process_directory(&mut memory, &shape, first, places));
-    (unit(memory, &shape, first, second, pdtp, msi), shape.request(), generated)
+    (unit(memory, &shape, first, second, pdtp, messages), shape.request(messages), generated)
 }
 
 /// A device with two stages.
@@ -195,8 +202,8 @@ pub fn riscv_single(second_stage: bool, seed: u64) -> (Snapshot, Request, Genera
 pub fn riscv_nested(seed: u64) -> (Snapshot, Request, Nested) {
     let rng = &mut Rng::new(seed);
     let shape = Shape::random(seed, rng);
-    let msi = random_msi(&shape, rng);
-    let config = settled(random_config(Format::RiscvFirst, rng), Msi::default());
+    let messages = random_messages(&shape, rng);
+    let config = settled(random_config(Format::RiscvFirst, rng));
     let options = Options { clusters: 6, ..Options::default() };
     let leaves: Vec<Run> = random_leaves(&config, rng, options);
     let first = build(config, &leaves, rng, options);
@@ -204,10 +211,10 @@ pub fn riscv_nested(seed: u64) -> (Snapshot, Request, Nested) {
     let mut guest = Memory::default();
     let pdtp = (shape.process_levels > 0).then(|| process_directory(&mut guest, &shape, Some(own), [0x12_3000, 0x45_6000, 0x78_9000]));
     // The second stage has to take all that the first puts out.
-    let TableConfig::RiscvSecond(mut second) = settled(random_config(Format::RiscvSecond, rng), msi) else { unreachable!() };
+    let TableConfig::RiscvSecond(mut second) = settled(random_config(Format::RiscvSecond, rng)) else { unreachable!() };
     second.levels = 5;
     (second.entries.svpbmt, second.entries.svrsw60t59b) = (own.entries.svpbmt, own.entries.svrsw60t59b);
     let nested = nest(first, TableConfig::RiscvSecond(second), &guest, seed);
     let TableConfig::RiscvSecond(second) = nested.second.config else { unreachable!() };
-    (unit(nested.memory.clone(), &shape, Some(own), Some(second), pdtp, msi), shape.request(), nested)
+    (unit(nested.memory.clone(), &shape, Some(own), Some(second), pdtp, messages), shape.request(messages), nested)
 }
