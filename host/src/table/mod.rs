@@ -22,6 +22,7 @@ pub use build::{BuildError, Builder, Built};
 pub use collect::{Collector, Mapping};
 pub use direct::Window;
 pub use format::{Encoded, FaultKind, Finding, Format, FormatError, Meaning, Missing, Need, Next, Severity};
+pub(crate) use lanes::{swap_bytes, widen};
 pub use geometry::{AddressField, ByteOrder, Geometry, Level, Mark, Nonsense, Root, Segment, Shape};
 pub use intercept::Intercept;
 pub use loss::{Count, Loss, Losses};
