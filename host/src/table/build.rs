@@ -10,11 +10,11 @@ use std::sync::Arc;
 
 use crate::memory::{EntryLayout, EntryMemory};
 use crate::table::arena::{Arena, Full, write_entry};
+use crate::table::build::runs::Prepared;
 use crate::table::format::{Format, FormatError, Meaning};
 use crate::table::geometry::{AddressField, Geometry, Nonsense};
 use crate::table::lanes;
 use crate::table::loss::{Loss, Losses, narrowed};
-use crate::table::build::runs::Prepared;
 use crate::table::remember::Plan;
 use crate::table::stage::{Page, Stage};
 use crate::table::walk::{FaultAt, Piece, Run, Step, Visitor, WalkError};

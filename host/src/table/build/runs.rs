@@ -266,7 +266,16 @@ impl Builder<'_> {
         // A whole table needs no page to be filled in, and a table of several pages has none: they are written where they belong, past the cache.
         let whole = slots as u64 == prepared.table_entries && self.staged[depth].is_some();
         let past_cache = (whole || self.open[depth].past_cache) && (!narrow || (index | slots).is_multiple_of(2));
-        let form = lanes::Form { moves: &prepared.moves, patterns, absent: prepared.absent, parts: &prepared.parts, lines: &prepared.lines, narrow, big, past_cache };
+        let form = lanes::Form {
+            moves: &prepared.moves,
+            patterns,
+            absent: prepared.absent,
+            parts: &prepared.parts,
+            lines: &prepared.lines,
+            narrow,
+            big,
+            past_cache,
+        };
         if past_cache && !(prepared.in_place && run.kinds.has_gaps()) {
             self.stage.skip(self.staged[depth].take());
             let target = self.arena.words(self.open[depth].offset);
