@@ -64,6 +64,12 @@ pub fn contest(criterion: &mut Criterion, name: &str, entries: u64, rounds: usiz
     println!();
 }
 
+/// For each contestant the median, over some rounds in turn, of its ratio to the first one's time in the same round.
+pub fn in_turn(rounds: usize, contestants: &mut [Contestant<'_>]) -> Vec<f64> {
+    let rounds: Vec<Vec<f64>> = (0..rounds).map(|_| contestants.iter_mut().map(turn).collect()).collect();
+    (0..contestants.len()).map(|index| median(rounds.iter().map(|round| round[index] / round[0]))).collect()
+}
+
 /// Nanoseconds of processor time of one run: the machine may have other work.
 fn turn(contestant: &mut Contestant<'_>) -> f64 {
     (contestant.run)();

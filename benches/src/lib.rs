@@ -7,5 +7,6 @@ pub mod contest;
 pub mod crates;
 pub mod fused;
 pub mod guest;
+pub mod pairs;
 pub mod pool;
 pub mod production;

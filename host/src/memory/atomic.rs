@@ -11,6 +11,8 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
 
+use crate::table::widen;
+
 /// Where bytes of guest memory stand in this process. It can be used for one thing: to tell the processor which bytes near them will be read soon. Nothing is
 /// read through it, so it may outlive the memory, or point into the void.
 #[derive(Clone, Copy, Debug)]
@@ -142,6 +144,18 @@ pub(super) fn load_u32<B: BitmapSlice>(slice: &VolatileSlice<'_, B>, entries: &m
     let first = guard.as_ptr().cast::<AtomicU32>();
     if !first.is_aligned() || slice.len() / 4 < entries.len() {
         return false;
+    }
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    if entries.len() >= 2 * LINE && entries.len().is_multiple_of(2 * LINE) && first.addr().is_multiple_of(16) && is_x86_feature_detected!("avx") {
+        // What is loaded 16 bytes at a time tears no entry of 4 either.
+        let mut words = [0_u64; 16 * LINE];
+        for (index, part) in entries.chunks_mut(2 * words.len()).enumerate() {
+            let lines = part.len() / (2 * LINE);
+            // SAFETY: as for words of 64 bits, some lines at a time: all of them are within the slice, and these fit into `words`.
+            unsafe { load_lines(first.cast::<u8>().add(index * size_of_val(&words)), words.as_mut_ptr(), lines) };
+            widen(&words[..lines * LINE], part);
+        }
+        return true;
     }
     // SAFETY: as above.
     let words = unsafe { std::slice::from_raw_parts(first, entries.len()) };

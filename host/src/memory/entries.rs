@@ -6,7 +6,7 @@ use vm_memory::{GuestAddress, GuestMemory, Permissions, VolatileMemory};
 
 use crate::Gpa;
 use crate::memory::atomic::{self, Nearby};
-use crate::table::ByteOrder;
+use crate::table::{ByteOrder, swap_bytes};
 
 /// The unit in which tables are read, and the smallest page of any guest: 4 KiB.
 pub const PAGE: u64 = 4096;
@@ -88,9 +88,7 @@ fn to_native(layout: EntryLayout, entries: &mut [u64]) {
         return;
     }
     let unused = 64 - u32::from(layout.bytes) * 8;
-    for entry in entries {
-        *entry = entry.swap_bytes() >> unused;
-    }
+    swap_bytes(entries, unused);
 }
 
 /// `length` bytes from `address`, each read once: for device structures.

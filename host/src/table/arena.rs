@@ -9,6 +9,9 @@ use crate::table::{ByteOrder, lanes};
 /// Words of one chunk: 2 MiB.
 const CHUNK: usize = 1 << 18;
 
+/// Bytes of the smallest table: a cache line.
+const SMALLEST: u64 = 64;
+
 /// Table memory from `base` upwards, handed out in pages of 4 KiB and never moved; used again after [`Arena::reset`].
 #[derive(Debug)]
 pub struct Arena {
@@ -20,7 +23,7 @@ pub struct Arena {
     used: u64,
     /// Tables given back, by bytes: their offsets.
     free: BTreeMap<u64, Vec<u64>>,
-    /// For each page that was handed out: the size of the table that starts there, as a power of two, or zero.
+    /// For each page that was handed out: the size of the table that starts there, as a power of two, or zero. Pages of small tables count as one table.
     live: Vec<u8>,
     /// Bytes of all tables in use.
     bytes: u64,
@@ -96,7 +99,7 @@ impl Arena {
         self.base + self.limit.saturating_sub(1)
     }
 
-    /// Bytes of all tables in use; small tables count as the pages that they take.
+    /// Bytes of all tables in use; of small tables, those of the pages that they are in.
     #[must_use]
     pub const fn bytes(&self) -> u64 {
         self.bytes
@@ -119,9 +122,23 @@ impl Arena {
         })
     }
 
-    /// A table of `bytes` bytes, aligned to its size and to 4 KiB. Its contents are whatever was there.
+    /// A root table of `bytes` bytes, aligned to its size and to 4 KiB: registers hold no less. Its contents are whatever was there.
+    pub(crate) fn allocate_root(&mut self, bytes: u64) -> Result<u64, Full> {
+        self.allocate(bytes.max(PAGE))
+    }
+
+    /// A table of `bytes` bytes, aligned to its size. Its contents are whatever was there.
     pub(crate) fn allocate(&mut self, bytes: u64) -> Result<u64, Full> {
-        let bytes = bytes.next_power_of_two().max(PAGE);
+        let bytes = bytes.next_power_of_two().max(SMALLEST);
+        if bytes < PAGE {
+            if let Some(offset) = self.free.get_mut(&bytes).and_then(Vec::pop) {
+                return Ok(offset);
+            }
+            // A page of such tables, which stays one until all tables are forgotten. The first is handed out, the next ones follow it.
+            let first = self.allocate(PAGE)?;
+            self.free.entry(bytes).or_default().extend((1..PAGE / bytes).rev().map(|table| first + table * bytes));
+            return Ok(first);
+        }
         if let Some(offset) = self.free.get_mut(&bytes).and_then(Vec::pop) {
             self.keep(offset, bytes);
             return Ok(offset);
@@ -155,7 +172,13 @@ impl Arena {
         }
     }
 
-    pub(crate) fn release(&mut self, offset: u64) {
+    /// Takes back a table of `bytes` bytes.
+    pub(crate) fn release(&mut self, offset: u64, bytes: u64) {
+        let small = bytes.next_power_of_two().max(SMALLEST);
+        if small < PAGE {
+            self.free.entry(small).or_default().push(offset);
+            return;
+        }
         let size_log2 = self.live.get_mut((offset / PAGE) as usize).map_or(0, std::mem::take);
         if size_log2 != 0 {
             let bytes = 1 << size_log2;

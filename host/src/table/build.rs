@@ -4,10 +4,13 @@
 //! there. Tables are filled from left to right, each entry written once. A table that turns out to be one contiguous range is given back and becomes a leaf
 //! of the level above ("promotion"), so that the common case, pages as large as the source's, is a plain copy with the pattern replaced.
 
+mod runs;
+
 use std::sync::Arc;
 
 use crate::memory::{EntryLayout, EntryMemory};
 use crate::table::arena::{Arena, Full, write_entry};
+use crate::table::build::runs::Prepared;
 use crate::table::format::{Format, FormatError, Meaning};
 use crate::table::geometry::{AddressField, ByteOrder, Geometry, Nonsense};
 use crate::table::lanes;
@@ -96,9 +99,6 @@ struct Leaf {
     narrowed: Vec<Loss>,
 }
 
-/// A leaf that becomes more leaves than this takes the slow way.
-const MAX_SPLIT_LOG2: u8 = 5;
-
 /// The leaves of all sizes of one chain for given attributes.
 #[derive(Debug)]
 struct Encoding {
@@ -107,32 +107,6 @@ struct Encoding {
     leaves: Vec<Option<Arc<Leaf>>>,
     /// Those that there are, largest first: size and rung.
     usable: Arc<[(u8, usize, Arc<Leaf>)]>,
-}
-
-/// How runs of leaves of one size, of one or two kinds, are written.
-#[derive(Debug)]
-struct Prepared {
-    /// The size of the leaves, and what they allow.
-    from: (u8, [Attributes; 2]),
-    window: usize,
-    depth: usize,
-    /// The size of the target's pages, and how many of them a leaf becomes.
-    size: u8,
-    split_log2: u8,
-    table_entries: u64,
-    absent: u64,
-    last_address: u64,
-    /// Addresses stand in the target's entries as they are.
-    in_place: bool,
-    leaves: [Arc<Leaf>; 2],
-}
-
-impl Prepared {
-    fn serves(&self, run: &Run<'_>) -> bool {
-        let (size_log2, [first, second]) = self.from;
-        let attributes = run.kinds.attributes();
-        size_log2 == run.size_log2 && first == attributes[0] && (second == attributes[1] || run.kinds.is_one())
-    }
 }
 
 /// Whether a table's entries so far are one contiguous range.
@@ -150,6 +124,8 @@ struct Open {
     base: u64,
     filled: u64,
     contents: Contents,
+    /// Leaves are written past the cache, without a page to be filled first.
+    past_cache: bool,
 }
 
 /// Builds one table. Mappings come through [`Visitor`] or [`Builder::map`] in ascending order of IOVA; [`Builder::finish`] ends it.
@@ -172,6 +148,8 @@ pub struct Builder<'a> {
     encodings: Vec<Encoding>,
     /// For runs like the last one.
     prepared: Option<Prepared>,
+    /// The first leaves of pages that several make up.
+    merged: Vec<u64>,
     losses: Losses,
     leaves: u64,
     questions: u64,
@@ -208,6 +186,7 @@ impl<'a> Builder<'a> {
             pending: None,
             encodings: Vec::new(),
             prepared: None,
+            merged: Vec::new(),
             losses: Losses::default(),
             leaves: 0,
             questions: 0,
@@ -514,10 +493,10 @@ impl<'a> Builder<'a> {
             let Window { chain, base, .. } = self.windows[window];
             let (offset, filled) = match self.chains[chain].root {
                 Some(root) => root,
-                None => (self.arena.allocate(self.chains[chain].rungs[0].bytes)?, 0),
+                None => (self.arena.allocate_root(self.chains[chain].rungs[0].bytes)?, 0),
             };
             // A root has no level above: whether it is contiguous is of no interest.
-            self.open.push(Open { offset, base, filled, contents: Contents::Mixed });
+            self.open.push(Open { offset, base, filled, contents: Contents::Mixed, past_cache: false });
             self.staged.push(None);
             self.window = Some(window);
         }
@@ -536,7 +515,8 @@ impl<'a> Builder<'a> {
             let bytes = self.chains[chain].rungs[self.open.len()].bytes;
             let before = self.arena.bytes().saturating_sub(self.before);
             let offset = self.arena.allocate(bytes)?;
-            self.open.push(Open { offset, base, filled: 0, contents: Contents::Empty });
+            let past_cache = runs::goes_past_cache(bytes, before);
+            self.open.push(Open { offset, base, filled: 0, contents: Contents::Empty, past_cache });
             let page = self.stage.page(bytes, before);
             self.staged.push(page);
         }
@@ -577,7 +557,7 @@ impl<'a> Builder<'a> {
         let chain = self.windows[window].chain;
         while self.open.len() > depth + 1 {
             let child = self.open.len() - 1;
-            let (entries, absent) = (self.chains[chain].rungs[child].entries, self.chains[chain].rungs[child].absent);
+            let Rung { entries, absent, bytes, .. } = self.chains[chain].rungs[child];
             self.fill(child, entries, absent);
             let closed = self.open[child];
             let index = self.fill_to(child - 1, closed.base)?;
@@ -592,7 +572,7 @@ impl<'a> Builder<'a> {
             self.open.pop();
             match self.staged.pop().flatten() {
                 Some(page) if promoted.is_some() => self.stage.forget(page),
-                Some(page) => self.stage.write(page, self.arena.words(closed.offset)),
+                Some(page) => self.stage.write(page, self.arena.words(closed.offset), bytes),
                 None => {}
             }
             let layout = self.layout;
@@ -600,7 +580,7 @@ impl<'a> Builder<'a> {
             let parent = &mut self.open[child - 1];
             match promoted {
                 Some((leaf, attributes, address)) => {
-                    self.arena.release(closed.offset);
+                    self.arena.release(closed.offset, bytes);
                     self.leaves = self.leaves + 1 - entries;
                     note(parent, index, 1, attributes, Some(leaf.pattern), address, address.wrapping_add(low_bits(lsb)).wrapping_add(1));
                 }
@@ -652,7 +632,7 @@ impl<'a> Builder<'a> {
             let rung = &chain.rungs[0];
             let (offset, filled) = match chain.root {
                 Some(root) => root,
-                None => (self.arena.allocate(rung.bytes)?, 0),
+                None => (self.arena.allocate_root(rung.bytes)?, 0),
             };
             let words = self.arena.words(offset);
             for slot in filled..rung.entries {
@@ -661,141 +641,6 @@ impl<'a> Builder<'a> {
             roots.push((chain.setting.clone(), Gpa(self.arena.base() + offset)));
         }
         Ok(Built { roots, losses: self.losses, leaves: self.leaves, questions: self.questions })
-    }
-
-    /// The fast way: leaves as large as the target's slots, or a few times that, and one or two patterns for all of them.
-    fn map_run(&mut self, run: &Run<'_>) -> Result<bool, BuildError> {
-        let span = Span { first: run.iova.0, last: run.iova.0 + (((run.entries.len() as u64) << run.size_log2) - 1) };
-        let known = self.prepared.take().filter(|known| known.serves(run) && self.windows[known.window].holds(span));
-        let prepared = match known {
-            Some(known) => known,
-            None => match self.prepare(run, span)? {
-                Some(prepared) => prepared,
-                None => return Ok(false),
-            },
-        };
-        // It is lent out and put back: counting who has it would wait, each time, until all that was written has reached memory.
-        let result = self.map_prepared(run, &prepared);
-        self.prepared = Some(prepared);
-        result
-    }
-
-    /// How runs like this one are written; none: one piece after the other.
-    fn prepare(&mut self, run: &Run<'_>, span: Span) -> Result<Option<Prepared>, BuildError> {
-        if self.layout.bytes != 8 {
-            return Ok(None);
-        }
-        let here = self.window.filter(|window| self.windows[*window].holds(span));
-        let Some(window) = here.or_else(|| self.windows.iter().position(|window| window.holds(span))) else { return Ok(None) };
-        let chain = self.windows[window].chain;
-        let sizes = &self.chains[chain].sizes;
-        let Some(position) = sizes.iter().position(|(size, _)| *size <= run.size_log2) else { return Ok(None) };
-        let (size, depth) = sizes[position];
-        let rung = &self.chains[chain].rungs[depth];
-        // A level with pages above its slots would want to see larger ranges first.
-        if rung.lsb != size || rung.leaf_sizes & !(1 << rung.lsb) != 0 {
-            return Ok(None);
-        }
-        // Where the target has no pages of the source's size, each leaf becomes a few.
-        let (split_log2, table_entries, absent) = (run.size_log2 - size, rung.entries, rung.absent);
-        if split_log2 > MAX_SPLIT_LOG2 || table_entries >> split_log2 == 0 {
-            return Ok(None);
-        }
-        let attributes = run.kinds.attributes();
-        let mut leaves = [None, None];
-        for (leaf, attributes) in leaves.iter_mut().zip(attributes) {
-            let encoding = self.encoding(chain, attributes)?;
-            leaf.clone_from(&self.encodings[encoding].leaves[position]);
-        }
-        let [Some(leaf), Some(other)] = leaves else { return Ok(None) };
-        if leaf.field != other.field {
-            return Ok(None);
-        }
-        let last_address = leaf.last_address.min(other.last_address);
-        let in_place = leaf.field.is_in_place() && self.layout.order == ByteOrder::Little && cfg!(target_endian = "little");
-        let leaves = [leaf, other];
-        let from = (run.size_log2, attributes);
-        Ok(Some(Prepared { from, window, depth, size, split_log2, table_entries, absent, last_address, in_place, leaves }))
-    }
-
-    fn map_prepared(&mut self, run: &Run<'_>, prepared: &Prepared) -> Result<bool, BuildError> {
-        let Prepared { from: (_, [attributes, other_attributes]), window, depth, size, split_log2, table_entries, absent, .. } = *prepared;
-        let [leaf, other] = &prepared.leaves;
-        if run.within.last > prepared.last_address {
-            return Ok(false);
-        }
-        let plain = split_log2 == 0 && prepared.in_place && run.field.is_in_place();
-        self.flush()?;
-        let (mut done, mut all_others, mut all_gaps) = (0, 0, 0);
-        while done < run.entries.len() {
-            let iova = run.iova.0 + ((done as u64) << run.size_log2);
-            let below = (iova - self.windows[window].base) >> size & (table_entries - 1);
-            let count = ((table_entries - below) as usize >> split_log2).min(run.entries.len() - done);
-            let part = &run.entries[done..done + count];
-            done += count;
-            if run.kinds.has_gaps() && part.iter().all(|entry| run.kinds.is_gap(*entry)) {
-                all_gaps += count as u64;
-                continue; // a table with nothing in it is not made
-            }
-            self.open_to(window, depth, iova)?;
-            let index = self.fill_to(depth, iova)?;
-            let slots = count << split_log2;
-            let patterns = [leaf.pattern, other.pattern];
-            let address = run.field.in_place & leaf.field.in_place;
-            let entries = lanes::Target { patterns, absent: absent.to_le(), address };
-            let whole = slots as u64 == table_entries;
-            let streamed = match &self.staged[depth] {
-                Some(_) if plain && whole => {
-                    let target = &mut self.arena.words(self.open[depth].offset)[..slots];
-                    lanes::transcode_past_cache(part, run.kinds, target, entries)
-                }
-                _ => None,
-            };
-            let (others, gaps) = if let Some(others) = streamed {
-                self.stage.skip(self.staged[depth].take());
-                (others, 0)
-            } else if plain {
-                let target = &mut self.words(depth)[index as usize..index as usize + slots];
-                lanes::transcode(part, run.kinds, target, entries)
-            } else {
-                let layout = self.layout;
-                let target = &mut self.words(depth)[index as usize..index as usize + slots];
-                transcode(part, run, target, (patterns, absent), (&leaf.field, size), layout)
-            };
-            let second = run.kinds.is_second(part[0]);
-            let (kind, pattern) = if second { (other_attributes, other.pattern) } else { (attributes, leaf.pattern) };
-            let same = |entry: &u64| leaf.pattern == other.pattern || run.kinds.is_second(*entry) == second;
-            let contiguous = gaps == 0 && is_contiguous(part, run.field, run.size_log2) && part.iter().all(same);
-            let first = run.field.extract(part[0]);
-            let next = first.wrapping_add((count as u64) << run.size_log2);
-            note(&mut self.open[depth], index, slots as u64, kind, contiguous.then_some(pattern), first, next);
-            self.leaves += (count as u64 - gaps) << split_log2;
-            all_others += others;
-            all_gaps += gaps;
-        }
-        if run.kinds.is_one() {
-            if !leaf.narrowed.is_empty() {
-                let bytes = (run.entries.len() as u128) << run.size_log2;
-                self.note_narrowed(leaf, attributes, (run.iova.0, run.field.extract(run.entries[0])), run.entries.len() as u64, bytes);
-            }
-        } else {
-            self.note_kind(run, false, leaf, run.entries.len() as u64 - all_others - all_gaps);
-            self.note_kind(run, true, other, all_others);
-        }
-        Ok(true)
-    }
-
-    /// Notes what `count` leaves of one of two kinds lose.
-    fn note_kind(&mut self, run: &Run<'_>, second: bool, leaf: &Leaf, count: u64) {
-        let example = || {
-            let of_kind = |entry: &u64| !run.kinds.is_gap(*entry) && run.kinds.is_second(*entry) == second;
-            let index = run.entries.iter().position(of_kind).unwrap_or(0);
-            let iova = Span::of_log2(run.iova.0 + ((index as u64) << run.size_log2), run.size_log2);
-            Piece { iova, address: run.field.extract(run.entries[index]), attributes: run.kinds.of(run.entries[index]) }
-        };
-        for loss in leaf.narrowed.iter().filter(|_| count > 0) {
-            self.losses.add(*loss, example, count, u128::from(count) << run.size_log2);
-        }
     }
 
     fn keep(&mut self, result: Result<(), BuildError>) -> Result<(), WalkError> {
@@ -807,12 +652,9 @@ impl<'a> Builder<'a> {
 }
 
 impl Visitor for Builder<'_> {
-    fn leaves(&mut self, run: &Run<'_>, path: &[Step]) -> Result<(), WalkError> {
-        match self.map_run(run) {
-            Ok(true) => Ok(()),
-            Ok(false) => run.pieces().try_for_each(|piece| self.piece(&piece, path)),
-            Err(error) => self.keep(Err(error)),
-        }
+    fn leaves(&mut self, run: &Run<'_>, _: &[Step]) -> Result<(), WalkError> {
+        let result = self.map_run(run);
+        self.keep(result)
     }
 
     fn table(&mut self) {
@@ -853,39 +695,6 @@ fn note(open: &mut Open, index: u64, count: u64, attributes: Attributes, pattern
         _ => Contents::Mixed,
     };
     open.filled = index + count;
-}
-
-/// Whether the leaves continue each other. Real tables that do not say so in their first two entries.
-fn is_contiguous(entries: &[u64], field: &AddressField, size_log2: u8) -> bool {
-    let first = field.extract(entries[0]);
-    entries.iter().enumerate().skip(1).all(|(index, entry)| field.extract(*entry) == first.wrapping_add((index as u64) << size_log2))
-}
-
-/// Writes leaves with the address moved and the pattern replaced by the one of `patterns` for its kind, each as often as there are pages of `2^size` bytes
-/// in it; how many are of the second kind, and how many entries are gaps. [`lanes::transcode`] is the fast way where nothing moves.
-fn transcode(
-    source: &[u64],
-    run: &Run<'_>,
-    target: &mut [u64],
-    (patterns, absent): ([u64; 2], u64),
-    (to, size): (&AddressField, u8),
-    layout: EntryLayout,
-) -> (u64, u64) {
-    let split_log2 = run.size_log2 - size;
-    let (mut others, mut gaps) = (0, 0);
-    for (index, entry) in source.iter().enumerate() {
-        let (second, gap) = (run.kinds.is_second(*entry), run.kinds.is_gap(*entry));
-        others += u64::from(second && !gap);
-        gaps += u64::from(gap);
-        let pattern = patterns[usize::from(second)];
-        let address = run.field.extract(*entry);
-        for part in 0..1_usize << split_log2 {
-            // The caller knows that all addresses fit.
-            let bits = to.insert(address + ((part as u64) << size)).unwrap_or(0);
-            write_entry(target, layout, (index << split_log2) + part, if gap { absent } else { pattern | bits });
-        }
-    }
-    (others, gaps)
 }
 
 /// Where tables were built can be walked at once.

@@ -275,7 +275,29 @@ fn check_shape(shape: &Shape, bits: u8) -> Result<u64, Nonsense> {
     Ok(in_entry)
 }
 
-/// An address field, ready for use: one mask for the bits that stay in place, and the segments that move.
+/// Bits that move together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Move {
+    /// The bits, before they move.
+    pub(crate) mask: u64,
+    /// They are turned left by so many; what moves right comes around the end.
+    pub(crate) turn: u32,
+}
+
+impl Move {
+    #[inline]
+    pub(crate) const fn apply(self, word: u64) -> u64 {
+        (word & self.mask).rotate_left(self.turn)
+    }
+
+    /// From where [`Move::apply`] brings bits, to where they were.
+    #[inline]
+    const fn undo(self, word: u64) -> u64 {
+        word.rotate_right(self.turn) & self.mask
+    }
+}
+
+/// An address field, ready for use: one mask for the bits that stay in place, and those that move.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct AddressField {
     /// Address bits in the entry.
@@ -284,8 +306,10 @@ pub struct AddressField {
     pub(crate) address_mask: u64,
     /// Bits that stand in the entry where they stand in the address.
     pub(crate) in_place: u64,
-    /// The others.
-    pub(crate) moved: Vec<Segment>,
+    /// The first that move, which are all that do in most formats.
+    pub(crate) moved: Move,
+    /// Those that move by other distances.
+    others: Vec<Move>,
 }
 
 impl AddressField {
@@ -295,12 +319,18 @@ impl AddressField {
         let mut field = Self::default();
         for segment in segments {
             let ones = u64::MAX >> (64 - segment.width);
-            field.entry_mask |= ones << segment.entry_lsb;
+            let mask = ones << segment.entry_lsb;
+            field.entry_mask |= mask;
             field.address_mask |= ones << segment.address_lsb;
-            if segment.entry_lsb == segment.address_lsb {
-                field.in_place |= ones << segment.entry_lsb;
+            let turn = (64 + u32::from(segment.address_lsb) - u32::from(segment.entry_lsb)) % 64;
+            if turn == 0 {
+                field.in_place |= mask;
+            } else if field.moved.mask == 0 {
+                field.moved = Move { mask, turn };
+            } else if let Some(alike) = std::iter::once(&mut field.moved).chain(&mut field.others).find(|other| other.turn == turn) {
+                alike.mask |= mask;
             } else {
-                field.moved.push(*segment);
+                field.others.push(Move { mask, turn });
             }
         }
         field
@@ -310,9 +340,8 @@ impl AddressField {
     #[inline]
     #[must_use]
     pub fn extract(&self, entry: u64) -> u64 {
-        self.moved.iter().fold(entry & self.in_place, |address, segment| {
-            address | (entry >> segment.entry_lsb & u64::MAX >> (64 - segment.width)) << segment.address_lsb
-        })
+        let address = entry & self.in_place | self.moved.apply(entry);
+        self.others.iter().fold(address, |address, other| address | other.apply(entry))
     }
 
     /// The entry bits for `address`; none if it has bits that the field cannot carry.
@@ -322,14 +351,41 @@ impl AddressField {
         if address & !self.address_mask != 0 {
             return None;
         }
-        Some(self.moved.iter().fold(address & self.in_place, |entry, segment| {
-            entry | (address >> segment.address_lsb & u64::MAX >> (64 - segment.width)) << segment.entry_lsb
-        }))
+        let entry = address & self.in_place | self.moved.undo(address);
+        Some(self.others.iter().fold(entry, |entry, other| entry | other.undo(address)))
     }
 
     /// Whether the address stands in the entry as it is.
     #[must_use]
     pub fn is_in_place(&self) -> bool {
-        self.moved.is_empty()
+        self.moved.mask == 0
+    }
+
+    /// Whether all bits that move do so by the same distance.
+    #[inline]
+    pub(crate) fn is_plain(&self) -> bool {
+        self.others.is_empty()
+    }
+
+    fn moves(&self) -> impl Iterator<Item = Move> + '_ {
+        let first = [Move { mask: self.in_place, turn: 0 }, self.moved];
+        first.into_iter().chain(self.others.iter().copied()).filter(|one| one.mask != 0)
+    }
+
+    /// How addresses move from entries with this field to entries with `target`, those bits that both have.
+    pub(crate) fn to(&self, target: &Self) -> Vec<Move> {
+        let mut moves: Vec<Move> = Vec::new();
+        for from in self.moves() {
+            for to in target.moves() {
+                let mask = from.undo(to.apply(u64::MAX));
+                let turn = (64 + from.turn - to.turn) % 64;
+                match moves.iter_mut().find(|one| one.turn == turn) {
+                    _ if mask == 0 => {}
+                    Some(alike) => alike.mask |= mask,
+                    None => moves.push(Move { mask, turn }),
+                }
+            }
+        }
+        moves
     }
 }

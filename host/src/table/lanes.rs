@@ -3,13 +3,14 @@
 #![allow(unsafe_code)]
 
 use crate::Span;
+use crate::table::geometry::Move;
 use crate::table::walk::Kinds;
 
 /// Defines a function whose body is also compiled for wider registers.
 macro_rules! for_all_lanes {
-    ($(#[$doc:meta])* fn $name:ident($($argument:ident: $type:ty),* $(,)?) -> $result:ty $body:block) => {
+    ($(#[$doc:meta])* $access:vis fn $name:ident($($argument:ident: $type:ty),* $(,)?) -> $result:ty $body:block) => {
         $(#[$doc])*
-        pub(super) fn $name($($argument: $type),*) -> $result {
+        $access fn $name($($argument: $type),*) -> $result {
             #[inline(always)]
             fn plain($($argument: $type),*) -> $result $body
             #[cfg(target_arch = "x86_64")]
@@ -42,8 +43,10 @@ pub(super) struct Pattern {
     /// Bits that are not address.
     pub(super) mask: u64,
     pub(super) kinds: Kinds,
-    /// Address bits, which stand in place.
+    /// Address bits that stand in place.
     pub(super) address: u64,
+    /// Those that do not.
+    pub(super) moved: Move,
 }
 
 /// What was found at the start of some entries.
@@ -77,7 +80,7 @@ const FIRST_BLOCK: usize = 64;
 /// How many of the first `entries` are of these kinds, and whether all addresses in them are in `first..=first + room`.
 pub(super) fn scan(entries: &[u64], pattern: Pattern, first: u64, room: u64) -> Scanned {
     #[cfg(all(target_arch = "x86_64", not(miri)))]
-    if pattern.kinds.has_gaps() && entries.len() > FIRST_BLOCK && is_x86_feature_detected!("avx512f") {
+    if pattern.kinds.has_gaps() && pattern.moved.mask == 0 && entries.len() > FIRST_BLOCK && is_x86_feature_detected!("avx512f") {
         // Where tables are full nothing needs to be known about gaps.
         let start = scan_anywhere(&entries[..FIRST_BLOCK], pattern, first, room);
         let rest = &entries[FIRST_BLOCK..];
@@ -95,7 +98,7 @@ pub(super) fn scan(entries: &[u64], pattern: Pattern, first: u64, room: u64) -> 
     scan_anywhere(entries, pattern, first, room)
 }
 
-/// [`scan`] for a processor with wide registers, where there are gaps.
+/// [`scan`] for a processor with wide registers, where there are gaps and addresses stand in place.
 #[cfg(all(target_arch = "x86_64", not(miri)))]
 #[target_feature(enable = "avx512f")]
 fn scan_with_gaps(entries: &[u64], pattern: Pattern, first: u64, room: u64) -> Scanned {
@@ -103,7 +106,7 @@ fn scan_with_gaps(entries: &[u64], pattern: Pattern, first: u64, room: u64) -> S
         __m512i, _mm512_and_si512, _mm512_cmpeq_epi64_mask, _mm512_loadu_si512, _mm512_mask_max_epu64, _mm512_mask_xor_epi64,
         _mm512_reduce_max_epu64, _mm512_set1_epi64, _mm512_setzero_si512, _mm512_sub_epi64, _mm512_test_epi64_mask, _mm512_xor_si512,
     };
-    let Pattern { mask, kinds, address } = pattern;
+    let Pattern { mask, kinds, address, .. } = pattern;
     let all = |word: u64| _mm512_set1_epi64(word as i64);
     let (pattern_of_first, test, gap) = (all(kinds.pattern()), all(kinds.test()), all(kinds.gap()));
     let (difference, mask_of_all, address_bits, lowest) = (all(kinds.difference()), all(mask), all(address), all(first));
@@ -130,74 +133,81 @@ fn scan_with_gaps(entries: &[u64], pattern: Pattern, first: u64, room: u64) -> S
 for_all_lanes! {
     /// [`scan`] on any processor.
     fn scan_anywhere(entries: &[u64], pattern: Pattern, first: u64, room: u64) -> Scanned {
-        let Pattern { mask, kinds, address } = pattern;
-        let distance_of = |entry: u64| (entry & address).wrapping_sub(first);
-        let (mut count, mut gaps, mut farthest, mut uniform) = (0, 0_u64, 0_u64, true);
-        let (mut size, mut alike) = (FIRST_BLOCK, true);
-        while count < entries.len() {
-            let block = &entries[count..entries.len().min(count + size)];
-            // What all entries have in common, and what any has, often decides, and costs least: until it did not.
-            let (mut any, mut all) = (0, u64::MAX);
-            if alike {
+        if pattern.moved.mask == 0 { scan_as::<false>(entries, pattern, first, room) } else { scan_as::<true>(entries, pattern, first, room) }
+    }
+}
+
+/// The loop of [`scan`], for addresses of which some bits move, or none.
+#[inline(always)]
+fn scan_as<const MOVED: bool>(entries: &[u64], pattern: Pattern, first: u64, room: u64) -> Scanned {
+    let Pattern { mask, kinds, address, moved } = pattern;
+    let address_of = |entry: u64| entry & address | if MOVED { moved.apply(entry) } else { 0 };
+    let distance_of = |entry: u64| address_of(entry).wrapping_sub(first);
+    let (mut count, mut gaps, mut farthest, mut uniform) = (0, 0_u64, 0_u64, true);
+    let (mut size, mut alike) = (FIRST_BLOCK, true);
+    while count < entries.len() {
+        let block = &entries[count..entries.len().min(count + size)];
+        // What all entries have in common, and what any has, often decides, and costs least: until it did not.
+        let (mut any, mut all) = (0, u64::MAX);
+        if alike {
+            for entry in block {
+                any |= entry;
+                all &= entry;
+            }
+        }
+        let varying = (any ^ all) & mask;
+        if varying & !kinds.only_difference() == 0 && kinds.leaf_distance(all, mask) == 0 {
+            uniform &= varying == 0 && !kinds.is_second(all);
+            // The lowest and the highest address are between these two.
+            if (address_of(all) < first) | (distance_of(any) > room) {
                 for entry in block {
-                    any |= entry;
-                    all &= entry;
+                    farthest = farthest.max(distance_of(*entry));
                 }
             }
-            let varying = (any ^ all) & mask;
-            if varying & !kinds.only_difference() == 0 && kinds.leaf_distance(all, mask) == 0 {
-                uniform &= varying == 0 && !kinds.is_second(all);
-                // The lowest and the highest address are between these two.
-                if (all & address < first) | (distance_of(any) > room) {
-                    for entry in block {
-                        farthest = farthest.max(distance_of(*entry));
-                    }
-                }
-                count += block.len();
-                size *= 8;
-                continue;
-            }
-            (uniform, alike) = (false, false);
-            let (mut different, mut also_gaps, mut also_farthest) = (0, 0_u64, 0_u64);
-            if kinds.is_one() {
-                for entry in block {
-                    different |= (entry ^ kinds.pattern()) & mask;
-                    also_farthest = also_farthest.max(distance_of(*entry));
-                }
-            } else if !kinds.has_gaps() {
-                for entry in block {
-                    different |= kinds.leaf_distance(*entry, mask);
-                    also_farthest = also_farthest.max(distance_of(*entry));
-                }
-            } else {
-                for entry in block {
-                    let gap = kinds.is_gap(*entry);
-                    different |= kinds.distance(*entry, mask);
-                    also_farthest = also_farthest.max(if gap { 0 } else { distance_of(*entry) });
-                    also_gaps += u64::from(gap);
-                }
-            }
-            if different != 0 {
-                for entry in block.iter().take_while(|entry| kinds.distance(**entry, mask) == 0) {
-                    let gap = kinds.is_gap(*entry);
-                    farthest = farthest.max(if gap { 0 } else { distance_of(*entry) });
-                    gaps += u64::from(gap);
-                    count += 1;
-                }
-                break;
-            }
-            farthest = farthest.max(also_farthest);
-            gaps += also_gaps;
             count += block.len();
             size *= 8;
+            continue;
         }
-        Scanned { count, gaps, outside: farthest > room, uniform }
+        (uniform, alike) = (false, false);
+        let (mut different, mut also_gaps, mut also_farthest) = (0, 0_u64, 0_u64);
+        if kinds.is_one() {
+            for entry in block {
+                different |= (entry ^ kinds.pattern()) & mask;
+                also_farthest = also_farthest.max(distance_of(*entry));
+            }
+        } else if !kinds.has_gaps() {
+            for entry in block {
+                different |= kinds.leaf_distance(*entry, mask);
+                also_farthest = also_farthest.max(distance_of(*entry));
+            }
+        } else {
+            for entry in block {
+                let gap = kinds.is_gap(*entry);
+                different |= kinds.distance(*entry, mask);
+                also_farthest = also_farthest.max(if gap { 0 } else { distance_of(*entry) });
+                also_gaps += u64::from(gap);
+            }
+        }
+        if different != 0 {
+            for entry in block.iter().take_while(|entry| kinds.distance(**entry, mask) == 0) {
+                let gap = kinds.is_gap(*entry);
+                farthest = farthest.max(if gap { 0 } else { distance_of(*entry) });
+                gaps += u64::from(gap);
+                count += 1;
+            }
+            break;
+        }
+        farthest = farthest.max(also_farthest);
+        gaps += also_gaps;
+        count += block.len();
+        size *= 8;
     }
+    Scanned { count, gaps, outside: farthest > room, uniform }
 }
 
 for_all_lanes! {
     /// How many of the first `entries` have `entry & mask == pattern`.
-    fn run_length(entries: &[u64], mask: u64, pattern: u64) -> usize {
+    pub(super) fn run_length(entries: &[u64], mask: u64, pattern: u64) -> usize {
         let mut count = 0;
         for block in entries.chunks(FIRST_BLOCK) {
             let different = block.iter().fold(0, |different, entry| different | (entry & mask ^ pattern));
@@ -229,7 +239,7 @@ pub(super) fn transcode(source: &[u64], kinds: Kinds, target: &mut [u64], entrie
         let (source, rest) = source.split_at(whole);
         let (target, target_rest) = target.split_at_mut(whole);
         // SAFETY: the processor has what the function is compiled for.
-        let (others, gaps) = unsafe { transcode_wide::<false>(source, kinds, target, entries) };
+        let (others, gaps) = unsafe { transcode_wide(source, kinds, target, entries) };
         let (more_others, more_gaps) = transcode_anywhere(rest, kinds, target_rest, entries);
         return (others + more_others, gaps + more_gaps);
     }
@@ -265,28 +275,13 @@ for_all_lanes! {
     }
 }
 
-/// [`transcode`] past the cache, if that can be done here: without gaps, for whole lines; [`fence`] must follow.
-pub(super) fn transcode_past_cache(source: &[u64], kinds: Kinds, target: &mut [u64], entries: Target) -> Option<u64> {
-    #[cfg(all(target_arch = "x86_64", not(miri)))]
-    {
-        let whole = source.len() == target.len() && source.len().is_multiple_of(8) && target.as_ptr().addr().is_multiple_of(64);
-        if whole && !kinds.has_gaps() && is_x86_feature_detected!("avx512f") {
-            // SAFETY: the processor has what the function is compiled for.
-            return Some(unsafe { transcode_wide::<true>(source, kinds, target, entries) }.0);
-        }
-    }
-    let _ = (source, kinds, target, entries);
-    None
-}
-
-/// [`transcode`] for a processor with wide registers, past the cache or not. Both slices have the same length, a multiple of 8; past the cache, `target` begins
-/// at a multiple of 64 bytes, and there are no gaps.
+/// [`transcode`] for a processor with wide registers. Both slices have the same length, a multiple of 8.
 #[cfg(all(target_arch = "x86_64", not(miri)))]
 #[target_feature(enable = "avx512f")]
-fn transcode_wide<const PAST_CACHE: bool>(source: &[u64], kinds: Kinds, target: &mut [u64], entries: Target) -> (u64, u64) {
+fn transcode_wide(source: &[u64], kinds: Kinds, target: &mut [u64], entries: Target) -> (u64, u64) {
     use std::arch::x86_64::{
         __m512i, _mm512_cmpeq_epi64_mask, _mm512_loadu_si512, _mm512_mask_mov_epi64, _mm512_mask_xor_epi64, _mm512_set1_epi64, _mm512_storeu_si512,
-        _mm512_stream_si512, _mm512_ternarylogic_epi64, _mm512_test_epi64_mask, _mm512_xor_si512,
+        _mm512_ternarylogic_epi64, _mm512_test_epi64_mask, _mm512_xor_si512,
     };
     /// `a & b | c`.
     const AND_OR: i32 = 0b1110_1010;
@@ -307,21 +302,287 @@ fn transcode_wide<const PAST_CACHE: bool>(source: &[u64], kinds: Kinds, target: 
             gaps += u64::from(absents.count_ones());
         }
         others += u64::from(second.count_ones());
-        let target = target.as_mut_ptr().cast::<__m512i>();
-        if PAST_CACHE {
-            // SAFETY: eight words at a multiple of 64 bytes; `Stage` fences before it lets go of the memory.
-            unsafe { _mm512_stream_si512(target, entry) };
-        } else {
-            // SAFETY: eight words.
-            unsafe { _mm512_storeu_si512(target, entry) };
+        // SAFETY: eight words.
+        unsafe { _mm512_storeu_si512(target.as_mut_ptr().cast::<__m512i>(), entry) };
+    }
+    (others, gaps)
+}
+
+/// [`recode`] past the cache, if that can be done here: whole lines, without gaps, and addresses that move as one; [`fence`] must follow. How many leaves are
+/// of the second kind.
+pub(super) fn recode_past_cache(source: &[u64], kinds: Kinds, target: &mut [u64], form: Form<'_>) -> Option<u64> {
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    if let &[one] = form.moves {
+        // Entries of 4 bytes are written sixteen at a time, all others eight.
+        let (step, words) = if form.narrow { (16, source.len() / 2) } else { (8, source.len() * form.parts.len()) };
+        let whole = source.len().is_multiple_of(step) && words == target.len() && target.as_ptr().addr().is_multiple_of(64);
+        let plain = !kinds.has_gaps() && (form.parts.len() == 1 || !form.narrow && !form.big);
+        if whole && plain && is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") {
+            // SAFETY: the processor has what the function is compiled for.
+            return Some(unsafe {
+                match (one.turn != 0, form.big) {
+                    (false, false) => recode_streaming::<false, false>(source, kinds, target, one, form),
+                    (false, true) => recode_streaming::<false, true>(source, kinds, target, one, form),
+                    (true, false) => recode_streaming::<true, false>(source, kinds, target, one, form),
+                    (true, true) => recode_streaming::<true, true>(source, kinds, target, one, form),
+                }
+            });
+        }
+    }
+    let _ = (source, kinds, target, form);
+    None
+}
+
+/// The same for a processor with wide registers. `source` has a multiple of 8 entries, of 16 for narrow ones; `target` has just the words for them, and begins
+/// at a multiple of 64 bytes.
+#[cfg(all(target_arch = "x86_64", not(miri)))]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn recode_streaming<const MOVED: bool, const BIG: bool>(source: &[u64], kinds: Kinds, target: &mut [u64], one: Move, form: Form<'_>) -> u64 {
+    use std::arch::x86_64::{
+        __m512i, _mm512_castsi256_si512, _mm512_cvtepi64_epi32, _mm512_inserti64x4, _mm512_loadu_si512, _mm512_mask_xor_epi64, _mm512_or_si512,
+        _mm512_permutexvar_epi64, _mm512_rolv_epi64, _mm512_set1_epi64, _mm512_set4_epi32, _mm512_shuffle_epi8, _mm512_stream_si512,
+        _mm512_ternarylogic_epi64, _mm512_test_epi64_mask, _mm512_xor_si512,
+    };
+    /// `a & b | c`.
+    const AND_OR: i32 = 0b1110_1010;
+    let all = |word: u64| _mm512_set1_epi64(word as i64);
+    // SAFETY: eight words.
+    let load = |words: &[u64; 8]| unsafe { _mm512_loadu_si512(words.as_ptr().cast::<__m512i>()) };
+    // SAFETY: eight words at a multiple of 64 bytes, as the whole target is; `Stage` fences before it lets go of the memory.
+    let store = |target: &mut [u64; 8], words: __m512i| unsafe { _mm512_stream_si512(target.as_mut_ptr().cast::<__m512i>(), words) };
+    let (pattern, test) = (all(kinds.pattern()), all(kinds.test()));
+    let (address, turn) = (all(one.apply(u64::MAX)), all(one.turn.into()));
+    let (first, difference) = (all(form.patterns[0]), all(form.patterns[0] ^ form.patterns[1]));
+    // Within each 16 bytes: every eight of them back to front, or every four.
+    let swap_8 = _mm512_set4_epi32(0x0809_0a0b, 0x0c0d_0e0f, 0x0001_0203, 0x0405_0607);
+    let swap_4 = _mm512_set4_epi32(0x0c0d_0e0f, 0x0809_0a0b, 0x0405_0607, 0x0001_0203);
+    let mut others = 0;
+    let mut leaves_of = |source: &[u64; 8]| {
+        let words = load(source);
+        let second = _mm512_test_epi64_mask(_mm512_xor_si512(words, pattern), test);
+        others += u64::from(second.count_ones());
+        let turned = if MOVED { _mm512_rolv_epi64(words, turn) } else { words };
+        let leaves = _mm512_ternarylogic_epi64::<AND_OR>(turned, address, first);
+        _mm512_mask_xor_epi64(leaves, second, leaves, difference)
+    };
+    let sources = source.as_chunks::<8>().0;
+    let targets = target.as_chunks_mut::<8>().0;
+    if form.narrow {
+        for (two, target) in sources.as_chunks::<2>().0.iter().zip(targets) {
+            let [low, high] = two.each_ref().map(|source| _mm512_cvtepi64_epi32(leaves_of(source)));
+            let packed = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high);
+            store(target, if BIG { _mm512_shuffle_epi8(packed, swap_4) } else { packed });
+        }
+    } else if form.parts.len() == 1 {
+        for (source, target) in sources.iter().zip(targets) {
+            let leaves = leaves_of(source);
+            store(target, if BIG { _mm512_shuffle_epi8(leaves, swap_8) } else { leaves });
+        }
+    } else {
+        let count = form.parts.len();
+        for (source, targets) in sources.iter().zip(targets.chunks_exact_mut(count)) {
+            let leaves = leaves_of(source);
+            for (target, (leaf, part)) in targets.iter_mut().zip(form.lines) {
+                store(target, _mm512_or_si512(_mm512_permutexvar_epi64(load(leaf), leaves), load(part)));
+            }
+        }
+    }
+    others
+}
+
+/// How entries are written that [`transcode`] cannot write.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Form<'a> {
+    /// How addresses move from source to target.
+    pub(super) moves: &'a [Move],
+    /// The pattern for each of two kinds.
+    pub(super) patterns: [u64; 2],
+    /// For gaps.
+    pub(super) absent: u64,
+    /// Each leaf becomes as many entries, with these bits added: a power of two, up to [`MAX_PARTS`].
+    pub(super) parts: &'a [u64],
+    /// For each line of what eight leaves become: which leaf each word is of, and what is added to it. See [`lines`].
+    pub(super) lines: &'a [([u64; 8], [u64; 8])],
+    /// Entries of 4 bytes.
+    pub(super) narrow: bool,
+    /// Most significant byte first.
+    pub(super) big: bool,
+    /// Entries go past the cache: pairs of them, from an even slot. [`fence`] must follow.
+    pub(super) past_cache: bool,
+}
+
+/// What [`Form::lines`] is for these parts.
+pub(super) fn lines(parts: &[u64]) -> Vec<([u64; 8], [u64; 8])> {
+    let line = |line: usize| {
+        let slots: [usize; 8] = std::array::from_fn(|word| line * 8 + word);
+        (slots.map(|slot| (slot / parts.len()) as u64), slots.map(|slot| parts[slot % parts.len()]))
+    };
+    (0..parts.len()).map(line).collect()
+}
+
+/// Most entries that a leaf becomes.
+pub(super) const MAX_PARTS: usize = 1 << 5;
+
+/// Entries that are written together.
+const SLOTS: usize = 64;
+
+/// Some of them, at the beginning of a line.
+#[repr(align(64))]
+struct Slots([u64; SLOTS]);
+
+for_all_lanes! {
+    /// Writes `source` to the entries of `target` from `slot`; how many leaves are of the second kind, and how many source entries are gaps.
+    pub(super) fn recode(source: &[u64], kinds: Kinds, target: &mut [u64], slot: usize, form: Form<'_>) -> (u64, u64) {
+        let (mut others, mut gaps) = (0, 0);
+        let (mut leaves, mut spread, mut packed) = (Slots([0; SLOTS]), Slots([0; SLOTS]), Slots([0; SLOTS]));
+        let mut slot = slot;
+        for block in source.chunks(SLOTS / form.parts.len()) {
+            let leaves = &mut leaves.0[..block.len()];
+            let (also_others, also_gaps) = leaves_of(block, kinds, leaves, form);
+            others += also_others;
+            gaps += also_gaps;
+            let slots = block.len() * form.parts.len();
+            let entries = match form.parts.len() {
+                1 => leaves,
+                2 => spread_over::<2>(block, kinds, leaves, form.parts, &mut spread.0[..slots]),
+                4 => spread_over::<4>(block, kinds, leaves, form.parts, &mut spread.0[..slots]),
+                8 => spread_over::<8>(block, kinds, leaves, form.parts, &mut spread.0[..slots]),
+                16 => spread_over::<16>(block, kinds, leaves, form.parts, &mut spread.0[..slots]),
+                _ => spread_over::<MAX_PARTS>(block, kinds, leaves, form.parts, &mut spread.0[..slots]),
+            };
+            if form.narrow && form.past_cache {
+                let packed = &mut packed.0[..slots / 2];
+                put_halves(entries, halves(packed), form.big);
+                stream(packed, &mut target[slot / 2..][..slots / 2]);
+            } else if form.narrow {
+                put_halves(entries, &mut halves(target)[slot..slot + slots], form.big);
+            } else {
+                let target = &mut target[slot..slot + slots];
+                if form.big != cfg!(target_endian = "big") {
+                    entries.iter_mut().for_each(|entry| *entry = entry.swap_bytes());
+                }
+                if form.past_cache {
+                    stream(entries, target);
+                } else {
+                    target.copy_from_slice(entries);
+                }
+            }
+            slot += slots;
+        }
+        (others, gaps)
+    }
+}
+
+/// The target's entries for `block`, in native byte order; how many leaves are of the second kind, and how many entries are gaps.
+#[inline(always)]
+fn leaves_of(block: &[u64], kinds: Kinds, leaves: &mut [u64], form: Form<'_>) -> (u64, u64) {
+    let [first, second] = form.patterns;
+    let (mut others, mut gaps) = (0_u64, 0_u64);
+    if kinds.is_one() {
+        leaves.fill(first);
+    } else {
+        for (leaf, source) in leaves.iter_mut().zip(block) {
+            let (is_second, gap) = (kinds.is_second(*source), kinds.is_gap(*source));
+            *leaf = if is_second { second } else { first };
+            others += u64::from(is_second & !gap);
+            gaps += u64::from(gap);
+        }
+    }
+    for one in form.moves {
+        for (leaf, source) in leaves.iter_mut().zip(block) {
+            *leaf |= one.apply(*source);
+        }
+    }
+    if gaps > 0 {
+        for (leaf, source) in leaves.iter_mut().zip(block) {
+            *leaf = if kinds.is_gap(*source) { form.absent } else { *leaf };
         }
     }
     (others, gaps)
 }
 
+/// Each leaf as many times as there are `parts`.
+#[inline(always)]
+fn spread_over<'a, const PARTS: usize>(block: &[u64], kinds: Kinds, leaves: &[u64], parts: &[u64], spread: &'a mut [u64]) -> &'a mut [u64] {
+    let Some(parts) = parts.first_chunk::<PARTS>() else { return spread };
+    for ((source, leaf), entries) in block.iter().zip(leaves).zip(spread.as_chunks_mut::<PARTS>().0) {
+        let kept = if kinds.is_gap(*source) { 0 } else { u64::MAX };
+        for (entry, part) in entries.iter_mut().zip(parts) {
+            *entry = leaf | part & kept;
+        }
+    }
+    spread
+}
+
+/// Entries of 4 bytes, as they stand in memory.
+#[inline(always)]
+fn put_halves(entries: &[u64], target: &mut [u32], big: bool) {
+    if big {
+        target.iter_mut().zip(entries).for_each(|(target, entry)| *target = (*entry as u32).to_be());
+    } else {
+        target.iter_mut().zip(entries).for_each(|(target, entry)| *target = (*entry as u32).to_le());
+    }
+}
+
+/// Words as entries of 4 bytes, in the order of memory.
+fn halves(words: &mut [u64]) -> &mut [u32] {
+    // SAFETY: any 4 bytes are a `u32`, and a word is aligned to hold two.
+    unsafe { words.align_to_mut::<u32>().1 }
+}
+
+for_all_lanes! {
+    /// Swaps the bytes of entries of 8 bytes, or of 4 that were widened.
+    pub(crate) fn swap_bytes(entries: &mut [u64], unused: u32) -> () {
+        for entry in entries {
+            *entry = entry.swap_bytes() >> unused;
+        }
+    }
+}
+
+for_all_lanes! {
+    /// Entries of 4 bytes, two to a word in the order of memory, to one per word.
+    pub(crate) fn widen(words: &[u64], entries: &mut [u64]) -> () {
+        for (two, word) in entries.as_chunks_mut::<2>().0.iter_mut().zip(words) {
+            let (low, high) = (word & 0xffff_ffff, word >> 32);
+            *two = if cfg!(target_endian = "big") { [high, low] } else { [low, high] };
+        }
+    }
+}
+
+for_all_lanes! {
+    /// Whether every `parts.len()` entries are one: the first with these bits added, and without any of `below`.
+    pub(super) fn are_whole(entries: &[u64], parts: &[u64], below: u64) -> bool {
+        let mut different = 0;
+        match parts.len() {
+            4 => entries.as_chunks::<4>().0.iter().for_each(|group| different |= group_distance(group, parts, below)),
+            16 => entries.as_chunks::<16>().0.iter().for_each(|group| different |= group_distance(group, parts, below)),
+            count => entries.chunks_exact(count).for_each(|group| different |= group_distance(group, parts, below)),
+        }
+        different == 0
+    }
+}
+
+#[inline(always)]
+fn group_distance(group: &[u64], parts: &[u64], below: u64) -> u64 {
+    let first = group[0];
+    group.iter().zip(parts).fold(first & below, |different, (entry, part)| different | (entry ^ part ^ first))
+}
+
+for_all_lanes! {
+    /// Whether anywhere the first two of `group` entries (a power of two) are in a row: the first without any of `below`, the second like it with `next` added,
+    /// in the bits of `mask`.
+    pub(super) fn any_in_a_row(entries: &[u64], group: usize, below: u64, next: u64, mask: u64) -> bool {
+        let pair = |first: u64, second: u64| u64::from((first & below) | (first ^ second ^ next) & mask == 0);
+        if group == 2 {
+            return entries.as_chunks::<2>().0.iter().fold(0, |any, [first, second]| any | pair(*first, *second)) != 0;
+        }
+        entries.chunks_exact(group).fold(0, |any, group| any | pair(group[0], group[1])) != 0
+    }
+}
+
 for_all_lanes! {
     /// Whether each address in `entries` lies within one of `spans`, with a page's last byte at `size_mask`. Absent entries do not count.
-    fn all_in_place_within(entries: &[u64], kinds: Kinds, address: u64, spans: &[Span], size_mask: u64) -> bool {
+    pub(super) fn all_in_place_within(entries: &[u64], kinds: Kinds, address: u64, spans: &[Span], size_mask: u64) -> bool {
         for block in entries.chunks(FIRST_BLOCK) {
             let mut inside = [0_u64; FIRST_BLOCK];
             if kinds.has_gaps() {
@@ -365,41 +626,37 @@ pub(super) fn prefetch(words: &mut [u64]) {
 /// Whether [`stream`] goes past the cache.
 pub(super) const STREAMS: bool = cfg!(all(target_arch = "x86_64", not(miri)));
 
-/// Copies words past the cache where that can be done; [`fence`] must follow before anybody else looks at `target`.
+/// Copies words past the cache where both begin at a multiple of 16 bytes; [`fence`] must follow before anybody else looks at `target`.
 pub(super) fn stream(source: &[u64], target: &mut [u64]) {
     #[cfg(all(target_arch = "x86_64", not(miri)))]
-    {
-        let fits = |bytes: usize| {
-            let aligned = source.as_ptr().addr().is_multiple_of(bytes) && target.as_ptr().addr().is_multiple_of(bytes);
-            aligned && source.len() == target.len() && source.len().is_multiple_of(bytes / 8)
-        };
-        if fits(64) && is_x86_feature_detected!("avx512f") {
-            // SAFETY: the processor has what the function is compiled for.
-            return unsafe { stream_lines(source, target) };
+    if target.as_ptr().addr().is_multiple_of(64) && source.len().is_multiple_of(8) && is_x86_feature_detected!("avx512f") {
+        // SAFETY: the processor has what the function is compiled for.
+        unsafe { stream_lines(source, target) };
+        return;
+    }
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    if source.as_ptr().addr().is_multiple_of(16) && target.as_ptr().addr().is_multiple_of(16) && source.len().is_multiple_of(2) {
+        use std::arch::x86_64::{__m128i, _mm_load_si128, _mm_stream_si128};
+        for (source, target) in source.as_chunks::<2>().0.iter().zip(target.as_chunks_mut::<2>().0) {
+            // SAFETY: two words, at a multiple of 16 bytes.
+            let words = unsafe { _mm_load_si128(source.as_ptr().cast::<__m128i>()) };
+            // SAFETY: the same; `Stage` fences before it lets go of the memory.
+            unsafe { _mm_stream_si128(target.as_mut_ptr().cast::<__m128i>(), words) };
         }
-        if fits(16) {
-            use std::arch::x86_64::{__m128i, _mm_load_si128, _mm_stream_si128};
-            for (source, target) in source.as_chunks::<2>().0.iter().zip(target.as_chunks_mut::<2>().0) {
-                // SAFETY: two words, at a multiple of 16 bytes.
-                let words = unsafe { _mm_load_si128(source.as_ptr().cast::<__m128i>()) };
-                // SAFETY: the same; `Stage` fences before it lets go of the memory.
-                unsafe { _mm_stream_si128(target.as_mut_ptr().cast::<__m128i>(), words) };
-            }
-            return;
-        }
+        return;
     }
     target.copy_from_slice(source);
 }
 
-/// [`stream`] for whole lines: with as few stores as can be, so that what comes next need not wait for them.
+/// Copies whole lines past the cache to a multiple of 64 bytes.
 #[cfg(all(target_arch = "x86_64", not(miri)))]
 #[target_feature(enable = "avx512f")]
 fn stream_lines(source: &[u64], target: &mut [u64]) {
-    use std::arch::x86_64::{__m512i, _mm512_load_si512, _mm512_stream_si512};
+    use std::arch::x86_64::{__m512i, _mm512_loadu_si512, _mm512_stream_si512};
     for (source, target) in source.as_chunks::<8>().0.iter().zip(target.as_chunks_mut::<8>().0) {
-        // SAFETY: eight words, at a multiple of 64 bytes.
-        let words = unsafe { _mm512_load_si512(source.as_ptr().cast::<__m512i>()) };
-        // SAFETY: the same; `Stage` fences before it lets go of the memory.
+        // SAFETY: eight words.
+        let words = unsafe { _mm512_loadu_si512(source.as_ptr().cast::<__m512i>()) };
+        // SAFETY: eight words at a multiple of 64 bytes; `Stage` fences before it lets go of the memory.
         unsafe { _mm512_stream_si512(target.as_mut_ptr().cast::<__m512i>(), words) };
     }
 }

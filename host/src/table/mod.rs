@@ -24,6 +24,7 @@ pub use direct::Window;
 pub use format::{Encoded, FaultKind, Finding, Format, FormatError, Meaning, Missing, Need, Next, Severity};
 pub use geometry::{AddressField, ByteOrder, Geometry, Level, Mark, Nonsense, Root, Segment, Shape};
 pub use intercept::Intercept;
+pub(crate) use lanes::{swap_bytes, widen};
 pub use loss::{Count, Loss, Losses};
 pub use source::Source;
 pub use stages::{AddressSpace, Fault, Translation};

@@ -38,15 +38,16 @@ impl std::fmt::Debug for Stage {
 impl Stage {
     /// A page for a table of `bytes` bytes, after `before` bytes of tables; none if it is to be filled in place.
     pub(crate) fn page(&mut self, bytes: u64, before: u64) -> Option<Box<Page>> {
-        if bytes != PAGE || before < IN_PLACE || !lanes::STREAMS {
+        if bytes > PAGE || before < IN_PLACE || !lanes::STREAMS {
             return None;
         }
         Some(self.spare.pop().unwrap_or_else(|| Box::new(Page([0; WORDS]))))
     }
 
-    /// Writes a table to where it belongs: the first words of `target`.
-    pub(crate) fn write(&mut self, page: Box<Page>, target: &mut [u64]) {
-        lanes::stream(&page.0, &mut target[..WORDS]);
+    /// Writes a table of `bytes` bytes to where it belongs: the first words of `target`.
+    pub(crate) fn write(&mut self, page: Box<Page>, target: &mut [u64], bytes: u64) {
+        let words = WORDS.min((bytes / 8) as usize);
+        lanes::stream(&page.0[..words], &mut target[..words]);
         self.written = true;
         self.spare.push(page);
     }

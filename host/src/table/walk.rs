@@ -747,9 +747,9 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
         let size_mask = Span::of_log2(0, size_log2).last;
         let within = self.map.target(field.extract(entries[0])).and_then(|target| target.intersection(self.output));
         // Where this does not hold, every address counts as one outside of memory, and is looked at again.
-        let plain = within.filter(|within| field.is_in_place() && within.length_minus_one() >= size_mask);
+        let plain = within.filter(|within| field.is_plain() && within.length_minus_one() >= size_mask);
         let (first, room) = plain.map_or((0, 0), |within| (within.first, within.length_minus_one() - size_mask));
-        let mut pattern = Pattern { mask: known.mask, kinds: Kinds::one(known.pattern, attributes), address: field.in_place };
+        let mut pattern = Pattern { mask: known.mask, kinds: Kinds::one(known.pattern, attributes), address: field.in_place, moved: field.moved };
         // Tables that had leaves of another kind a moment ago have some again.
         if let Some((other, attributes)) = self.judge.companion(place.level, known) {
             pattern.kinds = pattern.kinds.with(other, attributes);

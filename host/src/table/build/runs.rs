@@ -1,0 +1,324 @@
+//! The fast way of building: runs of leaves that are written as they come, many at a time.
+//!
+//! It is for leaves as large as the target's slots, a few times larger, or a few times smaller where they make up the target's pages without a gap. Everything
+//! else goes one piece after the other, and the table is the same.
+
+use std::sync::Arc;
+
+use crate::memory::PAGE;
+use crate::table::build::{BuildError, Builder, Leaf, low_bits, note};
+use crate::table::geometry::{AddressField, ByteOrder, Move};
+use crate::table::lanes;
+use crate::table::walk::{Piece, Run};
+use crate::{Attributes, Iova, Span};
+
+/// A leaf that becomes more leaves than this, or of which a page needs more, takes the slow way.
+const MAX_SPLIT_LOG2: u8 = lanes::MAX_PARTS.trailing_zeros() as u8;
+
+/// How runs of leaves of one size, of one or two kinds, are written.
+#[derive(Debug)]
+pub(super) struct Prepared {
+    /// The size of the leaves, and what they allow.
+    from: (u8, [Attributes; 2]),
+    /// Where their addresses are.
+    field: AddressField,
+    window: usize,
+    depth: usize,
+    /// The size of the target's slots, and how many of them a leaf fills.
+    slot: u8,
+    split_log2: u8,
+    table_entries: u64,
+    absent: u64,
+    last_address: u64,
+    /// How addresses move.
+    moves: Vec<Move>,
+    /// What is added for each of the slots that a leaf fills.
+    parts: Vec<u64>,
+    lines: Vec<([u64; 8], [u64; 8])>,
+    /// Addresses stay where they are, and so do their bytes.
+    in_place: bool,
+    /// Larger pages than these that the same table may have.
+    larger: Option<Larger>,
+    leaves: [Arc<Leaf>; 2],
+}
+
+/// Pages of more than one leaf, before whose first the table has no reason to know of them.
+#[derive(Clone, Copy, Debug)]
+struct Larger {
+    /// Leaves in the smallest such page.
+    group: usize,
+    /// Address bits below it, in the source's entries.
+    below: u64,
+    /// The address bit that tells the second leaf of the page from the first.
+    next: u64,
+}
+
+impl Prepared {
+    fn serves(&self, run: &Run<'_>) -> bool {
+        let (size_log2, [first, second]) = self.from;
+        let attributes = run.kinds.attributes();
+        size_log2 == run.size_log2 && first == attributes[0] && (second == attributes[1] || run.kinds.is_one()) && self.field == *run.field
+    }
+}
+
+impl Builder<'_> {
+    /// Leaves as large as the target's slots, or a few times larger or smaller, and one or two patterns for all of them.
+    pub(super) fn map_run(&mut self, run: &Run<'_>) -> Result<(), BuildError> {
+        let span = Span { first: run.iova.0, last: run.iova.0 + (((run.entries.len() as u64) << run.size_log2) - 1) };
+        let known = self.prepared.take_if(|known| known.serves(run) && self.windows[known.window].holds(span));
+        let prepared = match known {
+            Some(known) => known,
+            None => match self.prepare(run, span)? {
+                Some(prepared) => prepared,
+                None => return self.map_merged(run),
+            },
+        };
+        // It is lent out and put back: counting who has it would wait, each time, until all that was written has reached memory.
+        let result = self.map_prepared(run, &prepared);
+        self.prepared = Some(prepared);
+        result
+    }
+
+    /// The slow way.
+    fn map_pieces(&mut self, run: &Run<'_>) -> Result<(), BuildError> {
+        run.pieces().filter(|piece| !piece.attributes.grants_nothing()).try_for_each(|piece| self.map(&piece))
+    }
+
+    /// Leaves that are smaller than the target's pages: those that make up whole pages become a run of such pages.
+    fn map_merged(&mut self, run: &Run<'_>) -> Result<(), BuildError> {
+        let smallest = self.chains.iter().filter_map(|chain| chain.sizes.last()).map(|(size, _)| *size).min();
+        let Some(smallest) = smallest.filter(|smallest| (1..=MAX_SPLIT_LOG2).contains(&smallest.saturating_sub(run.size_log2))) else {
+            return self.map_pieces(run);
+        };
+        let merge_log2 = smallest - run.size_log2;
+        // What stands before the first whole page, and after the last.
+        let before = ((run.iova.0.wrapping_neg() & low_bits(smallest)) >> run.size_log2) as usize;
+        let count = run.entries.len().saturating_sub(before) >> merge_log2 << merge_log2;
+        let parts: Option<Vec<u64>> = (0..1 << merge_log2).map(|part| run.field.insert(part << run.size_log2)).collect();
+        let (Some(parts), true, true) = (parts, count > 0, before < run.entries.len()) else { return self.map_pieces(run) };
+        let (head, middle, tail) = (&run.entries[..before], &run.entries[before..before + count], &run.entries[before + count..]);
+        let below = bits_below(run.field, smallest);
+        if run.kinds.has_gaps() && middle.iter().any(|entry| run.kinds.is_gap(*entry)) || !lanes::are_whole(middle, &parts, below) {
+            return self.map_pieces(run);
+        }
+        let mut merged = std::mem::take(&mut self.merged);
+        merged.clear();
+        merged.extend(middle.iter().step_by(1 << merge_log2));
+        let first = run.iova.0 + ((before as u64) << run.size_log2);
+        let result = self
+            .map_part(run, head, run.iova.0)
+            .and_then(|()| self.map_run(&Run { iova: Iova(first), size_log2: smallest, entries: &merged, ..*run }))
+            .and_then(|()| self.map_part(run, tail, first + ((count as u64) << run.size_log2)));
+        self.merged = merged;
+        result
+    }
+
+    /// Some of a run's entries, the slow way.
+    fn map_part(&mut self, run: &Run<'_>, entries: &[u64], iova: u64) -> Result<(), BuildError> {
+        self.map_pieces(&Run { iova: Iova(iova), entries, ..*run })
+    }
+
+    /// How runs like this one are written; none: one piece after the other.
+    fn prepare(&mut self, run: &Run<'_>, span: Span) -> Result<Option<Prepared>, BuildError> {
+        let here = self.window.filter(|window| self.windows[*window].holds(span));
+        let Some(window) = here.or_else(|| self.windows.iter().position(|window| window.holds(span))) else { return Ok(None) };
+        let chain = self.windows[window].chain;
+        let sizes = &self.chains[chain].sizes;
+        let Some(position) = sizes.iter().position(|(size, _)| *size <= run.size_log2) else { return Ok(None) };
+        let (size, depth) = sizes[position];
+        let rung = &self.chains[chain].rungs[depth];
+        // Where the target has no pages of the source's size, or larger ones than its slots, each leaf fills a few slots.
+        let (slot, table_entries, absent) = (rung.lsb, rung.entries, rung.absent);
+        let split_log2 = run.size_log2 - slot;
+        if split_log2 > MAX_SPLIT_LOG2 || table_entries >> split_log2 == 0 {
+            return Ok(None);
+        }
+        // Larger pages at the same level; and if these are already above their slots, at any: full tables of such are not promoted.
+        let larger = sizes[..position].iter().rev().find(|(_, other)| *other == depth || size > slot).map(|(size, _)| *size);
+        let larger = match larger {
+            Some(larger) => {
+                let group = 1_u64.checked_shl(u32::from(larger - run.size_log2)).unwrap_or(u64::MAX);
+                let Some(next) = run.field.insert(1 << run.size_log2) else { return Ok(None) };
+                let below = bits_below(run.field, larger);
+                if group > table_entries >> split_log2 {
+                    return Ok(None);
+                }
+                Some(Larger { group: group as usize, below, next })
+            }
+            None => None,
+        };
+        let attributes = run.kinds.attributes();
+        let mut leaves = [None, None];
+        for (leaf, attributes) in leaves.iter_mut().zip(attributes) {
+            let encoding = self.encoding(chain, attributes)?;
+            leaf.clone_from(&self.encodings[encoding].leaves[position]);
+        }
+        let [Some(leaf), Some(other)] = leaves else { return Ok(None) };
+        if leaf.field != other.field {
+            return Ok(None);
+        }
+        let parts: Option<Vec<u64>> = (0..1 << split_log2).map(|part: u64| leaf.field.insert(part << slot & !low_bits(size))).collect();
+        let Some(parts) = parts else { return Ok(None) };
+        let lines = lanes::lines(&parts);
+        let last_address = leaf.last_address.min(other.last_address);
+        let moves = run.field.to(&leaf.field);
+        let in_memory_order = self.layout.bytes == 8 && (self.layout.order == ByteOrder::Big) == cfg!(target_endian = "big");
+        let in_place = run.field.is_in_place() && leaf.field.is_in_place() && in_memory_order && split_log2 == 0;
+        let (from, field, leaves) = ((run.size_log2, attributes), run.field.clone(), [leaf, other]);
+        Ok(Some(Prepared {
+            from,
+            field,
+            window,
+            depth,
+            slot,
+            split_log2,
+            table_entries,
+            absent,
+            last_address,
+            moves,
+            parts,
+            lines,
+            in_place,
+            larger,
+            leaves,
+        }))
+    }
+
+    fn map_prepared(&mut self, run: &Run<'_>, prepared: &Prepared) -> Result<(), BuildError> {
+        if run.within.last > prepared.last_address {
+            return self.map_pieces(run);
+        }
+        let Some(larger) = prepared.larger else { return self.map_slots(run, prepared) };
+        // What stands before the first place for a larger page, and after the last, may be a part of one with what comes before or after.
+        let group = larger.group as u64;
+        let before = (((run.iova.0 >> run.size_log2).wrapping_neg() & (group - 1)) as usize).min(run.entries.len());
+        let count = (run.entries.len() - before) & !(larger.group - 1);
+        let (head, tail) = (&run.entries[..before], &run.entries[before + count..]);
+        self.map_part(run, head, run.iova.0)?;
+        // A table at a time: where no larger page can begin, there is none.
+        let mut done = before;
+        while done < before + count {
+            let iova = run.iova.0 + ((done as u64) << run.size_log2);
+            let slots = (iova - self.windows[prepared.window].base) >> prepared.slot & (prepared.table_entries - 1);
+            let room = ((prepared.table_entries - slots) as usize >> prepared.split_log2).max(1);
+            let entries = &run.entries[done..before + count][..room.min(before + count - done)];
+            let part = Run { iova: Iova(iova), entries, ..*run };
+            done += entries.len();
+            if lanes::any_in_a_row(entries, larger.group, larger.below, larger.next, run.field.entry_mask) {
+                self.map_pieces(&part)?;
+            } else {
+                self.map_slots(&part, prepared)?;
+            }
+        }
+        self.map_part(run, tail, run.iova.0 + (((before + count) as u64) << run.size_log2))
+    }
+
+    fn map_slots(&mut self, run: &Run<'_>, prepared: &Prepared) -> Result<(), BuildError> {
+        let Prepared { from: (_, [attributes, other_attributes]), window, depth, slot, split_log2, table_entries, .. } = *prepared;
+        let [leaf, other] = &prepared.leaves;
+        self.flush()?;
+        let (mut done, mut all_others, mut all_gaps) = (0, 0, 0);
+        while done < run.entries.len() {
+            let iova = run.iova.0 + ((done as u64) << run.size_log2);
+            let below = (iova - self.windows[window].base) >> slot & (table_entries - 1);
+            let count = ((table_entries - below) as usize >> split_log2).min(run.entries.len() - done);
+            let part = &run.entries[done..done + count];
+            done += count;
+            if run.kinds.has_gaps() && part.iter().all(|entry| run.kinds.is_gap(*entry)) {
+                all_gaps += count as u64;
+                continue; // a table with nothing in it is not made
+            }
+            self.open_to(window, depth, iova)?;
+            let index = self.fill_to(depth, iova)?;
+            let slots = count << split_log2;
+            let (others, gaps) = self.write_slots(part, run, prepared, index as usize, slots);
+            let second = run.kinds.is_second(part[0]);
+            let (kind, pattern) = if second { (other_attributes, other.pattern) } else { (attributes, leaf.pattern) };
+            let same = |entry: &u64| leaf.pattern == other.pattern || run.kinds.is_second(*entry) == second;
+            // Pages above their slots are never promoted: a larger page would have been seen before.
+            let plain = run.size_log2 == slot || prepared.parts.get(1) != Some(&0);
+            let contiguous = plain && gaps == 0 && is_contiguous(part, run.field, run.size_log2) && part.iter().all(same);
+            let first = run.field.extract(part[0]);
+            let next = first.wrapping_add((count as u64) << run.size_log2);
+            note(&mut self.open[depth], index, slots as u64, kind, contiguous.then_some(pattern), first, next);
+            self.leaves += (count as u64 - gaps) << split_log2;
+            all_others += others;
+            all_gaps += gaps;
+        }
+        if run.kinds.is_one() {
+            if !leaf.narrowed.is_empty() {
+                let bytes = (run.entries.len() as u128) << run.size_log2;
+                self.note_narrowed(leaf, attributes, (run.iova.0, run.field.extract(run.entries[0])), run.entries.len() as u64, bytes);
+            }
+        } else {
+            self.note_kind(run, false, leaf, run.entries.len() as u64 - all_others - all_gaps);
+            self.note_kind(run, true, other, all_others);
+        }
+        Ok(())
+    }
+
+    /// Writes leaves into the open table from slot `index`; how many are of the second kind, and how many entries are gaps.
+    fn write_slots(&mut self, part: &[u64], run: &Run<'_>, prepared: &Prepared, index: usize, slots: usize) -> (u64, u64) {
+        let depth = prepared.depth;
+        let [leaf, other] = &prepared.leaves;
+        let patterns = [leaf.pattern, other.pattern];
+        let (narrow, big) = (self.layout.bytes == 4, self.layout.order == ByteOrder::Big);
+        // A whole table needs no page to be filled in, and a table of several pages has none: they are written where they belong, past the cache.
+        let whole = slots as u64 == prepared.table_entries && self.staged[depth].is_some();
+        let past_cache = (whole || self.open[depth].past_cache) && (!narrow || (index | slots).is_multiple_of(2));
+        let form = lanes::Form {
+            moves: &prepared.moves,
+            patterns,
+            absent: prepared.absent,
+            parts: &prepared.parts,
+            lines: &prepared.lines,
+            narrow,
+            big,
+            past_cache,
+        };
+        if past_cache && !(prepared.in_place && run.kinds.has_gaps()) {
+            self.stage.skip(self.staged[depth].take());
+            let target = self.arena.words(self.open[depth].offset);
+            let words = if narrow { index / 2..(index + slots) / 2 } else { index..index + slots };
+            if let Some(others) = lanes::recode_past_cache(part, run.kinds, &mut target[words], form) {
+                return (others, 0);
+            }
+            return lanes::recode(part, run.kinds, target, index, form);
+        }
+        if prepared.in_place {
+            let address = run.field.in_place & leaf.field.in_place;
+            let entries = lanes::Target { patterns, absent: prepared.absent.to_le(), address };
+            return lanes::transcode(part, run.kinds, &mut self.words(depth)[index..index + slots], entries);
+        }
+        lanes::recode(part, run.kinds, self.words(depth), index, form)
+    }
+
+    /// Notes what `count` leaves of one of two kinds lose.
+    fn note_kind(&mut self, run: &Run<'_>, second: bool, leaf: &Leaf, count: u64) {
+        let example = || {
+            let of_kind = |entry: &u64| !run.kinds.is_gap(*entry) && run.kinds.is_second(*entry) == second;
+            let index = run.entries.iter().position(of_kind).unwrap_or(0);
+            let iova = Span::of_log2(run.iova.0 + ((index as u64) << run.size_log2), run.size_log2);
+            Piece { iova, address: run.field.extract(run.entries[index]), attributes: run.kinds.of(run.entries[index]) }
+        };
+        for loss in leaf.narrowed.iter().filter(|_| count > 0) {
+            self.losses.add(*loss, example, count, u128::from(count) << run.size_log2);
+        }
+    }
+}
+
+/// Whether parts of a table of `bytes` bytes are written past the cache as they come: tables of more than a page are not staged.
+pub(super) const fn goes_past_cache(bytes: u64, before: u64) -> bool {
+    bytes > PAGE && before >= crate::table::stage::IN_PLACE && lanes::STREAMS
+}
+
+/// The bits of entries that are address bits below a page of `2^size` bytes.
+fn bits_below(field: &AddressField, size: u8) -> u64 {
+    field.insert(field.address_mask & low_bits(size)).unwrap_or(0)
+}
+
+/// Whether the leaves continue each other. Real tables that do not say so in their first two entries.
+fn is_contiguous(entries: &[u64], field: &AddressField, size_log2: u8) -> bool {
+    let first = field.extract(entries[0]);
+    entries.iter().enumerate().skip(1).all(|(index, entry)| field.extract(*entry) == first.wrapping_add((index as u64) << size_log2))
+}
