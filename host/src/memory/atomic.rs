@@ -152,7 +152,7 @@ pub(super) fn load_u32<B: BitmapSlice>(slice: &VolatileSlice<'_, B>, entries: &m
         for (index, part) in entries.chunks_mut(2 * words.len()).enumerate() {
             let lines = part.len() / (2 * LINE);
             // SAFETY: as for words of 64 bits, some lines at a time: all of them are within the slice, and these fit into `words`.
-            unsafe { load_lines(first.cast::<u8>().add(index * size_of_val(&words)), words.as_mut_ptr(), lines) };
+            unsafe { load_lines(first.cast::<u8>().wrapping_add(index * size_of_val(&words)), words.as_mut_ptr(), lines) };
             widen(&words[..lines * LINE], part);
         }
         return true;

@@ -10,6 +10,7 @@ use crate::table::walk::Kinds;
 macro_rules! for_all_lanes {
     ($(#[$doc:meta])* $access:vis fn $name:ident($($argument:ident: $type:ty),* $(,)?) -> $result:ty $body:block) => {
         $(#[$doc])*
+        #[allow(clippy::unused_unit)]
         $access fn $name($($argument: $type),*) -> $result {
             #[inline(always)]
             fn plain($($argument: $type),*) -> $result $body
@@ -318,15 +319,14 @@ pub(super) fn recode_past_cache(source: &[u64], kinds: Kinds, target: &mut [u64]
         let whole = source.len().is_multiple_of(step) && words == target.len() && target.as_ptr().addr().is_multiple_of(64);
         let plain = !kinds.has_gaps() && (form.parts.len() == 1 || !form.narrow && !form.big);
         if whole && plain && is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") {
+            let recode: unsafe fn(&[u64], Kinds, &mut [u64], Move, Form<'_>) -> u64 = match (one.turn != 0, form.big) {
+                (false, false) => recode_streaming::<false, false>,
+                (false, true) => recode_streaming::<false, true>,
+                (true, false) => recode_streaming::<true, false>,
+                (true, true) => recode_streaming::<true, true>,
+            };
             // SAFETY: the processor has what the function is compiled for.
-            return Some(unsafe {
-                match (one.turn != 0, form.big) {
-                    (false, false) => recode_streaming::<false, false>(source, kinds, target, one, form),
-                    (false, true) => recode_streaming::<false, true>(source, kinds, target, one, form),
-                    (true, false) => recode_streaming::<true, false>(source, kinds, target, one, form),
-                    (true, true) => recode_streaming::<true, true>(source, kinds, target, one, form),
-                }
-            });
+            return Some(unsafe { recode(source, kinds, target, one, form) });
         }
     }
     let _ = (source, kinds, target, form);

@@ -42,7 +42,7 @@ pub(super) struct Prepared {
     leaves: [Arc<Leaf>; 2],
 }
 
-/// Pages of more than one leaf, before whose first the table has no reason to know of them.
+/// The next larger pages that the same table may have, of several of the leaves each.
 #[derive(Clone, Copy, Debug)]
 struct Larger {
     /// Leaves in the smallest such page.
@@ -108,7 +108,7 @@ impl Builder<'_> {
         let result = self
             .map_part(run, head, run.iova.0)
             .and_then(|()| self.map_run(&Run { iova: Iova(first), size_log2: smallest, entries: &merged, ..*run }))
-            .and_then(|()| self.map_part(run, tail, first + ((count as u64) << run.size_log2)));
+            .and_then(|()| self.map_part(run, tail, first.wrapping_add((count as u64) << run.size_log2)));
         self.merged = merged;
         result
     }
@@ -210,7 +210,7 @@ impl Builder<'_> {
                 self.map_slots(&part, prepared)?;
             }
         }
-        self.map_part(run, tail, run.iova.0 + (((before + count) as u64) << run.size_log2))
+        self.map_part(run, tail, run.iova.0.wrapping_add(((before + count) as u64) << run.size_log2))
     }
 
     fn map_slots(&mut self, run: &Run<'_>, prepared: &Prepared) -> Result<(), BuildError> {
