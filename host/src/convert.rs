@@ -9,7 +9,9 @@ use crate::guest::{Guest, GuestError, State, StreamState};
 use crate::memory::{Kind, MemoryMap, Region};
 use crate::plugin::{CallError, Plugin, Settings, TableConfig};
 use crate::snapshot::{Stream, StreamEntry};
-use crate::table::{Arena, BuildError, Builder, Built, FaultAt, Need, Piece, Run, Step, Visitor, WalkError, Window};
+use crate::table::{
+    AddressSpace, Arena, BuildError, Builder, Built, Count, FaultAt, Loss, Losses, Need, Piece, Root, Run, Step, Visitor, WalkError, Window,
+};
 use crate::{Attributes, Gpa, Span};
 
 /// Where converted tables are put, in a hole of the guest's memory map at or above this address.
@@ -122,6 +124,38 @@ struct Survey {
     need: Need,
     leaves: u64,
     missing: Option<u64>,
+    tagged: Vec<Tagged>,
+}
+
+/// What devices reach through a root that does not look at all bits of an IOVA.
+struct Tagged {
+    iova: Span,
+    ignored: u64,
+    mappings: Count,
+}
+
+impl Survey {
+    fn new(space: &AddressSpace) -> Self {
+        // The IOVA is looked at by the first table.
+        let roots = space.tables().next().map_or(&[][..], |table| &table.geometry().roots);
+        let tagged = roots.iter().filter(|root| root.ignored != 0).map(|root| Tagged {
+            iova: Span { first: root.first, last: root.last },
+            ignored: root.ignored,
+            mappings: Count::default(),
+        });
+        Self { need: Need { alignment_log2: 63, ..Need::default() }, leaves: 0, missing: None, tagged: tagged.collect() }
+    }
+
+    /// Counts the mappings whose aliases a target with these roots does not have.
+    fn lose_tags(&self, target: &[Root], losses: &mut Losses) {
+        for source in &self.tagged {
+            let mut roots = target.iter().filter(|root| source.iova.intersection(Span { first: root.first, last: root.last }).is_some()).peekable();
+            let kept = roots.peek().is_some() && roots.all(|root| root.ignored & source.ignored == source.ignored);
+            if !kept {
+                losses.add_count(Loss::Tagged, &source.mappings);
+            }
+        }
+    }
 }
 
 impl Visitor for Survey {
@@ -129,6 +163,9 @@ impl Visitor for Survey {
         self.leaves += 1;
         if piece.attributes.grants_nothing() {
             return Ok(());
+        }
+        if let Some(tagged) = self.tagged.iter_mut().find(|tagged| tagged.iova.contains(piece.iova.first)) {
+            tagged.mappings.add(*piece);
         }
         let Span { first, last } = piece.iova;
         if last >> 63 == 0 {
@@ -282,7 +319,7 @@ fn convert_table(
 ) -> Result<ConvertedTable, ConvertError> {
     let walk = |error: WalkError| ConvertError::Guest(error.into());
     let Some(mut space) = guest.space(stream)? else { return Err(ConvertError::Nothing { id: stream.id }) };
-    let mut survey = Survey { need: Need { alignment_log2: 63, ..Need::default() }, leaves: 0, missing: None };
+    let mut survey = Survey::new(&space);
     guest.walk(&mut space, &mut survey).map_err(walk)?;
     if let Some(page) = survey.missing {
         return Err(ConvertError::MissingPage { page: page & !(crate::memory::PAGE - 1), id: streams.first().map_or(0, |stream| stream.0) });
@@ -294,8 +331,13 @@ fn convert_table(
     let before = arena.bytes();
     let all_privileged = space.privileged();
     let mut builder = Builder::new(Box::new(plugin.open(&config)?), arena).map_err(build)?;
+    let mut tags = Losses::default();
+    survey.lose_tags(&builder.geometry().roots, &mut tags);
     let walked = if all_privileged { guest.walk(&mut space, &mut AllPrivileged(&mut builder)) } else { guest.walk(&mut space, &mut builder) };
-    let built = builder.finish().map_err(build)?;
+    let mut built = builder.finish().map_err(build)?;
+    for (loss, count) in tags.iter() {
+        built.losses.add_count(loss, count);
+    }
     walked.map_err(walk)?;
     for (name, root) in &built.roots {
         config.settings.set(name, root.0);

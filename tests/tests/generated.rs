@@ -5,10 +5,13 @@
 
 mod configs;
 
+use stagecraft::convert::{Target, convert};
 use stagecraft::guest::{Guest, State};
+use stagecraft::table::Loss;
 use stagecraft::{Access, Iova};
 use stagecraft_tests::reference;
 use stagecraft_tests::reference::generate::{DEVICE, Format, Rng, generate};
+use stagecraft_tests::reference::tables::{ArmHalf, ArmStage1, TableConfig};
 use stagecraft_tests::reference::walk::Walker;
 
 /// Every table of these formats, by the engine and by the naive walker.
@@ -66,6 +69,49 @@ fn check(formats: &[Format]) {
 #[test]
 fn arm_tables_are_walked_as_they_were_written() {
     check(&[Format::ArmStage1, Format::ArmStage2, Format::V7s]);
+}
+
+/// Where a guest's IOVAs have a tag in the top byte, and the target's have none, every mapping of that range loses its other tags, and nothing else is counted.
+#[test]
+fn lost_tags_are_counted() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut lost, mut kept) = (0, 0);
+    for seed in 0..120 {
+        let generated = generate(Format::ArmStage1, seed);
+        let TableConfig::ArmStage1(config) = generated.config else { unreachable!() };
+        let snapshot = configs::load(&generated.snapshot, folder.path());
+        let guest = Guest::new(&snapshot, configs::plugins()).unwrap();
+        let streams = guest.streams().unwrap();
+        let tagged = |half: Option<ArmHalf>| half.is_some_and(|half| half.top_byte_ignored);
+        // What requests with privilege reach is mapped as well.
+        let all = [TableConfig::ArmStage1(ArmStage1 { privileged: true, ..config })];
+        let mapped = Walker::new(&generated.snapshot.memory, &all).unwrap().mappings().unwrap();
+        let bytes = |upper: bool| mapped.iter().filter(|run| (run.iova >> 63 != 0) == upper).map(|run| u128::from(run.size)).sum::<u128>();
+        let halves = [(config.low, false), (config.high, true)];
+        let expected: u128 = halves.into_iter().filter(|(half, _)| tagged(*half)).map(|(_, upper)| bytes(upper)).sum();
+        let count = |target: &Target| {
+            let conversion = convert(&guest, &streams, target, &mut |_, _| {}).ok()?;
+            let losses = &conversion.tables[0].built.losses;
+            let found = losses.get(Loss::Tagged).map_or(0, |count| count.bytes);
+            assert!(losses.iter().all(|(loss, _)| loss != Loss::Tagged || !loss.is_refused()));
+            Some(found)
+        };
+        let what = format!("seed {seed}: {config:?}");
+        for format in ["intel-vtd/second-stage", "arm-smmuv3/stage1"] {
+            if let Some(found) = count(&Target::new(format)) {
+                assert_eq!(found, expected, "{what} to {format}");
+                lost += u64::from(found > 0);
+            }
+        }
+        // The same windows: nothing is lost of those below.
+        let mut same = Target::new("arm-smmuv3/stage1");
+        same.settings.set("tbi", 1);
+        if let Some(found) = count(&same) {
+            assert_eq!(found, if tagged(config.high) { bytes(true) } else { 0 }, "{what} with tags");
+            kept += u64::from(found < expected);
+        }
+    }
+    assert!(lost > 20 && kept > 10, "{lost} {kept}");
 }
 
 #[test]

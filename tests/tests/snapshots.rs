@@ -294,6 +294,8 @@ fn check_losses(config: &reference::tables::TableConfig, losses: &stagecraft::ta
                 Loss::Granule => [piece.iova.first, piece.address, piece.iova.length_minus_one() + 1].iter().any(|edge| edge % page != 0),
                 Loss::Permission => !says_write_only(config) && piece.attributes.access(true) == Access::WRITE,
                 Loss::Execute | Loss::MemoryType | Loss::Coherent | Loss::DirtyTracking => true,
+                // No guest here has tags.
+                Loss::Tagged => false,
             };
             assert!(documented, "{what}: {loss} lost {} bytes, such as {piece:x?}", count.bytes);
         }

@@ -24,12 +24,24 @@ pub enum Loss {
     Coherent,
     /// Clean and dirty cannot be told apart: the first write is not marked.
     DirtyTracking,
+    /// The source does not look at some bits of an IOVA (a tag in the top byte); in the target, IOVAs with other values of these bits fault. Counted are
+    /// the mappings that had such aliases, once each, also those that are refused for another reason.
+    Tagged,
 }
 
 impl Loss {
     /// All losses, refused ones first.
-    pub const ALL: [Self; 8] =
-        [Self::InputRange, Self::OutputRange, Self::Granule, Self::Permission, Self::Execute, Self::MemoryType, Self::Coherent, Self::DirtyTracking];
+    pub const ALL: [Self; 9] = [
+        Self::InputRange,
+        Self::OutputRange,
+        Self::Granule,
+        Self::Permission,
+        Self::Execute,
+        Self::MemoryType,
+        Self::Coherent,
+        Self::DirtyTracking,
+        Self::Tagged,
+    ];
 
     /// Whether the mapping is left out, because having less of it would break the guest.
     #[must_use]
@@ -49,6 +61,7 @@ impl Loss {
             Self::MemoryType => "memory-type",
             Self::Coherent => "coherent",
             Self::DirtyTracking => "dirty-tracking",
+            Self::Tagged => "tagged",
         }
     }
 
@@ -64,6 +77,7 @@ impl Loss {
             Self::MemoryType => "the target's entries have no such memory type",
             Self::Coherent => "the target's entries do not say whether caches are snooped",
             Self::DirtyTracking => "the target does not mark the first write",
+            Self::Tagged => "IOVAs with another tag reached the same and do not any more",
         }
     }
 }
@@ -85,6 +99,17 @@ pub struct Count {
     pub examples: Vec<Piece>,
 }
 
+impl Count {
+    /// Counts a piece.
+    pub(crate) fn add(&mut self, piece: Piece) {
+        self.pieces += 1;
+        self.bytes += u128::from(piece.iova.length_minus_one()) + 1;
+        if self.examples.len() < EXAMPLES {
+            self.examples.push(piece);
+        }
+    }
+}
+
 /// Examples that are kept of each loss.
 const EXAMPLES: usize = 8;
 
@@ -100,6 +125,15 @@ impl Losses {
         if count.examples.len() < EXAMPLES {
             count.examples.push(example());
         }
+    }
+
+    /// Adds what was counted elsewhere.
+    pub(crate) fn add_count(&mut self, loss: Loss, other: &Count) {
+        let count = &mut self.0[loss as usize];
+        count.pieces += other.pieces;
+        count.bytes += other.bytes;
+        let room = EXAMPLES.saturating_sub(count.examples.len());
+        count.examples.extend(other.examples.iter().take(room).copied());
     }
 
     /// What was lost, refused first.

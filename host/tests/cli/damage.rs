@@ -85,7 +85,7 @@ fn cases() -> Vec<Case> {
             is_leaf: |entry| matches!(entry >> 9 & 7, 0 | 7),
             ..case("amd-vi/v1", &["levels=4"], damage(At::Leaf, 1 << 52, "reserved", "48882 section 2.2.3"), None)
         },
-        case("amd-vi/v2", &["levels=4"], damage(At::Root, 1 << 7, "reserved", "48882 section 2.2.6"), None),
+        case("amd-vi/v2", &["levels=4"], damage(At::Root, 1 << 7, "reserved", "24593 section 5.3.3"), None),
         Case { next: page_number, is_leaf: readable, ..case("riscv-iommu/first-stage", &["levels=4"], riscv(), None) },
         Case {
             next: page_number,
