@@ -46,6 +46,7 @@ fn object(violation: &Violation) -> Value {
         "level": last.map(|step| step.number),
         "path": violation.path.iter().map(step).collect::<Vec<_>>(),
         "entry": last.and_then(|step| step.entry).map(json::hex),
+        "structure": violation.structure.map(|(address, word)| json!({"address": json::hex(address.0), "word": word})),
         "bits": violation.bits.map(json::hex),
         "section": violation.section,
         "reason": violation.reason,
@@ -93,8 +94,10 @@ fn paragraph(out: &mut impl Write, violation: &Violation) -> Result<()> {
     writeln!(out)?;
     let section = violation.section.as_ref().map_or(String::new(), |section| format!(" ({section})"));
     writeln!(out, "  {}", printable(&format!("{}{section}", violation.reason)))?;
-    if let Some(bits) = violation.bits {
-        writeln!(out, "  bits {bits:#018x} of the entry")?;
+    match (violation.bits, violation.structure) {
+        (Some(bits), Some((address, word))) => writeln!(out, "  bits {bits:#018x} of 64-bit word {word} of the structure at {:#x}", address.0)?,
+        (Some(bits), None) => writeln!(out, "  bits {bits:#018x} of the entry")?,
+        (None, _) => {}
     }
     if violation.count > 1 {
         writeln!(out, "  {}, of which the first:", counted(violation.count, "entry", "entries"))?;
