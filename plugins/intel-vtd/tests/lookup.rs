@@ -532,7 +532,7 @@ fn devices_that_nobody_set_up_are_unused() {
 #[test]
 fn reserved_bits_of_a_stage_that_is_not_used_are_noted() {
     let warnings = |ecap: u64, entry: [u64; 3]| {
-        let mut memory = notes::Noting::new(scalable([0, 0], 0, entry));
+        let mut memory = notes::Noting::new(scalable([1, 0], 0, entry));
         let outcome = IntelVtd::lookup(&registers(CAP, ecap, ROOT | 1 << 10), Requester { id: ID, pasid: None }, &mut memory).unwrap();
         assert!(matches!(outcome, Outcome::Tables(_) | Outcome::Bypass), "{outcome:?}");
         memory.warnings()

@@ -34,7 +34,7 @@ pub fn json(out: &mut impl Write, report: &Report) -> Result<()> {
 fn object(violation: &Violation) -> Value {
     let step = |step: &Step| json!({"level": step.number, "table": json::hex(step.table.0), "index": step.index, "entry": step.entry.map(json::hex)});
     let last = violation.path.last();
-    json!({
+    let mut object = json!({
         "id": json::hex(violation.stream.id),
         "pasid": violation.stream.pasid,
         "shared": violation.shared.iter().map(|stream| json::stream((stream.id, stream.pasid))).collect::<Vec<_>>(),
@@ -46,12 +46,15 @@ fn object(violation: &Violation) -> Value {
         "level": last.map(|step| step.number),
         "path": violation.path.iter().map(step).collect::<Vec<_>>(),
         "entry": last.and_then(|step| step.entry).map(json::hex),
-        "structure": violation.structure.map(|(address, word)| json!({"address": json::hex(address.0), "word": word})),
         "bits": violation.bits.map(json::hex),
         "section": violation.section,
         "reason": violation.reason,
         "count": violation.count,
-    })
+    });
+    if let Some((address, word)) = violation.structure {
+        object["structure"] = json!({"address": json::hex(address.0), "word": word});
+    }
+    object
 }
 
 /// The summary first, then one paragraph per violation.
