@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use crate::device::{Found, LookupError, Unit};
 use crate::memory::{Budget, Exhausted, Limits, MemoryMap, VmMemory};
-use crate::plugin::{BlockKind, CallError, Outcome, Plugins, PluginsError, Refusal, Requester, Settings, TableConfig, Tag};
+use crate::plugin::{BlockKind, CallError, Notes, Outcome, Plugins, PluginsError, Refusal, Requester, Settings, TableConfig, Tag};
 use crate::snapshot::{Domains, PageMemory, Snapshot, Source, Stream, StreamEntry};
 use crate::table::{AddressSpace, Collector, Fault, FormatError, Intercept, OpenError, Table, Translation, Visitor, WalkError, Window};
 use crate::virtio_iommu;
@@ -56,13 +56,16 @@ pub struct StreamState {
     pub tag: Tag,
     /// A page that the snapshot lacks and that would have been needed.
     pub missing: Option<Gpa>,
+    /// What the plugin noted about the device structures that lead to its tables.
+    pub notes: Notes,
 }
 
 impl StreamState {
     /// A stream that gets `state`, and of which nothing else is known.
     #[must_use]
     pub fn new(label: &str, id: u64, pasid: Option<u32>, state: State) -> Self {
-        Self { label: label.to_owned(), id, pasid, state, unused: false, intercepts: Vec::new(), tag: Tag::default(), missing: None }
+        let (intercepts, tag, notes) = (Vec::new(), Tag::default(), Notes::default());
+        Self { label: label.to_owned(), id, pasid, state, unused: false, intercepts, tag, missing: None, notes }
     }
 
     /// Which way its DMA goes: streams for which this is equal share all their tables.
@@ -266,14 +269,16 @@ impl<'a> Guest<'a> {
     fn find_pasids(&self, id: u64) -> Result<Found<Vec<u32>>, GuestError> {
         match (&self.unit, &self.snapshot.source) {
             (Some(unit), _) => match unit.pasids(id) {
-                Err(LookupError::Call(CallError::Refused { refusal: Refusal::Unsupported(_), .. })) => Ok(Found { value: Vec::new(), missing: None }),
+                Err(LookupError::Call(CallError::Refused { refusal: Refusal::Unsupported(_), .. })) => {
+                    Ok(Found { value: Vec::new(), missing: None, notes: Notes::default() })
+                }
                 result => Ok(result?),
             },
             (None, Source::Tables(_)) => {
                 let value = self.listed.range((id, None)..=(id, Some(u32::MAX))).filter_map(|((_, pasid), _)| *pasid).collect();
-                Ok(Found { value, missing: None })
+                Ok(Found { value, missing: None, notes: Notes::default() })
             }
-            (None, Source::Unit { .. } | Source::Domains(_)) => Ok(Found { value: Vec::new(), missing: None }),
+            (None, Source::Unit { .. } | Source::Domains(_)) => Ok(Found { value: Vec::new(), missing: None, notes: Notes::default() }),
         }
     }
 
@@ -289,7 +294,7 @@ impl<'a> Guest<'a> {
         let stream = |state| StreamState::new(&device.label, id, pasid, state);
         match (&self.unit, &self.snapshot.source) {
             (Some(unit), _) => match unit.lookup(Requester { id, pasid }) {
-                Ok(Found { value, missing }) => Ok(StreamState { missing, ..found(stream, value) }),
+                Ok(Found { value, missing, notes }) => Ok(StreamState { missing, notes, ..found(stream, value) }),
                 // One device that uses a rare feature does not hide the others.
                 Err(LookupError::Call(CallError::Refused { plugin, refusal: Refusal::Unsupported(what) })) => {
                     Ok(stream(State::Blocked(format!("not known: plugin {plugin} does not support {what}"))))

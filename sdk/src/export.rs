@@ -23,14 +23,14 @@ mod bindings {
 }
 
 pub use bindings::exports::stagecraft::format::{detect, queue, table};
-pub use bindings::stagecraft::format::{guest_memory, log, types};
+pub use bindings::stagecraft::format::{guest_memory, log, notes, types};
 #[doc(hidden)]
 pub use bindings::*;
 
 use crate::queue::Access;
 use crate::{
     Attributes, BlockKind, Blocked, ByteOrder, Command, Direct, Error, Event, EventRecord, FaultKind, Format, GuestMemory, Intercept, Meaning, Need,
-    Outcome, Registers, Requester, Settings, Severity, TableConfig, Tag, Translated, Unit, Window,
+    Note, Outcome, Registers, Requester, Settings, Severity, TableConfig, Tag, Translated, Unit, Window,
 };
 
 /// [`GuestMemory`] through the component's import.
@@ -44,6 +44,12 @@ impl GuestMemory for Imported {
 
     fn read_through(&mut self, table: &TableConfig, address: u64, length: u32) -> Result<Vec<u8>, Error> {
         guest_memory::read_through(&config_out(table), address, length).ok_or(Error::Unreadable(address))
+    }
+
+    fn note(&mut self, note: Note) {
+        let Note { severity, address, word, bits, section, reason } = note;
+        let severity = severity_out(severity);
+        notes::add(&notes::Note { severity, address, word, bits, section: section.to_owned(), reason: reason.to_owned() });
     }
 }
 
@@ -273,11 +279,7 @@ impl<F: Format> Opened for F {
 
     fn explain(&self, level: u8, inherited: u64, pattern: u64) -> Vec<types::Finding> {
         let finding = |finding: crate::Finding| types::Finding {
-            severity: match finding.severity {
-                Severity::Error => types::Severity::Error,
-                Severity::Warning => types::Severity::Warning,
-                Severity::Info => types::Severity::Info,
-            },
+            severity: severity_out(finding.severity),
             kind: fault_kind_out(finding.kind),
             bits: finding.bits,
             section: finding.section.to_owned(),
@@ -293,6 +295,14 @@ impl<F: Format> Opened for F {
 
     fn encode_table(&self, level: u8, next: u8) -> Option<u64> {
         Format::encode_table(self, level, next)
+    }
+}
+
+fn severity_out(severity: Severity) -> types::Severity {
+    match severity {
+        Severity::Error => types::Severity::Error,
+        Severity::Warning => types::Severity::Warning,
+        Severity::Info => types::Severity::Info,
     }
 }
 

@@ -22,4 +22,6 @@ pub use format::{
     Root, Segment, Severity, Shape,
 };
 pub use queue::{Command, Effect, Event, EventRecord, Scope};
-pub use unit::{Binding, BlockKind, Blocked, Direct, GuestMemory, Intercept, Offer, Outcome, Registers, Requester, Tag, Translated, Unit, Window};
+pub use unit::{
+    Binding, BlockKind, Blocked, Direct, GuestMemory, Intercept, Note, Offer, Outcome, Registers, Requester, Structure, Tag, Translated, Unit, Window,
+};

@@ -1,6 +1,6 @@
 //! From a unit's registers to the tables that a device uses.
 
-use crate::{Attributes, Command, Error, Event, EventRecord, TableConfig};
+use crate::{Attributes, Command, Error, Event, EventRecord, Severity, TableConfig};
 
 /// Reads guest memory on behalf of [`Unit::lookup`]; bounded by the host. Read a structure once, whole, and keep it.
 pub trait GuestMemory {
@@ -15,6 +15,56 @@ pub trait GuestMemory {
     /// # Errors
     /// [`Error::Unreadable`] also if the translation faults or forbids reading.
     fn read_through(&mut self, table: &TableConfig, address: u64, length: u32) -> Result<Vec<u8>, Error>;
+
+    /// Says something about a structure besides the answer of [`Unit::lookup`]. The host keeps the first 64 of one lookup, and none of [`Unit::pasids`].
+    fn note(&mut self, note: Note) {
+        let _ = note;
+    }
+}
+
+/// Bits of a device structure that should not be so, and that hardware does not mind. What hardware refuses is [`Outcome::Blocked`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Note {
+    /// [`Severity::Warning`], or [`Severity::Info`] for what is merely odd.
+    pub severity: Severity,
+    /// Where the structure stands, as [`GuestMemory`] was asked for it.
+    pub address: u64,
+    /// Which 64-bit word of the structure, from 0.
+    pub word: u8,
+    /// The bits of that word, as the unit reads it.
+    pub bits: u64,
+    /// Document and section.
+    pub section: &'static str,
+    /// One sentence in lower case without a full stop, that names the structure.
+    pub reason: &'static str,
+}
+
+/// Where a device structure stands, what it is, and what is noted about it.
+pub struct Structure<'a> {
+    memory: &'a mut dyn GuestMemory,
+    address: u64,
+    section: &'static str,
+}
+
+impl std::fmt::Debug for Structure<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Structure").field("address", &self.address).field("section", &self.section).finish_non_exhaustive()
+    }
+}
+
+impl<'a> Structure<'a> {
+    /// The structure at `address`, which `section` of a specification describes.
+    pub fn new(memory: &'a mut dyn GuestMemory, address: u64, section: &'static str) -> Self {
+        Self { memory, address, section }
+    }
+
+    /// A warning, unless `bits`, a part of word number `word`, is zero.
+    pub fn warn(&mut self, word: u8, bits: u64, reason: &'static str) -> &mut Self {
+        if bits != 0 {
+            self.memory.note(Note { severity: Severity::Warning, address: self.address, word, bits, section: self.section, reason });
+        }
+        self
+    }
 }
 
 /// A unit's registers by their architectural names, and which kind of unit it is.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use stagecraft::plugin::queue::{Effect, Event, EventAccess, MAX_COMMAND_BYTES, Scope};
 use stagecraft::plugin::{
-    Binding, BlockKind, Blocked, CallError, Config, DetectMemory, Direct, Engine, Instance, Limits, Outcome, Plugin, PluginFormat, Refusal,
+    Binding, BlockKind, Blocked, CallError, Config, DetectMemory, Direct, Engine, Instance, Limits, Notes, Outcome, Plugin, PluginFormat, Refusal,
     Requester, Settings, TableConfig, Ticker, Translated,
 };
 use stagecraft::table::{FaultKind, Format as _, FormatError, Meaning, Missing, Need, Next, Severity, Window};
@@ -391,6 +391,30 @@ fn guest_memory_is_there_during_detect_only() {
     assert!(matches!(open(mode::READS_MEMORY).decode(2, 0, LEAF).expect("an answer"), Meaning::Leaf { .. }), "it got nothing to read");
     let error = lookup(mode::READS_TOO_MUCH, Words::of(1)).1.expect_err("1 MiB at once");
     assert_eq!(error, CallError::Refused { plugin: "hostile".into(), refusal: Refusal::Unreadable(0x2000) });
+}
+
+#[test]
+fn notes_about_structures_are_cut_cleaned_and_never_errors() {
+    let (instance, outcome) = lookup(mode::NOTE, Words::of(1));
+    assert_eq!(outcome.expect("an answer"), Outcome::Bypass);
+    let [note] = &*instance.notes().kept else { panic!("{:?}", instance.notes()) };
+    assert_eq!((note.severity, note.address.0, note.word, note.bits), (Severity::Warning, 0x1000, 3, 1 << 7));
+    assert_eq!((&*note.section, note.reason.len()), ("hostile \u{fffd}[31m section 4", 1024));
+}
+
+#[test]
+fn a_flood_of_notes_is_bounded_and_counted() {
+    let (mut instance, outcome) = lookup(mode::NOTE_FLOOD, Words::of(1));
+    assert_eq!(outcome.expect("an answer"), Outcome::Bypass);
+    let notes = instance.notes();
+    assert_eq!((notes.kept.len(), notes.dropped), (Notes::MOST, 10_000 - Notes::MOST as u64), "one without bits says nothing");
+    assert!(notes.kept.iter().all(|note| note.reason.len() <= 1024 && note.bits != 0));
+
+    // Outside of `lookup` nobody listens, and the next one begins anew.
+    assert_eq!(instance.pasids("hostile", &registers(mode::NOTE_FLOOD), 3, Words::of(1)).expect("PASIDs"), [1]);
+    assert_eq!(instance.notes().kept.len(), Notes::MOST);
+    instance.lookup("hostile", &registers(mode::WELL), Requester { id: 3, pasid: None }, Words::of(1)).expect("an answer");
+    assert_eq!(instance.notes(), &Notes::default());
 }
 
 #[test]

@@ -8,7 +8,7 @@ use vm_memory::GuestMemory;
 
 use crate::Gpa;
 use crate::memory::{Exhausted, Limits, MemoryMap};
-use crate::plugin::{CallError, Outcome, Plugin, Requester};
+use crate::plugin::{CallError, Notes, Outcome, Plugin, Requester};
 
 use reader::Reader;
 
@@ -20,6 +20,8 @@ pub struct Found<T> {
     /// The first page that the memory map promises and that could not be read. A unit with real memory reports the fault that is in `value`; for a
     /// snapshot it means that the snapshot is not complete.
     pub missing: Option<Gpa>,
+    /// What the plugin noted about the structures on the way; nothing where it was asked for PASIDs.
+    pub notes: Notes,
 }
 
 /// A lookup failed.
@@ -58,8 +60,9 @@ impl<M: GuestMemory + Clone + Send + 'static> Unit<M> {
     /// The plugin refuses the registers or fails, or the limits are reached.
     pub fn lookup(&self, requester: Requester) -> Result<Found<Outcome>, LookupError> {
         let reader = self.reader();
-        let outcome = self.plugin.instantiate()?.lookup(&self.kind, &self.registers, requester, Arc::clone(&reader));
-        finish(&reader, outcome)
+        let mut instance = self.plugin.instantiate()?;
+        let outcome = instance.lookup(&self.kind, &self.registers, requester, Arc::clone(&reader));
+        Ok(Found { notes: instance.notes().clone(), ..finish(&reader, outcome)? })
     }
 
     /// The PASIDs for which the device `id` has a valid context, without the one that requests without PASID use.
@@ -82,5 +85,5 @@ fn finish<M, T>(reader: &Mutex<Reader<M>>, result: Result<T, CallError>) -> Resu
     if let Some(exhausted) = reader.exhausted {
         return Err(exhausted.into());
     }
-    Ok(Found { value: result?, missing: reader.missing })
+    Ok(Found { value: result?, missing: reader.missing, notes: Notes::default() })
 }

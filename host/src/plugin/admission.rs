@@ -7,7 +7,8 @@ use wasmparser::{Encoding, Parser, Payload};
 use crate::plugin::{CONTRACT, Limits, LoadError, Manifest};
 
 /// What a plugin may import.
-pub(super) const IMPORTS: [&str; 3] = ["stagecraft:format/types@0.1.0", "stagecraft:format/guest-memory@0.1.0", "stagecraft:format/log@0.1.0"];
+pub(super) const IMPORTS: [&str; 4] =
+    ["stagecraft:format/types@0.1.0", "stagecraft:format/guest-memory@0.1.0", "stagecraft:format/log@0.1.0", "stagecraft:format/notes@0.1.0"];
 /// What a plugin must export, and nothing else.
 pub(super) const EXPORTS: [&str; 3] = ["stagecraft:format/detect@0.1.0", "stagecraft:format/table@0.1.0", "stagecraft:format/queue@0.1.0"];
 

@@ -6,7 +6,7 @@ use crate::plugin::bindings::exports::stagecraft::format::{detect, table};
 use crate::plugin::bindings::stagecraft::format::types;
 use crate::plugin::queue::{Event, EventRecord, Invalidation, MAX_COMMAND_BYTES};
 use crate::plugin::store::{Pace, Sandbox};
-use crate::plugin::{CallError, Outcome, Plugin, Settings, TableConfig, error, outcome, queue, words};
+use crate::plugin::{CallError, Notes, Outcome, Plugin, Settings, TableConfig, error, outcome, queue, words};
 use crate::table::Need;
 
 /// Guest memory as a plugin sees it during one call. It is handed over for the call and dropped at its end; [`Arc<Mutex<M>>`] keeps a handle.
@@ -76,6 +76,7 @@ const MAX_INFO_BYTES: usize = 4096;
 pub struct Instance {
     plugin: Plugin,
     sandbox: Sandbox,
+    notes: Notes,
 }
 
 impl std::fmt::Debug for Sandbox {
@@ -86,7 +87,7 @@ impl std::fmt::Debug for Sandbox {
 
 impl Instance {
     pub(super) fn new(plugin: &Plugin) -> Result<Self, CallError> {
-        Ok(Self { plugin: plugin.clone(), sandbox: Sandbox::new(plugin)? })
+        Ok(Self { plugin: plugin.clone(), sandbox: Sandbox::new(plugin)?, notes: Notes::default() })
     }
 
     /// The plugin of which this is an instance.
@@ -121,11 +122,20 @@ impl Instance {
     ) -> Result<Outcome, CallError> {
         let registers = self.registers(unit, registers)?;
         let requester = detect::Requester { id: requester.id, pasid: requester.pasid };
+        self.sandbox.store.data_mut().notes = Some(Notes::default());
         let answer = self.with_memory(memory, |sandbox| {
             sandbox.call(Pace::Cold, |exports, store| exports.stagecraft_format_detect().call_lookup(store, unit, &registers, requester))
-        })?;
+        });
+        self.notes = self.sandbox.store.data_mut().notes.take().unwrap_or_default();
+        let answer = answer?;
         let answer = answer.map_err(|error| self.sandbox.refused(error))?;
         outcome::outcome(answer, |format| self.plugin.check_format(format).is_ok()).map_err(|what| self.sandbox.nonsense(what))
+    }
+
+    /// What the plugin noted about device structures during the last [`Instance::lookup`].
+    #[must_use]
+    pub const fn notes(&self) -> &Notes {
+        &self.notes
     }
 
     /// The PASIDs for which `id` has a valid context: ascending, at most 1,024.

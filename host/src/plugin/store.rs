@@ -5,14 +5,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use wasmtime::{PoolConcurrencyLimitError, Store, Trap, UpdateDeadline};
 
-use crate::plugin::bindings::stagecraft::format::{guest_memory, log, types};
+use crate::plugin::bindings::stagecraft::format::{guest_memory, log, notes, types};
 use crate::plugin::instance::DetectMemory;
-use crate::plugin::{CallError, Engine, Limits, Plugin, bindings, error, words};
+use crate::plugin::{CallError, Engine, Limits, Notes, Plugin, bindings, error, words};
 
 /// What the imports of one instance work on.
 pub(super) struct State {
     pub(super) plugin: Arc<str>,
     pub(super) memory: Option<Box<dyn DetectMemory>>,
+    /// There while a `lookup` runs.
+    pub(super) notes: Option<Notes>,
     limits: Arc<Limits>,
     said: Option<String>,
     memory_denied: Option<usize>,
@@ -24,7 +26,7 @@ pub(super) struct State {
 impl State {
     fn new(plugin: Arc<str>, limits: Arc<Limits>) -> Self {
         let log = LogBudget { started: Instant::now(), left: limits.log_messages, dropped: 0 };
-        Self { plugin, memory: None, limits, said: None, memory_denied: None, timer: Timer::default(), reads: 0, log }
+        Self { plugin, memory: None, notes: None, limits, said: None, memory_denied: None, timer: Timer::default(), reads: 0, log }
     }
 
     /// Host work on behalf of the plugin, which its deadline does not count.
@@ -129,6 +131,14 @@ impl guest_memory::Host for State {
         let table = words::table_config(table).ok()?;
         let bytes = self.host_work(|memory| memory.read_through(&table, address, length))??;
         (bytes.len() == length as usize).then_some(bytes)
+    }
+}
+
+impl notes::Host for State {
+    fn add(&mut self, note: notes::Note) {
+        if let Some(notes) = &mut self.notes {
+            notes.add(&note);
+        }
     }
 }
 

@@ -11,4 +11,5 @@ mod outcomes;
 mod reports;
 mod requests;
 mod streams;
+mod structures;
 mod support;

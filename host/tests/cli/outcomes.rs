@@ -9,25 +9,25 @@ use serde_json::{Value, json};
 use crate::support::{folder, hex, run};
 
 /// A guest that is made up: 64-bit words where structures are, 16 MiB of RAM at 0x80000000, device memory at 0x28000000.
-struct Guest {
+pub struct Guest {
     unit: Value,
     pages: BTreeMap<u64, Vec<u8>>,
     id: u64,
 }
 
 impl Guest {
-    fn new(unit: &Value, id: u64) -> Self {
+    pub fn new(unit: &Value, id: u64) -> Self {
         Self { unit: unit.clone(), pages: BTreeMap::new(), id }
     }
 
-    fn write(mut self, address: u64, bytes: &[u8]) -> Self {
+    pub fn write(mut self, address: u64, bytes: &[u8]) -> Self {
         for (offset, byte) in (address..).zip(bytes) {
             self.pages.entry(offset & !0xfff).or_insert_with(|| vec![0; 4096])[(offset & 0xfff) as usize] = *byte;
         }
         self
     }
 
-    fn words(self, address: u64, words: &[u64]) -> Self {
+    pub fn words(self, address: u64, words: &[u64]) -> Self {
         let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
         self.write(address, &bytes)
     }
@@ -37,7 +37,7 @@ impl Guest {
         self.write(address, &[0; 0x4000]).words(address, words)
     }
 
-    fn save(&self, test: &str) -> PathBuf {
+    pub fn save(&self, test: &str) -> PathBuf {
         let path = folder(test).join("guest");
         fs::create_dir(&path).unwrap();
         let mut snapshot = json!({

@@ -22,13 +22,14 @@
 
 use stagecraft_sdk::bits::words;
 use stagecraft_sdk::{
-    Attributes, Binding, Blocked, Command, Direct, Error, EventRecord, Format, GuestMemory, Offer, Outcome, Registers, Requester, TableConfig, Tag,
-    Translated, Unit, Window,
+    Attributes, Binding, Blocked, Command, Direct, Error, EventRecord, Format, GuestMemory, Offer, Outcome, Registers, Requester, Structure,
+    TableConfig, Tag, Translated, Unit, Window,
 };
 
 use crate::queue;
 use crate::spec::device_table::{
-    BYTES, DOMAIN_ID, EX, GIOV, GLX, GUEST_PAGING_MODE, GV, HAD, HOST_ROOT, IR, IW, MODE, RESERVED_0, TV, V, WORDS, gcr3, gcr3_root,
+    BYTES, DOMAIN_ID, EX, GIOV, GLX, GUEST_PAGING_MODE, GV, HAD, HOST_ROOT, IR, IW, MODE, RESERVED_0, RESERVED_2, RESERVED_3, TV, V, WORDS, gcr3,
+    gcr3_root,
 };
 use crate::spec::registers::{control, devtab, efr, exclusion};
 use crate::v1::{V1, input_bits};
@@ -45,6 +46,7 @@ const MOST_PASIDS: usize = 1024;
 const MOST_GCR3_TABLES: u32 = 1024;
 const PAGE: u32 = 4096;
 
+const GCR3_TABLE: &str = "48882 section 2.2.6";
 const DEVICE_TABLE: &str = "48882 section 2.2.2";
 const REGISTERS: &str = "48882 section 3.4";
 
@@ -170,7 +172,13 @@ impl Hardware {
         unused_if(offset >= size, Event::IllegalDevTableEntry, "the DeviceID is beyond the device table")?;
         let address = devtab::BASE.in_place(segment) + offset;
         let read = memory.read(address, BYTES).ok().and_then(|bytes| words(&bytes).try_into().ok());
-        read.ok_or_else(|| blocked(Event::DevTabHardwareError, &format!("the device table entry at {address:#x} cannot be read")))
+        let entry: [u64; WORDS] =
+            read.ok_or_else(|| blocked(Event::DevTabHardwareError, &format!("the device table entry at {address:#x} cannot be read")))?;
+        if entry[0] & V != 0 {
+            let reason = "the device table entry has reserved bits";
+            Structure::new(memory, address, DEVICE_TABLE).warn(2, entry[2] & RESERVED_2, reason).warn(3, entry[3] & RESERVED_3, reason);
+        }
+        Ok(entry)
     }
 
     /// An entry that asks for translation, or nothing if it does not.
@@ -254,6 +262,8 @@ impl Hardware {
             let next = memory.read(address, 8, translated).ok().and_then(|words| words.first().copied()).ok_or_else(unreadable)?;
             unused_if(next & gcr3::V == 0, Event::IoPageFault, "the guest CR3 table entry of the PASID is not valid")?;
             unless(next & gcr3::RESERVED != 0, Event::IoPageFault, "the guest CR3 table entry of the PASID has a reserved bit")?;
+            let reason = "the guest CR3 table entry of the PASID has reserved bits";
+            Structure::new(memory.memory, address, GCR3_TABLE).warn(0, next & gcr3::IGNORED, reason);
             table = gcr3::ADDRESS.in_place(next);
             translated = true;
         }

@@ -1,6 +1,9 @@
 //! Registers and device structures: every way to a table, and every way to be refused.
 #![allow(clippy::unwrap_used, missing_docs)]
 
+#[path = "../../../sdk/testing/notes.rs"]
+mod notes;
+
 use std::collections::BTreeMap;
 
 use proptest::prelude::*;
@@ -550,4 +553,27 @@ fn devices_that_nobody_set_up_are_unused() {
     assert_eq!(kind(&entry([VALID, 0, 0])), BlockKind::Unused, "neither reads nor writes");
     assert_eq!(kind(&entry([VALID | RW | mode(7), 0, 0])), BlockKind::Refused);
     assert_eq!(kind(&entry([VALID | RW | 4, 0, 0])), BlockKind::Refused);
+}
+
+#[test]
+fn reserved_bits_that_no_walk_looks_at_are_noted() {
+    let warnings = |memory: Memory, pasid| {
+        let mut memory = notes::Noting::new(memory);
+        let outcome = AmdVi::lookup(&registers(&[]), Requester { id: ID, pasid }, &mut memory).unwrap();
+        assert!(matches!(outcome, Outcome::Tables(_) | Outcome::Bypass), "{outcome:?}");
+        memory.warnings()
+    };
+    let host = VALID | RW | mode(3) | HOST;
+    assert_eq!(warnings(entry([host, 0, 0]), None), []);
+    let mut memory = entry([host, 0, u64::MAX]);
+    memory.words.insert(ENTRY + 24, u64::MAX);
+    let reserved = [(ENTRY, 2, 3 << 52), (ENTRY, 3, 0x7fff | 0x3f << 48)];
+    assert_eq!(warnings(memory.clone(), None), reserved);
+    memory.words.insert(ENTRY, 0);
+    assert_eq!(warnings(memory, None), [], "nothing in an entry that is not valid");
+
+    let mut memory = guest(RW, 5);
+    assert_eq!(warnings(memory.clone(), Some(5)), []);
+    memory.words.insert(GCR3 + 5 * 8, GUEST | 0xfff);
+    assert_eq!(warnings(memory, Some(5)), [(GCR3 + 5 * 8, 0, 0xffe)]);
 }

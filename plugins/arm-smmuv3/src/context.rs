@@ -3,6 +3,7 @@
 use stagecraft_sdk::{Error, Format, GuestMemory, TableConfig};
 
 use crate::Stage1;
+use crate::notes;
 use crate::spec::registers::{address_size, idr0, idr3, l1cd};
 use crate::spec::{Slot, Words, cd, ste};
 use crate::stage1::LINUX_MAIR;
@@ -107,12 +108,18 @@ impl<'a> Contexts<'a> {
                 let what = format!("the level 1 context descriptor{behind}");
                 let bytes = read_failed(self.read(memory, address, 8), "F_CD_FETCH", &what)?;
                 let descriptor = stagecraft_sdk::bits::words(&bytes).first().copied().unwrap_or(0);
-                self.leaf_table(descriptor, leaf)? + (index & ((1 << leaf) - 1)) * CD
+                let table = self.leaf_table(descriptor, leaf)?;
+                notes::context_descriptor(memory, address, descriptor);
+                table + (index & ((1 << leaf) - 1)) * CD
             }
             None => self.base() + index * CD,
         };
         let words = self.read(memory, address, CD).and_then(|bytes| structure(&bytes, address));
-        read_failed(words, "F_CD_FETCH", &format!("the context descriptor{behind}"))
+        let words = read_failed(words, "F_CD_FETCH", &format!("the context descriptor{behind}"))?;
+        if cd::V.is_set(&words) {
+            notes::context(memory, address, &words, self.features);
+        }
+        Ok(words)
     }
 
     /// The SubstreamIDs whose CD is valid, ascending; work and answer are bounded. What cannot be read has none.

@@ -19,6 +19,7 @@
 
 mod context;
 mod kernel;
+mod notes;
 mod queue;
 mod spec;
 mod stage1;

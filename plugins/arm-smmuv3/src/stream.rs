@@ -6,6 +6,7 @@ use stagecraft_sdk::bits::Field;
 use stagecraft_sdk::{Blocked, Error, Format, GuestMemory, Registers, TableConfig};
 
 use crate::Stage2;
+use crate::notes;
 use crate::spec::registers::{address_size, cr2, idr0, idr1, idr3, idr5, l1std, strtab_base, strtab_base_cfg};
 use crate::spec::{Words, cd, ste};
 use crate::stage2::{default_start, start_level_setting};
@@ -171,17 +172,23 @@ pub(crate) fn find(registers: &Registers, features: &Features, id: u64, memory: 
         let base = align_down(base, log2size.saturating_sub(split).saturating_add(3).max(6));
         let address = base + (id >> split) * 8;
         let bytes = read_failed(memory.read(address, 8), "F_STE_FETCH", "the level 1 stream table descriptor")?;
-        second_level(&bytes, split, id)?
+        let descriptor = stagecraft_sdk::bits::words(&bytes).first().copied().unwrap_or(0);
+        let entry = second_level(descriptor, split, id)?;
+        notes::stream_descriptor(memory, address, descriptor);
+        entry
     } else {
         align_down(base, log2size.saturating_add(6)) + id * 64
     };
     let words = memory.read(address, 64).and_then(|bytes| structure(&bytes, address));
-    read_failed(words, "F_STE_FETCH", "the stream table entry")
+    let words = read_failed(words, "F_STE_FETCH", "the stream table entry")?;
+    if ste::V.is_set(&words) {
+        notes::stream_entry(memory, address, &words, features);
+    }
+    Ok(words)
 }
 
 /// Address of the entry that a level 1 descriptor leads to, IHI 0070 section 5.1.1.
-fn second_level(bytes: &[u8], split: u8, id: u64) -> Result<u64, Stop> {
-    let descriptor = stagecraft_sdk::bits::words(bytes).first().copied().unwrap_or(0);
+fn second_level(descriptor: u64, split: u8, id: u64) -> Result<u64, Stop> {
     let span = l1std::SPAN.of(descriptor) as u8;
     let section = "IHI 0070 section 5.1";
     if span == 0 || span > 11 {

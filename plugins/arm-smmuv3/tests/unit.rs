@@ -3,6 +3,9 @@
 
 mod common;
 
+#[path = "../../../sdk/testing/notes.rs"]
+mod notes;
+
 use common::{Guest, registers, settings};
 use proptest::prelude::*;
 use stagecraft_plugin_arm_smmuv3::{Smmuv3, Stage1, Stage2};
@@ -769,4 +772,74 @@ fn streams_that_nobody_set_up_are_unused() {
     assert_eq!(kind(stage1([CD[0] & !(1 << 31), 0, 0, 0])), BlockKind::Unused, "no context descriptor");
     assert_eq!(kind(stage1([CD[0] & !(1 << 41), CD[1], CD[2], CD[3]])), BlockKind::Refused, "AArch32");
     assert_eq!(kind(case([0xb | 1 << 55, 0xd6, 0, 0])), BlockKind::Refused, "an address beyond the address size");
+}
+
+impl Case {
+    fn warnings(mut self) -> Vec<(u64, u8, u64)> {
+        self.place();
+        let registers = self.registers();
+        let mut memory = notes::Noting::new(self.guest);
+        let outcome = Smmuv3::lookup(&registers, Requester { id: self.id, pasid: self.pasid }, &mut memory);
+        assert!(matches!(outcome, Ok(Outcome::Tables(_))), "{outcome:?}");
+        memory.warnings()
+    }
+}
+
+const STE: u64 = STREAMS + 5 * 64;
+
+#[test]
+fn nothing_is_noted_about_what_linux_writes() {
+    assert_eq!(stage1(CD).warnings(), []);
+    assert_eq!(case([0xd, 0, S2[0], S2[1]]).warnings(), []);
+}
+
+#[test]
+fn reserved_bits_of_stream_table_entries_are_noted() {
+    let word = |word: usize, bits: u64| {
+        let mut case = stage1(CD);
+        case.ste[word] |= bits;
+        case
+    };
+    for (index, bits) in [(0, 7 << 56), (1, 7 << 41), (3, 0xfff << 52)] {
+        assert_eq!(word(index, bits).warnings(), [(STE, index as u8, bits)]);
+    }
+    assert_eq!(word(3, 0xfff << 52).set("IDR5", IDR5).warnings().len(), 1);
+
+    // Fields of features that the unit does not have, and the same with the feature.
+    let (s1pie, fwb, eats) = (1 << 24, 1 << 25, 1 << 28);
+    assert_eq!(word(1, s1pie | fwb).set("IDR3", IDR3 & !(1 << 8)).warnings(), [(STE, 1, s1pie | fwb)]);
+    assert_eq!(word(1, fwb).warnings(), []);
+    assert_eq!(word(1, eats).warnings(), []);
+    assert_eq!(word(1, eats).set("IDR0", IDR0 & !(1 << 10)).warnings(), [(STE, 1, eats)]);
+    let lpa2 = 1 << 2 | 1 << 3;
+    assert_eq!(word(3, lpa2).warnings(), [(STE, 3, lpa2)]);
+    assert_eq!(word(3, lpa2).set("IDR5", IDR5_WIDE).warnings(), []);
+    let tables = 1 << 59;
+    assert_eq!(word(2, tables).warnings(), [(STE, 2, tables)]);
+}
+
+#[test]
+fn fields_of_context_descriptors_without_their_feature_are_noted() {
+    let [w0, w1, w2, w3] = CD;
+    // HAD and E0PD are there; HAFT, EPAN, AIE, DS and PIE are not.
+    let word1 = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 59;
+    let word2 = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 58 | 1 << 59;
+    let expected = [(CONTEXTS, 1, 1 << 3 | 1 << 59), (CONTEXTS, 2, 1 << 3 | 1 << 58 | 1 << 59)];
+    assert_eq!(stage1([w0, w1 | word1, w2 | word2, w3]).warnings(), expected);
+    let expected = [(CONTEXTS, 1, word1), (CONTEXTS, 2, word2)];
+    assert_eq!(stage1([w0, w1 | word1, w2 | word2, w3]).set("IDR3", 0).warnings(), expected);
+}
+
+#[test]
+fn reserved_bits_of_level_1_descriptors_are_noted() {
+    // Two levels of both: the stream's entry is found through a descriptor of the stream table, its CD through one of the CD table.
+    let (streams, contexts) = (0x4030_0000, 0x4040_0000);
+    let (odd_stream, odd_context) = (1 << 5 | 0xff << 56, 0x7ff << 1 | 0xff << 56);
+    let mut case = stage1(CD).set("STRTAB_BASE", streams).set("STRTAB_BASE_CFG", 8 | 1 << 16 | 6 << 6);
+    case.ste[0] = contexts | 1 << 59 | 1 << 4 | 0xb;
+    case.ste[0] |= 6 << 59;
+    case.ste[1] |= 2;
+    case.guest.write(streams, &[STREAMS | 7 | odd_stream]);
+    case.guest.write(contexts, &[CONTEXTS | 1 | odd_context]);
+    assert_eq!(case.warnings(), [(streams, 0, odd_stream), (contexts, 0, odd_context)]);
 }

@@ -8,8 +8,8 @@
 
 use stagecraft_sdk::bits::{mask, words};
 use stagecraft_sdk::{
-    Binding, BlockKind, Blocked, Command, Error, Event, EventRecord, Format, GuestMemory, Offer, Outcome, Registers, Requester, TableConfig, Tag,
-    Translated, Unit,
+    Binding, BlockKind, Blocked, Command, Error, Event, EventRecord, Format, GuestMemory, Offer, Outcome, Registers, Requester, Structure,
+    TableConfig, Tag, Translated, Unit,
 };
 
 use crate::DEFAULT_OUTPUT_BITS;
@@ -280,7 +280,25 @@ impl Hardware {
         }
         let reserved = reserved != 0 || self.domain_is_too_wide(pasid::DID.of(entry[1]));
         unless(reserved, "SPT.3", 0x5a, "the PASID table entry has a reserved bit")?;
+        self.note_pasid_entry(&entry, address, memory);
         Ok(entry)
+    }
+
+    /// Fields that are reserved without a capability, in an entry that does not use them: section 9.6. AW is none of them, because Linux fills it in always.
+    fn note_pasid_entry(&self, entry: &[u64; 8], address: u64, memory: &mut dyn GuestMemory) {
+        let reason = "the PASID table entry has reserved bits of a stage that it does not use";
+        let mut structure = Structure::new(memory, address, "D51397 section 9.6");
+        let kind = pasid::PGTT.of(entry[0]);
+        if !matches!(kind, pasid::SECOND_STAGE | pasid::NESTED) && !self.has(ecap::SSADS) {
+            structure.warn(0, entry[0] & pasid::SSADE, reason);
+        }
+        if !matches!(kind, pasid::FIRST_STAGE | pasid::NESTED) {
+            let unsupported = |capability, bit| if self.has(capability) { 0 } else { bit };
+            structure.warn(2, entry[2] & (unsupported(ecap::SRS, pasid::SRE) | unsupported(ecap::EAFS, pasid::EAFE)), reason);
+            let beyond = pasid::FSPM.of(entry[2]) > cap::FS5LP.of(self.cap);
+            structure.warn(2, if beyond { pasid::FSPM.in_place(entry[2]) } else { 0 }, reason);
+        }
+        structure.warn(2, entry[2] & pasid::FORMERLY_USED, "the PASID table entry has bits that were NXE and SMEP once");
     }
 
     /// What a PASID table entry does with a request: section 9.6.

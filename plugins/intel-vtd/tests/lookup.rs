@@ -1,6 +1,9 @@
 //! Registers and device structures: every way to a table, and every way to be refused.
 #![allow(clippy::unwrap_used, missing_docs)]
 
+#[path = "../../../sdk/testing/notes.rs"]
+mod notes;
+
 use std::collections::BTreeMap;
 
 use proptest::prelude::*;
@@ -524,4 +527,25 @@ fn devices_that_nobody_set_up_are_unused() {
     assert_eq!(scalable([1, 0, 0]), BlockKind::Refused);
     let off = registers(CAP, ADMS, ROOT | 0b11 << 10);
     assert_eq!(kind(ask(&off, &Memory::new(&[]), None)), BlockKind::Unused);
+}
+
+#[test]
+fn reserved_bits_of_a_stage_that_is_not_used_are_noted() {
+    let warnings = |ecap: u64, entry: [u64; 3]| {
+        let mut memory = notes::Noting::new(scalable([1, 0], 0, entry));
+        let outcome = IntelVtd::lookup(&registers(CAP, ecap, ROOT | 1 << 10), Requester { id: ID, pasid: None }, &mut memory).unwrap();
+        assert!(matches!(outcome, Outcome::Tables(_) | Outcome::Bypass), "{outcome:?}");
+        memory.warnings()
+    };
+    let first = [TABLE | FIRST_ONLY | AW_4 | 1, 0, TABLE];
+    let second = [TABLE | SECOND_ONLY | AW_4 | 1, 0, 0];
+    assert_eq!(warnings(SCALABLE, first), [], "AW is filled in by Linux");
+    assert_eq!(warnings(SCALABLE, second), []);
+    assert_eq!(warnings(SCALABLE, [first[0] | SSADE, 0, TABLE]), [(PASIDS, 0, SSADE)]);
+    assert_eq!(warnings(SCALABLE | SSADS, [first[0] | SSADE, 0, TABLE]), []);
+    let (sre, fspm, eafe) = (1, 1 << 2, 1 << 7);
+    assert_eq!(warnings(SCALABLE, [second[0], 0, sre | fspm | eafe]), [(PASIDS, 2, sre | eafe), (PASIDS, 2, fspm)]);
+    assert_eq!(warnings(SCALABLE | SRS | EAFS, [second[0], 0, sre | eafe]), []);
+    assert_eq!(warnings(SCALABLE, [first[0], 0, TABLE | 3 << 5]), [(PASIDS, 2, 3 << 5)]);
+    assert_eq!(warnings(SCALABLE, [PASS | AW_4 | 1, 0, 0]), []);
 }

@@ -7,7 +7,7 @@
 use stagecraft_sdk::bits::{Field, words};
 use stagecraft_sdk::{
     Attributes, Binding, BlockKind, Blocked, Command, Direct, Error, Event, EventRecord, Format, GuestMemory, Intercept, Offer, Outcome, Registers,
-    Requester, TableConfig, Tag, Translated, Unit, Window,
+    Requester, Structure, TableConfig, Tag, Translated, Unit, Window,
 };
 
 use crate::entries::WIDEST_OUTPUT;
@@ -167,11 +167,41 @@ impl Device {
             unless(entry & pointer::RESERVED != 0, PDT_MISCONFIGURED, "the process directory entry has a reserved bit")?;
             table = page(pointer::PPN.of(entry));
         }
-        let context: [u64; 2] = self.read_or_fault(memory, table + index[0] * process::BYTES, "process context")?;
+        let address = table + index[0] * process::BYTES;
+        let context: [u64; 2] = self.read_or_fault(memory, address, "process context")?;
         unused_if(context[0] & process::V == 0, PDT_INVALID, "the process context is not valid")?;
         unless(context[0] & process::RESERVED != 0, PDT_MISCONFIGURED, "the process context has a reserved bit")?;
+        if atp::MODE.of(context[1]) == atp::BARE {
+            let reason = "the process context has a root without a first stage (fsc)";
+            Structure::new(memory, address, "RISC-V IOMMU 1.0 section 2.2.3").warn(1, atp::PPN.in_place(context[1]), reason);
+        }
         Ok(context)
     }
+}
+
+/// Page numbers, and what stands beside them, of a device context whose modes say that there is nothing: IOMMU section 2.1.3.
+fn note_unused(&[tc, iohgatp, _, fsc, msiptp, msi_mask, msi_pattern, _]: &[u64; 8], address: u64, memory: &mut dyn GuestMemory) {
+    let mut structure = Structure::new(memory, address, "RISC-V IOMMU 1.0 section 2.1.3");
+    let unless_used = |atp, used: bool| if used { 0 } else { atp };
+    structure
+        .warn(1, unless_used(iohgatp, atp::MODE.of(iohgatp) != atp::BARE), "the device context has a root without a second stage (iohgatp)")
+        .warn(3, unless_used(fsc, tc & tc::PDTV != 0 || atp::MODE.of(fsc) != atp::BARE), "the device context has a root without a first stage (fsc)")
+        .warn(
+            3,
+            unless_used(fsc, tc & tc::PDTV == 0 || atp::MODE.of(fsc) != atp::BARE),
+            "the device context has the address of a process directory without one",
+        )
+        .warn(
+            4,
+            unless_used(msiptp, atp::MODE.of(msiptp) != atp::BARE),
+            "the device context has the address of an MSI page table without one (msiptp)",
+        )
+        .warn(5, unless_used(msi_mask, atp::MODE.of(msiptp) != atp::BARE), "the device context has a mask of MSI pages without an MSI page table")
+        .warn(
+            6,
+            unless_used(msi_pattern, atp::MODE.of(msiptp) != atp::BARE),
+            "the device context has a pattern of MSI pages without an MSI page table",
+        );
 }
 
 /// 64-bit words of a structure in guest memory.
@@ -269,11 +299,14 @@ impl Hardware {
             unless(words[0] & pointer::RESERVED != 0, DDT_MISCONFIGURED, "the device directory entry has a reserved bit")?;
             table = page(pointer::PPN.of(words[0]));
         }
-        let mut context = read(table + index[0] * bytes, bytes, "device context")?;
+        let address = table + index[0] * bytes;
+        let mut context = read(address, bytes, "device context")?;
         context.resize(8, 0);
         let context = context.try_into().unwrap_or_default();
         self.check_device(&context)?;
-        self.check_modes(&context)
+        let checked = self.check_modes(&context)?;
+        note_unused(&context, address, memory);
+        Ok(checked)
     }
 
     /// Reserved bits and bits that contradict each other or the unit's capabilities, IOMMU section 2.1.4. The base format's missing words are zero.

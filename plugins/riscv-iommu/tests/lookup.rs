@@ -3,6 +3,9 @@
 
 mod common;
 
+#[path = "../../../sdk/testing/notes.rs"]
+mod notes;
+
 use std::collections::BTreeMap;
 
 use common::line;
@@ -703,4 +706,28 @@ fn devices_that_nobody_set_up_are_unused() {
     assert_eq!(kind(&base([V, 0, 1, 0]), None), BlockKind::Refused);
     let off = ask(&registers(CAP, 0, 0), &mut base([0; 4]), 5, None);
     assert!(matches!(off, Outcome::Blocked(blocked) if blocked.kind == BlockKind::Unused));
+}
+
+#[test]
+fn addresses_that_no_mode_uses_are_noted() {
+    let warnings = |words: [u64; 8], more: &[(u64, u64)], pasid| {
+        let context: Vec<(u64, u64)> = (DIRECTORY..).step_by(8).zip(words).collect();
+        let mut memory = notes::Noting::new(Memory::new(&context).with(more));
+        let given = registers(CAP | MSI_FLAT, 0, ONE_LEVEL);
+        let outcome = RiscvIommu::lookup(&given, Requester { id: 0, pasid }, &mut memory).unwrap();
+        assert!(matches!(outcome, Outcome::Tables(_) | Outcome::Bypass), "{outcome:?}");
+        memory.warnings()
+    };
+    assert_eq!(warnings([V, atp(8, SECOND), 0, SV39_TABLE, atp(1, TABLE), 3, 4, 0], &[], None), []);
+    let unused = [V, atp(0, SECOND), 0, atp(0, TABLE), atp(0, TABLE), 3, 4, 0];
+    assert_eq!(
+        warnings(unused, &[], None),
+        (1..7).filter(|word| *word != 2).map(|word| (DIRECTORY, word, unused[word as usize])).collect::<Vec<_>>()
+    );
+    assert_eq!(warnings([V | PDTV, 0, 0, atp(0, PROCESSES), 0, 0, 0, 0], &[], None), [(DIRECTORY, 3, atp(0, PROCESSES))]);
+
+    let process = PROCESSES + 5 * 16;
+    let directory = [V | PDTV, 0, 0, atp(1, PROCESSES), 0, 0, 0, 0];
+    assert_eq!(warnings(directory, &[(process, V), (process + 8, SV39_TABLE)], Some(5)), []);
+    assert_eq!(warnings(directory, &[(process, V), (process + 8, atp(0, TABLE))], Some(5)), [(process, 1, atp(0, TABLE))]);
 }

@@ -3,16 +3,18 @@
 use anyhow::{Context as _, Result, bail};
 use std::path::Path;
 
-/// Inspects a snapshot of a real arm64 guest, converts it to x86 tables, inspects those, and draws the address space.
+/// Inspects a snapshot of a real arm64 guest, converts it to x86 tables, inspects those, draws the address space, and guesses the
+/// format of a table without registers.
 pub fn run(root: &Path) -> Result<()> {
     let source = "tests/fixtures/arm64-s1-4k";
     let (out, picture) = ("target/demo/x86", "target/demo/map.svg");
     std::fs::create_dir_all(root.join("target/demo")).context("creating target/demo")?;
-    let steps: [&[&str]; 4] = [
+    let steps: [&[&str]; 5] = [
         &["inspect", source],
         &["convert", source, "--to", "intel-vtd/first-stage", "--out", out, "--force"],
         &["inspect", out],
         &["draw", out, "--out", picture, "--force"],
+        &["guess", source, "--root", "0x49d92000"],
     ];
     for arguments in steps {
         println!("\n$ stagecraft {}", arguments.join(" "));

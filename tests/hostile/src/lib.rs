@@ -5,7 +5,7 @@
 use stagecraft_sdk::bits::{bit, mask};
 use stagecraft_sdk::{
     Attributes, Binding, Blocked, Command, Direct, Effect, Encoded, Error, Event, EventRecord, FaultKind, Finding, Findings, Format, GuestMemory,
-    Kind, Level, Missing, Need, Next, Offer, Outcome, Registers, Requester, Root, Scope, Segment, Settings, Severity, Shape, TableConfig, Tag,
+    Kind, Level, Missing, Need, Next, Note, Offer, Outcome, Registers, Requester, Root, Scope, Segment, Settings, Severity, Shape, TableConfig, Tag,
     Translated, Unit, Window,
 };
 use std::cell::Cell;
@@ -84,6 +84,10 @@ pub mod mode {
     pub const WRONG_ORDER: u64 = 31;
     /// `encode_event` answers 100,000 bytes.
     pub const LONG_RECORD: u64 = 32;
+    /// `lookup` notes 10,000 times the same 1 KiB and a bit, after a note of no bits; `pasids` notes something, too.
+    pub const NOTE_FLOOD: u64 = 33;
+    /// `lookup` notes one thing as an error, with a text of 64 KiB.
+    pub const NOTE: u64 = 34;
 }
 
 const PRESENT: u64 = bit(0);
@@ -334,6 +338,11 @@ impl Unit for Hostile {
                 std::hint::black_box(recurse(requester.id));
             }
             mode::LOG_FLOOD => flood(),
+            mode::NOTE_FLOOD => {
+                memory.note(note(Severity::Warning, 0));
+                (0..10_000).for_each(|_| memory.note(note(Severity::Info, bit(7))));
+            }
+            mode::NOTE => memory.note(note(Severity::Error, bit(7))),
             mode::UNSUPPORTED => return Err(Error::Unsupported("told not to support this".to_owned())),
             mode::FOREIGN_FORMAT => return tables(vec![TableConfig::new("other/format", &[])]),
             mode::THREE_TABLES => return tables(vec![table(0), table(0), table(0)]),
@@ -360,8 +369,12 @@ impl Unit for Hostile {
         }
     }
 
-    fn pasids(registers: &Registers, _: u64, _: &mut dyn GuestMemory) -> Result<Vec<u32>, Error> {
+    fn pasids(registers: &Registers, _: u64, memory: &mut dyn GuestMemory) -> Result<Vec<u32>, Error> {
         match registers.get("MODE").unwrap_or(0) {
+            mode::NOTE_FLOOD => {
+                memory.note(note(Severity::Warning, bit(7)));
+                Ok(vec![1])
+            }
             mode::HUGE => Ok(claim((usize::MAX >> 2) - 4)),
             mode::MANY_PASIDS => Ok((0..100_000).collect()),
             mode::FICKLE => Ok(vec![3, 2]),
@@ -412,6 +425,14 @@ impl Unit for Hostile {
         let root = table.settings.get("root").ok_or_else(|| Error::invalid("root", 0, "", "missing"))?;
         Ok(Binding { kind: 7, data: root.to_le_bytes().to_vec(), context: context_address.to_le_bytes().to_vec() })
     }
+}
+
+fn note(severity: Severity, bits: u64) -> Note {
+    const REASON: &str = match std::str::from_utf8(&[b'x'; 1 << 16]) {
+        Ok(text) => text,
+        Err(_) => "",
+    };
+    Note { severity, address: 0x1000, word: 3, bits, section: "hostile \u{1b}[31m section 4", reason: if bits == 0 { "" } else { REASON } }
 }
 
 /// Addresses below 2^32, which go to memory at an offset.

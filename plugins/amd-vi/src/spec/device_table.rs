@@ -45,6 +45,11 @@ pub(crate) const GCR3_51_31: Field = Field::new(63, 43);
 /// Word 2: levels of the guest tables, minus four; 2 and 3 are reserved.
 pub(crate) const GUEST_PAGING_MODE: Field = Field::new(55, 54);
 
+/// Word 2: reserved; the unit's walks for DMA do not look at it.
+pub(crate) const RESERVED_2: u64 = mask(53, 52);
+/// Word 3: the same.
+pub(crate) const RESERVED_3: u64 = mask(14, 0) | mask(53, 48);
+
 /// Address of the guest CR3 table.
 pub(crate) const fn gcr3_root(entry: &[u64; WORDS]) -> u64 {
     GCR3_14_12.of(entry[0]) << 12 | GCR3_30_15.of(entry[1]) << 15 | GCR3_51_31.of(entry[1]) << 31
@@ -68,6 +73,8 @@ pub(crate) mod gcr3 {
     pub(crate) const ADDRESS: Field = Field::new(51, 12);
     /// Must be zero.
     pub(crate) const RESERVED: u64 = mask(63, 52);
+    /// Reserved, and ignored.
+    pub(crate) const IGNORED: u64 = mask(11, 1);
 }
 
 #[cfg(test)]

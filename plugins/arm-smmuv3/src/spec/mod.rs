@@ -32,6 +32,11 @@ impl Slot {
         self.field.of(words[self.word])
     }
 
+    /// The word of the structure that it is in, and its mask there.
+    pub(crate) const fn place(self) -> (usize, u64) {
+        (self.word, self.field.mask())
+    }
+
     /// A one-bit field that is set.
     pub(crate) const fn is_set(self, words: &Words) -> bool {
         self.of(words) != 0

@@ -145,8 +145,12 @@ pub(crate) mod l1std {
     crate::spec::fields! {
         /// `2^(SPAN-1)` STEs; 0 and 12 to 31 are invalid.
         SPAN = [4:0];
+        /// RES0.
+        RESERVED_LOW = [5:5];
         /// Address of the STEs, in place.
         L2PTR = [55:6];
+        /// RES0.
+        RESERVED_HIGH = [63:56];
     }
 }
 
@@ -155,8 +159,12 @@ pub(crate) mod l1cd {
     crate::spec::fields! {
         /// L2PTR is valid.
         V = [0:0];
+        /// RES0.
+        RESERVED_LOW = [11:1];
         /// Address of the CDs, in place.
         L2PTR = [55:12];
+        /// RES0.
+        RESERVED_HIGH = [63:56];
     }
 }
 

@@ -9,6 +9,8 @@ crate::spec::slots! {
     S1FMT = [5:4];
     /// Address of the CD or CD table, in place.
     S1CONTEXTPTR = [55:6];
+    /// RES0.
+    RESERVED_0 = [58:56];
     /// Number of CDs, log2.
     S1CDMAX = [63:59];
     /// Requests without SubstreamID: 0 refuse, 1 bypass stage 1, 2 use substream 0.
@@ -29,6 +31,8 @@ crate::spec::slots! {
     EATS = [93:92];
     /// 0b00 EL1, 0b10 EL2 or EL2-E2H.
     STRW = [95:94];
+    /// RES0.
+    RESERVED_1 = [107:105];
     /// 0b10 unprivileged, 0b11 privileged.
     PRIVCFG = [113:112];
     /// VMID.
@@ -73,6 +77,8 @@ crate::spec::slots! {
     S2DS = [195:195];
     /// Table address bits 51:4, in place.
     S2TTB = [243:196];
+    /// RES0 without 128-bit descriptors.
+    RESERVED_3 = [255:244];
 }
 
 /// The start level, or nothing if the encoding is reserved; DDI 0487 tables D8-19, D8-29 and D8-38. `granule` is log2.

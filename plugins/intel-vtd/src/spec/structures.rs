@@ -114,7 +114,9 @@ pub(crate) mod pasid {
     pub(crate) const WPE: u64 = bit(4);
     /// Word 2: extended-accessed flag enable.
     pub(crate) const EAFE: u64 = bit(7);
-    /// Word 2: must be zero. Bits 6:5 were NXE and SMEP once and are ignored.
+    /// Word 2: were NXE and SMEP once and are ignored.
+    pub(crate) const FORMERLY_USED: u64 = mask(6, 5);
+    /// Word 2: must be zero.
     pub(crate) const RESERVED_2: u64 = bit(1) | mask(11, 8);
     /// Word 4: host permission table fields, reserved without such tables.
     pub(crate) const HPT_4: u64 = mask(2, 0) | mask(63, 12);
@@ -176,8 +178,7 @@ mod tests {
             &[PRESENT, fpd, directory::RESERVED, POINTER.mask()],
             &[PRESENT, fpd, pasid::AW.mask(), pasid::PGTT.mask(), pasid::SSADE, pasid::RESERVED_0, POINTER.mask()],
             &[pasid::DID.mask(), pasid::PWSNP, pasid::PGSNP, pasid::MEMORY_TYPE, pasid::RESERVED_1],
-            // 134:133 are ignored
-            &[pasid::SRE, pasid::FSPM.mask(), pasid::WPE, 0x60, pasid::EAFE, pasid::RESERVED_2, POINTER.mask()],
+            &[pasid::SRE, pasid::FSPM.mask(), pasid::WPE, pasid::FORMERLY_USED, pasid::EAFE, pasid::RESERVED_2, POINTER.mask()],
         ];
         for parts in words {
             assert_eq!(parts.iter().fold(0, |all, part| all ^ part), u64::MAX);

@@ -10,7 +10,7 @@ use anyhow::Result;
 use clap::Args;
 use stagecraft::guest::{Guest, GuestError, State, StreamState};
 use stagecraft::memory::PAGE;
-use stagecraft::plugin::TableConfig;
+use stagecraft::plugin::{Note, TableConfig};
 use stagecraft::table::{Cause, Severity, Step, WalkError};
 use stagecraft::{Gpa, Span};
 
@@ -29,7 +29,7 @@ use examine::{Entry, Examine, FaultSeen};
 ///
 /// Errors are what hardware would fault on: each with the path from the root to the entry, the entry, the bits that show it, and the section of the
 /// specification. Where nothing is mapped is no error, and neither is a device for which nothing was set up. Warnings are what should not be so and hardware
-/// does not mind: one per pattern, with how often it occurs and where first. Exit status 1 if there are errors; warnings do not change it, unless --strict
+/// does not mind: one per pattern of entries, with how often it occurs and where first, and one per device structure, with its address and the bits. Exit status 1 if there are errors; warnings do not change it, unless --strict
 /// says so.
 #[derive(Args, Debug)]
 pub struct Arguments {
@@ -63,9 +63,11 @@ pub struct Violation {
     pub stage: Option<u8>,
     /// The IOVAs; none if no IOVA leads there.
     pub span: Option<Span>,
-    /// From the root of the stage to the entry.
+    /// From the root of the stage to the entry; empty unless a table's entry is meant.
     pub path: Vec<Step>,
-    /// The bits of the entry that show it.
+    /// The structure's address and the 64-bit word in it, if a device structure is meant.
+    pub structure: Option<(Gpa, u8)>,
+    /// The bits of the entry, or of the word, that show it.
     pub bits: Option<u64>,
     /// Document and section.
     pub section: Option<String>,
@@ -116,6 +118,8 @@ pub fn run(global: &Global, arguments: &Arguments) -> Result<Status> {
         } else if let Some(stopped) = stopped {
             report.stops(stopped, stream);
         }
+        // Those that were not kept are at least counted.
+        report.warnings += stream.notes.dropped;
         match &stream.state {
             State::Bypass | State::Direct(_) => {}
             State::Blocked(_) if stream.missing.is_some() || stopped.is_some() || stream.unused => {}
@@ -129,6 +133,7 @@ pub fn run(global: &Global, arguments: &Arguments) -> Result<Status> {
             }
         }
     }
+    report.structures(&streams);
     report.tables = groups.len();
     let progress = Progress::new("examining tables");
     for (done, group) in groups.iter().enumerate() {
@@ -184,11 +189,48 @@ impl Report {
             stage: None,
             span: None,
             path: Vec::new(),
+            structure: None,
             bits: None,
             section: None,
             reason: reason.to_owned(),
             count: 1,
         });
+    }
+
+    /// Warnings about device structures: one for each, with all streams whose way leads through it.
+    fn structures(&mut self, streams: &[(StreamState, Option<String>)]) {
+        let mut noted: Vec<(&Note, Vec<&StreamState>)> = Vec::new();
+        let mut places = HashMap::new();
+        for (stream, _) in streams {
+            for note in stream.notes.kept.iter().filter(|note| note.severity != Severity::Info) {
+                let place = *places.entry(note).or_insert(noted.len());
+                if place == noted.len() {
+                    noted.push((note, Vec::new()));
+                }
+                let known = &mut noted[place].1;
+                // A plugin may say the same twice about one stream.
+                if known.last().is_none_or(|last| (last.id, last.pasid) != (stream.id, stream.pasid)) {
+                    known.push(stream);
+                }
+            }
+        }
+        for (note, streams) in noted {
+            let Some((first, others)) = streams.split_first() else { continue };
+            self.add(Violation {
+                stream: (*first).clone(),
+                shared: others.iter().map(|stream| (*stream).clone()).collect(),
+                severity: note.severity,
+                kind: "structure",
+                stage: None,
+                span: None,
+                path: Vec::new(),
+                structure: Some((note.address, note.word)),
+                bits: Some(note.bits),
+                section: Some(note.section.clone()).filter(|section| !section.is_empty()),
+                reason: note.reason.clone(),
+                count: 1,
+            });
+        }
     }
 
     /// Walks the tables of a group. Of two stages the second is walked on its own as well: its entries show there, also those that no IOVA leads to.
@@ -280,7 +322,7 @@ impl Group<'_> {
         count: u64,
     ) -> Violation {
         let (stream, shared) = (self.streams[0].clone(), self.streams[1..].to_vec());
-        Violation { stream, shared, severity, kind, stage: Some(stage), span, path, bits, section, reason, count }
+        Violation { stream, shared, severity, kind, stage: Some(stage), span, path, structure: None, bits, section, reason, count }
     }
 }
 

@@ -34,7 +34,7 @@ pub fn json(out: &mut impl Write, report: &Report) -> Result<()> {
 fn object(violation: &Violation) -> Value {
     let step = |step: &Step| json!({"level": step.number, "table": json::hex(step.table.0), "index": step.index, "entry": step.entry.map(json::hex)});
     let last = violation.path.last();
-    json!({
+    let mut object = json!({
         "id": json::hex(violation.stream.id),
         "pasid": violation.stream.pasid,
         "shared": violation.shared.iter().map(|stream| json::stream((stream.id, stream.pasid))).collect::<Vec<_>>(),
@@ -50,7 +50,11 @@ fn object(violation: &Violation) -> Value {
         "section": violation.section,
         "reason": violation.reason,
         "count": violation.count,
-    })
+    });
+    if let Some((address, word)) = violation.structure {
+        object["structure"] = json!({"address": json::hex(address.0), "word": word});
+    }
+    object
 }
 
 /// The summary first, then one paragraph per violation.
@@ -93,8 +97,10 @@ fn paragraph(out: &mut impl Write, violation: &Violation) -> Result<()> {
     writeln!(out)?;
     let section = violation.section.as_ref().map_or(String::new(), |section| format!(" ({section})"));
     writeln!(out, "  {}", printable(&format!("{}{section}", violation.reason)))?;
-    if let Some(bits) = violation.bits {
-        writeln!(out, "  bits {bits:#018x} of the entry")?;
+    match (violation.bits, violation.structure) {
+        (Some(bits), Some((address, word))) => writeln!(out, "  bits {bits:#018x} of 64-bit word {word} of the structure at {:#x}", address.0)?,
+        (Some(bits), None) => writeln!(out, "  bits {bits:#018x} of the entry")?,
+        (None, _) => {}
     }
     if violation.count > 1 {
         writeln!(out, "  {}, of which the first:", counted(violation.count, "entry", "entries"))?;
