@@ -8,6 +8,7 @@ pub mod device;
 pub mod guess;
 pub mod guest;
 pub mod kernel;
+pub mod lookup;
 pub mod memory;
 pub mod offers;
 pub mod plugin;
