@@ -15,6 +15,7 @@ pub mod plugin;
 pub mod snapshot;
 pub mod table;
 pub mod virtio_iommu;
+pub mod watch;
 
 pub use address::{Gpa, Iova, Span};
 pub use attributes::{Access, Attributes, MemoryType};

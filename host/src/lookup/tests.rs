@@ -39,7 +39,8 @@ struct Model(BTreeMap<u64, (u64, u64, Attributes)>);
 
 impl Model {
     fn unmap(&mut self, span: Span) {
-        let hit: Vec<u64> = self.0.iter().filter(|(first, (last, ..))| **first <= span.last && *last >= span.first).map(|(first, _)| *first).collect();
+        let hit: Vec<u64> =
+            self.0.iter().filter(|(first, (last, ..))| **first <= span.last && *last >= span.first).map(|(first, _)| *first).collect();
         for first in hit {
             let (last, address, attributes) = self.0.remove(&first).unwrap();
             if first < span.first {
@@ -163,7 +164,10 @@ fn a_limit_unmaps_rather_than_it_lets_pass() {
     updater.apply(&[map(0, (1 << 30) - 1, 1 << 40)]).unwrap();
     // A hole of one page in a block of 1 GiB takes a node; there is one. The next one has no room.
     updater.apply(&[unmap(0x5000, 0x5fff)]).unwrap();
-    assert_eq!((address(&lookup, 0x4fff), address(&lookup, 0x5000), address(&lookup, 0x6000)), (Some((1 << 40) + 0x4fff), None, Some((1 << 40) + 0x6000)));
+    assert_eq!(
+        (address(&lookup, 0x4fff), address(&lookup, 0x5000), address(&lookup, 0x6000)),
+        (Some((1 << 40) + 0x4fff), None, Some((1 << 40) + 0x6000))
+    );
     let refused = updater.apply(&[unmap(0x20_0000, 0x20_0fff)]);
     assert!(matches!(refused, Err(LookupError::Full { span: Span { first: 0x20_0000, last: 0x3f_ffff }, limit: 2 })), "{refused:?}");
     assert_eq!((address(&lookup, 0x20_0000), address(&lookup, 0x40_0000)), (None, Some((1 << 40) + 0x40_0000)));
@@ -174,6 +178,18 @@ fn a_limit_unmaps_rather_than_it_lets_pass() {
     assert_eq!(updater.bytes(), 0);
     updater.apply(&[map(0, 0xfff, 0)]).unwrap();
     assert_eq!(address(&lookup, 0), Some(0));
+}
+
+/// Readers are in it until the batch is done.
+#[test]
+fn a_node_that_a_batch_gives_up_does_not_serve_the_same_batch() {
+    let (mut updater, lookup) = Updater::new(Limits { nodes: 2 }).unwrap();
+    updater.apply(&[map(0, 0x20_0fff, 1 << 40)]).unwrap();
+    let batch = [unmap(0x20_0000, 0x3f_ffff), map(0x40_0000, 0x40_0fff, 0x7000)];
+    assert!(matches!(updater.apply(&batch), Err(LookupError::Full { .. })));
+    assert_eq!((address(&lookup, 0x20_0000), address(&lookup, 0x40_0000)), (None, None));
+    updater.apply(&batch).unwrap();
+    assert_eq!(address(&lookup, 0x40_0000), Some(0x7000));
 }
 
 #[test]
