@@ -105,7 +105,7 @@ fn every_write_to_a_watched_page_is_reported_and_no_other() {
 /// The order protect, then read: while a page is watched nobody gets to write to it, so what was read after rearming is all that any writer finished.
 #[test]
 fn no_write_is_lost_between_rearming_and_reading() {
-    const WRITES: u64 = 100_000;
+    const WRITES: u64 = 20_000;
     each(Writers::All, |memory, mut watcher| {
         let pages = [page(3), page(7)];
         pages.iter().for_each(|page| watcher.watch(*page).unwrap());
@@ -117,6 +117,9 @@ fn no_write_is_lost_between_rearming_and_reading() {
                     for value in 1..=WRITES {
                         store(memory, page.0 + 24, value);
                         finished.store(value, Ordering::Release);
+                        if value % 16 == 0 {
+                            std::thread::yield_now();
+                        }
                     }
                 });
             }
@@ -129,9 +132,11 @@ fn no_write_is_lost_between_rearming_and_reading() {
                 let mut reported = Vec::new();
                 watcher.serve(&mut |at, _| reported.push(at)).unwrap();
                 // Writers get some way, or none.
-                (0..rounds % 50).for_each(|_| std::thread::yield_now());
+                (0..rounds % 4).for_each(|_| std::thread::yield_now());
                 for at in reported {
                     watcher.rearm(at).unwrap();
+                    // Time for writers, who must not get anywhere now.
+                    (0..rounds % 8).for_each(|_| std::thread::yield_now());
                     let index = usize::from(at == pages[1]);
                     known[index] = load(memory, at.0 + 24);
                 }
