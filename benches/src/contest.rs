@@ -78,7 +78,9 @@ fn turn(contestant: &mut Contestant<'_>) -> f64 {
     processor_time().saturating_sub(start).as_nanos() as f64 / f64::from(RUNS - 1)
 }
 
-fn processor_time() -> Duration {
+/// Processor time that this thread has used.
+#[must_use]
+pub fn processor_time() -> Duration {
     Duration::try_from(clock_gettime(ClockId::ThreadCPUTime)).unwrap_or_default()
 }
 

@@ -8,12 +8,14 @@ pub mod device;
 pub mod guess;
 pub mod guest;
 pub mod kernel;
+pub mod lookup;
 pub mod memory;
 pub mod offers;
 pub mod plugin;
 pub mod snapshot;
 pub mod table;
 pub mod virtio_iommu;
+pub mod watch;
 
 pub use address::{Gpa, Iova, Span};
 pub use attributes::{Access, Attributes, MemoryType};
