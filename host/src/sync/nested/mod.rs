@@ -24,7 +24,7 @@ use crate::memory::EntryLayout;
 use crate::sync::sink::{CommitError, Committer, Sink};
 use crate::table::{BuildError, Geometry, Loss, Losses, Piece};
 use crate::{Change, Gpa, Span};
-use plan::{Chain, HostPlan, Leaf, Leaves, low_bits};
+use plan::{Chain, HostPlan, Leaves, low_bits};
 
 /// What hardware may have cached and must forget.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -342,8 +342,14 @@ impl<M: TableMemory> NestedTable<M> {
         if maps.is_empty() {
             return None;
         }
+        // What no page can show is lost here and now: it may be larger than anybody could go through page by page.
+        if let [Change::Map(piece)] = maps
+            && self.is_lost(slot, piece)
+        {
+            return None;
+        }
         if slot.depth + 1 >= slot.chain.rungs.len() {
-            self.lose_pieces(slot, maps);
+            maps.iter().filter_map(piece_of).for_each(|piece| self.lose_in(slot, piece, Loss::Granule));
             return None;
         }
         if self.full {
@@ -398,22 +404,27 @@ impl<M: TableMemory> NestedTable<M> {
         table.slots.iter().for_each(|slot| self.give_back(*slot));
     }
 
-    /// Why pieces have no leaf in a slot of the last level.
-    fn lose_pieces(&mut self, slot: Place<'_>, maps: &[Change]) {
-        let size = slot.chain.rungs[slot.depth].lsb;
-        for piece in maps.iter().filter_map(piece_of) {
-            let Some(part) = piece.iova.intersection(slot.span) else { continue };
-            let address = piece.address + (part.first - piece.iova.first);
-            let Some(leaves) = self.leaves(slot.number, piece) else {
-                self.format_failures += 1;
-                continue;
-            };
-            let said: Vec<&Leaf> = leaves.iter().flatten().collect();
-            let loss = match said.last() {
-                None => Loss::Permission,
-                Some(leaf) if !leaf.reaches(address & !low_bits(size), size) => Loss::OutputRange,
-                Some(_) => Loss::Granule,
-            };
+    /// Whether not even the smallest page can show any byte that a piece has in a slot; it is counted if so.
+    fn is_lost(&mut self, slot: Place<'_>, piece: &Piece) -> bool {
+        let Some(part) = piece.iova.intersection(slot.span) else { return true };
+        let Some(leaves) = self.leaves(slot.number, piece) else {
+            self.format_failures += 1;
+            return true;
+        };
+        let smallest = leaves.iter().zip(&slot.chain.rungs).filter_map(|(leaf, rung)| Some((leaf.as_ref()?, rung.lsb))).next_back();
+        let address = piece.address + (part.first - piece.iova.first);
+        let loss = match smallest {
+            None => Loss::Permission,
+            Some((_, size)) if (part.first ^ address) & low_bits(size) != 0 => Loss::Granule,
+            Some((leaf, size)) if !leaf.reaches(address & !low_bits(size), size) => Loss::OutputRange,
+            Some(_) => return false,
+        };
+        self.lose_in(slot, piece, loss);
+        true
+    }
+
+    fn lose_in(&mut self, slot: Place<'_>, piece: &Piece, loss: Loss) {
+        if let Some(part) = piece.iova.intersection(slot.span) {
             self.lose(loss, piece, part);
         }
     }
