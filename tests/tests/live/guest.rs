@@ -1,8 +1,7 @@
 //! A small guest with VT-d first-stage tables in real memory, written entry by entry.
 
-use std::cell::Cell;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use stagecraft::memory::{Kind, MemoryMap, Region, VmMemory};
 use stagecraft::plugin::TableConfig;
@@ -28,18 +27,26 @@ const TABLE: u64 = 0b10_0111;
 /// The guest.
 pub struct Guest {
     pub memory: Arc<GuestMemoryMmap>,
-    pub root: Cell<u64>,
-    next: Cell<u64>,
+    root: AtomicU64,
+    next: AtomicU64,
 }
 
 impl Guest {
     pub fn new() -> Self {
         let memory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY as usize)]).unwrap());
-        Self { memory, root: Cell::new(ROOT), next: Cell::new(ROOT + 4096) }
+        Self { memory, root: AtomicU64::new(ROOT), next: AtomicU64::new(ROOT + 4096) }
     }
 
     pub fn map() -> MemoryMap {
         MemoryMap::new(vec![Region { kind: Kind::Ram, span: Span { first: 0, last: MEMORY - 1 } }]).unwrap()
+    }
+
+    pub fn root(&self) -> u64 {
+        self.root.load(Ordering::Relaxed)
+    }
+
+    pub fn set_root(&self, root: u64) {
+        self.root.store(root, Ordering::Relaxed);
     }
 
     pub fn view(&self) -> VmMemory<'_, GuestMemoryMmap> {
@@ -47,16 +54,16 @@ impl Guest {
     }
 
     pub fn config(&self) -> TableConfig {
-        TableConfig::new("intel-vtd/first-stage", &[("levels", 4), ("root", self.root.get())])
+        TableConfig::new("intel-vtd/first-stage", &[("levels", 4), ("root", self.root())])
     }
 
     pub fn table(&self) -> u64 {
-        self.next.replace(self.next.get() + 4096)
+        self.next.fetch_add(4096, Ordering::Relaxed)
     }
 
     /// Makes tables from here on again.
     pub fn restart(&self, address: u64) {
-        self.next.set(address);
+        self.next.store(address, Ordering::Relaxed);
     }
 
     pub fn load(&self, address: u64) -> u64 {
@@ -69,7 +76,7 @@ impl Guest {
 
     /// Where the entry of `iova` is, at a height above the last level (0); tables are made as needed.
     pub fn slot(&self, iova: u64, height: u32) -> Gpa {
-        let mut table = self.root.get();
+        let mut table = self.root();
         for above in (height + 1..4).rev() {
             let slot = table + (iova >> (12 + 9 * above) & 0x1ff) * 8;
             if self.load(slot) == 0 {

@@ -6,6 +6,7 @@ mod behaviour;
 mod configs;
 mod equality;
 mod guest;
+mod hardware;
 #[path = "../hostile/mutate.rs"]
 #[allow(dead_code)]
 mod mutate;
