@@ -57,6 +57,8 @@ pub struct Changes {
     maps: Vec<Piece>,
     /// Where in `maps` the piece is that begins at an IOVA; made when somebody looks for one.
     places: Option<HashMap<u64, usize>>,
+    /// No piece in `maps` begins beyond this.
+    highest: u64,
     batch: Vec<Change>,
     blocked: Vec<Blocked>,
     blocked_count: u64,
@@ -91,12 +93,13 @@ impl Changes {
         if let Some(places) = &mut self.places {
             places.insert(piece.iova.first, self.maps.len());
         }
+        self.highest = self.highest.max(piece.iova.first);
         self.maps.push(piece);
     }
 
     /// A piece that was mapped is gone. If this batch mapped it (a guest that writes while it is being read), the two are nothing.
     pub(super) fn unmap(&mut self, span: Span) {
-        if self.maps.last().is_some_and(|last| last.iova.first >= span.first) {
+        if !self.maps.is_empty() && self.highest >= span.first {
             let maps = &self.maps;
             let places = self.places.get_or_insert_with(|| maps.iter().enumerate().map(|(place, piece)| (piece.iova.first, place)).collect());
             if let Some(place) = places.remove(&span.first) {
@@ -137,6 +140,7 @@ impl Changes {
         self.unmaps.clear();
         self.maps.clear();
         self.places = None;
+        self.highest = 0;
         self.batch.clear();
         self.blocked.clear();
         self.blocked_count = 0;
@@ -160,6 +164,10 @@ mod tests {
         changes.map(piece(0x3000, 0x6000));
         changes.unmap(piece(0x1000, 0).iova);
         changes.map(piece(0x1000, 0x7000));
+        changes.map(piece(0x2000, 0x8000));
+        changes.unmap(piece(0x3000, 0).iova);
+        changes.map(piece(0x3000, 0x6000));
+        changes.unmap(piece(0x2000, 0).iova);
         let wanted = [Change::Unmap(piece(0x1000, 0).iova), Change::Map(piece(0x1000, 0x7000)), Change::Map(piece(0x3000, 0x6000))];
         assert_eq!(changes.batch(), wanted);
     }

@@ -123,6 +123,7 @@ fn written_pages_are_enough_and_pages_are_watched_exactly() {
     for _ in 0..300 {
         let iova = rng.below(6) << 30 | rng.below(3) << 21 | rng.below(4) << 12;
         let tell = |live: &mut Live<Host>, at: Gpa| live.table_written(&guest.view(), at, 8).unwrap();
+        guest.slot(iova, 0);
         for height in (0..4).rev() {
             let at = guest.slot(iova, height);
             tell(&mut live, at);
@@ -292,6 +293,15 @@ fn pages_that_stay_translate_at_every_moment() {
     assert_in_step(&guest, &live);
 }
 
+/// Ends the other thread also when this one fails.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// A guest that writes anything anywhere while it is read: all that is mapped stands in some entry that it wrote, within its memory.
 #[test]
 fn a_guest_that_scribbles_gets_what_some_read_found() {
@@ -310,6 +320,7 @@ fn a_guest_that_scribbles_gets_what_some_read_found() {
                 guest.store(at, rng.pick(&[0, address | RW, address | RO, address & !0x1f_ffff | RW | PS, any]));
             }
         });
+        let _end = Stop(&stop);
         for _ in 0..400 {
             live.synchronise(&guest.view()).unwrap();
             live.table_written(&guest.view(), Gpa(super::guest::ROOT), 4 * 4096).unwrap();
@@ -317,7 +328,6 @@ fn a_guest_that_scribbles_gets_what_some_read_found() {
                 assert!(mapping.address + mapping.iova.length_minus_one() < MEMORY, "{mapping:x?}");
             }
         }
-        stop.store(true, Ordering::Relaxed);
     });
     for mapping in live.sink().walked() {
         assert!(mapping.address + mapping.iova.length_minus_one() < MEMORY, "{mapping:x?}");

@@ -312,7 +312,7 @@ impl<'a, M: EntryMemory + ?Sized> Pass<'a, M> {
         // What it will cost, before it is paid.
         let lsb = self.shadow.plan.levels[usize::from(level)].index_lsb;
         let entries = (within.length_minus_one() >> lsb).saturating_add(1);
-        if self.shadow.pages.count().saturating_add(entries.saturating_mul(entry_bytes) / PAGE) >= self.shadow.limits.table_pages {
+        if self.shadow.pages.count().saturating_add(entries.saturating_mul(entry_bytes) / PAGE) > self.shadow.limits.table_pages {
             return Err(Reason::TablePages);
         }
         let Some(node) = self.shadow.new_node(level, table, base, inherited, within, exists) else { return Ok(None) };
