@@ -62,7 +62,9 @@ impl Guest {
             let large = if height == 0 { 0 } else { LARGE };
             guest.set((1 << 32) + (index << shift), height, (index.wrapping_mul(0x9e37_79b1) % count) << shift | LEAF | large);
         }
-        (0..512).for_each(|index| drop(guest.set(PLAYGROUND + (index << 12), 0, index << 12 | LEAF)));
+        for index in 0..512 {
+            guest.set(PLAYGROUND + (index << 12), 0, index << 12 | LEAF);
+        }
         guest.live.synchronise(&VmMemory(&guest.memory)).unwrap();
         guest
     }

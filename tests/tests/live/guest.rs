@@ -94,6 +94,11 @@ impl Guest {
         slot
     }
 
+    /// The same, for whom it does not matter where.
+    pub fn put(&self, iova: u64, height: u32, entry: u64) {
+        self.set(iova, height, entry);
+    }
+
     /// A new table of 512 pages that say what the large page at `iova` says.
     pub fn split(&self, iova: u64) {
         let large = self.load(self.slot(iova, 1).0);

@@ -231,7 +231,7 @@ fn dma_to_pages_that_stay_never_fails() {
     for arch in [Arch::Vtd, Arch::Smmu] {
         let mut rig = Rig::new(arch, Forgotten::Nothing);
         rig.guest.set(0, 1, 0x100_0000 | RW | PS);
-        (0..64).for_each(|index| drop(rig.guest.set(1 << 21 | index << 12, 0, DATA + (index << 12) | RW)));
+        (0..64).for_each(|index| rig.guest.put(1 << 21 | index << 12, 0, DATA + (index << 12) | RW));
         rig.live.synchronise(&rig.guest.view()).unwrap();
         let (stop, done) = (AtomicBool::new(false), AtomicU64::new(0));
         std::thread::scope(|scope| {
