@@ -13,6 +13,7 @@ pub mod memory;
 pub mod offers;
 pub mod plugin;
 pub mod snapshot;
+pub mod sync;
 pub mod table;
 pub mod virtio_iommu;
 pub mod watch;

@@ -17,7 +17,7 @@ pub struct Next {
 }
 
 /// Bytes of a leaf that do not exist. At least one byte is left.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Missing {
     /// How many at its beginning.
     pub front: u32,

@@ -121,6 +121,11 @@ impl Judge {
         self.asked
     }
 
+    /// Asks `format` from now on, and keeps what is remembered: for another instance of the same format with the same settings.
+    pub(crate) fn replace(&mut self, format: Box<dyn Format>) {
+        self.format = format;
+    }
+
     /// What `entry` is, in a table of kind `level`.
     #[inline]
     pub(crate) fn judge(&mut self, plan: &LevelPlan, level: u8, inherited: u64, entry: u64, budget: &Budget) -> Result<Remembered, JudgeError> {

@@ -1,0 +1,174 @@
+//! What one look at a guest's tables found, on its way to be one batch.
+
+use std::collections::HashMap;
+
+use crate::table::Piece;
+use crate::{Change, Span};
+
+/// Why entries were not followed although the guest wrote them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Reason {
+    /// The address space has as many pages of tables as it may.
+    TablePages,
+    /// It has as many leaves as it may.
+    Leaves,
+    /// The call asked the format as often as it may.
+    Questions,
+    /// The format failed, and this pattern is not remembered.
+    Format,
+    /// The format gave an answer that cannot be.
+    Nonsense,
+}
+
+impl Reason {
+    /// All reasons.
+    pub const ALL: [Self; 5] = [Self::TablePages, Self::Leaves, Self::Questions, Self::Format, Self::Nonsense];
+
+    /// One sentence in lower case.
+    #[must_use]
+    pub const fn describe(self) -> &'static str {
+        match self {
+            Self::TablePages => "the address space has as many pages of tables as it may",
+            Self::Leaves => "the address space has as many leaves as it may",
+            Self::Questions => "too many different patterns were met at once",
+            Self::Format => "the format failed, and this pattern is not remembered",
+            Self::Nonsense => "the format gave an answer that cannot be",
+        }
+    }
+}
+
+/// Entries that count as absent until they are looked at again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Blocked {
+    /// The IOVAs that they would serve.
+    pub iova: Span,
+    /// Why.
+    pub reason: Reason,
+}
+
+/// Blocked entries of one batch that are told one by one.
+const EXAMPLES: usize = 16;
+
+/// Changes that were found and not handed over yet. Whatever order they were found in, and however often a guest changed its mind meanwhile, the batch
+/// keeps the promises of [`Change`].
+#[derive(Debug, Default)]
+pub struct Changes {
+    unmaps: Vec<Span>,
+    maps: Vec<Piece>,
+    /// Where in `maps` the piece is that begins at an IOVA; made when somebody looks for one.
+    places: Option<HashMap<u64, usize>>,
+    /// No piece in `maps` begins beyond this.
+    highest: u64,
+    batch: Vec<Change>,
+    blocked: Vec<Blocked>,
+    blocked_count: u64,
+}
+
+impl Changes {
+    /// None.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Nothing changed.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.unmaps.is_empty() && self.maps.is_empty()
+    }
+
+    /// The first few entries that were blocked.
+    #[must_use]
+    pub fn blocked(&self) -> &[Blocked] {
+        &self.blocked
+    }
+
+    /// All entries that were blocked.
+    #[must_use]
+    pub const fn blocked_count(&self) -> u64 {
+        self.blocked_count
+    }
+
+    pub(super) fn map(&mut self, piece: Piece) {
+        if let Some(places) = &mut self.places {
+            places.insert(piece.iova.first, self.maps.len());
+        }
+        self.highest = self.highest.max(piece.iova.first);
+        self.maps.push(piece);
+    }
+
+    /// A piece that was mapped is gone. If this batch mapped it (a guest that writes while it is being read), the two are nothing.
+    pub(super) fn unmap(&mut self, span: Span) {
+        if !self.maps.is_empty() && self.highest >= span.first {
+            let maps = &self.maps;
+            let places = self.places.get_or_insert_with(|| maps.iter().enumerate().map(|(place, piece)| (piece.iova.first, place)).collect());
+            if let Some(place) = places.remove(&span.first) {
+                self.maps.swap_remove(place);
+                if let Some(moved) = self.maps.get(place) {
+                    places.insert(moved.iova.first, place);
+                }
+                return;
+            }
+        }
+        self.unmaps.push(span);
+    }
+
+    pub(super) fn block(&mut self, iova: Span, reason: Reason) {
+        self.blocked_count += 1;
+        if self.blocked.len() < EXAMPLES {
+            self.blocked.push(Blocked { iova, reason });
+        }
+    }
+
+    /// The batch.
+    pub fn batch(&mut self) -> &[Change] {
+        if !self.unmaps.is_sorted() {
+            self.unmaps.sort_unstable();
+        }
+        if !self.maps.is_sorted_by_key(|piece| piece.iova) {
+            self.maps.sort_unstable_by_key(|piece| piece.iova);
+            self.places = None;
+        }
+        self.batch.clear();
+        self.batch.extend(self.unmaps.iter().map(|span| Change::Unmap(*span)));
+        self.batch.extend(self.maps.iter().map(|piece| Change::Map(*piece)));
+        &self.batch
+    }
+
+    /// Forgets everything and keeps the memory.
+    pub fn clear(&mut self) {
+        self.unmaps.clear();
+        self.maps.clear();
+        self.places = None;
+        self.highest = 0;
+        self.batch.clear();
+        self.blocked.clear();
+        self.blocked_count = 0;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Attributes;
+
+    fn piece(first: u64, address: u64) -> Piece {
+        Piece { iova: Span { first, last: first + 0xfff }, address, attributes: Attributes::READ }
+    }
+
+    #[test]
+    fn what_was_mapped_and_unmapped_in_one_batch_is_nothing() {
+        let mut changes = Changes::new();
+        changes.unmap(piece(0x1000, 0).iova);
+        changes.map(piece(0x1000, 0x5000));
+        changes.map(piece(0x3000, 0x6000));
+        changes.unmap(piece(0x1000, 0).iova);
+        changes.map(piece(0x1000, 0x7000));
+        changes.map(piece(0x2000, 0x8000));
+        changes.unmap(piece(0x3000, 0).iova);
+        changes.map(piece(0x3000, 0x6000));
+        changes.unmap(piece(0x2000, 0).iova);
+        let wanted = [Change::Unmap(piece(0x1000, 0).iova), Change::Map(piece(0x1000, 0x7000)), Change::Map(piece(0x3000, 0x6000))];
+        assert_eq!(changes.batch(), wanted);
+    }
+}

@@ -1,0 +1,186 @@
+//! One address space of a running guest: a shadow of its table, and the sink that the changes go to.
+
+use crate::memory::{Budget, EntryMemory, Limits};
+use crate::plugin::Tag;
+use crate::plugin::queue::{Effect, Invalidation};
+use crate::sync::changes::{Blocked, Changes};
+use crate::sync::shadow::Shadow;
+use crate::sync::sink::{CommitError, Sink};
+use crate::table::{Format, OpenError};
+use crate::{Gpa, Span};
+
+/// The host could not be brought in step.
+#[derive(Debug, thiserror::Error)]
+pub enum LiveError {
+    /// The new format of the guest's tables cannot be used. Nothing changed.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The host's table is in step, and its caches may not be; [`Live::commit`] tries again. Until it succeeds the device must be kept from DMA.
+    #[error(transparent)]
+    Commit(#[from] CommitError),
+}
+
+/// What one call did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// Changes that were handed to the sink.
+    pub changes: u64,
+    /// The first few entries that were blocked.
+    pub blocked: Vec<Blocked>,
+    /// All that were.
+    pub blocked_count: u64,
+    /// Device structures were changed: whoever knows what leads to these tables must look again.
+    pub structures: bool,
+    /// The code of an illegal command, if one was among them. Commands after it were not handled, as hardware would not.
+    pub illegal: Option<u32>,
+}
+
+/// One address space that is kept in step.
+#[derive(Debug)]
+pub struct Live<S> {
+    shadow: Shadow,
+    sink: S,
+    /// How commands name this address space.
+    tag: Tag,
+    id: u64,
+    /// Questions that one call may ask.
+    questions: u64,
+    changes: Changes,
+    spans: Vec<(Span, bool)>,
+}
+
+impl<S: Sink> Live<S> {
+    /// Joins the two. Commands that mean `tag` and the requester `id` concern this address space; each call may ask the format `questions` questions.
+    ///
+    /// Nothing is read yet: [`Live::synchronise`] does.
+    pub fn new(shadow: Shadow, sink: S, tag: Tag, id: u64, questions: u64) -> Self {
+        Self { shadow, sink, tag, id, questions, changes: Changes::new(), spans: Vec::new() }
+    }
+
+    /// What was seen of the guest's table.
+    pub const fn shadow(&self) -> &Shadow {
+        &self.shadow
+    }
+
+    /// The host's side.
+    pub const fn sink(&self) -> &S {
+        &self.sink
+    }
+
+    /// The host's side.
+    pub const fn sink_mut(&mut self) -> &mut S {
+        &mut self.sink
+    }
+
+    /// Reads everything again.
+    ///
+    /// # Errors
+    /// [`LiveError::Commit`].
+    pub fn synchronise<M: EntryMemory + ?Sized>(&mut self, memory: &M) -> Result<Report, LiveError> {
+        self.spans.clear();
+        self.spans.push((Span::ALL, false));
+        self.look(memory, Report::default())
+    }
+
+    /// The guest's commands, decoded. When this returns without an error, no DMA uses what the guest took away in the address spaces and ranges that they
+    /// mean; the committer was called at most once.
+    ///
+    /// # Errors
+    /// [`LiveError::Commit`].
+    pub fn invalidate<M: EntryMemory + ?Sized>(&mut self, memory: &M, invalidations: &[Invalidation]) -> Result<Report, LiveError> {
+        self.spans.clear();
+        let mut report = Report::default();
+        for invalidation in invalidations {
+            match invalidation.effect {
+                // What device TLBs keep is the device's: the host's table does not depend on it.
+                Effect::Nothing | Effect::DeviceTlb { .. } => {}
+                Effect::Everything => self.spans.push((Span::ALL, false)),
+                Effect::Range { scope, iova } if scope.includes(self.tag, self.id) => self.spans.push((iova, scope.leaf)),
+                Effect::Range { .. } => {}
+                Effect::Structures(scope) => report.structures |= scope.includes(self.tag, self.id),
+                Effect::Illegal(code) => {
+                    report.illegal = Some(code);
+                    break;
+                }
+            }
+        }
+        self.look(memory, report)
+    }
+
+    /// `length` bytes of guest memory from `address` on were written, and may hold tables. The same promise as for [`Live::invalidate`].
+    ///
+    /// # Errors
+    /// [`LiveError::Commit`].
+    pub fn table_written<M: EntryMemory + ?Sized>(&mut self, memory: &M, address: Gpa, length: u64) -> Result<Report, LiveError> {
+        let budget = Budget::new(Limits { questions: self.questions, ..Limits::default() });
+        self.shadow.table_written(memory, address, length, &budget, &mut self.changes);
+        self.hand_over(Report::default())
+    }
+
+    /// The guest's structures name other roots or settings: `format` explains its tables from now on.
+    ///
+    /// # Errors
+    /// [`LiveError::Open`], and nothing changed; [`LiveError::Commit`].
+    pub fn switch<M: EntryMemory + ?Sized>(&mut self, format: Box<dyn Format>, memory: &M) -> Result<Report, LiveError> {
+        let budget = Budget::new(Limits { questions: self.questions, ..Limits::default() });
+        self.shadow.switch(format, memory, &budget, &mut self.changes)?;
+        self.hand_over(Report::default())
+    }
+
+    /// The format failed and was opened again: blocked entries are judged by the new instance.
+    ///
+    /// # Errors
+    /// [`ReopenError`](crate::sync::ReopenError); the old one stays.
+    pub fn reopen(&mut self, format: Box<dyn Format>) -> Result<(), crate::sync::ReopenError> {
+        self.shadow.reopen(format)
+    }
+
+    /// Commits again after an error.
+    ///
+    /// # Errors
+    /// The kernel refused again.
+    pub fn commit(&mut self) -> Result<(), CommitError> {
+        self.sink.commit()
+    }
+
+    /// Looks at the spans that were collected.
+    fn look<M: EntryMemory + ?Sized>(&mut self, memory: &M, report: Report) -> Result<Report, LiveError> {
+        let budget = Budget::new(Limits { questions: self.questions, ..Limits::default() });
+        join(&mut self.spans);
+        for (span, leaf_only) in &self.spans {
+            self.shadow.synchronise(memory, *span, *leaf_only, &budget, &mut self.changes);
+        }
+        self.hand_over(report)
+    }
+
+    fn hand_over(&mut self, mut report: Report) -> Result<Report, LiveError> {
+        report.blocked.extend(self.changes.blocked());
+        report.blocked_count = self.changes.blocked_count();
+        if !self.changes.is_empty() {
+            let batch = self.changes.batch();
+            report.changes = batch.len() as u64;
+            self.sink.apply(batch);
+        }
+        self.changes.clear();
+        self.sink.commit()?;
+        Ok(report)
+    }
+}
+
+/// Sorts spans and joins those that overlap or touch; leaves only, if both are.
+fn join(spans: &mut Vec<(Span, bool)>) {
+    if spans.len() < 2 {
+        return;
+    }
+    spans.sort_unstable();
+    spans.dedup_by(|next, last| {
+        let touches = last.0.last.saturating_add(1) >= next.0.first;
+        // Two that only touch stay apart if one of them is for leaves only.
+        let joined = touches && (last.1 == next.1 || next.0.first <= last.0.last);
+        if joined {
+            last.0.last = last.0.last.max(next.0.last);
+            last.1 &= next.1;
+        }
+        joined
+    });
+}

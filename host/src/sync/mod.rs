@@ -1,0 +1,23 @@
+//! Address spaces that stay in step with a running guest.
+//!
+//! ```text
+//!   guest's tables --- Shadow ----> Changes -----> Sink -------> host
+//!        |               ^  what differs   one batch   |  nested: a table of any format, in memory that hardware reads
+//!        |               |                             |  others: areas of the kernel, lookups in software
+//!   invalidations, written pages                       +--> Committer: what the kernel must be told, once per batch
+//! ```
+//!
+//! [`Live`] joins a shadow and a sink. When one of its calls returns, no translation that the guest removed is in the host's table, and none is in the
+//! hardware's caches if the committer kept its promise.
+
+mod changes;
+mod live;
+mod nested;
+mod shadow;
+mod sink;
+
+pub use changes::{Blocked, Changes, Reason};
+pub use live::{Live, LiveError, Report};
+pub use nested::{Needed, Nested, NestedFigures, NestedTable, RegionTables, TableMemory};
+pub use shadow::{ReopenError, Shadow, ShadowFigures, ShadowLimits, Unwatched, Watcher};
+pub use sink::{CommitError, Committer, Sink};

@@ -1,0 +1,121 @@
+//! Memory that host tables live in, and that hardware reads at the same time.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use vm_memory::{MmapRegion, VolatileMemory};
+
+use crate::Gpa;
+use crate::memory::{EntryLayout, EntryMemory, PAGE, ReadError};
+use crate::table::ByteOrder;
+
+/// Memory for tables that hardware walks.
+///
+/// Addresses are those that the hardware has: for a nested table, addresses in the parent address space.
+pub trait TableMemory: Send {
+    /// Memory for a table of `bytes` bytes, a power of two and at least 4096, aligned to its size; none if there is none left.
+    fn allocate(&mut self, bytes: u64) -> Option<Gpa>;
+
+    /// Takes back what [`TableMemory::allocate`] gave. Nobody reads it any more.
+    fn release(&mut self, table: Gpa, bytes: u64);
+
+    /// Writes the entries of a table that no entry leads to yet.
+    fn fill(&mut self, table: Gpa, layout: EntryLayout, entries: &[u64]);
+
+    /// Writes one entry with one atomic store; whoever sees it sees everything that was written before.
+    fn store(&mut self, table: Gpa, layout: EntryLayout, index: u64, entry: u64);
+}
+
+/// An entry as it stands in memory.
+const fn word(layout: EntryLayout, entry: u64) -> u64 {
+    match (layout.bytes, layout.order) {
+        (8, ByteOrder::Little) => entry.to_le(),
+        (8, ByteOrder::Big) => entry.to_be(),
+        (_, ByteOrder::Little) => (entry as u32).to_le() as u64,
+        (_, ByteOrder::Big) => (entry as u32).to_be() as u64,
+    }
+}
+
+/// Tables in a mapped region. Of the region no more than its pages is used by the tables; it is the caller's to map it where hardware finds it.
+#[derive(Debug)]
+pub struct RegionTables {
+    region: Arc<MmapRegion>,
+    base: u64,
+    /// Bytes from the beginning that were handed out.
+    used: u64,
+    /// Tables given back, by bytes: their offsets.
+    free: BTreeMap<u64, Vec<u64>>,
+}
+
+impl RegionTables {
+    /// Tables in `region`, whose first byte hardware knows by the address `base`, a multiple of 4096. Larger tables are aligned by that address.
+    #[must_use]
+    pub const fn new(region: Arc<MmapRegion>, base: Gpa) -> Self {
+        Self { region, base: base.0, used: 0, free: BTreeMap::new() }
+    }
+
+    fn offset(&self, table: Gpa, bytes: u64) -> Option<usize> {
+        let offset = table.0.checked_sub(self.base)?;
+        let end = offset.checked_add(bytes)?;
+        if end <= self.region.size() as u64 { usize::try_from(offset).ok() } else { None }
+    }
+}
+
+impl TableMemory for RegionTables {
+    fn allocate(&mut self, bytes: u64) -> Option<Gpa> {
+        if let Some(offset) = self.free.get_mut(&bytes).and_then(Vec::pop) {
+            return Some(Gpa(self.base + offset));
+        }
+        let table = self.base.checked_add(self.used)?.checked_next_multiple_of(bytes.max(PAGE))?;
+        self.offset(Gpa(table), bytes)?;
+        self.used = table - self.base + bytes;
+        Some(Gpa(table))
+    }
+
+    fn release(&mut self, table: Gpa, bytes: u64) {
+        if let Some(offset) = table.0.checked_sub(self.base) {
+            self.free.entry(bytes).or_default().push(offset);
+        }
+    }
+
+    fn fill(&mut self, table: Gpa, layout: EntryLayout, entries: &[u64]) {
+        let bytes = entries.len() * usize::from(layout.bytes);
+        let slice = self.offset(table, bytes as u64).and_then(|offset| self.region.get_slice(offset, bytes).ok());
+        let Some(slice) = slice else { return };
+        match layout.bytes {
+            8 => slice.copy_from(&entries.iter().map(|entry| word(layout, *entry)).collect::<Vec<u64>>()),
+            _ => slice.copy_from(&entries.iter().map(|entry| word(layout, *entry) as u32).collect::<Vec<u32>>()),
+        }
+    }
+
+    fn store(&mut self, table: Gpa, layout: EntryLayout, index: u64, entry: u64) {
+        let bytes = u64::from(layout.bytes);
+        let Some(offset) = table.0.checked_add(index * bytes).and_then(|address| self.offset(Gpa(address), bytes)) else { return };
+        let word = word(layout, entry);
+        if layout.bytes == 8 {
+            if let Ok(slot) = self.region.get_atomic_ref::<AtomicU64>(offset) {
+                slot.store(word, Ordering::Release);
+            }
+        } else if let Ok(slot) = self.region.get_atomic_ref::<AtomicU32>(offset) {
+            slot.store(word as u32, Ordering::Release);
+        }
+    }
+}
+
+impl EntryMemory for RegionTables {
+    fn read_entries(&self, address: Gpa, layout: EntryLayout, entries: &mut [u64]) -> Result<(), ReadError> {
+        let failed = ReadError(address);
+        let bytes = usize::from(layout.bytes);
+        let first = self.offset(address, (entries.len() * bytes) as u64).ok_or(failed)?;
+        for (offset, entry) in (first..).step_by(bytes).zip(entries) {
+            let raw = if bytes == 8 {
+                self.region.get_atomic_ref::<AtomicU64>(offset).map_err(|_| failed)?.load(Ordering::Acquire)
+            } else {
+                self.region.get_atomic_ref::<AtomicU32>(offset).map_err(|_| failed)?.load(Ordering::Acquire).into()
+            };
+            *entry = word(layout, raw);
+        }
+        Ok(())
+    }
+}

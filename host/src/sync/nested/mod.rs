@@ -1,0 +1,557 @@
+//! A host table of any format, kept in step in memory that hardware reads all the while.
+//!
+//! ```text
+//!   apply:  new tables are filled while nobody can reach them -> one atomic store per slot links them, replaces or removes what was there
+//!           tables that nothing leads to any more are *retired*: a walk may still be in them
+//!   the caller invalidates what is needed
+//!   completed:  retired tables are free
+//! ```
+//!
+//! A slot goes from its old content to its new one with one store, also when a large page becomes a table of small ones or the reverse. So a page whose
+//! translation stays the same translates at every moment.
+//!
+//! Pages are the largest that the format has within each piece that is mapped, never across two of them, and always as large as one slot: a leaf that
+//! fills several slots could not be replaced with one store.
+
+mod memory;
+mod plan;
+
+pub use memory::{RegionTables, TableMemory};
+
+use std::sync::Arc;
+
+use crate::memory::EntryLayout;
+use crate::sync::sink::{CommitError, Committer, Sink};
+use crate::table::{BuildError, Geometry, Loss, Losses, Piece};
+use crate::{Change, Gpa, Span};
+use plan::{Chain, HostPlan, Leaves, low_bits};
+
+/// What hardware may have cached and must forget.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Needed {
+    /// IOVAs whose translations were removed or replaced: ascending, neither overlapping nor touching.
+    pub spans: Vec<Span>,
+    /// Tables were taken away as well, so that caches of table entries count. Otherwise only leaves were.
+    pub tables: bool,
+}
+
+impl Needed {
+    /// Nothing is.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.spans.is_empty() && !self.tables
+    }
+
+    /// Adds IOVAs; cheap if they come in ascending order.
+    fn add(&mut self, span: Span) {
+        match self.spans.last_mut() {
+            Some(last) if last.last.saturating_add(1) >= span.first && last.first <= span.first => last.last = last.last.max(span.last),
+            Some(last) if last.first > span.first => {
+                self.spans.push(span);
+                self.spans.sort_unstable();
+                let spans = std::mem::take(&mut self.spans);
+                spans.into_iter().for_each(|span| self.add(span));
+            }
+            _ => self.spans.push(span),
+        }
+    }
+}
+
+/// What a host table is made of, and what it could not take in. Counts only grow.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct NestedFigures {
+    /// Tables that are linked.
+    pub tables: u64,
+    /// Tables that wait for an invalidation.
+    pub retired: u64,
+    /// Questions that the format was asked.
+    pub questions: u64,
+    /// Pieces, or parts of pieces, that are not mapped because there was no memory for tables.
+    pub without_memory: u64,
+    /// Pieces that are not mapped because the format failed or contradicted itself.
+    pub format_failures: u64,
+}
+
+/// What a slot of a table holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Slot {
+    Absent,
+    Leaf,
+    Table(u32),
+}
+
+/// A table of the host.
+#[derive(Debug)]
+struct HostTable {
+    address: Gpa,
+    bytes: u64,
+    slots: Box<[Slot]>,
+    /// Slots that are not absent.
+    live: u64,
+}
+
+/// A host table that is kept in step.
+pub struct NestedTable<M> {
+    plan: HostPlan,
+    memory: M,
+    layout: EntryLayout,
+    tables: Vec<Option<HostTable>>,
+    free: Vec<u32>,
+    /// The root of each chain.
+    roots: Vec<u32>,
+    retired: Vec<(Gpa, u64)>,
+    needed: Needed,
+    losses: Losses,
+    without_memory: u64,
+    format_failures: u64,
+    /// No memory was left in this batch: nobody asks again.
+    full: bool,
+}
+
+impl<M> std::fmt::Debug for NestedTable<M> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("NestedTable").field("figures", &self.figures()).field("losses", &self.losses).finish_non_exhaustive()
+    }
+}
+
+impl<M> NestedTable<M> {
+    /// What it is made of.
+    #[must_use]
+    pub fn figures(&self) -> NestedFigures {
+        NestedFigures {
+            tables: (self.tables.len() - self.free.len()) as u64,
+            retired: self.retired.len() as u64,
+            questions: self.plan.questions,
+            without_memory: self.without_memory,
+            format_failures: self.format_failures,
+        }
+    }
+
+    /// What the format could not say, since the beginning.
+    #[must_use]
+    pub const fn losses(&self) -> &Losses {
+        &self.losses
+    }
+
+    /// The format's geometry; the addresses of its roots are those of the settings, not of this table.
+    #[must_use]
+    pub fn geometry(&self) -> &Geometry {
+        self.plan.geometry()
+    }
+
+    /// The memory that the tables are in.
+    #[must_use]
+    pub const fn memory(&self) -> &M {
+        &self.memory
+    }
+
+    /// For each root, the setting that holds its address, and the address. They stay what they are.
+    pub fn roots(&self) -> impl Iterator<Item = (&str, Gpa)> + '_ {
+        let address = |root: &u32| self.tables.get(*root as usize).and_then(Option::as_ref).map(|table| table.address);
+        self.plan.chains.iter().zip(&self.roots).filter_map(move |(chain, root)| Some((chain.setting.as_str(), address(root)?)))
+    }
+}
+
+impl<M: TableMemory> NestedTable<M> {
+    /// An empty table of the format, with its root tables in `memory`.
+    ///
+    /// # Errors
+    /// The format failed, or describes a table that cannot be, or there is no memory for the roots.
+    pub fn new(format: Box<dyn crate::table::Format>, memory: M) -> Result<Self, BuildError> {
+        let plan = HostPlan::new(format)?;
+        let layout = plan.layout();
+        let mut this = Self {
+            plan,
+            memory,
+            layout,
+            tables: Vec::new(),
+            free: Vec::new(),
+            roots: Vec::new(),
+            retired: Vec::new(),
+            needed: Needed::default(),
+            losses: Losses::default(),
+            without_memory: 0,
+            format_failures: 0,
+            full: false,
+        };
+        for chain in this.plan.chains.clone() {
+            let rung = &chain.rungs[0];
+            let address = this.memory.allocate(rung.bytes).ok_or(crate::table::Full { base: 0, limit: rung.bytes })?;
+            this.memory.fill(address, layout, &vec![rung.absent; rung.entries as usize]);
+            let slots = vec![Slot::Absent; rung.entries as usize].into_boxed_slice();
+            let root = this.keep(HostTable { address, bytes: rung.bytes, slots, live: 0 });
+            this.roots.push(root);
+        }
+        Ok(this)
+    }
+
+    /// Makes the changes of a batch, as [`Sink::apply`] says; what must be invalidated, of this batch and of all since [`NestedTable::completed`].
+    pub fn apply(&mut self, batch: &[Change]) -> &Needed {
+        self.full = false;
+        let (unmaps, maps) = batch.split_at(batch.partition_point(|change| matches!(change, Change::Unmap(_))));
+        for change in unmaps {
+            self.needed.add(change.span());
+        }
+        for index in 0..self.plan.windows.len() {
+            let window = self.plan.windows[index];
+            let (unmaps, maps) = (touching(unmaps, window.span), touching(maps, window.span));
+            if unmaps.is_empty() && maps.is_empty() {
+                continue;
+            }
+            let (chain, root) = (Arc::clone(&self.plan.chains[window.chain]), self.roots[window.chain]);
+            let place = Place { chain: &chain, number: window.chain, depth: 0, base: window.base, span: window.span };
+            self.update(root, place, unmaps, maps);
+        }
+        self.lose_outside(maps);
+        &self.needed
+    }
+
+    /// What must be invalidated.
+    #[must_use]
+    pub const fn needed(&self) -> &Needed {
+        &self.needed
+    }
+
+    /// What was needed has been invalidated: no walk is in retired tables any more.
+    pub fn completed(&mut self) {
+        for (address, bytes) in self.retired.drain(..) {
+            self.memory.release(address, bytes);
+        }
+        self.needed.spans.clear();
+        self.needed.tables = false;
+    }
+
+    fn lose_outside(&mut self, maps: &[Change]) {
+        for piece in maps.iter().filter_map(piece_of) {
+            let mut next = Some(piece.iova.first);
+            for index in 0..self.plan.windows.len() {
+                let Some(part) = self.plan.windows[index].span.intersection(piece.iova) else { continue };
+                if let Some(first) = next.filter(|first| *first < part.first) {
+                    self.lose(Loss::InputRange, piece, Span { first, last: part.first - 1 });
+                }
+                next = part.last.checked_add(1);
+            }
+            if let Some(first) = next.filter(|first| *first <= piece.iova.last) {
+                self.lose(Loss::InputRange, piece, Span { first, last: piece.iova.last });
+            }
+        }
+    }
+
+    fn lose(&mut self, loss: Loss, piece: &Piece, part: Span) {
+        let example = Piece { iova: part, address: piece.address + (part.first - piece.iova.first), ..*piece };
+        self.losses.add(loss, || example, 1, u128::from(part.length_minus_one()) + 1);
+    }
+
+    fn keep(&mut self, table: HostTable) -> u32 {
+        match self.free.pop() {
+            Some(index) => {
+                self.tables[index as usize] = Some(table);
+                index
+            }
+            None => {
+                self.tables.push(Some(table));
+                (self.tables.len() - 1) as u32
+            }
+        }
+    }
+
+    /// Makes the changes in the part of a table that `place` says.
+    fn update(&mut self, id: u32, place: Place<'_>, unmaps: &[Change], maps: &[Change]) {
+        let Some(mut table) = self.tables.get_mut(id as usize).and_then(Option::take) else { return };
+        let mut slots = place.slots(unmaps, maps);
+        while let Some((index, slot, unmaps, maps)) = slots.next() {
+            self.change(&mut table, index, place.at(slot), unmaps, maps);
+        }
+        self.tables[id as usize] = Some(table);
+    }
+
+    /// Makes the changes in one slot; `slot` has the part of it that can be mapped.
+    fn change(&mut self, table: &mut HostTable, index: u64, slot: Place<'_>, unmaps: &[Change], maps: &[Change]) {
+        let old = table.slots[index as usize];
+        if let [Change::Map(piece)] = maps
+            && let Some(entry) = self.leaf(slot, piece)
+        {
+            return self.set(table, index, Slot::Leaf, entry);
+        }
+        let absent = slot.chain.rungs[slot.depth].absent;
+        match old {
+            Slot::Table(below) if !(maps.is_empty() && covers(unmaps, slot.whole())) => {
+                self.update(below, slot.below(), unmaps, maps);
+                if self.tables[below as usize].as_ref().is_none_or(|below| below.live == 0) {
+                    self.set(table, index, Slot::Absent, absent);
+                }
+            }
+            _ => match self.build(slot, maps) {
+                Some((below, entry)) => self.set(table, index, Slot::Table(below), entry),
+                None if old != Slot::Absent => self.set(table, index, Slot::Absent, absent),
+                None => {}
+            },
+        }
+    }
+
+    /// One store, and what it took away.
+    fn set(&mut self, table: &mut HostTable, index: u64, slot: Slot, entry: u64) {
+        self.memory.store(table.address, self.layout, index, entry);
+        let old = std::mem::replace(&mut table.slots[index as usize], slot);
+        table.live = table.live + u64::from(slot != Slot::Absent) - u64::from(old != Slot::Absent);
+        if let Slot::Table(below) = old {
+            self.retire(below);
+        }
+    }
+
+    /// Nothing leads to a table any more, nor to what is below it.
+    fn retire(&mut self, id: u32) {
+        let Some(table) = self.tables.get_mut(id as usize).and_then(Option::take) else { return };
+        self.free.push(id);
+        self.retired.push((table.address, table.bytes));
+        self.needed.tables = true;
+        for slot in &table.slots {
+            if let Slot::Table(below) = slot {
+                self.retire(*below);
+            }
+        }
+    }
+
+    /// The entry of a leaf that fills a slot, if the piece has one there.
+    fn leaf(&mut self, slot: Place<'_>, piece: &Piece) -> Option<u64> {
+        let size = slot.chain.rungs[slot.depth].lsb;
+        let whole = slot.whole();
+        if whole != slot.span || piece.iova.first > whole.first || piece.iova.last < whole.last {
+            return None;
+        }
+        let address = piece.address + (whole.first - piece.iova.first);
+        if address & low_bits(size) != 0 {
+            return None;
+        }
+        let leaves = self.leaves(slot.number, piece)?;
+        let leaf = leaves[slot.depth].as_ref()?;
+        let entry = leaf.entry(address, size)?;
+        for loss in &leaf.narrowed {
+            let part = Piece { iova: whole, address, attributes: piece.attributes };
+            self.losses.add(*loss, || part, 1, u128::from(low_bits(size)) + 1);
+        }
+        Some(entry)
+    }
+
+    fn leaves(&mut self, chain: usize, piece: &Piece) -> Option<Leaves> {
+        self.plan.leaves(chain, piece.attributes).ok()
+    }
+
+    /// Makes and fills the table that shows what `maps` has in a slot: the table and the entry that points to it. None: there is nothing that it could show.
+    fn build(&mut self, slot: Place<'_>, maps: &[Change]) -> Option<(u32, u64)> {
+        if maps.is_empty() {
+            return None;
+        }
+        // What no page can show is lost here and now: it may be larger than anybody could go through page by page.
+        if let [Change::Map(piece)] = maps
+            && self.is_lost(slot, piece)
+        {
+            return None;
+        }
+        if slot.depth + 1 >= slot.chain.rungs.len() {
+            maps.iter().filter_map(piece_of).for_each(|piece| self.lose_in(slot, piece, Loss::Granule));
+            return None;
+        }
+        if self.full {
+            self.without_memory += maps.len() as u64;
+            return None;
+        }
+        let place = slot.below();
+        let rung = &slot.chain.rungs[place.depth];
+        let mut entries = vec![rung.absent; rung.entries as usize];
+        let mut kept = vec![Slot::Absent; rung.entries as usize];
+        let mut live = 0;
+        let mut slots = place.slots(&[], maps);
+        while let Some((index, span, _, maps)) = slots.next() {
+            let inner = place.at(span);
+            let leaf = if let [Change::Map(piece)] = maps { self.leaf(inner, piece) } else { None };
+            let (new, entry) = match leaf {
+                Some(entry) => (Slot::Leaf, entry),
+                None => match self.build(inner, maps) {
+                    Some((below, entry)) => (Slot::Table(below), entry),
+                    None => continue,
+                },
+            };
+            (kept[index as usize], entries[index as usize]) = (new, entry);
+            live += 1;
+        }
+        if live == 0 {
+            return None;
+        }
+        let address = self.memory.allocate(rung.bytes);
+        let linked = address.and_then(|address| Some((address, slot.chain.rungs[slot.depth].link(address.0)?)));
+        let Some((address, entry)) = linked else {
+            // Nobody saw what is below: it can be used again at once.
+            self.full = true;
+            self.without_memory += maps.len() as u64;
+            if let Some(address) = address {
+                self.memory.release(address, rung.bytes);
+            }
+            kept.iter().for_each(|slot| self.give_back(*slot));
+            return None;
+        };
+        self.memory.fill(address, self.layout, &entries);
+        let table = HostTable { address, bytes: rung.bytes, slots: kept.into_boxed_slice(), live };
+        Some((self.keep(table), entry))
+    }
+
+    /// Frees a table that was never linked.
+    fn give_back(&mut self, slot: Slot) {
+        let Slot::Table(id) = slot else { return };
+        let Some(table) = self.tables.get_mut(id as usize).and_then(Option::take) else { return };
+        self.free.push(id);
+        self.memory.release(table.address, table.bytes);
+        table.slots.iter().for_each(|slot| self.give_back(*slot));
+    }
+
+    /// Whether not even the smallest page can show any byte that a piece has in a slot; it is counted if so.
+    fn is_lost(&mut self, slot: Place<'_>, piece: &Piece) -> bool {
+        let Some(part) = piece.iova.intersection(slot.span) else { return true };
+        let Some(leaves) = self.leaves(slot.number, piece) else {
+            self.format_failures += 1;
+            return true;
+        };
+        let smallest = leaves.iter().zip(&slot.chain.rungs).filter_map(|(leaf, rung)| Some((leaf.as_ref()?, rung.lsb))).next_back();
+        let address = piece.address + (part.first - piece.iova.first);
+        let loss = match smallest {
+            None => Loss::Permission,
+            Some((_, size)) if (part.first ^ address) & low_bits(size) != 0 => Loss::Granule,
+            Some((leaf, size)) if !leaf.reaches(address & !low_bits(size), size) => Loss::OutputRange,
+            Some(_) => return false,
+        };
+        self.lose_in(slot, piece, loss);
+        true
+    }
+
+    fn lose_in(&mut self, slot: Place<'_>, piece: &Piece, loss: Loss) {
+        if let Some(part) = piece.iova.intersection(slot.span) {
+            self.lose(loss, piece, part);
+        }
+    }
+}
+
+/// A table, or a slot of one, and the IOVAs that are looked at there.
+#[derive(Clone, Copy)]
+struct Place<'a> {
+    chain: &'a Chain,
+    number: usize,
+    depth: usize,
+    /// IOVA of entry 0 of the table.
+    base: u64,
+    /// What is wanted of the table, or of the slot.
+    span: Span,
+}
+
+impl<'a> Place<'a> {
+    /// The part `span` of it.
+    const fn at(self, span: Span) -> Self {
+        Self { span, ..self }
+    }
+
+    /// All IOVAs of the slot that `span` is in.
+    fn whole(&self) -> Span {
+        let lsb = self.chain.rungs[self.depth].lsb;
+        Span::of_log2(self.span.first >> lsb << lsb, lsb)
+    }
+
+    /// The table in the slot.
+    fn below(self) -> Self {
+        Self { depth: self.depth + 1, base: self.whole().first, ..self }
+    }
+
+    fn slots<'c>(self, unmaps: &'c [Change], maps: &'c [Change]) -> Slots<'a, 'c> {
+        Slots { place: self, next: Some(self.span.first), unmaps, maps }
+    }
+}
+
+/// Goes through the slots that changes touch.
+struct Slots<'a, 'c> {
+    place: Place<'a>,
+    next: Option<u64>,
+    unmaps: &'c [Change],
+    maps: &'c [Change],
+}
+
+impl<'c> Slots<'_, 'c> {
+    /// Index, the part of the slot that is wanted, and what touches it.
+    fn next(&mut self) -> Option<(u64, Span, &'c [Change], &'c [Change])> {
+        let first = [self.unmaps.first(), self.maps.first()].into_iter().flatten().map(|change| change.span().first).min()?;
+        let at = first.max(self.next?);
+        if at > self.place.span.last {
+            return None;
+        }
+        let lsb = self.place.chain.rungs[self.place.depth].lsb;
+        let slot = Span::of_log2(at >> lsb << lsb, lsb).intersection(self.place.span)?;
+        let (unmaps, maps) = (up_to(self.unmaps, slot.last), up_to(self.maps, slot.last));
+        (self.unmaps, self.maps) = (beyond(self.unmaps, slot.last), beyond(self.maps, slot.last));
+        self.next = slot.last.checked_add(1);
+        Some(((slot.first - self.place.base) >> lsb, slot, unmaps, maps))
+    }
+}
+
+const fn piece_of(change: &Change) -> Option<&Piece> {
+    match change {
+        Change::Map(piece) => Some(piece),
+        Change::Unmap(_) => None,
+    }
+}
+
+/// Of changes in ascending order, those that begin at or before `last`.
+#[inline]
+fn up_to(changes: &[Change], last: u64) -> &[Change] {
+    &changes[..changes.partition_point(|change| change.span().first <= last)]
+}
+
+/// Those that reach beyond `last`.
+#[inline]
+fn beyond(changes: &[Change], last: u64) -> &[Change] {
+    &changes[changes.partition_point(|change| change.span().last <= last)..]
+}
+
+fn touching(changes: &[Change], span: Span) -> &[Change] {
+    let changes = up_to(changes, span.last);
+    &changes[changes.partition_point(|change| change.span().last < span.first)..]
+}
+
+/// Whether one of the changes has the whole span.
+fn covers(changes: &[Change], span: Span) -> bool {
+    changes.first().is_some_and(|change| change.span().first <= span.first && change.span().last >= span.last)
+}
+
+/// A [`NestedTable`] with somebody who invalidates, as a sink.
+#[derive(Debug)]
+pub struct Nested<M, C> {
+    table: NestedTable<M>,
+    committer: C,
+}
+
+impl<M: TableMemory, C: Committer> Nested<M, C> {
+    /// Joins the two.
+    pub const fn new(table: NestedTable<M>, committer: C) -> Self {
+        Self { table, committer }
+    }
+
+    /// The table.
+    pub const fn table(&self) -> &NestedTable<M> {
+        &self.table
+    }
+
+    /// Whoever invalidates.
+    pub const fn committer(&mut self) -> &mut C {
+        &mut self.committer
+    }
+}
+
+impl<M: TableMemory, C: Committer> Sink for Nested<M, C> {
+    fn apply(&mut self, batch: &[Change]) {
+        self.table.apply(batch);
+    }
+
+    fn commit(&mut self) -> Result<(), CommitError> {
+        if !self.table.needed.is_empty() {
+            self.committer.invalidate(&self.table.needed)?;
+        }
+        self.table.completed();
+        Ok(())
+    }
+}

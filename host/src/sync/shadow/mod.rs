@@ -1,0 +1,259 @@
+//! What the engine saw of one guest table, and what changed since.
+//!
+//! A shadow is a tree with a node for each table of the guest, at each place that it is used. A node has a private copy of the entries as they were last
+//! read, and beside each what it stood for. To synchronise is to read again, each entry once and atomically, to compare with the copy, and to look closer
+//! at what differs. An entry is used as it was read, so a guest that writes at the same moment gets the translations of some moment, and nothing else.
+//!
+//! ```text
+//!    Everything:  read pages, compare with copies (at the speed of memory), look at entries that differ
+//!    a span:      one entry per level on the way down, then the entries of the span
+//!    leaf only:   tables on the way down are taken from the copies
+//!    a write:     guest page -> nodes in it -> the entries that were written
+//! ```
+//!
+//! What cannot be followed, because a limit is reached or the format failed, is *blocked*: it counts as absent, is told as such, and is judged again
+//! whenever it is read.
+
+mod kind;
+mod node;
+mod pass;
+
+pub use node::{Unwatched, Watcher};
+
+use std::fmt;
+
+use crate::memory::{Budget, EntryLayout, EntryMemory, MemoryMap};
+use crate::sync::changes::Changes;
+use crate::table::{Format, FormatError, Geometry, Judge, OpenError, Plan};
+use crate::{Gpa, Span};
+use kind::Kinds;
+use node::{Node, NodeId, Nodes, Pages, State};
+use pass::{Pass, Scratch};
+
+/// How much a guest may make the engine keep for one address space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ShadowLimits {
+    /// Pages of 4 KiB of tables; a page that is used in two places counts twice. Each costs the host 6 KiB, or 12 with small entries.
+    pub table_pages: u64,
+    /// Entries that are leaves.
+    pub leaves: u64,
+}
+
+impl Default for ShadowLimits {
+    /// Enough for 128 GiB in 4K pages.
+    fn default() -> Self {
+        Self { table_pages: 1 << 16, leaves: 1 << 25 }
+    }
+}
+
+/// What a shadow holds at the moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ShadowFigures {
+    /// Tables, one for each place that they are used at.
+    pub tables: u64,
+    /// Pages of tables, counted in the same way.
+    pub table_pages: u64,
+    /// Entries that are leaves.
+    pub leaves: u64,
+    /// Questions that the format was asked.
+    pub questions: u64,
+}
+
+/// The format that a shadow is to be given does not describe its tables.
+#[derive(Debug, thiserror::Error)]
+pub enum ReopenError {
+    /// The format failed.
+    #[error("the format failed: {0}")]
+    Format(FormatError),
+    /// It has another geometry.
+    #[error("the format describes tables of another geometry")]
+    Geometry,
+}
+
+/// What the engine saw of one guest table.
+pub struct Shadow {
+    plan: Plan,
+    judge: Judge,
+    kinds: Kinds,
+    nodes: Nodes,
+    pages: Pages,
+    /// The node of each root, once it was read.
+    roots: Vec<Option<NodeId>>,
+    map: MemoryMap,
+    limits: ShadowLimits,
+    leaves: u64,
+    scratch: Scratch,
+}
+
+impl fmt::Debug for Shadow {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shadow").field("figures", &self.figures()).field("limits", &self.limits).finish_non_exhaustive()
+    }
+}
+
+impl Shadow {
+    /// A shadow that saw nothing yet, of tables that `format` explains. `map` says what exists of the guest's memory; `watcher` hears which pages hold
+    /// tables.
+    ///
+    /// # Errors
+    /// The format failed, or describes a table that cannot be.
+    pub fn open(mut format: Box<dyn Format>, map: MemoryMap, limits: ShadowLimits, watcher: Box<dyn Watcher>) -> Result<Self, OpenError> {
+        let plan = Plan::new(format.geometry().map_err(OpenError::Format)?)?;
+        let judge = Judge::new(format, plan.levels.len());
+        let roots = vec![None; plan.geometry.roots.len()];
+        Ok(Self {
+            plan,
+            judge,
+            kinds: Kinds::default(),
+            nodes: Nodes::default(),
+            pages: Pages::new(watcher),
+            roots,
+            map,
+            limits,
+            leaves: 0,
+            scratch: Scratch::default(),
+        })
+    }
+
+    /// The table's geometry.
+    #[must_use]
+    pub fn geometry(&self) -> &Geometry {
+        &self.plan.geometry
+    }
+
+    /// What is held.
+    #[must_use]
+    pub fn figures(&self) -> ShadowFigures {
+        ShadowFigures { tables: self.nodes.len() as u64, table_pages: self.pages.count(), leaves: self.leaves, questions: self.judge.asked() }
+    }
+
+    /// The guest pages that hold tables, in no order.
+    pub fn watched_pages(&self) -> impl Iterator<Item = Gpa> + '_ {
+        self.pages.watched()
+    }
+
+    /// Reads the tables of `span` again and adds what changed to `changes`. With `leaf_only`, entries that were tables are taken to be the same tables.
+    ///
+    /// A table that was not there before is read whole. The budget is charged for questions to the format alone: what else there is to do is bounded by
+    /// the limits.
+    pub fn synchronise<M: EntryMemory + ?Sized>(&mut self, memory: &M, span: Span, leaf_only: bool, budget: &Budget, changes: &mut Changes) {
+        for root in 0..self.roots.len() {
+            if let Some(part) = self.part_of_root(root, span) {
+                Pass::new(self, memory, budget, changes).root(root, part, leaf_only);
+            }
+        }
+    }
+
+    /// `length` bytes of guest memory from `address` on were written: reads the entries among them again, and adds what changed to `changes`.
+    ///
+    /// The cost is that of one look-up per page, and of the entries. Pages without tables cost the look-up.
+    pub fn table_written<M: EntryMemory + ?Sized>(&mut self, memory: &M, address: Gpa, length: u64, budget: &Budget, changes: &mut Changes) {
+        let Some(last) = length.checked_sub(1).map(|rest| address.0.saturating_add(rest)) else { return };
+        Pass::new(self, memory, budget, changes).written(Span { first: address.0, last });
+    }
+
+    /// Asks another instance of the same format from now on; blocked entries are judged again when they are read next.
+    ///
+    /// # Errors
+    /// The format failed, or describes other tables. The shadow is then as it was.
+    pub fn reopen(&mut self, mut format: Box<dyn Format>) -> Result<(), ReopenError> {
+        if format.geometry().map_err(ReopenError::Format)? != self.plan.geometry {
+            return Err(ReopenError::Geometry);
+        }
+        self.judge.replace(format);
+        Ok(())
+    }
+
+    /// The guest's registers or structures name other roots, or other settings: `format` explains the tables from now on. Everything is read again, and
+    /// `changes` has what differs.
+    ///
+    /// # Errors
+    /// The format failed, or describes a table that cannot be. The shadow is then as it was.
+    pub fn switch<M: EntryMemory + ?Sized>(
+        &mut self,
+        mut format: Box<dyn Format>,
+        memory: &M,
+        budget: &Budget,
+        changes: &mut Changes,
+    ) -> Result<(), OpenError> {
+        let plan = Plan::new(format.geometry().map_err(OpenError::Format)?)?;
+        let keep = same_shape(&self.plan.geometry, &plan.geometry);
+        if !keep {
+            for root in 0..self.roots.len() {
+                if let Some(node) = self.roots[root].take() {
+                    Pass::new(self, memory, budget, changes).remove(node);
+                }
+            }
+            self.roots = vec![None; plan.geometry.roots.len()];
+        }
+        self.judge = Judge::new(format, plan.levels.len());
+        self.plan = plan;
+        for root in 0..self.roots.len() {
+            let whole = self.root_span(root);
+            Pass::new(self, memory, budget, changes).root_anew(root, whole);
+        }
+        Ok(())
+    }
+
+    fn root_span(&self, root: usize) -> Span {
+        let root = &self.plan.geometry.roots[root];
+        Span { first: root.first, last: root.last }
+    }
+
+    /// The IOVAs of `span` that a root serves, in the form that the root has them. Where bits are ignored, more rather than less.
+    fn part_of_root(&self, index: usize, span: Span) -> Option<Span> {
+        let (whole, root) = (self.root_span(index), &self.plan.geometry.roots[index]);
+        if root.ignored == 0 {
+            return whole.intersection(span);
+        }
+        let canonical = |iova: u64| iova & !root.ignored | root.first & root.ignored;
+        let (first, last) = (canonical(span.first), canonical(span.last));
+        if last.checked_sub(first) == Some(span.length_minus_one()) {
+            return whole.intersection(Span { first, last });
+        }
+        Some(whole)
+    }
+
+    fn layout(&self) -> EntryLayout {
+        EntryLayout { bytes: self.plan.geometry.entry_bytes, order: self.plan.geometry.order }
+    }
+
+    /// A node for a table of kind `level` whose entries `exists` exist; none of them was read. None: there is no room, or nothing to keep.
+    fn new_node(&self, level: u8, table: u64, base: u64, inherited: u64, within: Span, exists: (u64, u64)) -> Option<Box<Node>> {
+        let plan = &self.plan.levels[usize::from(level)];
+        let lsb = plan.index_lsb;
+        let first = ((within.first - base) >> lsb).max(exists.0);
+        let last = ((within.last - base) >> lsb).min(exists.1).min(plan.entries() - 1);
+        let mut count = last.checked_sub(first)? + 1;
+        // A table at the end of all addresses may be longer than what is left.
+        let bytes = u64::from(self.plan.geometry.entry_bytes);
+        count = count.min((u64::MAX - table.checked_add(first * bytes)?) / bytes);
+        if count == 0 {
+            return None;
+        }
+        let span = Span {
+            first: within.first.max(base + (first << lsb)),
+            last: within.last.min(Span::of_log2(base + ((first + count - 1) << lsb), lsb).last),
+        };
+        Some(Box::new(Node {
+            level,
+            table,
+            base,
+            inherited,
+            first,
+            span,
+            entries: vec![0; count as usize].into_boxed_slice(),
+            states: vec![State::UNKNOWN; count as usize].into_boxed_slice(),
+            tables: 0,
+            unknown: count as u32,
+        }))
+    }
+}
+
+/// Whether tables of one geometry can be compared with those of the other, entry by entry.
+fn same_shape(one: &Geometry, other: &Geometry) -> bool {
+    let rooted = one.roots.iter().zip(&other.roots).all(|(one, other)| (one.first, one.last, one.level) == (other.first, other.last, other.level));
+    let entries =
+        (one.entry_bytes, one.order, one.output_bits, one.privileged) == (other.entry_bytes, other.order, other.output_bits, other.privileged);
+    one.roots.len() == other.roots.len() && rooted && entries && one.levels == other.levels
+}

@@ -1,0 +1,13 @@
+//! Address spaces that are kept in step with a guest that runs.
+#![allow(clippy::unwrap_used)]
+
+mod behaviour;
+#[path = "../configs/mod.rs"]
+mod configs;
+mod equality;
+mod guest;
+mod hardware;
+#[path = "../hostile/mutate.rs"]
+#[allow(dead_code)]
+mod mutate;
+mod support;

@@ -1,0 +1,184 @@
+//! What the tests of live address spaces share: guests whose memory can be changed, a model of what was told, and hosts.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use stagecraft::memory::{Budget, EntryLayout, EntryMemory, Limits, MemoryMap, ReadError};
+use stagecraft::plugin::TableConfig;
+use stagecraft::sync::{CommitError, Committer, Needed, NestedTable, RegionTables, Sink};
+use stagecraft::table::{ByteOrder, Collector, Format, Mapping, Piece, Table};
+use stagecraft::{Change, Gpa, Span};
+use stagecraft_tests::reference::snapshot::Memory;
+use vm_memory::{MmapRegion, VolatileMemory};
+
+use crate::configs;
+
+/// The reference's memory, for the engine.
+pub struct View<'a>(pub &'a Memory);
+
+impl EntryMemory for View<'_> {
+    fn read_entries(&self, address: Gpa, layout: EntryLayout, entries: &mut [u64]) -> Result<(), ReadError> {
+        let (bytes, big) = (u64::from(layout.bytes), layout.order == ByteOrder::Big);
+        for (place, entry) in (address.0..).step_by(bytes as usize).zip(entries) {
+            let read = if bytes == 8 { self.0.read(place, big) } else { self.0.read4(place, big) };
+            *entry = read.map_err(|_| ReadError(Gpa(place)))?;
+        }
+        Ok(())
+    }
+}
+
+/// What was told of an address space, kept as pieces; insists on everything that a batch promises.
+#[derive(Clone, Debug, Default)]
+pub struct Model {
+    pub pieces: BTreeMap<u64, Piece>,
+}
+
+impl Model {
+    pub fn apply(&mut self, batch: &[Change]) {
+        let unmaps = batch.iter().take_while(|change| matches!(change, Change::Unmap(_))).count();
+        assert!(batch[unmaps..].iter().all(|change| matches!(change, Change::Map(_))), "unmaps come first");
+        for part in [&batch[..unmaps], &batch[unmaps..]] {
+            assert!(part.windows(2).all(|pair| pair[0].span().last < pair[1].span().first), "ascending, and apart");
+        }
+        for change in batch {
+            match change {
+                Change::Unmap(span) => {
+                    let piece = self.pieces.remove(&span.first);
+                    assert_eq!(piece.map(|piece| piece.iova), Some(*span), "exactly one piece is unmapped");
+                }
+                Change::Map(piece) => {
+                    let before = self.pieces.range(..=piece.iova.last).next_back();
+                    assert!(before.is_none_or(|(_, before)| before.iova.last < piece.iova.first), "nothing is mapped at {piece:x?}: {before:x?}");
+                    self.pieces.insert(piece.iova.first, *piece);
+                }
+            }
+        }
+    }
+
+    /// Maximal runs for a request without privileges.
+    pub fn mappings(&self) -> Vec<Mapping> {
+        self.mappings_of(1)
+    }
+
+    /// The same, without pieces of less than so many bytes.
+    pub fn mappings_of(&self, least: u64) -> Vec<Mapping> {
+        let mut mappings = Vec::new();
+        for piece in self.pieces.values().filter(|piece| piece.iova.length_minus_one() >= least - 1) {
+            let access = piece.attributes.access(false);
+            if !access.is_none() {
+                append(&mut mappings, Mapping { iova: piece.iova, address: piece.address, access });
+            }
+        }
+        mappings
+    }
+}
+
+/// Adds a mapping behind all others, as a part of the last one where it continues it.
+pub fn append(mappings: &mut Vec<Mapping>, mapping: Mapping) {
+    if let Some(last) = mappings.last_mut()
+        && last.access == mapping.access
+        && last.iova.last.checked_add(1) == Some(mapping.iova.first)
+        && last.address.checked_add(last.iova.length_minus_one()).and_then(|address| address.checked_add(1)) == Some(mapping.address)
+    {
+        last.iova.last = mapping.iova.last;
+    } else {
+        mappings.push(mapping);
+    }
+}
+
+/// A format of the built-in plugins.
+pub fn format(config: &TableConfig) -> Box<dyn Format> {
+    Box::new(configs::plugins().by_format(&config.format).unwrap().open(config).unwrap())
+}
+
+/// Counts what it is called for, and invalidates nothing: for hosts that no hardware looks at.
+#[derive(Debug, Default)]
+pub struct Counting {
+    pub calls: u64,
+    pub last: Needed,
+}
+
+impl Committer for Counting {
+    fn invalidate(&mut self, needed: &Needed) -> Result<(), CommitError> {
+        assert!(!needed.is_empty());
+        self.calls += 1;
+        self.last = needed.clone();
+        Ok(())
+    }
+}
+
+/// Where host tables are.
+pub const HOST_BASE: u64 = 1 << 30;
+
+/// A host table, the model beside it, and a count of commits.
+pub struct Host {
+    pub config: TableConfig,
+    pub table: NestedTable<RegionTables>,
+    pub model: Model,
+    pub committer: Counting,
+    pub commits: u64,
+    region: Arc<MmapRegion>,
+}
+
+impl Host {
+    pub fn new(config: &TableConfig, bytes: usize) -> Self {
+        let region = Arc::new(MmapRegion::new(bytes).unwrap());
+        let table = NestedTable::new(format(config), RegionTables::new(Arc::clone(&region), Gpa(HOST_BASE))).unwrap();
+        let mut config = config.clone();
+        for (setting, address) in table.roots() {
+            config.settings.set(setting, address.0);
+        }
+        Self { config, table, model: Model::default(), committer: Counting::default(), commits: 0, region }
+    }
+
+    /// Where the tables are.
+    pub fn region(&self) -> Arc<MmapRegion> {
+        Arc::clone(&self.region)
+    }
+
+    /// What the engine reads in the host's table.
+    pub fn walked(&self) -> Vec<Mapping> {
+        let mut table = Table::open(format(&self.config)).unwrap();
+        walk(&mut table, self.table.memory(), &MemoryMap::everything(64))
+    }
+
+    /// The host's tables for the reference.
+    pub fn memory(&self) -> Memory {
+        let mut memory = Memory::default();
+        for offset in (0..self.region.size()).step_by(4096) {
+            let mut page = [0; 4096];
+            self.region.get_slice(offset, 4096).unwrap().copy_to(&mut page[..]);
+            if page != [0; 4096] {
+                memory.pages.insert(HOST_BASE + offset as u64, page);
+            }
+        }
+        // What an entry can point to in the region and is zero is there, too.
+        memory.add_zeroed(HOST_BASE, self.region.size() as u64);
+        memory
+    }
+}
+
+impl Sink for Host {
+    fn apply(&mut self, batch: &[Change]) {
+        self.model.apply(batch);
+        self.table.apply(batch);
+    }
+
+    fn commit(&mut self) -> Result<(), CommitError> {
+        self.commits += 1;
+        if !self.table.needed().is_empty() {
+            let needed = self.table.needed().clone();
+            self.committer.invalidate(&needed)?;
+        }
+        self.table.completed();
+        Ok(())
+    }
+}
+
+/// What the engine finds in tables.
+pub fn walk<M: EntryMemory + ?Sized>(table: &mut Table, memory: &M, map: &MemoryMap) -> Vec<Mapping> {
+    let mut collector = Collector::new(table.geometry().privileged, 0);
+    let budget = Budget::new(Limits { tables: 1 << 18, ..Limits::default() });
+    table.walk(memory, map, Span::ALL, &budget, &mut collector).unwrap();
+    collector.into_mappings()
+}
