@@ -12,7 +12,7 @@ const CHUNK: usize = 1 << 18;
 /// Bytes of the smallest table: a cache line.
 const SMALLEST: u64 = 64;
 
-/// Table memory from `base` upwards, handed out in pages of 4 KiB and never moved; used again after [`Arena::reset`].
+/// Table memory from `base` upwards, handed out in pages of 4 KiB, which small tables share, and never moved; used again after [`Arena::reset`].
 #[derive(Debug)]
 pub struct Arena {
     base: u64,
