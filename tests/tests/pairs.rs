@@ -165,8 +165,12 @@ fn many_at_a_time_are_written_as_one_by_one() {
         let made: Vec<Made> = [12, 14, 16].map(|unit| Made::of(source, &pieces(unit, &mut random))).into_iter().collect();
         for target in SIDES {
             for (made, map) in made.iter().zip(maps().iter().cycle()) {
-                let fast = build(target, 1 << 31, |builder| drop(made.walk(map, builder)));
-                let slow = build(target, 1 << 31, |builder| drop(made.walk(map, &mut Slowly(builder))));
+                let fast = build(target, 1 << 31, |builder| {
+                    made.walk(map, builder);
+                });
+                let slow = build(target, 1 << 31, |builder| {
+                    made.walk(map, &mut Slowly(builder));
+                });
                 let (one, other) = (fast.entries(), slow.entries());
                 let different = one.iter().zip(&other).find(|(one, other)| one != other);
                 assert_eq!(different, None, "{source:?} to {target:?}: the first entry that differs");
