@@ -4,6 +4,8 @@ use std::collections::HashMap;
 
 use crate::table::FaultKind;
 
+use super::ENOUGH;
+
 /// Entries that this format calls faults, by kind.
 pub type Faults = [u64; FaultKind::ALL.len()];
 
@@ -42,6 +44,8 @@ pub struct Evidence {
     pub patterns: u64,
     /// Bits that change nothing, and are in some pattern other than the format itself would have them.
     pub idle_bits: u64,
+    /// Pages of tables that should be there and are not.
+    pub holes: u64,
     /// Why the walk ended before everything was seen.
     pub stopped: Option<&'static str>,
 }
@@ -57,6 +61,11 @@ impl Evidence {
     #[must_use]
     pub fn good(&self) -> u64 {
         self.leaves + self.pointers + self.unknown_tables
+    }
+
+    /// Whether there is enough of it, and nothing that would be better explained by other settings.
+    pub(super) fn explains_all(&self) -> bool {
+        self.good() >= ENOUGH && self.bad() == 0 && self.holes == 0
     }
 
     /// Entries that are not.
@@ -93,6 +102,8 @@ pub(super) const REMAINS: f64 = -6.0;
 pub(super) const AGAIN: f64 = -3.0;
 /// Leaves for privileged requests where there are others, or device memory in RAM; once per pattern.
 pub(super) const ODD: f64 = 10.0;
+/// A leaf that a table above it lets nobody reach.
+pub(super) const SHUT: f64 = 4.0;
 /// Leaves that cannot be cached, in RAM; once per pattern.
 pub(super) const UNUSUAL: f64 = 2.0;
 

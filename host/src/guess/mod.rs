@@ -35,6 +35,9 @@
 //!
 //! # Bounds
 //!
+//! A format may have hundreds of configurations, few of which are usual. The others are tried only where no usual one, of whatever format, explains every
+//! word that it reads, and [`ENOUGH`] entries.
+//!
 //! Each range of memory is walked once per candidate, the first time as the kind of table that it was first reached as; a table that contains itself, or
 //! two that overlap, count against the candidate. All candidates are tried on a few tables, and those that remain on more ([`Options`]). A candidate with
 //! [`HOPELESS`] bits against it is dropped. Equal input gives equal output.
@@ -49,12 +52,14 @@ use crate::table::{FormatError, Nonsense};
 
 pub use evidence::{Evidence, Faults};
 
-use score::{Scored, Scorer};
+use score::{Nest, Scored, Scorer};
 
 /// Evidence, in bits, that a candidate must have to be a guess at all: chance would do as well once in 2^24 times, with hundreds of candidates tried.
 pub const LEAST: f64 = 24.0;
 /// Evidence, in bits, within which two candidates count as equal.
 pub const EQUAL: f64 = 8.0;
+/// Entries that a candidate must explain, and no word that it does not explain, for rare settings not to be tried.
+pub const ENOUGH: u64 = 64;
 /// Evidence, in bits, at which a candidate is dropped.
 pub const HOPELESS: f64 = -2048.0;
 
@@ -103,8 +108,12 @@ impl Default for Options {
     }
 }
 
+/// Candidates of a format that count as usual: the others are tried where none of these explains all that it reads.
+const USUAL: usize = 64;
 /// Candidates that are tried on more than a few tables.
 const FINALISTS: usize = 24;
+/// Candidates of one format and one way to nest among them.
+const VARIANTS: usize = 3;
 
 /// A guess cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -184,10 +193,19 @@ impl Guess {
 struct Hypothesis {
     plugin: Plugin,
     config: TableConfig,
-    /// Bits against it because others of its format are more usual.
-    prior: f64,
+    /// The setting that the root goes into: the same for all of a format.
+    root: String,
+    /// Its place among the candidates of its format, usual ones first.
+    index: usize,
     /// Of the unit that is known to be there.
     expected: bool,
+}
+
+impl Hypothesis {
+    /// Bits against it because others of its format are more usual.
+    fn prior(&self) -> f64 {
+        (self.index as f64 + 1.0).log2()
+    }
 }
 
 /// Which installed format, under which settings, the table has.
@@ -195,16 +213,15 @@ struct Hypothesis {
 /// # Errors
 /// A plugin cannot be loaded or fails. That nothing fits is no error: see [`Guess::fits`].
 pub fn guess<M: EntryMemory + ?Sized>(plugins: &Plugins, subject: &Subject<'_, M>, options: &Options) -> Result<Guess, GuessError> {
-    let mut tried = 0;
-    let mut scored: Vec<(Hypothesis, Scored)> = Vec::new();
-    for hypothesis in hypotheses(plugins, options)? {
-        tried += 1;
-        // Settings that cannot have this root, because of its alignment or width, are no candidates.
-        let Some(result) = score(&hypothesis, subject, options.trial_pages, options)? else { continue };
-        scored.push((hypothesis, result));
+    let (usual, rare): (Vec<_>, Vec<_>) = hypotheses(plugins, options)?.into_iter().partition(|hypothesis| hypothesis.index < USUAL);
+    let mut tried = usual.len();
+    let mut scored = trial(usual, subject, options)?;
+    if !scored.first().is_some_and(|(_, best)| best.evidence.explains_all()) {
+        tried += rare.len();
+        scored.extend(trial(rare, subject, options)?);
+        sort(&mut scored);
     }
-    sort(&mut scored);
-    scored.truncate(FINALISTS);
+    let variants = finalists(&mut scored);
     for (hypothesis, result) in &mut scored {
         if result.evidence.stopped.is_some()
             && result.evidence.bits > HOPELESS
@@ -214,11 +231,44 @@ pub fn guess<M: EntryMemory + ?Sized>(plugins: &Plugins, subject: &Subject<'_, M
         }
     }
     sort(&mut scored);
-    Ok(ranked(&scored, tried))
+    Ok(ranked(&scored, &variants, tried as u32))
+}
+
+/// Tries each on a few tables; likeliest first. Settings that cannot have this root, because of its alignment or width, are no candidates.
+fn trial<M: EntryMemory + ?Sized>(
+    hypotheses: Vec<Hypothesis>,
+    subject: &Subject<'_, M>,
+    options: &Options,
+) -> Result<Vec<(Hypothesis, Scored)>, GuessError> {
+    let mut scored = Vec::new();
+    for hypothesis in hypotheses {
+        if let Some(result) = score(&hypothesis, subject, options.trial_pages, options)? {
+            scored.push((hypothesis, result));
+        }
+    }
+    sort(&mut scored);
+    Ok(scored)
+}
+
+/// A way to nest of one format.
+type Way = (String, Nest);
+
+/// Keeps the best, few of each way to nest, and tells how many there were of each way.
+fn finalists(scored: &mut Vec<(Hypothesis, Scored)>) -> Vec<(Way, usize)> {
+    let mut ways: Vec<(Way, usize)> = Vec::new();
+    scored.retain(|(_, result)| {
+        match ways.iter_mut().find(|((format, nest), _)| *format == result.config.format && *nest == result.nest) {
+            Some((_, count)) => *count += 1,
+            None => ways.push(((result.config.format.clone(), result.nest.clone()), 1)),
+        }
+        ways.iter().any(|((format, nest), count)| *format == result.config.format && *nest == result.nest && *count <= VARIANTS)
+    });
+    scored.truncate(FINALISTS);
+    ways
 }
 
 fn sort(scored: &mut [(Hypothesis, Scored)]) {
-    let weight = |(hypothesis, result): &(Hypothesis, Scored)| result.evidence.bits - hypothesis.prior;
+    let weight = |(hypothesis, result): &(Hypothesis, Scored)| result.evidence.bits - hypothesis.prior();
     // Stable: what is equal stays in the order of the plugins' names and of their candidates.
     scored.sort_by(|a, b| weight(b).total_cmp(&weight(a)));
 }
@@ -241,9 +291,15 @@ fn hypotheses(plugins: &Plugins, options: &Options) -> Result<Vec<Hypothesis>, G
             continue;
         }
         let plugin = plugins.by_format(&format)?;
+        let mut root = None;
         for (index, settings) in plugin.instantiate()?.candidates(&format)?.into_iter().enumerate() {
-            let prior = (index as f64 + 1.0).log2();
-            hypotheses.push(Hypothesis { plugin: plugin.clone(), config: TableConfig { format: format.clone(), settings }, prior, expected });
+            let config = TableConfig { format: format.clone(), settings };
+            if index == 0 {
+                let opened = open(&plugin, &config)?;
+                root = opened.and_then(|opened| opened.geometry_ref().roots.first().map(|window| window.setting.clone()));
+            }
+            let Some(root) = root.clone() else { break };
+            hypotheses.push(Hypothesis { plugin: plugin.clone(), config, root, index, expected });
         }
     }
     Ok(hypotheses)
@@ -256,18 +312,16 @@ fn score<M: EntryMemory + ?Sized>(
     pages: u64,
     options: &Options,
 ) -> Result<Option<Scored>, GuessError> {
-    let Hypothesis { plugin, config, .. } = hypothesis;
+    let Hypothesis { plugin, config, root, .. } = hypothesis;
     let failed = |error: FormatError| GuessError::Format { format: config.format.clone(), error };
-    let Some(unrooted) = open(plugin, config)? else { return Ok(None) };
-    let geometry = unrooted.geometry_ref();
-    let Some(window) = geometry.roots.first() else { return Ok(None) };
+    let mut rooted = config.clone();
+    rooted.settings.set(root, subject.root);
+    let Some(format) = open(plugin, &rooted)? else { return Ok(None) };
+    let geometry = format.geometry_ref();
     let too_wide = geometry.output_bits < 64 && subject.root >> geometry.output_bits != 0;
     if too_wide || !subject.root.is_multiple_of(u64::from(geometry.entry_bytes)) {
         return Ok(None);
     }
-    let mut rooted = config.clone();
-    rooted.settings.set(&window.setting, subject.root);
-    let Some(format) = open(plugin, &rooted)? else { return Ok(None) };
     let Some(scorer) = Scorer::new(Box::new(format), rooted, subject, pages, options.questions).map_err(failed)? else { return Ok(None) };
     scorer.run().map(Some).map_err(failed)
 }
@@ -282,21 +336,24 @@ fn open(plugin: &Plugin, config: &TableConfig) -> Result<Option<crate::plugin::P
 }
 
 /// Ranks candidates, one for each format and way to nest.
-fn ranked(scored: &[(Hypothesis, Scored)], tried: u32) -> Guess {
-    let best = scored.first().map_or(0.0, |(hypothesis, result)| result.evidence.bits - hypothesis.prior);
+fn ranked(scored: &[(Hypothesis, Scored)], variants: &[(Way, usize)], tried: u32) -> Guess {
+    let best = scored.first().map_or(0.0, |(hypothesis, result)| result.evidence.bits - hypothesis.prior());
+    let others = |result: &Scored| {
+        let way = variants.iter().find(|((format, nest), _)| *format == result.config.format && *nest == result.nest);
+        way.map_or(0, |(_, count)| *count as u32 - 1)
+    };
     let candidate = |result: &Scored| Candidate {
         config: result.config.clone(),
         rank: 0,
         levels: result.nest.levels(),
         granule: result.nest.granule(),
         evidence: result.evidence.clone(),
-        variants: 0,
+        variants: others(result),
     };
     let mut groups: Vec<(&Hypothesis, &Scored, Candidate)> = Vec::new();
     for (hypothesis, result) in scored {
-        match groups.iter_mut().find(|(_, known, _)| known.config.format == result.config.format && known.nest == result.nest) {
-            Some((_, _, group)) => group.variants += 1,
-            None => groups.push((hypothesis, result, candidate(result))),
+        if !groups.iter().any(|(_, known, _)| known.config.format == result.config.format && known.nest == result.nest) {
+            groups.push((hypothesis, result, candidate(result)));
         }
     }
     // Usualness compares settings of one format; formats are compared by evidence alone.

@@ -7,7 +7,7 @@ use crate::plugin::TableConfig;
 use crate::table::{AddressField, Format, FormatError, Geometry, Level, Meaning, Next};
 use crate::{Attributes, Gpa, MemoryType, Span};
 
-use super::evidence::{AGAIN, Class, EMPTY, Evidence, HOLE, ODD, PARTLY, REMAINS, Roles, SKIP, UNUSUAL, WRONG, as_anything, choice};
+use super::evidence::{AGAIN, Class, EMPTY, Evidence, HOLE, ODD, PARTLY, REMAINS, Roles, SHUT, SKIP, UNUSUAL, WRONG, as_anything, choice};
 use super::{HOPELESS, Missing, Subject};
 
 /// How tables nest, whatever the width of the root: lowest index bits of the levels from the root down, and the size of entries.
@@ -114,13 +114,16 @@ pub(super) struct Scorer<'a, M: ?Sized> {
     questions_left: u64,
     /// Bytes of the memory map that leaves may point to.
     mapped: f64,
+    /// What the root's tables inherit: no restriction of theirs.
+    root_inherited: u64,
 }
 
 /// Where a walk inside one table is.
 struct Cursor {
     place: Place,
     index: u64,
-    previous: u64,
+    /// The words before, the last one first.
+    previous: [u64; 2],
     /// Where the leaf before ended.
     end: Option<u64>,
     /// What the last word was.
@@ -169,6 +172,7 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
             pages_left: pages,
             questions_left: questions,
             mapped,
+            root_inherited: root.inherited,
         };
         scorer.claim(root);
         Ok(Some(scorer))
@@ -220,7 +224,7 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
         self.evidence.tables += 1;
         self.evidence.tables_by_level[depth] += 1;
         let before = self.evidence.good() + self.evidence.bad();
-        let mut cursor = Cursor { place, index: first, previous: 0, end: None, last: Last::Nothing };
+        let mut cursor = Cursor { place, index: first, previous: [0; 2], end: None, last: Last::Nothing };
         let mut buffer = [0; (PAGE / 4) as usize];
         while cursor.index <= last {
             let Some(left) = self.pages_left.checked_sub(1) else {
@@ -234,14 +238,17 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
             if !self.exists(address, count * size) || self.subject.memory.read_entries(Gpa(address), layout, words).is_err() {
                 if self.subject.missing == Missing::Against {
                     self.evidence.bits -= HOLE;
+                    self.evidence.holes += 1;
                 }
                 cursor.index += count;
                 continue;
             }
             for &word in buffer[..count as usize].iter() {
                 let weight = self.entry(&mut cursor, word)?;
-                self.evidence.bits += if word == cursor.previous { self.again(&cursor, weight) } else { weight };
-                cursor.previous = word;
+                // What repeats in memory are words of 8 bytes.
+                let repeats = word == cursor.previous[0] || (size == 4 && word == cursor.previous[1]);
+                self.evidence.bits += if repeats { self.again(&cursor, weight) } else { weight };
+                cursor.previous = [word, cursor.previous[0]];
                 cursor.index += 1;
                 if self.evidence.stopped.is_some() || self.evidence.bits <= HOPELESS {
                     return Ok(());
@@ -303,6 +310,16 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
             }
             Meaning::Leaf { size_log2, attributes } | Meaning::Part { size_log2, attributes, .. } => {
                 let class = self.class(judged, whole, (level, shape, false), inherited, pattern)?;
+                // Below a table that restricts it a leaf shows what it is for only by itself.
+                let itself = if whole || inherited == self.root_inherited || !restricted(attributes) {
+                    attributes
+                } else {
+                    match self.judge(level, self.root_inherited, shape, pattern)?.meaning {
+                        Meaning::Leaf { attributes, .. } | Meaning::Part { attributes, .. } => attributes,
+                        _ => attributes,
+                    }
+                };
+                let grants = Grants { itself, shut: attributes.grants_nothing() };
                 if size_log2 < slot || size_log2 >= 64 {
                     self.evidence.faults[crate::table::FaultKind::Reserved as usize] += 1;
                     return Ok(WRONG);
@@ -312,7 +329,7 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
                 let piece = address.wrapping_add((cursor.index << slot) & below);
                 // A size that is coded in address bits is not an address, nor a pattern that says anything new.
                 let coded = if whole { pattern | word & mask & below } else { pattern };
-                Ok(self.leaf(cursor, piece, (slot, size_log2), attributes, class, word, coded))
+                Ok(self.leaf(cursor, piece, (slot, size_log2), grants, class, word, coded))
             }
         }
     }
@@ -465,7 +482,7 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
     }
 
     #[allow(clippy::too_many_arguments)]
-    fn leaf(&mut self, cursor: &mut Cursor, piece: u64, sizes: (u8, u8), attributes: Attributes, class: usize, word: u64, pattern: u64) -> f64 {
+    fn leaf(&mut self, cursor: &mut Cursor, piece: u64, sizes: (u8, u8), grants: Grants, class: usize, word: u64, pattern: u64) -> f64 {
         let (slot, size_log2) = sizes;
         let span = Span::of_log2(piece, slot);
         let target =
@@ -479,17 +496,32 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
         let continues = end == Some(span.first);
         self.evidence.continued += u64::from(continues);
         let (bits, new) = self.pattern(class, pattern);
-        let oddness = if new { oddness(attributes, self.geometry.privileged, self.subject.map, span.first) } else { 0.0 };
+        let oddness = if new { oddness(grants.itself, self.geometry.privileged, self.subject.map, span.first) } else { 0.0 };
         let place = if continues { 1.0 } else { 1.0 + choice(self.mapped / 2_f64.powi(i32::from(size_log2))) };
         let partly = if target.last < span.last { PARTLY } else { 0.0 };
         let weight = as_anything(word, self.geometry.entry_bytes) - self.present() - 1.0 - bits - oddness - place - partly;
-        if attributes.grants_nothing() {
+        if grants.itself.grants_nothing() {
             // Nobody writes such an entry: it might as well be anything.
             self.evidence.useless_leaves += 1;
             return weight.min(0.0);
         }
-        weight
+        self.evidence.useless_leaves += u64::from(grants.shut);
+        if grants.shut { weight - SHUT } else { weight }
     }
+}
+
+/// What a leaf allows.
+#[derive(Clone, Copy, Debug)]
+struct Grants {
+    /// By itself, below tables that restrict nothing.
+    itself: Attributes,
+    /// Whether nothing is left of it below the tables that there are.
+    shut: bool,
+}
+
+/// Whether a table above may have had a part in this.
+fn restricted(attributes: Attributes) -> bool {
+    attributes.grants_nothing() || attributes.contains(Attributes::PRIVILEGED_ONLY)
 }
 
 /// What is odd about leaves with these attributes.
