@@ -63,9 +63,9 @@ impl Evidence {
         self.leaves + self.pointers + self.unknown_tables
     }
 
-    /// Whether there is enough of it, and nothing that would be better explained by other settings.
+    /// Whether there is enough of it, and little that other settings would explain better.
     pub(super) fn explains_all(&self) -> bool {
-        self.good() >= ENOUGH && self.bad() == 0 && self.holes == 0
+        self.good() >= ENOUGH && self.bad() == 0 && self.holes == 0 && self.empty_tables == 0 && self.idle_bits <= self.patterns
     }
 
     /// Entries that are not.
@@ -110,9 +110,12 @@ pub(super) const UNUSUAL: f64 = 2.0;
 /// Weight of a pattern that was not seen yet, in patterns that were.
 const NEW: f64 = 1.0;
 /// A bit that changes nothing is so often other than the format itself would have it.
-const IDLE: f64 = 1.0 / 16.0;
+const IDLE: f64 = 1.0 / 32.0;
 /// A bit that changes the meaning is set so often.
 const EFFECTIVE: f64 = 0.5;
+/// Patterns that are what the format itself would make are so frequent, and then say one of so many things.
+const OWN: f64 = 0.5;
+const MEANINGS: f64 = 8.0;
 /// Patterns of one class that are told apart.
 const MOST_PATTERNS: usize = 4096;
 
@@ -146,17 +149,22 @@ impl Class {
         Self { roles, ones, ..Self::default() }
     }
 
-    /// Bits to say `pattern`, and whether it is new.
-    pub(super) fn cost(&mut self, pattern: u64) -> (f64, bool) {
+    /// Whether `pattern` was not seen yet.
+    pub(super) fn is_new(&self, pattern: u64) -> bool {
+        !self.seen.contains_key(&pattern)
+    }
+
+    /// Bits to say `pattern`. `own`: a new one, and what the format itself would make.
+    pub(super) fn cost(&mut self, pattern: u64, own: bool) -> f64 {
         let total = self.total as f64 + NEW;
         self.total += 1;
         let different = self.seen.len();
         if let Some(count) = self.seen.get_mut(&pattern) {
             let bits = choice(total / *count as f64);
             *count += 1;
-            return (bits, false);
+            return bits;
         }
-        let mut bits = choice(total / NEW);
+        let mut bits = 0.0;
         for (bit, expected, ones) in &mut self.ones {
             let set = (*ones as f64 + *expected) / (different as f64 + 1.0);
             let is_set = (pattern ^ self.roles.usual) & *bit != 0;
@@ -166,7 +174,9 @@ impl Class {
         if different < MOST_PATTERNS {
             self.seen.insert(pattern, 1);
         }
-        (bits, true)
+        // Either it is what the format makes, or made bit by bit.
+        let likelihood = (1.0 - OWN) * (-bits).exp2() + if own { OWN / MEANINGS } else { 0.0 };
+        choice(total / NEW) - likelihood.max(f64::MIN_POSITIVE).log2()
     }
 
     /// Bits that change nothing, and are not as the format itself would have them.
@@ -185,17 +195,26 @@ mod tests {
 
     #[test]
     fn a_pattern_that_repeats_becomes_cheap_and_an_idle_bit_is_dear() {
-        let mut class = Class::new(Roles { effective: 0b11, idle: 0b1100, usual: 0 });
-        let (first, new) = class.cost(0b01);
-        assert!(new && (2.0..2.3).contains(&first), "two bits, and next to nothing for clear bits: {first}");
+        let class = || Class::new(Roles { effective: 0b11, idle: 0b1100, usual: 0 });
+        let mut plain = class();
+        assert!(plain.is_new(0b01));
+        let first = plain.cost(0b01, false);
+        assert!((3.0..3.3).contains(&first), "two bits, one that it is not the format's own, and next to nothing for clear bits: {first}");
         for _ in 0..1000 {
-            class.cost(0b01);
+            plain.cost(0b01, false);
         }
-        let (again, new) = class.cost(0b01);
-        assert!(!new && again < 0.01, "{again}");
-        let mut other = Class::new(Roles { effective: 0b11, idle: 0b1100, usual: 0 });
-        let (idle, _) = other.cost(0b1101);
-        assert!(idle > first + 7.0, "{idle}");
+        let again = plain.cost(0b01, false);
+        assert!(!plain.is_new(0b01) && again < 0.01, "{again}");
+        let idle = class().cost(0b1101, false);
+        assert!(idle > first + 8.0, "{idle}");
+    }
+
+    #[test]
+    fn what_the_format_itself_makes_is_cheap_whatever_its_bits() {
+        let mut class = Class::new(Roles { effective: 0xffff, idle: 0, usual: 0 });
+        let own = class.cost(0x1234, true);
+        assert!((3.9..=4.0).contains(&own), "{own}");
+        assert!(Class::new(Roles { effective: 0xffff, idle: 0, usual: 0 }).cost(0x1234, false) > own + 10.0);
     }
 
     #[test]

@@ -67,6 +67,16 @@ struct Judged {
     class: usize,
 }
 
+/// A table or a leaf.
+#[derive(Clone, Copy, Debug)]
+struct Entry {
+    word: u64,
+    pattern: u64,
+    /// Index into [`Scorer::classes`].
+    class: usize,
+    meaning: Meaning,
+}
+
 /// Patterns of absent entries that are told apart.
 const MOST_REMAINS: usize = 4096;
 
@@ -283,7 +293,6 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
         let (mask, address) = (shapes.field(shape).entry_mask, shapes.field(shape).extract(word));
         let pattern = word & !mask;
         let judged = self.judge(level, inherited, shape, pattern)?;
-        let size = self.geometry.entry_bytes;
         let meaning = match judged.meaning {
             Meaning::WholeEntry if self.charge() => self.format.decode_entry(level, inherited, word)?,
             meaning => meaning,
@@ -306,7 +315,8 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
             Meaning::Table { next, inherited } => {
                 cursor.end = None;
                 let class = self.class(judged, whole, (level, shape, true), cursor.place.inherited, pattern)?;
-                Ok(self.pointer(level, next, inherited, address, class, word, pattern, size))
+                let entry = Entry { word, pattern, class, meaning };
+                self.pointer(level, next, inherited, address, entry)
             }
             Meaning::Leaf { size_log2, attributes } | Meaning::Part { size_log2, attributes, .. } => {
                 let class = self.class(judged, whole, (level, shape, false), inherited, pattern)?;
@@ -329,7 +339,12 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
                 let piece = address.wrapping_add((cursor.index << slot) & below);
                 // A size that is coded in address bits is not an address, nor a pattern that says anything new.
                 let coded = if whole { pattern | word & mask & below } else { pattern };
-                Ok(self.leaf(cursor, piece, (slot, size_log2), grants, class, word, coded))
+                // As it would be made where nothing restricts it.
+                let meaning = match meaning {
+                    Meaning::Part { .. } => Meaning::WholeEntry,
+                    _ => Meaning::Leaf { size_log2, attributes: itself },
+                };
+                self.leaf(cursor, piece, (slot, size_log2), grants, Entry { word, pattern: coded, class, meaning })
             }
         }
     }
@@ -394,16 +409,16 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
                 roles.effective |= bit;
             }
         }
-        roles.usual = roles.idle & self.usual(level, meaning)?;
+        roles.usual = roles.idle & self.own(level, meaning)?.unwrap_or(0);
         Ok(roles)
     }
 
     /// How the format itself would say this.
-    fn usual(&mut self, level: u8, meaning: Meaning) -> Result<u64, FormatError> {
+    fn own(&mut self, level: u8, meaning: Meaning) -> Result<Option<u64>, FormatError> {
         Ok(match meaning {
-            Meaning::Leaf { size_log2, attributes } => self.format.encode_leaf(level, size_log2, attributes)?.map_or(0, |encoded| encoded.pattern),
-            Meaning::Table { next, .. } => self.format.encode_table(level, next.level)?.unwrap_or(0),
-            _ => 0,
+            Meaning::Leaf { size_log2, attributes } => self.format.encode_leaf(level, size_log2, attributes)?.map(|encoded| encoded.pattern),
+            Meaning::Table { next, .. } => self.format.encode_table(level, next.level)?,
+            _ => None,
         })
     }
 
@@ -423,27 +438,27 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
         f64::from(self.geometry.entry_bytes) / 4.0
     }
 
-    #[allow(clippy::too_many_arguments)]
-    fn pointer(&mut self, level: u8, next: Next, inherited: u64, address: u64, class: usize, word: u64, pattern: u64, size: u8) -> f64 {
+    fn pointer(&mut self, level: u8, next: Next, inherited: u64, address: u64, entry: Entry) -> Result<f64, FormatError> {
+        let size = self.geometry.entry_bytes;
         let this = &self.geometry.levels[usize::from(level)];
         let Some(below) = self.geometry.levels.get(usize::from(next.level)).filter(|below| below.top_bit() <= this.index_lsb) else {
             self.evidence.tables_outside += 1;
-            return WRONG;
+            return Ok(WRONG);
         };
         let skips = below.top_bit() < this.index_lsb;
         let bytes = self.bytes(next.level);
         let exists = (u64::from(next.first), if u64::from(next.last) >= below.entries() { u64::MAX } else { u64::from(next.last) });
         let place = Place { level: next.level, address, inherited, exists };
-        let anything = as_anything(word, size);
+        let anything = as_anything(entry.word, size);
         match self.claimed_as(place) {
             // Tables may be shared. That one is said nothing about the format that its first use did not say.
             Some(true) => {
                 self.evidence.pointers += 1;
-                return 0.0;
+                return Ok(0.0);
             }
             Some(false) => {
                 self.evidence.overlaps += 1;
-                return WRONG;
+                return Ok(WRONG);
             }
             None => {}
         }
@@ -451,9 +466,9 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
         let readable = in_memory && self.is_readable(address + exists.0 * u64::from(size));
         if !in_memory || (!readable && self.subject.missing == Missing::Against) {
             self.evidence.tables_outside += 1;
-            return WRONG;
+            return Ok(WRONG);
         }
-        let (pattern, _) = self.pattern(class, pattern);
+        let (pattern, _) = self.pattern(level, entry)?;
         let among = if readable { self.subject.readable as f64 } else { self.mapped };
         let weight = anything - self.present() - 1.0 - pattern - choice(among / bytes.min(PAGE) as f64) - if skips { SKIP } else { 0.0 };
         self.evidence.skips += u64::from(skips);
@@ -463,7 +478,7 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
         } else {
             self.evidence.unknown_tables += 1;
         }
-        weight
+        Ok(weight)
     }
 
     fn is_readable(&self, address: u64) -> bool {
@@ -472,17 +487,17 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
     }
 
     /// Bits to say a pattern, and whether it is new.
-    fn pattern(&mut self, class: usize, pattern: u64) -> (f64, bool) {
-        let Some(class) = self.classes.get_mut(class) else { return (0.0, false) };
-        let (bits, new) = class.cost(pattern);
+    fn pattern(&mut self, level: u8, Entry { pattern, class, meaning, .. }: Entry) -> Result<(f64, bool), FormatError> {
+        let Some(new) = self.classes.get(class).map(|class| class.is_new(pattern)) else { return Ok((0.0, false)) };
+        let own = new && self.charge() && self.own(level, meaning)? == Some(pattern);
+        let class = &mut self.classes[class];
         if new {
             self.evidence.idle_bits += u64::from(class.odd(pattern).count_ones());
         }
-        (bits, new)
+        Ok((class.cost(pattern, own), new))
     }
 
-    #[allow(clippy::too_many_arguments)]
-    fn leaf(&mut self, cursor: &mut Cursor, piece: u64, sizes: (u8, u8), grants: Grants, class: usize, word: u64, pattern: u64) -> f64 {
+    fn leaf(&mut self, cursor: &mut Cursor, piece: u64, sizes: (u8, u8), grants: Grants, entry: Entry) -> Result<f64, FormatError> {
         let (slot, size_log2) = sizes;
         let span = Span::of_log2(piece, slot);
         let target =
@@ -490,23 +505,23 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
         let end = cursor.end.replace(span.last.wrapping_add(1));
         let Some(target) = target else {
             self.evidence.leaves_outside += 1;
-            return WRONG;
+            return Ok(WRONG);
         };
         self.evidence.leaves += 1;
         let continues = end == Some(span.first);
         self.evidence.continued += u64::from(continues);
-        let (bits, new) = self.pattern(class, pattern);
+        let (bits, new) = self.pattern(cursor.place.level, entry)?;
         let oddness = if new { oddness(grants.itself, self.geometry.privileged, self.subject.map, span.first) } else { 0.0 };
         let place = if continues { 1.0 } else { 1.0 + choice(self.mapped / 2_f64.powi(i32::from(size_log2))) };
         let partly = if target.last < span.last { PARTLY } else { 0.0 };
-        let weight = as_anything(word, self.geometry.entry_bytes) - self.present() - 1.0 - bits - oddness - place - partly;
+        let weight = as_anything(entry.word, self.geometry.entry_bytes) - self.present() - 1.0 - bits - oddness - place - partly;
         if grants.itself.grants_nothing() {
             // Nobody writes such an entry: it might as well be anything.
             self.evidence.useless_leaves += 1;
-            return weight.min(0.0);
+            return Ok(weight.min(0.0));
         }
         self.evidence.useless_leaves += u64::from(grants.shut);
-        if grants.shut { weight - SHUT } else { weight }
+        Ok(if grants.shut { weight - SHUT } else { weight })
     }
 }
 
