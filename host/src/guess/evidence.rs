@@ -87,7 +87,7 @@ pub(super) fn choice(count: f64) -> f64 {
 }
 
 /// A word that a table of this format would not have.
-pub(super) const WRONG: f64 = -8.0;
+pub(super) const WRONG: f64 = -16.0;
 /// A leaf of which a part is outside memory: legal, and rare.
 pub(super) const PARTLY: f64 = 4.0;
 /// A table without any entry.
@@ -189,6 +189,32 @@ impl Class {
     }
 }
 
+/// How the targets of leaves of one size are aligned, counted. A guest's buffers are aligned to something, and that says nothing about the format.
+#[derive(Clone, Debug)]
+pub(super) struct Alignment {
+    seen: [u32; 65],
+    total: u32,
+}
+
+impl Default for Alignment {
+    fn default() -> Self {
+        Self { seen: [0; 65], total: 0 }
+    }
+}
+
+impl Alignment {
+    /// Bits more than it takes where no alignment is likelier than another, to say that the target is the `page`th of this size.
+    pub(super) fn cost(&mut self, page: u64) -> f64 {
+        let zeros = page.trailing_zeros();
+        let chance = (-f64::from(zeros) - 1.0).exp2();
+        let seen = &mut self.seen[zeros as usize];
+        let likelihood = (f64::from(*seen) + chance) / (f64::from(self.total) + 1.0);
+        *seen += 1;
+        self.total += 1;
+        (chance / likelihood).log2()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -215,6 +241,16 @@ mod tests {
         let own = class.cost(0x1234, true);
         assert!((3.9..=4.0).contains(&own), "{own}");
         assert!(Class::new(Roles { effective: 0xffff, idle: 0, usual: 0 }).cost(0x1234, false) > own + 10.0);
+    }
+
+    #[test]
+    fn alignment_is_learnt() {
+        let mut alignment = Alignment::default();
+        assert!(alignment.cost(4).abs() < 1e-9, "as much as without counting");
+        (0..1000).for_each(|page| {
+            alignment.cost(4 + 8 * page);
+        });
+        assert!(alignment.cost(12) < -2.9 && alignment.cost(1) > 5.0);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use crate::plugin::TableConfig;
 use crate::table::{AddressField, Format, FormatError, Geometry, Level, Meaning, Next};
 use crate::{Attributes, Gpa, MemoryType, Span};
 
-use super::evidence::{AGAIN, Class, EMPTY, Evidence, HOLE, ODD, PARTLY, REMAINS, Roles, SHUT, SKIP, UNUSUAL, WRONG, as_anything, choice};
+use super::evidence::{AGAIN, Alignment, Class, EMPTY, Evidence, HOLE, ODD, PARTLY, REMAINS, Roles, SHUT, SKIP, UNUSUAL, WRONG, as_anything, choice};
 use super::{HOPELESS, Missing, Subject};
 
 /// How tables nest, whatever the width of the root: lowest index bits of the levels from the root down, and the size of entries.
@@ -119,11 +119,15 @@ pub(super) struct Scorer<'a, M: ?Sized> {
     /// Ranges that were reached as tables: first to last byte, and as what.
     claimed: BTreeMap<u64, (u64, u8, u64)>,
     queue: VecDeque<Place>,
+    /// Tables that the one being read points to.
+    below: Vec<Place>,
     evidence: Evidence,
     pages_left: u64,
     questions_left: u64,
     /// Bytes of the memory map that leaves may point to.
     mapped: f64,
+    /// How targets are aligned, by the size of leaves.
+    alignments: HashMap<u8, Alignment>,
     /// What the root's tables inherit: no restriction of theirs.
     root_inherited: u64,
 }
@@ -136,6 +140,8 @@ struct Cursor {
     previous: [u64; 2],
     /// Where the leaf before ended.
     end: Option<u64>,
+    /// From where the leaf before it ended to there.
+    step: u64,
     /// What the last word was.
     last: Last,
 }
@@ -179,12 +185,15 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
             remains: HashSet::new(),
             claimed: BTreeMap::new(),
             queue: VecDeque::new(),
+            below: Vec::new(),
             pages_left: pages,
             questions_left: questions,
             mapped,
+            alignments: HashMap::new(),
             root_inherited: root.inherited,
         };
         scorer.claim(root);
+        scorer.queue.extend(scorer.below.pop());
         Ok(Some(scorer))
     }
 
@@ -195,6 +204,10 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
                 break;
             }
             self.table(place)?;
+            // Depth first: what a narrower root reaches is a beginning of what a wider one does, so that both can be compared when pages run out.
+            while let Some(below) = self.below.pop() {
+                self.queue.push_front(below);
+            }
             if self.evidence.bits <= HOPELESS {
                 self.stop("hopeless");
             }
@@ -214,7 +227,7 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
     fn claim(&mut self, place: Place) {
         let last = place.address.saturating_add(self.bytes(place.level) - 1);
         self.claimed.insert(place.address, (last, place.level, place.inherited));
-        self.queue.push_back(place);
+        self.below.push(place);
     }
 
     /// What a range is already: none, the same table, or something else.
@@ -234,7 +247,7 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
         self.evidence.tables += 1;
         self.evidence.tables_by_level[depth] += 1;
         let before = self.evidence.good() + self.evidence.bad();
-        let mut cursor = Cursor { place, index: first, previous: [0; 2], end: None, last: Last::Nothing };
+        let mut cursor = Cursor { place, index: first, previous: [0; 2], end: None, step: 0, last: Last::Nothing };
         let mut buffer = [0; (PAGE / 4) as usize];
         while cursor.index <= last {
             let Some(left) = self.pages_left.checked_sub(1) else {
@@ -360,7 +373,7 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
         let meaning = self.format.decode(level, inherited, pattern)?;
         let class = match meaning {
             Meaning::Table { .. } => self.class_index((level, shape, true), inherited, pattern)?,
-            Meaning::Leaf { .. } => self.class_index((level, shape, false), inherited, pattern)?,
+            Meaning::Leaf { .. } | Meaning::Part { .. } => self.class_index((level, shape, false), inherited, pattern)?,
             _ => usize::MAX,
         };
         let judged = Judged { meaning, class };
@@ -512,7 +525,19 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
         self.evidence.continued += u64::from(continues);
         let (bits, new) = self.pattern(cursor.place.level, entry)?;
         let oddness = if new { oddness(grants.itself, self.geometry.privileged, self.subject.map, span.first) } else { 0.0 };
-        let place = if continues { 1.0 } else { 1.0 + choice(self.mapped / 2_f64.powi(i32::from(size_log2))) };
+        // It continues the one before, or goes on in its step, or begins anywhere.
+        let next = span.last.wrapping_add(1);
+        let step = end.map_or(0, |end| next.wrapping_sub(end));
+        let goes_on = step != 0 && step == cursor.step;
+        cursor.step = step;
+        let place = if continues {
+            1.0
+        } else if goes_on {
+            2.0
+        } else {
+            let anywhere = 2.0 + choice(self.mapped / 2_f64.powi(i32::from(size_log2)));
+            anywhere + self.alignments.entry(size_log2).or_default().cost(piece >> size_log2)
+        };
         let partly = if target.last < span.last { PARTLY } else { 0.0 };
         let weight = as_anything(entry.word, self.geometry.entry_bytes) - self.present() - 1.0 - bits - oddness - place - partly;
         if grants.itself.grants_nothing() {
