@@ -203,10 +203,12 @@ impl Default for Alignment {
 }
 
 impl Alignment {
-    /// Bits more than it takes where no alignment is likelier than another, to say that the target is the `page`th of this size.
-    pub(super) fn cost(&mut self, page: u64) -> f64 {
-        let zeros = page.trailing_zeros();
-        let chance = (-f64::from(zeros) - 1.0).exp2();
+    /// Bits more than it takes where nothing is known, to say that the target is the `page`th of this size; there are `pages`, as a logarithm. Never less than
+    /// minus that: the address has no more bits.
+    pub(super) fn cost(&mut self, page: u64, pages: f64) -> f64 {
+        let most = pages.clamp(0.0, 63.0) as u32;
+        let zeros = page.trailing_zeros().min(most);
+        let chance = if zeros == most { (-f64::from(zeros)).exp2() } else { (-f64::from(zeros) - 1.0).exp2() };
         let seen = &mut self.seen[zeros as usize];
         let likelihood = (f64::from(*seen) + chance) / (f64::from(self.total) + 1.0);
         *seen += 1;
@@ -246,11 +248,13 @@ mod tests {
     #[test]
     fn alignment_is_learnt() {
         let mut alignment = Alignment::default();
-        assert!(alignment.cost(4).abs() < 1e-9, "as much as without counting");
+        assert!(alignment.cost(4, 20.0).abs() < 1e-9, "as much as without counting");
         (0..1000).for_each(|page| {
-            alignment.cost(4 + 8 * page);
+            alignment.cost(4 + 8 * page, 20.0);
         });
-        assert!(alignment.cost(12) < -2.9 && alignment.cost(1) > 5.0);
+        assert!(alignment.cost(12, 20.0) < -2.9 && alignment.cost(1, 20.0) > 5.0);
+        let mut zero = Alignment::default();
+        (0..1000).for_each(|_| assert!(zero.cost(0, 3.0) >= -3.0 && Alignment::default().cost(0, 0.0).abs() < 1e-9));
     }
 
     #[test]

@@ -16,13 +16,18 @@
 //! |---|---|---|
 //! | zero | 1 bit for each half of 32 bits | the same where it is absent: emptiness says nothing |
 //! | a table | for each half that is not zero, 6 bits and its digits after the first: small numbers are frequent | its pattern, and which of the readable pages it points to |
-//! | a leaf | the same | its pattern, and which address of the memory map it points to; 1 bit if that continues the leaf before |
-//! | a fault, an address outside the memory map, a table that is part of another one | the same | 8 bits more than as anything |
+//! | a leaf | the same | its pattern, and which address of the memory map it points to; 1 bit if that continues the leaf before, 2 if it goes on in its step |
+//! | a fault, an address outside the memory map, a table that is part of another one | the same | 16 bits more than as anything |
 //!
-//! *Patterns* repeat in real tables, so they are coded adaptively, by how often each was seen at its level. A new one costs a bit for each of its bits that
-//! changes the meaning, nothing for those that must be as they are, and much for a bit that is set though it changes nothing (found by flipping bits and
-//! asking the format again, and compared with what the format itself makes): nobody sets bits that are ignored. That is how reserved, ignored, accessed and dirty bits tell formats apart whose entries are
-//! otherwise alike. Leaves that a format calls device memory and that point to RAM, or that only privileged requests pass, cost a few bits once per pattern.
+//! *Patterns* repeat in real tables, so they are coded adaptively, by how often each was seen at its level. A new one is either what the format itself would
+//! make to say this, which costs a few bits, or made bit by bit: one for each bit that changes the meaning, nothing for those that must be as they are, and
+//! much for a bit that is set though it changes nothing (found by flipping bits and asking the format again): nobody sets bits that are ignored. That is how
+//! reserved, ignored, accessed and dirty bits tell formats apart whose entries are otherwise alike. Leaves that a format calls device memory and that point
+//! to RAM, or that only privileged requests pass, cost a few bits once per pattern. A leaf that lets nobody pass is no evidence; one that is only shut by
+//! a table above costs a few bits.
+//!
+//! *Targets* of a guest's leaves have habits that say nothing about the format: buffers lie in steps and are aligned. Both are learnt, or a table whose targets
+//! happen to be aligned would look like one of a larger granule.
 //!
 //! *Depth* needs no rule of its own. Read with too few levels, tables look like leaves, and the evidence of everything below is lost. Read with too many,
 //! pages of data are read as tables, or are not there. So the deepest nest that is consistent wins. A level that is skipped and a table without any entry
@@ -35,16 +40,19 @@
 //!
 //! # Bounds
 //!
-//! A format may have hundreds of configurations, few of which are usual. The others are tried only where no usual one, of whatever format, explains every
-//! word that it reads, and [`ENOUGH`] entries.
+//! A format may have hundreds of configurations, 64 of which are usual. The others are tried only where the best of all usual ones leaves something to explain:
+//! words that are wrong, pages or tables that are missing or empty, more unusual bits than patterns, or fewer than [`ENOUGH`] entries.
 //!
 //! Each range of memory is walked once per candidate, the first time as the kind of table that it was first reached as; a table that contains itself, or
-//! two that overlap, count against the candidate. All candidates are tried on a few tables, and those that remain on more ([`Options`]). A candidate with
+//! two that overlap, count against the candidate. Tables are read depth first, so that what a narrower root reaches is a beginning of what a wider one does
+//! and the two can be compared when pages run out. All candidates are tried on a few tables, and those that remain on more ([`Options`]). A candidate with
 //! [`HOPELESS`] bits against it is dropped. Equal input gives equal output.
 
 mod evidence;
 mod score;
 mod words;
+
+use std::collections::HashMap;
 
 use crate::memory::{EntryMemory, MemoryMap};
 use crate::plugin::{CallError, Plugin, Plugins, PluginsError, TableConfig};
@@ -58,7 +66,7 @@ use score::{Nest, Scored, Scorer};
 pub const LEAST: f64 = 24.0;
 /// Evidence, in bits, within which two candidates count as equal.
 pub const EQUAL: f64 = 8.0;
-/// Entries that a candidate must explain, and no word that it does not explain, for rare settings not to be tried.
+/// Entries that the best of the usual settings must explain, and nothing may be wrong with it, for rare settings not to be tried.
 pub const ENOUGH: u64 = 64;
 /// Evidence, in bits, at which a candidate is dropped.
 pub const HOPELESS: f64 = -2048.0;
@@ -111,9 +119,9 @@ impl Default for Options {
 /// Candidates of a format that count as usual: the others are tried where none of these explains all that it reads.
 const USUAL: usize = 64;
 /// Candidates that are tried on more than a few tables.
-const FINALISTS: usize = 24;
-/// Candidates of one format and one way to nest among them.
-const VARIANTS: usize = 3;
+const FINALISTS: usize = 40;
+/// Candidates of one format, one way to nest and one width of the root among them.
+const VARIANTS: usize = 2;
 
 /// A guess cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -253,15 +261,17 @@ fn trial<M: EntryMemory + ?Sized>(
 /// A way to nest of one format.
 type Way = (String, Nest);
 
-/// Keeps the best, few of each way to nest, and tells how many there were of each way.
-fn finalists(scored: &mut Vec<(Hypothesis, Scored)>) -> Vec<(Way, usize)> {
-    let mut ways: Vec<(Way, usize)> = Vec::new();
+/// Keeps the best, few of each way to nest and width of the root, and tells how many there were of each way. All widths stay: a wider root that takes a
+/// neighbour for a part of itself may seem better on a few tables.
+fn finalists(scored: &mut Vec<(Hypothesis, Scored)>) -> HashMap<Way, usize> {
+    let mut ways: HashMap<Way, usize> = HashMap::new();
+    let mut widths: HashMap<(Way, u8), usize> = HashMap::new();
     scored.retain(|(_, result)| {
-        match ways.iter_mut().find(|((format, nest), _)| *format == result.config.format && *nest == result.nest) {
-            Some((_, count)) => *count += 1,
-            None => ways.push(((result.config.format.clone(), result.nest.clone()), 1)),
-        }
-        ways.iter().any(|((format, nest), count)| *format == result.config.format && *nest == result.nest && *count <= VARIANTS)
+        let way = (result.config.format.clone(), result.nest.clone());
+        *ways.entry(way.clone()).or_default() += 1;
+        let count = widths.entry((way, result.root_bits)).or_default();
+        *count += 1;
+        *count <= VARIANTS
     });
     scored.truncate(FINALISTS);
     ways
@@ -336,12 +346,9 @@ fn open(plugin: &Plugin, config: &TableConfig) -> Result<Option<crate::plugin::P
 }
 
 /// Ranks candidates, one for each format and way to nest.
-fn ranked(scored: &[(Hypothesis, Scored)], variants: &[(Way, usize)], tried: u32) -> Guess {
+fn ranked(scored: &[(Hypothesis, Scored)], variants: &HashMap<Way, usize>, tried: u32) -> Guess {
     let best = scored.first().map_or(0.0, |(hypothesis, result)| result.evidence.bits - hypothesis.prior());
-    let others = |result: &Scored| {
-        let way = variants.iter().find(|((format, nest), _)| *format == result.config.format && *nest == result.nest);
-        way.map_or(0, |(_, count)| *count as u32 - 1)
-    };
+    let others = |result: &Scored| variants.get(&(result.config.format.clone(), result.nest.clone())).map_or(0, |count| *count as u32 - 1);
     let candidate = |result: &Scored| Candidate {
         config: result.config.clone(),
         rank: 0,

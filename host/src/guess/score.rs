@@ -11,7 +11,7 @@ use super::evidence::{AGAIN, Alignment, Class, EMPTY, Evidence, HOLE, ODD, PARTL
 use super::{HOPELESS, Missing, Subject};
 
 /// How tables nest, whatever the width of the root: lowest index bits of the levels from the root down, and the size of entries.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Nest {
     index_lsbs: Vec<u8>,
     entry_bytes: u8,
@@ -47,6 +47,8 @@ impl Nest {
 pub(super) struct Scored {
     pub(super) config: TableConfig,
     pub(super) nest: Nest,
+    /// How many bits of an address select an entry of the root.
+    pub(super) root_bits: u8,
     pub(super) evidence: Evidence,
 }
 
@@ -128,6 +130,7 @@ pub(super) struct Scorer<'a, M: ?Sized> {
     mapped: f64,
     /// How targets are aligned, by the size of leaves.
     alignments: HashMap<u8, Alignment>,
+    root_bits: u8,
     /// What the root's tables inherit: no restriction of theirs.
     root_inherited: u64,
 }
@@ -170,6 +173,7 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
         let Some(root) = geometry.roots.iter().find(|root| root.address == subject.root) else { return Ok(None) };
         let root = Place { level: root.level, address: root.address, inherited: root.inherited, exists: (0, u64::MAX) };
         let nest = Nest::new(&geometry, root.level);
+        let root_bits = geometry.levels[usize::from(root.level)].index_bits;
         let mapped = subject.map.targets().iter().map(|span| span.length_minus_one() as f64 + 1.0).sum();
         let mut scorer = Self {
             format,
@@ -190,6 +194,7 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
             questions_left: questions,
             mapped,
             alignments: HashMap::new(),
+            root_bits,
             root_inherited: root.inherited,
         };
         scorer.claim(root);
@@ -213,7 +218,7 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
             }
         }
         self.evidence.patterns = self.classes.iter().map(Class::different).sum();
-        Ok(Scored { config: self.config, nest: self.nest, evidence: self.evidence })
+        Ok(Scored { config: self.config, nest: self.nest, root_bits: self.root_bits, evidence: self.evidence })
     }
 
     fn stop(&mut self, why: &'static str) {
@@ -535,8 +540,8 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
         } else if goes_on {
             2.0
         } else {
-            let anywhere = 2.0 + choice(self.mapped / 2_f64.powi(i32::from(size_log2)));
-            anywhere + self.alignments.entry(size_log2).or_default().cost(piece >> size_log2)
+            let pages = choice(self.mapped / 2_f64.powi(i32::from(size_log2)));
+            2.0 + pages + self.alignments.entry(size_log2).or_default().cost(piece >> size_log2, pages)
         };
         let partly = if target.last < span.last { PARTLY } else { 0.0 };
         let weight = as_anything(entry.word, self.geometry.entry_bytes) - self.present() - 1.0 - bits - oddness - place - partly;
