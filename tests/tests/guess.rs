@@ -126,11 +126,12 @@ fn the_tables_of_real_guests_are_told_without_registers() {
 }
 
 /// Hit rates of generated tables with 64 leaves or more. The generator uses options that drivers do not: noise in ignored bits, entries that fault,
-/// restrictions by tables, byte orders and widths of all kinds.
+/// restrictions by tables, byte orders and widths of all kinds. `STAGECRAFT_SEEDS` says how many seeds, `STAGECRAFT_SEED` the first, and `STAGECRAFT_FORMAT`
+/// a part of what is to be tried, such as `plain Arm`.
 #[test]
 fn generated_tables_are_told() {
     let number = |name: &str, default: u64| std::env::var(name).ok().and_then(|number| number.parse().ok()).unwrap_or(default);
-    let (first, seeds) = (number("STAGECRAFT_SEED", 0), number("STAGECRAFT_SEEDS", 8));
+    let (first, seeds) = (number("STAGECRAFT_SEED", 0), number("STAGECRAFT_SEEDS", 3));
     let only = std::env::var("STAGECRAFT_FORMAT").ok();
     let plain = generate::Options { clusters: 24, restrictions: false, decoys: false, noise: false };
     let wild = generate::Options { clusters: 24, ..generate::Options::default() };
@@ -147,10 +148,14 @@ fn generated_tables_are_told() {
             rates.push((name, format, rate));
         }
     }
-    println!("done {}", rates.len());
+    for (name, format, rate) in rates {
+        // With noise in all ignored bits and tables that forbid things, tables of the first stage are near those of the second, where other bits are ignored.
+        let least = if (name, format) == ("wild", generate::Format::VtdFirst) { 50 } else { 95 };
+        assert!(rate.asked > 0 && rate.hits * 100 >= rate.asked * least, "{name} {format:?}: {rate:?}");
+    }
 }
 
-/// How many of the tables with 64 leaves or more were told.
+/// How many of the tables with 64 leaves or more were told, first of all, and among several that cannot be told apart.
 #[derive(Debug, Default)]
 struct Rate {
     asked: u32,
@@ -274,10 +279,12 @@ fn all_candidates_can_be_opened_and_none_comes_twice() {
     for format in formats {
         let plugin = plugins.by_format(&format).unwrap();
         let candidates = plugin.instantiate().unwrap().candidates(&format).unwrap();
+        let mut setting = None;
         for (index, settings) in candidates.iter().enumerate() {
             assert!(!candidates[..index].contains(settings), "{format}: {settings:?} twice");
             let opened = plugin.open(&TableConfig { format: format.clone(), settings: settings.clone() });
-            assert!(opened.is_ok_and(|opened| !opened.geometry_ref().roots.is_empty()), "{format}: {settings:?}");
+            let root = opened.unwrap_or_else(|error| panic!("{format}: {settings:?}: {error}")).geometry_ref().roots[0].setting.clone();
+            assert_eq!(setting.get_or_insert_with(|| root.clone()), &root, "{format}: {settings:?}: all of a format take the root in one setting");
         }
     }
 }
@@ -327,7 +334,7 @@ const TARGETS: [(&str, &[(&str, u64)]); 40] = [
 ];
 
 /// Real guests' tables, converted to formats and shapes of which there is no snapshot. What a target cannot say at all, because it is too narrow, is no
-/// failure here.
+/// failure here. `STAGECRAFT_FIXTURES` says how many of the guests, and `STAGECRAFT_FORMAT` a part of what is to be tried, such as `to amd-vi`.
 #[test]
 fn converted_tables_of_every_format_are_told() {
     let plugins = configs::plugins();
@@ -377,5 +384,6 @@ fn converted_tables_of_every_format_are_told() {
         }
     }
     println!("{asked} converted tables with 64 leaves or more, {} not told", missed.len());
-    assert!(asked >= 40 && formats.len() == 13 && missed.is_empty(), "{}", missed.join("\n"));
+    let all = only.is_empty();
+    assert!(asked > 0 && missed.is_empty() && (!all || formats.len() == 13), "{formats:?}\n{}", missed.join("\n"));
 }

@@ -189,6 +189,36 @@ impl Class {
     }
 }
 
+/// How a leaf follows the one before.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Move {
+    /// Begins where that ends.
+    Continues = 0,
+    /// As far from it as that from the one before.
+    GoesOn = 1,
+    /// Anywhere.
+    Jumps = 2,
+}
+
+/// How leaves follow each other, counted: half of them continue to begin with.
+#[derive(Clone, Debug)]
+pub(super) struct Moves([f64; 3]);
+
+impl Default for Moves {
+    fn default() -> Self {
+        Self([2.0, 1.0, 1.0])
+    }
+}
+
+impl Moves {
+    /// Bits to say it.
+    pub(super) fn cost(&mut self, this: Move) -> f64 {
+        let bits = choice(self.0.iter().sum::<f64>() / self.0[this as usize]);
+        self.0[this as usize] += 1.0;
+        bits
+    }
+}
+
 /// How the targets of leaves of one size are aligned, counted. A guest's buffers are aligned to something, and that says nothing about the format.
 #[derive(Clone, Debug)]
 pub(super) struct Alignment {

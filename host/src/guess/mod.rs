@@ -16,7 +16,7 @@
 //! |---|---|---|
 //! | zero | 1 bit for each half of 32 bits | the same where it is absent: emptiness says nothing |
 //! | a table | for each half that is not zero, 6 bits and its digits after the first: small numbers are frequent | its pattern, and which of the readable pages it points to |
-//! | a leaf | the same | its pattern, and which address of the memory map it points to; 1 bit if that continues the leaf before, 2 if it goes on in its step |
+//! | a leaf | the same | its pattern, and which address of the memory map it points to; or that it continues the leaf before, or goes on in its step |
 //! | a fault, an address outside the memory map, a table that is part of another one | the same | 16 bits more than as anything |
 //!
 //! *Patterns* repeat in real tables, so they are coded adaptively, by how often each was seen at its level. A new one is either what the format itself would

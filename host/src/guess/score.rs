@@ -7,7 +7,9 @@ use crate::plugin::TableConfig;
 use crate::table::{AddressField, Format, FormatError, Geometry, Level, Meaning, Next};
 use crate::{Attributes, Gpa, MemoryType, Span};
 
-use super::evidence::{AGAIN, Alignment, Class, EMPTY, Evidence, HOLE, ODD, PARTLY, REMAINS, Roles, SHUT, SKIP, UNUSUAL, WRONG, as_anything, choice};
+use super::evidence::{
+    AGAIN, Alignment, Class, EMPTY, Evidence, HOLE, Move, Moves, ODD, PARTLY, REMAINS, Roles, SHUT, SKIP, UNUSUAL, WRONG, as_anything, choice,
+};
 use super::{HOPELESS, Missing, Subject};
 
 /// How tables nest, whatever the width of the root: lowest index bits of the levels from the root down, and the size of entries.
@@ -130,6 +132,8 @@ pub(super) struct Scorer<'a, M: ?Sized> {
     mapped: f64,
     /// How targets are aligned, by the size of leaves.
     alignments: HashMap<u8, Alignment>,
+    /// How leaves follow each other.
+    moves: Moves,
     root_bits: u8,
     /// What the root's tables inherit: no restriction of theirs.
     root_inherited: u64,
@@ -194,6 +198,7 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
             questions_left: questions,
             mapped,
             alignments: HashMap::new(),
+            moves: Moves::default(),
             root_bits,
             root_inherited: root.inherited,
         };
@@ -536,12 +541,12 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
         let goes_on = step != 0 && step == cursor.step;
         cursor.step = step;
         let place = if continues {
-            1.0
+            self.moves.cost(Move::Continues)
         } else if goes_on {
-            2.0
+            self.moves.cost(Move::GoesOn)
         } else {
             let pages = choice(self.mapped / 2_f64.powi(i32::from(size_log2)));
-            2.0 + pages + self.alignments.entry(size_log2).or_default().cost(piece >> size_log2, pages)
+            self.moves.cost(Move::Jumps) + pages + self.alignments.entry(size_log2).or_default().cost(piece >> size_log2, pages)
         };
         let partly = if target.last < span.last { PARTLY } else { 0.0 };
         let weight = as_anything(entry.word, self.geometry.entry_bytes) - self.present() - 1.0 - bits - oddness - place - partly;
