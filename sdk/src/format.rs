@@ -434,8 +434,8 @@ pub trait Format: Sized {
     /// As [`Format::open`].
     fn suggest(settings: &Settings, need: &Need) -> Result<Settings, Error>;
 
-    /// Configurations that a table of unknown origin may have, without roots, at most 512; the first 64 are those that are usual. `guess` tries these,
-    /// and the others if none of them explains all that it reads. Settings that change neither what entries mean nor how tables nest need not be varied.
+    /// Configurations that a table of unknown origin may have, usual ones first, at most 64, without roots. Settings that change neither what entries mean
+    /// nor how tables nest need not be varied.
     #[must_use]
     fn candidates() -> Vec<Settings> {
         vec![Settings::default()]

@@ -4,8 +4,6 @@ use std::collections::HashMap;
 
 use crate::table::FaultKind;
 
-use super::ENOUGH;
-
 /// Entries that this format calls faults, by kind.
 pub type Faults = [u64; FaultKind::ALL.len()];
 
@@ -44,8 +42,6 @@ pub struct Evidence {
     pub patterns: u64,
     /// Bits that change nothing, and are in some pattern other than the format itself would have them.
     pub idle_bits: u64,
-    /// Pages of tables that should be there and are not.
-    pub holes: u64,
     /// Why the walk ended before everything was seen.
     pub stopped: Option<&'static str>,
 }
@@ -61,11 +57,6 @@ impl Evidence {
     #[must_use]
     pub fn good(&self) -> u64 {
         self.leaves + self.pointers + self.unknown_tables
-    }
-
-    /// Whether there is enough of it, and little that other settings would explain better.
-    pub(super) fn explains_all(&self) -> bool {
-        self.good() >= ENOUGH && self.bad() == 0 && self.holes == 0 && self.empty_tables == 0 && self.idle_bits <= self.patterns
     }
 
     /// Entries that are not.
@@ -87,7 +78,7 @@ pub(super) fn choice(count: f64) -> f64 {
 }
 
 /// A word that a table of this format would not have.
-pub(super) const WRONG: f64 = -16.0;
+pub(super) const WRONG: f64 = -8.0;
 /// A leaf of which a part is outside memory: legal, and rare.
 pub(super) const PARTLY: f64 = 4.0;
 /// A table without any entry.
@@ -102,20 +93,15 @@ pub(super) const REMAINS: f64 = -6.0;
 pub(super) const AGAIN: f64 = -3.0;
 /// Leaves for privileged requests where there are others, or device memory in RAM; once per pattern.
 pub(super) const ODD: f64 = 10.0;
-/// A leaf that a table above it lets nobody reach.
-pub(super) const SHUT: f64 = 4.0;
 /// Leaves that cannot be cached, in RAM; once per pattern.
 pub(super) const UNUSUAL: f64 = 2.0;
 
 /// Weight of a pattern that was not seen yet, in patterns that were.
 const NEW: f64 = 1.0;
 /// A bit that changes nothing is so often other than the format itself would have it.
-const IDLE: f64 = 1.0 / 32.0;
+const IDLE: f64 = 1.0 / 16.0;
 /// A bit that changes the meaning is set so often.
 const EFFECTIVE: f64 = 0.5;
-/// Patterns that are what the format itself would make are so frequent, and then say one of so many things.
-const OWN: f64 = 0.5;
-const MEANINGS: f64 = 8.0;
 /// Patterns of one class that are told apart.
 const MOST_PATTERNS: usize = 4096;
 
@@ -149,22 +135,17 @@ impl Class {
         Self { roles, ones, ..Self::default() }
     }
 
-    /// Whether `pattern` was not seen yet.
-    pub(super) fn is_new(&self, pattern: u64) -> bool {
-        !self.seen.contains_key(&pattern)
-    }
-
-    /// Bits to say `pattern`. `own`: a new one, and what the format itself would make.
-    pub(super) fn cost(&mut self, pattern: u64, own: bool) -> f64 {
+    /// Bits to say `pattern`, and whether it is new.
+    pub(super) fn cost(&mut self, pattern: u64) -> (f64, bool) {
         let total = self.total as f64 + NEW;
         self.total += 1;
         let different = self.seen.len();
         if let Some(count) = self.seen.get_mut(&pattern) {
             let bits = choice(total / *count as f64);
             *count += 1;
-            return bits;
+            return (bits, false);
         }
-        let mut bits = 0.0;
+        let mut bits = choice(total / NEW);
         for (bit, expected, ones) in &mut self.ones {
             let set = (*ones as f64 + *expected) / (different as f64 + 1.0);
             let is_set = (pattern ^ self.roles.usual) & *bit != 0;
@@ -174,9 +155,7 @@ impl Class {
         if different < MOST_PATTERNS {
             self.seen.insert(pattern, 1);
         }
-        // Either it is what the format makes, or made bit by bit.
-        let likelihood = (1.0 - OWN) * (-bits).exp2() + if own { OWN / MEANINGS } else { 0.0 };
-        choice(total / NEW) - likelihood.max(f64::MIN_POSITIVE).log2()
+        (bits, true)
     }
 
     /// Bits that change nothing, and are not as the format itself would have them.
@@ -189,102 +168,23 @@ impl Class {
     }
 }
 
-/// How a leaf follows the one before.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Move {
-    /// Begins where that ends.
-    Continues = 0,
-    /// As far from it as that from the one before.
-    GoesOn = 1,
-    /// Anywhere.
-    Jumps = 2,
-}
-
-/// How leaves follow each other, counted: half of them continue to begin with.
-#[derive(Clone, Debug)]
-pub(super) struct Moves([f64; 3]);
-
-impl Default for Moves {
-    fn default() -> Self {
-        Self([2.0, 1.0, 1.0])
-    }
-}
-
-impl Moves {
-    /// Bits to say it.
-    pub(super) fn cost(&mut self, this: Move) -> f64 {
-        let bits = choice(self.0.iter().sum::<f64>() / self.0[this as usize]);
-        self.0[this as usize] += 1.0;
-        bits
-    }
-}
-
-/// How the targets of leaves of one size are aligned, counted. A guest's buffers are aligned to something, and that says nothing about the format.
-#[derive(Clone, Debug)]
-pub(super) struct Alignment {
-    seen: [u32; 65],
-    total: u32,
-}
-
-impl Default for Alignment {
-    fn default() -> Self {
-        Self { seen: [0; 65], total: 0 }
-    }
-}
-
-impl Alignment {
-    /// Bits more than it takes where nothing is known, to say that the target is the `page`th of this size; there are `pages`, as a logarithm. Never less than
-    /// minus that: the address has no more bits.
-    pub(super) fn cost(&mut self, page: u64, pages: f64) -> f64 {
-        let most = pages.clamp(0.0, 63.0) as u32;
-        let zeros = page.trailing_zeros().min(most);
-        let chance = if zeros == most { (-f64::from(zeros)).exp2() } else { (-f64::from(zeros) - 1.0).exp2() };
-        let seen = &mut self.seen[zeros as usize];
-        let likelihood = (f64::from(*seen) + chance) / (f64::from(self.total) + 1.0);
-        *seen += 1;
-        self.total += 1;
-        (chance / likelihood).log2()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn a_pattern_that_repeats_becomes_cheap_and_an_idle_bit_is_dear() {
-        let class = || Class::new(Roles { effective: 0b11, idle: 0b1100, usual: 0 });
-        let mut plain = class();
-        assert!(plain.is_new(0b01));
-        let first = plain.cost(0b01, false);
-        assert!((3.0..3.3).contains(&first), "two bits, one that it is not the format's own, and next to nothing for clear bits: {first}");
+        let mut class = Class::new(Roles { effective: 0b11, idle: 0b1100, usual: 0 });
+        let (first, new) = class.cost(0b01);
+        assert!(new && (2.0..2.3).contains(&first), "two bits, and next to nothing for clear bits: {first}");
         for _ in 0..1000 {
-            plain.cost(0b01, false);
+            class.cost(0b01);
         }
-        let again = plain.cost(0b01, false);
-        assert!(!plain.is_new(0b01) && again < 0.01, "{again}");
-        let idle = class().cost(0b1101, false);
-        assert!(idle > first + 8.0, "{idle}");
-    }
-
-    #[test]
-    fn what_the_format_itself_makes_is_cheap_whatever_its_bits() {
-        let mut class = Class::new(Roles { effective: 0xffff, idle: 0, usual: 0 });
-        let own = class.cost(0x1234, true);
-        assert!((3.9..=4.0).contains(&own), "{own}");
-        assert!(Class::new(Roles { effective: 0xffff, idle: 0, usual: 0 }).cost(0x1234, false) > own + 10.0);
-    }
-
-    #[test]
-    fn alignment_is_learnt() {
-        let mut alignment = Alignment::default();
-        assert!(alignment.cost(4, 20.0).abs() < 1e-9, "as much as without counting");
-        (0..1000).for_each(|page| {
-            alignment.cost(4 + 8 * page, 20.0);
-        });
-        assert!(alignment.cost(12, 20.0) < -2.9 && alignment.cost(1, 20.0) > 5.0);
-        let mut zero = Alignment::default();
-        (0..1000).for_each(|_| assert!(zero.cost(0, 3.0) >= -3.0 && Alignment::default().cost(0, 0.0).abs() < 1e-9));
+        let (again, new) = class.cost(0b01);
+        assert!(!new && again < 0.01, "{again}");
+        let mut other = Class::new(Roles { effective: 0b11, idle: 0b1100, usual: 0 });
+        let (idle, _) = other.cost(0b1101);
+        assert!(idle > first + 7.0, "{idle}");
     }
 
     #[test]

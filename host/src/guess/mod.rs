@@ -16,18 +16,13 @@
 //! |---|---|---|
 //! | zero | 1 bit for each half of 32 bits | the same where it is absent: emptiness says nothing |
 //! | a table | for each half that is not zero, 6 bits and its digits after the first: small numbers are frequent | its pattern, and which of the readable pages it points to |
-//! | a leaf | the same | its pattern, and which address of the memory map it points to; or that it continues the leaf before, or goes on in its step |
-//! | a fault, an address outside the memory map, a table that is part of another one | the same | 16 bits more than as anything |
+//! | a leaf | the same | its pattern, and which address of the memory map it points to; 1 bit if that continues the leaf before |
+//! | a fault, an address outside the memory map, a table that is part of another one | the same | 8 bits more than as anything |
 //!
-//! *Patterns* repeat in real tables, so they are coded adaptively, by how often each was seen at its level. A new one is either what the format itself would
-//! make to say this, which costs a few bits, or made bit by bit: one for each bit that changes the meaning, nothing for those that must be as they are, and
-//! much for a bit that is set though it changes nothing (found by flipping bits and asking the format again): nobody sets bits that are ignored. That is how
-//! reserved, ignored, accessed and dirty bits tell formats apart whose entries are otherwise alike. Leaves that a format calls device memory and that point
-//! to RAM, or that only privileged requests pass, cost a few bits once per pattern. A leaf that lets nobody pass is no evidence; one that is only shut by
-//! a table above costs a few bits.
-//!
-//! *Targets* of a guest's leaves have habits that say nothing about the format: buffers lie in steps and are aligned. Both are learnt, or a table whose targets
-//! happen to be aligned would look like one of a larger granule.
+//! *Patterns* repeat in real tables, so they are coded adaptively, by how often each was seen at its level. A new one costs a bit for each of its bits that
+//! changes the meaning, nothing for those that must be as they are, and much for a bit that is set though it changes nothing (found by flipping bits and
+//! asking the format again, and compared with what the format itself makes): nobody sets bits that are ignored. That is how reserved, ignored, accessed and dirty bits tell formats apart whose entries are
+//! otherwise alike. Leaves that a format calls device memory and that point to RAM, or that only privileged requests pass, cost a few bits once per pattern.
 //!
 //! *Depth* needs no rule of its own. Read with too few levels, tables look like leaves, and the evidence of everything below is lost. Read with too many,
 //! pages of data are read as tables, or are not there. So the deepest nest that is consistent wins. A level that is skipped and a table without any entry
@@ -40,19 +35,13 @@
 //!
 //! # Bounds
 //!
-//! A format may have hundreds of configurations, 64 of which are usual. The others are tried only where the best of all usual ones leaves something to explain:
-//! words that are wrong, pages or tables that are missing or empty, more unusual bits than patterns, or fewer than [`ENOUGH`] entries.
-//!
 //! Each range of memory is walked once per candidate, the first time as the kind of table that it was first reached as; a table that contains itself, or
-//! two that overlap, count against the candidate. Tables are read depth first, so that what a narrower root reaches is a beginning of what a wider one does
-//! and the two can be compared when pages run out. All candidates are tried on a few tables, and those that remain on more ([`Options`]). A candidate with
+//! two that overlap, count against the candidate. All candidates are tried on a few tables, and those that remain on more ([`Options`]). A candidate with
 //! [`HOPELESS`] bits against it is dropped. Equal input gives equal output.
 
 mod evidence;
 mod score;
 mod words;
-
-use std::collections::HashMap;
 
 use crate::memory::{EntryMemory, MemoryMap};
 use crate::plugin::{CallError, Plugin, Plugins, PluginsError, TableConfig};
@@ -60,14 +49,12 @@ use crate::table::{FormatError, Nonsense};
 
 pub use evidence::{Evidence, Faults};
 
-use score::{Nest, Scored, Scorer};
+use score::{Scored, Scorer};
 
 /// Evidence, in bits, that a candidate must have to be a guess at all: chance would do as well once in 2^24 times, with hundreds of candidates tried.
 pub const LEAST: f64 = 24.0;
 /// Evidence, in bits, within which two candidates count as equal.
 pub const EQUAL: f64 = 8.0;
-/// Entries that the best of the usual settings must explain, and nothing may be wrong with it, for rare settings not to be tried.
-pub const ENOUGH: u64 = 64;
 /// Evidence, in bits, at which a candidate is dropped.
 pub const HOPELESS: f64 = -2048.0;
 
@@ -116,12 +103,8 @@ impl Default for Options {
     }
 }
 
-/// Candidates of a format that count as usual: the others are tried where none of these explains all that it reads.
-const USUAL: usize = 64;
 /// Candidates that are tried on more than a few tables.
-const FINALISTS: usize = 40;
-/// Candidates of one format, one way to nest and one width of the root among them.
-const VARIANTS: usize = 2;
+const FINALISTS: usize = 24;
 
 /// A guess cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -201,19 +184,10 @@ impl Guess {
 struct Hypothesis {
     plugin: Plugin,
     config: TableConfig,
-    /// The setting that the root goes into: the same for all of a format.
-    root: String,
-    /// Its place among the candidates of its format, usual ones first.
-    index: usize,
+    /// Bits against it because others of its format are more usual.
+    prior: f64,
     /// Of the unit that is known to be there.
     expected: bool,
-}
-
-impl Hypothesis {
-    /// Bits against it because others of its format are more usual.
-    fn prior(&self) -> f64 {
-        (self.index as f64 + 1.0).log2()
-    }
 }
 
 /// Which installed format, under which settings, the table has.
@@ -221,15 +195,16 @@ impl Hypothesis {
 /// # Errors
 /// A plugin cannot be loaded or fails. That nothing fits is no error: see [`Guess::fits`].
 pub fn guess<M: EntryMemory + ?Sized>(plugins: &Plugins, subject: &Subject<'_, M>, options: &Options) -> Result<Guess, GuessError> {
-    let (usual, rare): (Vec<_>, Vec<_>) = hypotheses(plugins, options)?.into_iter().partition(|hypothesis| hypothesis.index < USUAL);
-    let mut tried = usual.len();
-    let mut scored = trial(usual, subject, options)?;
-    if !scored.first().is_some_and(|(_, best)| best.evidence.explains_all()) {
-        tried += rare.len();
-        scored.extend(trial(rare, subject, options)?);
-        sort(&mut scored);
+    let mut tried = 0;
+    let mut scored: Vec<(Hypothesis, Scored)> = Vec::new();
+    for hypothesis in hypotheses(plugins, options)? {
+        tried += 1;
+        // Settings that cannot have this root, because of its alignment or width, are no candidates.
+        let Some(result) = score(&hypothesis, subject, options.trial_pages, options)? else { continue };
+        scored.push((hypothesis, result));
     }
-    let variants = finalists(&mut scored);
+    sort(&mut scored);
+    scored.truncate(FINALISTS);
     for (hypothesis, result) in &mut scored {
         if result.evidence.stopped.is_some()
             && result.evidence.bits > HOPELESS
@@ -239,46 +214,11 @@ pub fn guess<M: EntryMemory + ?Sized>(plugins: &Plugins, subject: &Subject<'_, M
         }
     }
     sort(&mut scored);
-    Ok(ranked(&scored, &variants, tried as u32))
-}
-
-/// Tries each on a few tables; likeliest first. Settings that cannot have this root, because of its alignment or width, are no candidates.
-fn trial<M: EntryMemory + ?Sized>(
-    hypotheses: Vec<Hypothesis>,
-    subject: &Subject<'_, M>,
-    options: &Options,
-) -> Result<Vec<(Hypothesis, Scored)>, GuessError> {
-    let mut scored = Vec::new();
-    for hypothesis in hypotheses {
-        if let Some(result) = score(&hypothesis, subject, options.trial_pages, options)? {
-            scored.push((hypothesis, result));
-        }
-    }
-    sort(&mut scored);
-    Ok(scored)
-}
-
-/// A way to nest of one format.
-type Way = (String, Nest);
-
-/// Keeps the best, few of each way to nest and width of the root, and tells how many there were of each way. All widths stay: a wider root that takes a
-/// neighbour for a part of itself may seem better on a few tables.
-fn finalists(scored: &mut Vec<(Hypothesis, Scored)>) -> HashMap<Way, usize> {
-    let mut ways: HashMap<Way, usize> = HashMap::new();
-    let mut widths: HashMap<(Way, u8), usize> = HashMap::new();
-    scored.retain(|(_, result)| {
-        let way = (result.config.format.clone(), result.nest.clone());
-        *ways.entry(way.clone()).or_default() += 1;
-        let count = widths.entry((way, result.root_bits)).or_default();
-        *count += 1;
-        *count <= VARIANTS
-    });
-    scored.truncate(FINALISTS);
-    ways
+    Ok(ranked(&scored, tried))
 }
 
 fn sort(scored: &mut [(Hypothesis, Scored)]) {
-    let weight = |(hypothesis, result): &(Hypothesis, Scored)| result.evidence.bits - hypothesis.prior();
+    let weight = |(hypothesis, result): &(Hypothesis, Scored)| result.evidence.bits - hypothesis.prior;
     // Stable: what is equal stays in the order of the plugins' names and of their candidates.
     scored.sort_by(|a, b| weight(b).total_cmp(&weight(a)));
 }
@@ -301,15 +241,9 @@ fn hypotheses(plugins: &Plugins, options: &Options) -> Result<Vec<Hypothesis>, G
             continue;
         }
         let plugin = plugins.by_format(&format)?;
-        let mut root = None;
         for (index, settings) in plugin.instantiate()?.candidates(&format)?.into_iter().enumerate() {
-            let config = TableConfig { format: format.clone(), settings };
-            if index == 0 {
-                let opened = open(&plugin, &config)?;
-                root = opened.and_then(|opened| opened.geometry_ref().roots.first().map(|window| window.setting.clone()));
-            }
-            let Some(root) = root.clone() else { break };
-            hypotheses.push(Hypothesis { plugin: plugin.clone(), config, root, index, expected });
+            let prior = (index as f64 + 1.0).log2();
+            hypotheses.push(Hypothesis { plugin: plugin.clone(), config: TableConfig { format: format.clone(), settings }, prior, expected });
         }
     }
     Ok(hypotheses)
@@ -322,16 +256,18 @@ fn score<M: EntryMemory + ?Sized>(
     pages: u64,
     options: &Options,
 ) -> Result<Option<Scored>, GuessError> {
-    let Hypothesis { plugin, config, root, .. } = hypothesis;
+    let Hypothesis { plugin, config, .. } = hypothesis;
     let failed = |error: FormatError| GuessError::Format { format: config.format.clone(), error };
-    let mut rooted = config.clone();
-    rooted.settings.set(root, subject.root);
-    let Some(format) = open(plugin, &rooted)? else { return Ok(None) };
-    let geometry = format.geometry_ref();
+    let Some(unrooted) = open(plugin, config)? else { return Ok(None) };
+    let geometry = unrooted.geometry_ref();
+    let Some(window) = geometry.roots.first() else { return Ok(None) };
     let too_wide = geometry.output_bits < 64 && subject.root >> geometry.output_bits != 0;
     if too_wide || !subject.root.is_multiple_of(u64::from(geometry.entry_bytes)) {
         return Ok(None);
     }
+    let mut rooted = config.clone();
+    rooted.settings.set(&window.setting, subject.root);
+    let Some(format) = open(plugin, &rooted)? else { return Ok(None) };
     let Some(scorer) = Scorer::new(Box::new(format), rooted, subject, pages, options.questions).map_err(failed)? else { return Ok(None) };
     scorer.run().map(Some).map_err(failed)
 }
@@ -346,21 +282,21 @@ fn open(plugin: &Plugin, config: &TableConfig) -> Result<Option<crate::plugin::P
 }
 
 /// Ranks candidates, one for each format and way to nest.
-fn ranked(scored: &[(Hypothesis, Scored)], variants: &HashMap<Way, usize>, tried: u32) -> Guess {
-    let best = scored.first().map_or(0.0, |(hypothesis, result)| result.evidence.bits - hypothesis.prior());
-    let others = |result: &Scored| variants.get(&(result.config.format.clone(), result.nest.clone())).map_or(0, |count| *count as u32 - 1);
+fn ranked(scored: &[(Hypothesis, Scored)], tried: u32) -> Guess {
+    let best = scored.first().map_or(0.0, |(hypothesis, result)| result.evidence.bits - hypothesis.prior);
     let candidate = |result: &Scored| Candidate {
         config: result.config.clone(),
         rank: 0,
         levels: result.nest.levels(),
         granule: result.nest.granule(),
         evidence: result.evidence.clone(),
-        variants: others(result),
+        variants: 0,
     };
     let mut groups: Vec<(&Hypothesis, &Scored, Candidate)> = Vec::new();
     for (hypothesis, result) in scored {
-        if !groups.iter().any(|(_, known, _)| known.config.format == result.config.format && known.nest == result.nest) {
-            groups.push((hypothesis, result, candidate(result)));
+        match groups.iter_mut().find(|(_, known, _)| known.config.format == result.config.format && known.nest == result.nest) {
+            Some((_, _, group)) => group.variants += 1,
+            None => groups.push((hypothesis, result, candidate(result))),
         }
     }
     // Usualness compares settings of one format; formats are compared by evidence alone.

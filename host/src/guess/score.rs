@@ -7,13 +7,11 @@ use crate::plugin::TableConfig;
 use crate::table::{AddressField, Format, FormatError, Geometry, Level, Meaning, Next};
 use crate::{Attributes, Gpa, MemoryType, Span};
 
-use super::evidence::{
-    AGAIN, Alignment, Class, EMPTY, Evidence, HOLE, Move, Moves, ODD, PARTLY, REMAINS, Roles, SHUT, SKIP, UNUSUAL, WRONG, as_anything, choice,
-};
+use super::evidence::{AGAIN, Class, EMPTY, Evidence, HOLE, ODD, PARTLY, REMAINS, Roles, SKIP, UNUSUAL, WRONG, as_anything, choice};
 use super::{HOPELESS, Missing, Subject};
 
 /// How tables nest, whatever the width of the root: lowest index bits of the levels from the root down, and the size of entries.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Nest {
     index_lsbs: Vec<u8>,
     entry_bytes: u8,
@@ -49,8 +47,6 @@ impl Nest {
 pub(super) struct Scored {
     pub(super) config: TableConfig,
     pub(super) nest: Nest,
-    /// How many bits of an address select an entry of the root.
-    pub(super) root_bits: u8,
     pub(super) evidence: Evidence,
 }
 
@@ -69,16 +65,6 @@ struct Judged {
     meaning: Meaning,
     /// Index into [`Scorer::classes`], for leaves and tables.
     class: usize,
-}
-
-/// A table or a leaf.
-#[derive(Clone, Copy, Debug)]
-struct Entry {
-    word: u64,
-    pattern: u64,
-    /// Index into [`Scorer::classes`].
-    class: usize,
-    meaning: Meaning,
 }
 
 /// Patterns of absent entries that are told apart.
@@ -123,32 +109,20 @@ pub(super) struct Scorer<'a, M: ?Sized> {
     /// Ranges that were reached as tables: first to last byte, and as what.
     claimed: BTreeMap<u64, (u64, u8, u64)>,
     queue: VecDeque<Place>,
-    /// Tables that the one being read points to.
-    below: Vec<Place>,
     evidence: Evidence,
     pages_left: u64,
     questions_left: u64,
     /// Bytes of the memory map that leaves may point to.
     mapped: f64,
-    /// How targets are aligned, by the size of leaves.
-    alignments: HashMap<u8, Alignment>,
-    /// How leaves follow each other.
-    moves: Moves,
-    root_bits: u8,
-    /// What the root's tables inherit: no restriction of theirs.
-    root_inherited: u64,
 }
 
 /// Where a walk inside one table is.
 struct Cursor {
     place: Place,
     index: u64,
-    /// The words before, the last one first.
-    previous: [u64; 2],
+    previous: u64,
     /// Where the leaf before ended.
     end: Option<u64>,
-    /// From where the leaf before it ended to there.
-    step: u64,
     /// What the last word was.
     last: Last,
 }
@@ -177,7 +151,6 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
         let Some(root) = geometry.roots.iter().find(|root| root.address == subject.root) else { return Ok(None) };
         let root = Place { level: root.level, address: root.address, inherited: root.inherited, exists: (0, u64::MAX) };
         let nest = Nest::new(&geometry, root.level);
-        let root_bits = geometry.levels[usize::from(root.level)].index_bits;
         let mapped = subject.map.targets().iter().map(|span| span.length_minus_one() as f64 + 1.0).sum();
         let mut scorer = Self {
             format,
@@ -193,17 +166,11 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
             remains: HashSet::new(),
             claimed: BTreeMap::new(),
             queue: VecDeque::new(),
-            below: Vec::new(),
             pages_left: pages,
             questions_left: questions,
             mapped,
-            alignments: HashMap::new(),
-            moves: Moves::default(),
-            root_bits,
-            root_inherited: root.inherited,
         };
         scorer.claim(root);
-        scorer.queue.extend(scorer.below.pop());
         Ok(Some(scorer))
     }
 
@@ -214,16 +181,12 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
                 break;
             }
             self.table(place)?;
-            // Depth first: what a narrower root reaches is a beginning of what a wider one does, so that both can be compared when pages run out.
-            while let Some(below) = self.below.pop() {
-                self.queue.push_front(below);
-            }
             if self.evidence.bits <= HOPELESS {
                 self.stop("hopeless");
             }
         }
         self.evidence.patterns = self.classes.iter().map(Class::different).sum();
-        Ok(Scored { config: self.config, nest: self.nest, root_bits: self.root_bits, evidence: self.evidence })
+        Ok(Scored { config: self.config, nest: self.nest, evidence: self.evidence })
     }
 
     fn stop(&mut self, why: &'static str) {
@@ -237,7 +200,7 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
     fn claim(&mut self, place: Place) {
         let last = place.address.saturating_add(self.bytes(place.level) - 1);
         self.claimed.insert(place.address, (last, place.level, place.inherited));
-        self.below.push(place);
+        self.queue.push_back(place);
     }
 
     /// What a range is already: none, the same table, or something else.
@@ -257,7 +220,7 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
         self.evidence.tables += 1;
         self.evidence.tables_by_level[depth] += 1;
         let before = self.evidence.good() + self.evidence.bad();
-        let mut cursor = Cursor { place, index: first, previous: [0; 2], end: None, step: 0, last: Last::Nothing };
+        let mut cursor = Cursor { place, index: first, previous: 0, end: None, last: Last::Nothing };
         let mut buffer = [0; (PAGE / 4) as usize];
         while cursor.index <= last {
             let Some(left) = self.pages_left.checked_sub(1) else {
@@ -271,17 +234,14 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
             if !self.exists(address, count * size) || self.subject.memory.read_entries(Gpa(address), layout, words).is_err() {
                 if self.subject.missing == Missing::Against {
                     self.evidence.bits -= HOLE;
-                    self.evidence.holes += 1;
                 }
                 cursor.index += count;
                 continue;
             }
             for &word in buffer[..count as usize].iter() {
                 let weight = self.entry(&mut cursor, word)?;
-                // What repeats in memory are words of 8 bytes.
-                let repeats = word == cursor.previous[0] || (size == 4 && word == cursor.previous[1]);
-                self.evidence.bits += if repeats { self.again(&cursor, weight) } else { weight };
-                cursor.previous = [word, cursor.previous[0]];
+                self.evidence.bits += if word == cursor.previous { self.again(&cursor, weight) } else { weight };
+                cursor.previous = word;
                 cursor.index += 1;
                 if self.evidence.stopped.is_some() || self.evidence.bits <= HOPELESS {
                     return Ok(());
@@ -316,6 +276,7 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
         let (mask, address) = (shapes.field(shape).entry_mask, shapes.field(shape).extract(word));
         let pattern = word & !mask;
         let judged = self.judge(level, inherited, shape, pattern)?;
+        let size = self.geometry.entry_bytes;
         let meaning = match judged.meaning {
             Meaning::WholeEntry if self.charge() => self.format.decode_entry(level, inherited, word)?,
             meaning => meaning,
@@ -338,21 +299,10 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
             Meaning::Table { next, inherited } => {
                 cursor.end = None;
                 let class = self.class(judged, whole, (level, shape, true), cursor.place.inherited, pattern)?;
-                let entry = Entry { word, pattern, class, meaning };
-                self.pointer(level, next, inherited, address, entry)
+                Ok(self.pointer(level, next, inherited, address, class, word, pattern, size))
             }
             Meaning::Leaf { size_log2, attributes } | Meaning::Part { size_log2, attributes, .. } => {
                 let class = self.class(judged, whole, (level, shape, false), inherited, pattern)?;
-                // Below a table that restricts it a leaf shows what it is for only by itself.
-                let itself = if whole || inherited == self.root_inherited || !restricted(attributes) {
-                    attributes
-                } else {
-                    match self.judge(level, self.root_inherited, shape, pattern)?.meaning {
-                        Meaning::Leaf { attributes, .. } | Meaning::Part { attributes, .. } => attributes,
-                        _ => attributes,
-                    }
-                };
-                let grants = Grants { itself, shut: attributes.grants_nothing() };
                 if size_log2 < slot || size_log2 >= 64 {
                     self.evidence.faults[crate::table::FaultKind::Reserved as usize] += 1;
                     return Ok(WRONG);
@@ -362,12 +312,7 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
                 let piece = address.wrapping_add((cursor.index << slot) & below);
                 // A size that is coded in address bits is not an address, nor a pattern that says anything new.
                 let coded = if whole { pattern | word & mask & below } else { pattern };
-                // As it would be made where nothing restricts it.
-                let meaning = match meaning {
-                    Meaning::Part { .. } => Meaning::WholeEntry,
-                    _ => Meaning::Leaf { size_log2, attributes: itself },
-                };
-                self.leaf(cursor, piece, (slot, size_log2), grants, Entry { word, pattern: coded, class, meaning })
+                Ok(self.leaf(cursor, piece, (slot, size_log2), attributes, class, word, coded))
             }
         }
     }
@@ -383,7 +328,7 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
         let meaning = self.format.decode(level, inherited, pattern)?;
         let class = match meaning {
             Meaning::Table { .. } => self.class_index((level, shape, true), inherited, pattern)?,
-            Meaning::Leaf { .. } | Meaning::Part { .. } => self.class_index((level, shape, false), inherited, pattern)?,
+            Meaning::Leaf { .. } => self.class_index((level, shape, false), inherited, pattern)?,
             _ => usize::MAX,
         };
         let judged = Judged { meaning, class };
@@ -432,16 +377,16 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
                 roles.effective |= bit;
             }
         }
-        roles.usual = roles.idle & self.own(level, meaning)?.unwrap_or(0);
+        roles.usual = roles.idle & self.usual(level, meaning)?;
         Ok(roles)
     }
 
     /// How the format itself would say this.
-    fn own(&mut self, level: u8, meaning: Meaning) -> Result<Option<u64>, FormatError> {
+    fn usual(&mut self, level: u8, meaning: Meaning) -> Result<u64, FormatError> {
         Ok(match meaning {
-            Meaning::Leaf { size_log2, attributes } => self.format.encode_leaf(level, size_log2, attributes)?.map(|encoded| encoded.pattern),
-            Meaning::Table { next, .. } => self.format.encode_table(level, next.level)?,
-            _ => None,
+            Meaning::Leaf { size_log2, attributes } => self.format.encode_leaf(level, size_log2, attributes)?.map_or(0, |encoded| encoded.pattern),
+            Meaning::Table { next, .. } => self.format.encode_table(level, next.level)?.unwrap_or(0),
+            _ => 0,
         })
     }
 
@@ -461,27 +406,27 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
         f64::from(self.geometry.entry_bytes) / 4.0
     }
 
-    fn pointer(&mut self, level: u8, next: Next, inherited: u64, address: u64, entry: Entry) -> Result<f64, FormatError> {
-        let size = self.geometry.entry_bytes;
+    #[allow(clippy::too_many_arguments)]
+    fn pointer(&mut self, level: u8, next: Next, inherited: u64, address: u64, class: usize, word: u64, pattern: u64, size: u8) -> f64 {
         let this = &self.geometry.levels[usize::from(level)];
         let Some(below) = self.geometry.levels.get(usize::from(next.level)).filter(|below| below.top_bit() <= this.index_lsb) else {
             self.evidence.tables_outside += 1;
-            return Ok(WRONG);
+            return WRONG;
         };
         let skips = below.top_bit() < this.index_lsb;
         let bytes = self.bytes(next.level);
         let exists = (u64::from(next.first), if u64::from(next.last) >= below.entries() { u64::MAX } else { u64::from(next.last) });
         let place = Place { level: next.level, address, inherited, exists };
-        let anything = as_anything(entry.word, size);
+        let anything = as_anything(word, size);
         match self.claimed_as(place) {
             // Tables may be shared. That one is said nothing about the format that its first use did not say.
             Some(true) => {
                 self.evidence.pointers += 1;
-                return Ok(0.0);
+                return 0.0;
             }
             Some(false) => {
                 self.evidence.overlaps += 1;
-                return Ok(WRONG);
+                return WRONG;
             }
             None => {}
         }
@@ -489,9 +434,9 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
         let readable = in_memory && self.is_readable(address + exists.0 * u64::from(size));
         if !in_memory || (!readable && self.subject.missing == Missing::Against) {
             self.evidence.tables_outside += 1;
-            return Ok(WRONG);
+            return WRONG;
         }
-        let (pattern, _) = self.pattern(level, entry)?;
+        let (pattern, _) = self.pattern(class, pattern);
         let among = if readable { self.subject.readable as f64 } else { self.mapped };
         let weight = anything - self.present() - 1.0 - pattern - choice(among / bytes.min(PAGE) as f64) - if skips { SKIP } else { 0.0 };
         self.evidence.skips += u64::from(skips);
@@ -501,7 +446,7 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
         } else {
             self.evidence.unknown_tables += 1;
         }
-        Ok(weight)
+        weight
     }
 
     fn is_readable(&self, address: u64) -> bool {
@@ -510,17 +455,17 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
     }
 
     /// Bits to say a pattern, and whether it is new.
-    fn pattern(&mut self, level: u8, Entry { pattern, class, meaning, .. }: Entry) -> Result<(f64, bool), FormatError> {
-        let Some(new) = self.classes.get(class).map(|class| class.is_new(pattern)) else { return Ok((0.0, false)) };
-        let own = new && self.charge() && self.own(level, meaning)? == Some(pattern);
-        let class = &mut self.classes[class];
+    fn pattern(&mut self, class: usize, pattern: u64) -> (f64, bool) {
+        let Some(class) = self.classes.get_mut(class) else { return (0.0, false) };
+        let (bits, new) = class.cost(pattern);
         if new {
             self.evidence.idle_bits += u64::from(class.odd(pattern).count_ones());
         }
-        Ok((class.cost(pattern, own), new))
+        (bits, new)
     }
 
-    fn leaf(&mut self, cursor: &mut Cursor, piece: u64, sizes: (u8, u8), grants: Grants, entry: Entry) -> Result<f64, FormatError> {
+    #[allow(clippy::too_many_arguments)]
+    fn leaf(&mut self, cursor: &mut Cursor, piece: u64, sizes: (u8, u8), attributes: Attributes, class: usize, word: u64, pattern: u64) -> f64 {
         let (slot, size_log2) = sizes;
         let span = Span::of_log2(piece, slot);
         let target =
@@ -528,50 +473,23 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
         let end = cursor.end.replace(span.last.wrapping_add(1));
         let Some(target) = target else {
             self.evidence.leaves_outside += 1;
-            return Ok(WRONG);
+            return WRONG;
         };
         self.evidence.leaves += 1;
         let continues = end == Some(span.first);
         self.evidence.continued += u64::from(continues);
-        let (bits, new) = self.pattern(cursor.place.level, entry)?;
-        let oddness = if new { oddness(grants.itself, self.geometry.privileged, self.subject.map, span.first) } else { 0.0 };
-        // It continues the one before, or goes on in its step, or begins anywhere.
-        let next = span.last.wrapping_add(1);
-        let step = end.map_or(0, |end| next.wrapping_sub(end));
-        let goes_on = step != 0 && step == cursor.step;
-        cursor.step = step;
-        let place = if continues {
-            self.moves.cost(Move::Continues)
-        } else if goes_on {
-            self.moves.cost(Move::GoesOn)
-        } else {
-            let pages = choice(self.mapped / 2_f64.powi(i32::from(size_log2)));
-            self.moves.cost(Move::Jumps) + pages + self.alignments.entry(size_log2).or_default().cost(piece >> size_log2, pages)
-        };
+        let (bits, new) = self.pattern(class, pattern);
+        let oddness = if new { oddness(attributes, self.geometry.privileged, self.subject.map, span.first) } else { 0.0 };
+        let place = if continues { 1.0 } else { 1.0 + choice(self.mapped / 2_f64.powi(i32::from(size_log2))) };
         let partly = if target.last < span.last { PARTLY } else { 0.0 };
-        let weight = as_anything(entry.word, self.geometry.entry_bytes) - self.present() - 1.0 - bits - oddness - place - partly;
-        if grants.itself.grants_nothing() {
+        let weight = as_anything(word, self.geometry.entry_bytes) - self.present() - 1.0 - bits - oddness - place - partly;
+        if attributes.grants_nothing() {
             // Nobody writes such an entry: it might as well be anything.
             self.evidence.useless_leaves += 1;
-            return Ok(weight.min(0.0));
+            return weight.min(0.0);
         }
-        self.evidence.useless_leaves += u64::from(grants.shut);
-        Ok(if grants.shut { weight - SHUT } else { weight })
+        weight
     }
-}
-
-/// What a leaf allows.
-#[derive(Clone, Copy, Debug)]
-struct Grants {
-    /// By itself, below tables that restrict nothing.
-    itself: Attributes,
-    /// Whether nothing is left of it below the tables that there are.
-    shut: bool,
-}
-
-/// Whether a table above may have had a part in this.
-fn restricted(attributes: Attributes) -> bool {
-    attributes.grants_nothing() || attributes.contains(Attributes::PRIVILEGED_ONLY)
 }
 
 /// What is odd about leaves with these attributes.

@@ -44,7 +44,6 @@ impl Candidate {
         odd(evidence.unknown_tables, "table is in a part of memory that is not known", "tables are in a part of memory that is not known");
         odd(evidence.overlaps, "table is part of another one", "tables are part of others");
         odd(evidence.skips, "entry skips a level", "entries skip a level");
-        odd(evidence.holes, "page of a table is missing", "pages of tables are missing");
         odd(evidence.empty_tables, "table is empty", "tables are empty");
         odd(evidence.useless_leaves, "leaf lets nobody pass", "leaves let nobody pass");
         odd(evidence.idle_bits, "bit is unusual and changes nothing", "bits are unusual and change nothing");

@@ -64,7 +64,7 @@ pub struct Binding {
 
 const MAX_PASIDS: usize = 1024;
 const MAX_OFFERS: usize = 64;
-const MAX_CANDIDATES: usize = 512;
+const MAX_CANDIDATES: usize = 64;
 /// Conditions of an offer that are shown.
 const MAX_CONDITIONS: usize = 16;
 const MAX_BINDING_BYTES: usize = 4096;
@@ -246,7 +246,7 @@ impl Instance {
         words::settings(suggested).map_err(|what| self.sandbox.nonsense(what))
     }
 
-    /// Configurations that a table of unknown origin may have, without roots, usual ones first; at least one and at most 512.
+    /// Configurations that a table of unknown origin may have, usual ones first, without roots; at least one and at most 64.
     ///
     /// # Errors
     /// [`CallError::Unknown`] for the format, and everything that can go wrong with a call.

@@ -293,32 +293,29 @@ impl Format for Stage1 {
 
     /// A table of the high range looks like one of the low range: the low one stands for both.
     fn candidates() -> Vec<Settings> {
-        let usual = [
-            (4096, 48),
-            (4096, 39),
-            (16384, 48),
-            (16384, 47),
-            (65536, 48),
-            (65536, 42),
-            (65536, 52),
-            (16384, 36),
+        let shape = |granule, input_bits, lpa2| vmsa::Candidate { granule, input_bits, start: None, lpa2 };
+        let usual = [(4096, 48), (4096, 39), (16384, 48), (16384, 47), (65536, 48), (65536, 42), (16384, 36), (65536, 52)];
+        let narrow = [
             (4096, 44),
             (4096, 42),
             (4096, 40),
             (4096, 36),
             (4096, 32),
+            (4096, 30),
             (16384, 44),
-            (16384, 42),
             (16384, 40),
-            (16384, 32),
-            (65536, 44),
             (65536, 40),
             (65536, 36),
             (65536, 32),
+            (16384, 32),
+            (4096, 34),
         ];
         let wide = [(4096, 52), (4096, 48), (16384, 52), (16384, 48), (4096, 39), (16384, 47)];
-        let of = |(granule, input_bits)| (granule, input_bits, None);
-        vmsa::candidates(&usual.map(of), &wide.map(of), &[None], |settings| Self::open(settings).is_ok())
+        vmsa::candidates(
+            &usual.map(|(granule, bits)| shape(granule, bits, false)),
+            &narrow.map(|(granule, bits)| shape(granule, bits, false)),
+            &wide.map(|(granule, bits)| shape(granule, bits, true)),
+        )
     }
 
     fn levels(&self) -> Vec<Level> {

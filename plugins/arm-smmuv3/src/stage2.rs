@@ -146,34 +146,36 @@ impl Format for Stage2 {
     }
 
     fn candidates() -> Vec<Settings> {
-        let usual = [
-            (4096, 48, 0),
-            (4096, 39, 1),
-            (4096, 40, 1),
-            (16384, 47, 1),
-            (16384, 48, 1),
-            (65536, 48, 1),
-            (65536, 42, 2),
-            (65536, 52, 1),
-            (4096, 44, 0),
+        let shape = |granule, input_bits, start, lpa2| vmsa::Candidate { granule, input_bits, start: Some(start_level_setting(start)), lpa2 };
+        let usual = [(4096, 48, 0), (4096, 39, 1), (4096, 40, 1), (16384, 47, 1), (16384, 40, 2), (65536, 48, 1), (65536, 42, 2), (65536, 52, 1)];
+        let narrow = [
+            (4096, 41, 1),
             (4096, 42, 1),
+            (4096, 43, 1),
+            (4096, 44, 0),
+            (4096, 42, 0),
             (4096, 36, 1),
             (4096, 32, 1),
-            (16384, 44, 1),
-            (16384, 42, 1),
-            (16384, 40, 1),
-            (16384, 40, 2),
+            (4096, 34, 2),
+            (4096, 30, 2),
+            (16384, 48, 1),
             (16384, 36, 2),
-            (16384, 32, 2),
-            (65536, 44, 1),
+            (16384, 44, 1),
+            (16384, 38, 2),
+            (65536, 44, 2),
+            (65536, 46, 2),
             (65536, 40, 2),
             (65536, 36, 2),
             (65536, 32, 2),
+            (16384, 40, 1),
+            (4096, 40, 0),
         ];
         let wide = [(4096, 52, -1), (4096, 52, 0), (4096, 48, 0), (16384, 52, 0), (16384, 48, 1), (16384, 51, 1)];
-        let of = |(granule, input_bits, start)| (granule, input_bits, Some(start_level_setting(start)));
-        let starts = [-1, 0, 1, 2, 3].map(|start| Some(start_level_setting(start)));
-        vmsa::candidates(&usual.map(of), &wide.map(of), &starts, |settings| Self::open(settings).is_ok())
+        vmsa::candidates(
+            &usual.map(|(granule, bits, start)| shape(granule, bits, start, false)),
+            &narrow.map(|(granule, bits, start)| shape(granule, bits, start, false)),
+            &wide.map(|(granule, bits, start)| shape(granule, bits, start, true)),
+        )
     }
 
     fn levels(&self) -> Vec<Level> {

@@ -137,7 +137,7 @@ pub(crate) fn check_root(name: &str, address: u64, index_bits: u8, output_bits: 
 }
 
 /// How the tables of an unknown origin may nest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Candidate {
     pub(crate) granule: u64,
     pub(crate) input_bits: u64,
@@ -146,23 +146,13 @@ pub(crate) struct Candidate {
     pub(crate) lpa2: bool,
 }
 
-/// What a descriptor may say besides: marks that hardware sets, and big-endian bytes.
-const MARKS: [&str; 2] = ["hardware-access", "hardware-dirty"];
-const BIG_ENDIAN: &str = "big-endian";
-
-/// How many configurations count as usual.
-const USUAL: usize = 64;
-/// Fewest input bits without small tables: T0SZ is at most 39.
-const FEWEST_INPUT_BITS: u64 = 25;
-
 impl Candidate {
     fn settings(self, flags: &[&str]) -> Settings {
         let mut settings = Settings::of(&[("granule", self.granule), ("input-bits", self.input_bits)]);
         if let Some(start) = self.start {
             settings.set("start-level", start);
         }
-        // What needs 52 bits of output somewhere may have them everywhere.
-        if self.lpa2 || self.input_bits > 48 {
+        if self.lpa2 || self.input_bits == 52 {
             settings.set("output-bits", 52);
         }
         for flag in flags.iter().copied().chain(self.lpa2.then_some("lpa2")) {
@@ -172,36 +162,14 @@ impl Candidate {
     }
 }
 
-/// Configurations of tables of unknown origin. The usual ones come first, plain and with hardware marks, then those with 52-bit descriptors (`wide`) and
-/// some big-endian ones: [`USUAL`] in all. Then all other input sizes and `starts`, with hardware marks: entries without them are right there as well.
-/// What else a context says changes what leaves grant, and not which entries are right.
-pub(crate) fn candidates(
-    usual: &[(u64, u64, Option<u64>)],
-    wide: &[(u64, u64, Option<u64>)],
-    starts: &[Option<u64>],
-    opens: impl Fn(&Settings) -> bool,
-) -> Vec<Settings> {
-    let shape = |lpa2: bool| move |&(granule, input_bits, start)| Candidate { granule, input_bits, start, lpa2 };
+/// Configurations of tables of unknown origin: `usual` and `narrow` ones plain; then with 52-bit descriptors, which only the `wide` ones have, with hardware
+/// marks, and with the bytes of a big-endian table. What else a context says changes what leaves grant, and not which entries are right.
+pub(crate) fn candidates(usual: &[Candidate], narrow: &[Candidate], wide: &[Candidate]) -> Vec<Settings> {
+    let marks = ["hardware-access", "hardware-dirty"];
+    let big = ["big-endian"];
+    let both = ["hardware-access", "hardware-dirty", "big-endian"];
     let with = |candidates: &[Candidate], flags: &[&str]| candidates.iter().map(|candidate| candidate.settings(flags)).collect::<Vec<_>>();
-    let usual: Vec<Candidate> = usual.iter().map(shape(false)).collect();
-    let wide: Vec<Candidate> = wide.iter().map(shape(true)).collect();
-    let big_endian = &usual[..USUAL - 2 * usual.len() - wide.len()];
-    let mut all = [with(&usual, &[]), with(&wide, &[]), with(&usual, &MARKS), with(big_endian, &[BIG_ENDIAN])].concat();
-    let rare = [MARKS.to_vec(), [&MARKS[..], &[BIG_ENDIAN]].concat()];
-    for flags in rare {
-        for (granule, lpa2) in [(4096, false), (16384, false), (65536, false), (4096, true), (16384, true)] {
-            let shapes =
-                (FEWEST_INPUT_BITS..=52).flat_map(|input_bits| starts.iter().map(move |&start| Candidate { granule, input_bits, start, lpa2 }));
-            let mut settings: Vec<Settings> = shapes.map(|shape| shape.settings(&flags)).collect();
-            if granule == 65536 {
-                // Addresses above 48 bits are another matter than the input size here.
-                settings.iter_mut().for_each(|settings| settings.set("output-bits", 52));
-            }
-            settings.retain(|settings| !all.contains(settings) && opens(settings));
-            all.extend(settings);
-        }
-    }
-    all
+    [with(usual, &[]), with(narrow, &[]), with(wide, &[]), with(usual, &marks), with(usual, &big), with(wide, &marks), with(usual, &both)].concat()
 }
 
 /// One kind of table, and with it everything that decides what its descriptors look like.

@@ -186,7 +186,7 @@ impl Format for Short {
         let of = |split, access_flag, tex_remap| Settings::of(&[("split", split), ("access-flag", access_flag), ("tex-remap", tex_remap)]);
         let mut candidates = vec![Settings::default()];
         candidates.extend((1..=7).map(|split| Settings::of(&[("split", split)])));
-        candidates.extend((0..=7).flat_map(|split| [of(split, 0, 1), of(split, 1, 0), of(split, 0, 0)]));
+        candidates.extend([of(0, 0, 1), of(0, 1, 0), of(0, 0, 0)]);
         candidates
     }
 

@@ -92,7 +92,7 @@ impl Format for Paging {
 
     fn candidates() -> Vec<Settings> {
         let of = |granule, levels, update| Settings::of(&[("granule", granule), ("levels", levels), ("hardware-update", update)]);
-        let usual = [(16384, 3), (4096, 3), (4096, 4), (16384, 2), (65536, 2), (65536, 3), (16384, 4), (4096, 2), (65536, 4)];
+        let usual = [(16384, 3), (4096, 3), (4096, 4), (16384, 2), (65536, 2), (65536, 3)];
         let plain = usual.map(|(granule, levels)| Settings::of(&[("granule", granule), ("levels", levels)]));
         plain.into_iter().chain(usual.map(|(granule, levels)| of(granule, levels, 1))).collect()
     }

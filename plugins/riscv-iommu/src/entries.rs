@@ -306,7 +306,6 @@ pub(crate) fn candidates(levels: &[u64], rare: &[&str]) -> Vec<Settings> {
     let sets: [Vec<&str>; 5] = [vec!["svnapot"], vec![], vec!["svnapot", "svpbmt"], extensions[..3].to_vec(), [&extensions[..], rare].concat()];
     let mut all: Vec<Settings> = sets.iter().flat_map(|flags| levels.iter().map(|&levels| with(levels, flags))).collect();
     all.extend([with(2, &[]), with(2, &[&["hardware-update"], rare].concat())]);
-    all.push(with(2, &["hardware-update", "big-endian"]));
     all.extend(levels.iter().map(|&levels| with(levels, &["svnapot", "svpbmt", "big-endian"])));
     all
 }
