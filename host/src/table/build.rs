@@ -54,6 +54,8 @@ struct Rung {
     lsb: u8,
     entries: u64,
     bytes: u64,
+    /// What is taken for a table: its bytes, or as many as the addresses of such tables are apart that the rung above can say.
+    room: u64,
     absent: u64,
     leaf_sizes: u64,
     /// The entry that points to a table of the next rung, and where its address goes.
@@ -234,7 +236,7 @@ impl<'a> Builder<'a> {
     /// Follows the format from a root down: at each level the first kind of table that it can point to and that fits without a gap.
     fn plan_chain(&mut self, setting: String, root: u8, mut inherited: u64) -> Result<Chain, BuildError> {
         let mut rungs: Vec<Rung> = Vec::new();
-        let mut next = Some(root);
+        let (mut next, mut apart) = (Some(root), 1);
         while let Some(kind) = next {
             let level = self.plan.geometry.levels[usize::from(kind)].clone();
             let mut rung = Rung {
@@ -242,6 +244,7 @@ impl<'a> Builder<'a> {
                 lsb: level.index_lsb,
                 entries: level.entries(),
                 bytes: self.plan.geometry.table_bytes(kind),
+                room: self.plan.geometry.table_bytes(kind).max(apart),
                 absent: level.absent,
                 leaf_sizes: level.leaf_sizes,
                 table_pattern: 0,
@@ -258,6 +261,7 @@ impl<'a> Builder<'a> {
                 let plan = &self.plan.levels[usize::from(kind)];
                 rung.table_field = plan.field(plan.shape_of(pattern)).clone();
                 rung.table_pattern = pattern;
+                apart = 1 << rung.table_field.address_mask.trailing_zeros().min(63);
                 self.questions += 1;
                 match self.format.decode(kind, inherited, pattern).map_err(BuildError::Format)? {
                     Meaning::Table { next, inherited: below_inherited } if usize::from(next.level) == below => inherited = below_inherited,
@@ -512,9 +516,9 @@ impl<'a> Builder<'a> {
         while self.open.len() <= depth {
             let parent = &self.chains[chain].rungs[self.open.len() - 1];
             let base = iova & !low_bits(parent.lsb);
-            let bytes = self.chains[chain].rungs[self.open.len()].bytes;
+            let Rung { bytes, room, .. } = self.chains[chain].rungs[self.open.len()];
             let before = self.arena.bytes().saturating_sub(self.before);
-            let offset = self.arena.allocate(bytes)?;
+            let offset = self.arena.allocate(room)?;
             let past_cache = runs::goes_past_cache(bytes, before);
             self.open.push(Open { offset, base, filled: 0, contents: Contents::Empty, past_cache });
             let page = self.stage.page(bytes, before);
@@ -580,7 +584,7 @@ impl<'a> Builder<'a> {
             let parent = &mut self.open[child - 1];
             match promoted {
                 Some((leaf, attributes, address)) => {
-                    self.arena.release(closed.offset, bytes);
+                    self.arena.release(closed.offset, self.chains[chain].rungs[child].room);
                     self.leaves = self.leaves + 1 - entries;
                     note(parent, index, 1, attributes, Some(leaf.pattern), address, address.wrapping_add(low_bits(lsb)).wrapping_add(1));
                 }

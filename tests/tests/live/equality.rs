@@ -86,7 +86,8 @@ impl Visitor for ForAll<'_, '_> {
 
 /// What an offline conversion of the same tables maps: with everything that the host's format cannot say left out.
 fn converted(guest: &mut Table, memory: &Memory, map: &MemoryMap, host: &TableConfig) -> Vec<Mapping> {
-    let mut arena = Arena::new(1 << 40, 1 << 28);
+    // Where every format's entries can point.
+    let mut arena = Arena::new(1 << 28, 1 << 28);
     let mut builder = Builder::new(format(host), &mut arena).unwrap();
     let budget = stagecraft::memory::Budget::new(stagecraft::memory::Limits::default());
     let privileged = guest.geometry().privileged;
