@@ -9,6 +9,12 @@
 //!
 //! [`Live`] joins a shadow and a sink. When one of its calls returns, no translation that the guest removed is in the host's table, and none is in the
 //! hardware's caches if the committer kept its promise.
+//!
+//! # What is missing
+//!
+//! A shadow follows one table: guests with two stages, intercepts, and memory that comes and goes while an address space lives are not covered. There is no
+//! committer for a real kernel and no sink for its areas. What is refused because the host's table memory is full comes back only when the guest maps it
+//! anew. `tests/tests/live/equality.rs` names guests for which the live table differs from a naive walk.
 
 mod changes;
 mod live;

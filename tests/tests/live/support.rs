@@ -1,7 +1,7 @@
 //! What the tests of live address spaces share: guests whose memory can be changed, a model of what was told, and hosts.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, RwLock};
 
 use stagecraft::memory::{Budget, EntryLayout, EntryMemory, Limits, MemoryMap, ReadError};
 use stagecraft::plugin::TableConfig;
@@ -117,6 +117,8 @@ pub struct Host {
     pub model: Model,
     pub committer: Counting,
     pub commits: u64,
+    /// Held by who walks the tables as hardware does: an invalidation waits until the walks that have begun are over.
+    pub walking: Arc<RwLock<()>>,
     region: Arc<MmapRegion>,
 }
 
@@ -128,7 +130,7 @@ impl Host {
         for (setting, address) in table.roots() {
             config.settings.set(setting, address.0);
         }
-        Self { config, table, model: Model::default(), committer: Counting::default(), commits: 0, region }
+        Self { config, table, model: Model::default(), committer: Counting::default(), commits: 0, walking: Arc::default(), region }
     }
 
     /// Where the tables are.
@@ -170,6 +172,7 @@ impl Sink for Host {
             let needed = self.table.needed().clone();
             self.committer.invalidate(&needed)?;
         }
+        drop(self.walking.write().unwrap());
         self.table.completed();
         Ok(())
     }
