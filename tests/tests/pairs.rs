@@ -223,7 +223,7 @@ fn scattered(count: u64, unit: u8, distinct: u64) -> Vec<Piece> {
     let piece = |index: u64| {
         // An odd factor makes all different and none follow each other.
         let page = index % distinct * 4099 % 16384;
-        let attributes = kinds[usize::from(index % distinct % 5 == 0)];
+        let attributes = kinds[usize::from((index % distinct).is_multiple_of(5))];
         Piece { iova: Span::of_log2(0x4000_0000 + (index << unit), unit), address: 0x8000_0000 + (page << unit), attributes }
     };
     (0..count).map(piece).collect()

@@ -59,7 +59,7 @@ impl Watcher for Watched {
 #[test]
 fn a_change_is_told_exactly_and_costs_no_questions() {
     let guest = Guest::new();
-    (0..256).for_each(|index| guest.put(index << 12, 0, DATA + (index << 12) | RW));
+    (0..256).for_each(|index| guest.put(index << 12, 0, (DATA + (index << 12)) | RW));
     guest.set(1 << 30, 0, DATA | RO);
     let mut live = live(&guest);
     assert_in_step(&guest, &live);
@@ -87,7 +87,7 @@ fn a_change_is_told_exactly_and_costs_no_questions() {
 #[test]
 fn tables_that_move_change_what_differs_only() {
     let guest = Guest::new();
-    (0..512).for_each(|index| guest.put(index << 12, 0, DATA + (index << 12) | RW));
+    (0..512).for_each(|index| guest.put(index << 12, 0, (DATA + (index << 12)) | RW));
     let mut live = live(&guest);
     // A copy of the last table with one page less, somewhere else; and then of the root.
     let copy = |from: u64, to: u64| (0..512).for_each(|index| guest.store(to + index * 8, guest.load(from + index * 8)));
@@ -128,7 +128,7 @@ fn written_pages_are_enough_and_pages_are_watched_exactly() {
             let at = guest.slot(iova, height);
             tell(&mut live, at);
         }
-        let at = guest.set(iova, 0, if rng.percent(40) { 0 } else { DATA + (rng.below(64) << 12) | rng.pick(&[RW, RO]) });
+        let at = guest.set(iova, 0, if rng.percent(40) { 0 } else { (DATA + (rng.below(64) << 12)) | rng.pick(&[RW, RO]) });
         assert!(tell(&mut live, at).changes <= 2);
         if rng.percent(5) {
             let at = guest.set(iova, rng.below(2) as u32 + 1, 0);
@@ -158,7 +158,7 @@ fn without_a_word_nothing_is_seen() {
 fn limits_block_what_is_beyond_them_and_nothing_else() {
     let guest = Guest::new();
     let mut live = live_with(&guest, ShadowLimits { table_pages: 6, leaves: 20 }, Box::new(Unwatched));
-    (0..30).for_each(|index| guest.put(index << 12, 0, DATA + (index << 12) | RW));
+    (0..30).for_each(|index| guest.put(index << 12, 0, (DATA + (index << 12)) | RW));
     let report = live.synchronise(&guest.view()).unwrap();
     assert_eq!((report.changes, report.blocked_count), (20, 10));
     assert!(report.blocked.iter().all(|blocked| blocked.reason == Reason::Leaves));
@@ -248,7 +248,7 @@ fn pages_that_stay_translate_at_every_moment() {
     for index in 0..4 {
         guest.set(index << 21, 1, large(index));
     }
-    (0..512).for_each(|index| guest.put(4 << 21 | index << 12, 0, DATA + (index << 12) | RW));
+    (0..512).for_each(|index| guest.put(4 << 21 | index << 12, 0, (DATA + (index << 12)) | RW));
     let mut live = live(&guest);
     let stay: Vec<u64> = (0..4).map(|index| index << 21 | 0x12_3000).chain((0..256).map(|index| 4 << 21 | index << 13)).collect();
     let (config, region, stop, walks) = (live.sink().config.clone(), live.sink().region(), AtomicBool::new(false), AtomicU64::new(0));
@@ -278,9 +278,9 @@ fn pages_that_stay_translate_at_every_moment() {
             rounds += 1;
             let index = rng.below(4);
             if guest.load(guest.slot(index << 21, 1).0) & PS != 0 {
-                guest.split(index << 21)
+                guest.split(index << 21);
             } else {
-                guest.put(index << 21, 1, large(index))
+                guest.put(index << 21, 1, large(index));
             }
             let neighbour = 4 << 21 | rng.below(256) << 13 | 0x1000;
             guest.set(neighbour, 0, if rng.percent(50) { 0 } else { DATA | RO });
@@ -309,7 +309,7 @@ impl Drop for Stop<'_> {
 #[test]
 fn a_guest_that_scribbles_gets_what_some_read_found() {
     let guest = Guest::new();
-    (0..512).for_each(|index| guest.put(index << 12, 0, DATA + (index << 12) | RW));
+    (0..512).for_each(|index| guest.put(index << 12, 0, (DATA + (index << 12)) | RW));
     let mut live = live_with(&guest, ShadowLimits { table_pages: 200, leaves: 1 << 16 }, Box::new(Unwatched));
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {

@@ -58,7 +58,7 @@ impl Committer for Teller {
             }
             match self.arch {
                 Arch::Vtd => words.extend([span.first, pages, leaf]),
-                Arch::Smmu => (0..pages).for_each(|page| words.extend([0x12 | 7 << 48, span.first + (page << 12) | leaf])),
+                Arch::Smmu => (0..pages).for_each(|page| words.extend([0x12 | 7 << 48, (span.first + (page << 12)) | leaf])),
             }
         }
         let (data_type, entry_length) = match self.arch {
@@ -231,7 +231,7 @@ fn dma_to_pages_that_stay_never_fails() {
     for arch in [Arch::Vtd, Arch::Smmu] {
         let mut rig = Rig::new(arch, Forgotten::Nothing);
         rig.guest.set(0, 1, 0x100_0000 | RW | PS);
-        (0..64).for_each(|index| rig.guest.put(1 << 21 | index << 12, 0, DATA + (index << 12) | RW));
+        (0..64).for_each(|index| rig.guest.put(1 << 21 | index << 12, 0, (DATA + (index << 12)) | RW));
         rig.live.synchronise(&rig.guest.view()).unwrap();
         let (stop, done) = (AtomicBool::new(false), AtomicU64::new(0));
         std::thread::scope(|scope| {
