@@ -116,3 +116,33 @@ pub fn read_bytes<M: GuestMemory + ?Sized>(memory: &M, address: Gpa, length: usi
     }
     Ok(bytes)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::{Bytes, GuestMemoryMmap};
+
+    /// A page of bytes that are all different from their neighbours, read as entries of either size and order: from its start, and from where wide loads do not fit.
+    #[test]
+    fn entries_are_what_stands_in_memory() {
+        let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0x1000), 4096)]).expect("a page");
+        let bytes: Vec<u8> = (0..4096_u32).map(|index| (index.wrapping_mul(0x9e37_79b9) >> 13) as u8).collect();
+        memory.write_slice(&bytes, GuestAddress(0x1000)).expect("in memory");
+        for (size, order) in [(4, ByteOrder::Little), (4, ByteOrder::Big), (8, ByteOrder::Little), (8, ByteOrder::Big)] {
+            for (skipped, count) in [(0, 4096 / size), (0, 64), (1, 64), (3, 33), (16, 1)] {
+                let mut entries = vec![u64::MAX; count];
+                let layout = EntryLayout { bytes: size as u8, order };
+                VmMemory(&memory).read_entries(Gpa(0x1000 + (skipped * size) as u64), layout, &mut entries).expect("in memory");
+                for (index, entry) in entries.iter().enumerate() {
+                    let mut word = [0; 8];
+                    let at = (skipped + index) * size;
+                    word[..size].copy_from_slice(&bytes[at..at + size]);
+                    if order == ByteOrder::Big {
+                        word[..size].reverse();
+                    }
+                    assert_eq!(*entry, u64::from_le_bytes(word), "{size} bytes, {order:?}, {skipped} + {index}");
+                }
+            }
+        }
+    }
+}
