@@ -470,7 +470,7 @@ struct Place {
 }
 
 /// So many bytes of the next table are asked for early. The processor sees by itself how a table goes on; what it does not see is where it starts.
-const START: u64 = 512;
+const START: u64 = 1024;
 
 /// Where the last entries were read from.
 #[derive(Clone, Copy)]
