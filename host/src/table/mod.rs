@@ -11,6 +11,7 @@ mod geometry;
 mod intercept;
 mod lanes;
 mod loss;
+mod passage;
 mod remember;
 mod source;
 mod stage;
@@ -28,6 +29,9 @@ pub use intercept::Intercept;
 pub(crate) use lanes::{swap_bytes, widen};
 pub(crate) use loss::narrowed;
 pub use loss::{Count, Loss, Losses};
+#[cfg(all(target_arch = "x86_64", not(miri)))]
+pub(crate) use passage::wide::Registers;
+pub use passage::{Passage, Passed, Receiver};
 pub(crate) use remember::{Judge, JudgeError, LevelPlan, Plan};
 pub use source::Source;
 pub use stages::{AddressSpace, Fault, Translation};
