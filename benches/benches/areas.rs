@@ -102,8 +102,16 @@ fn no_pages(first: u64, count: u64) -> Vec<Change> {
 /// Where the changes are.
 const AT: u64 = 1 << 40;
 
-/// What a guest does again and again: batches that end as they began.
-fn workloads() -> Vec<(&'static str, Vec<Vec<Change>>, Vec<Vec<Change>>)> {
+/// What a guest does again and again.
+struct Workload {
+    name: &'static str,
+    /// What is mapped at first.
+    before: Vec<Change>,
+    /// End as they began.
+    batches: [Vec<Change>; 2],
+}
+
+fn workloads() -> Vec<Workload> {
     let large = || vec![map(AT, LARGE, LARGE)];
     let split = || [vec![unmap(AT, LARGE)], pages(AT, 512, LARGE)].concat();
     let merge = || [no_pages(AT, 512), large()].concat();
@@ -127,13 +135,14 @@ fn workloads() -> Vec<(&'static str, Vec<Vec<Change>>, Vec<Vec<Change>>)> {
         .concat()
     };
     let unmarked = || [no_pages(AT, 64), pages(AT, 64, 0)].concat();
+    let workload = |name, before, batches| Workload { name, before, batches };
     vec![
-        ("a page comes and goes", Vec::new(), vec![pages(AT, 1, 0), no_pages(AT, 1)]),
-        ("a buffer of 16 pages comes and goes", Vec::new(), vec![pages(AT, 16, 0), no_pages(AT, 16)]),
-        ("a page is moved, and back", vec![pages(AT, 1, 3 * PAGE)], vec![moved(), back()]),
-        ("64 pages are marked accessed and dirty", vec![pages(AT, 64, 0)], vec![marked(), unmarked()]),
-        ("2 MiB are split and merged", vec![large()], vec![split(), merge()]),
-        ("2 MiB are split with a change, and merged", vec![large()], vec![changed(), merge()]),
+        workload("a page comes and goes", Vec::new(), [pages(AT, 1, 0), no_pages(AT, 1)]),
+        workload("a buffer of 16 pages comes and goes", Vec::new(), [pages(AT, 16, 0), no_pages(AT, 16)]),
+        workload("a page is moved, and back", pages(AT, 1, 3 * PAGE), [moved(), back()]),
+        workload("64 pages are marked accessed and dirty", pages(AT, 64, 0), [marked(), unmarked()]),
+        workload("2 MiB are split and merged", large(), [split(), merge()]),
+        workload("2 MiB are split with a change, and merged", large(), [changed(), merge()]),
     ]
 }
 
@@ -146,14 +155,14 @@ fn run(sink: &RefCell<Box<dyn Sink>>, batches: &[Vec<Change>]) {
 }
 
 fn against_a_call_per_leaf(criterion: &mut Criterion) {
-    for (name, before, batches) in workloads() {
+    for Workload { name, before, batches } in workloads() {
         let hosts = [("a call per leaf", per_leaf()), ("areas, as leaves", areas(0)), ("areas, joined", areas(LARGE))];
         let hosts = hosts.map(|(who, (sim, sink))| (who, sim, RefCell::new(sink)));
         for (_, _, sink) in &hosts {
             // Other pages are mapped all the while, none of them neighbours of another.
             let resident: Vec<Change> = (0..RESIDENT).map(|index| map((1 << 32) + index * 2 * PAGE, PAGE, index * PAGE)).collect();
             run(sink, &[resident]);
-            run(sink, &before);
+            run(sink, std::slice::from_ref(&before));
         }
         println!("\n{name}: kernel calls");
         for (who, sim, sink) in &hosts {
