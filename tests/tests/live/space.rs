@@ -48,7 +48,9 @@ impl<'a> Second<'a> {
     /// All of memory where it is, in pages of 2 MiB.
     fn identity(guest: &'a Guest) -> Self {
         let second = Self { guest, root: guest.table() };
-        (0..MEMORY).step_by(2 << 20).for_each(|address| drop(second.set(address, 1, address | BOTH | PS)));
+        for address in (0..MEMORY).step_by(2 << 20) {
+            second.set(address, 1, address | BOTH | PS);
+        }
         second
     }
 
@@ -177,7 +179,7 @@ fn limits_hold_for_both_stages_together() {
     second.split(DATA);
     // Two large pages to what are 512 small ones.
     let large = [0, 2 << 20];
-    large.iter().for_each(|iova| drop(guest.set(*iova, 1, DATA | RW | PS)));
+    large.iter().for_each(|iova| guest.put(*iova, 1, DATA | RW | PS));
     let limits = ShadowLimits { table_pages: 16, leaves: 700 };
     let mut live = live(&guest, second.way(), limits, Box::new(Unwatched));
     assert_eq!(live.sink().0.pieces.len(), 700);
@@ -208,17 +210,20 @@ fn pages_of_tables_of_both_stages_count() {
     let second = Second::identity(&guest);
     (0..512).for_each(|index| guest.put((8 << 30) | index << 12, 0, (DATA + (index << 12)) | RO));
     let mut live = live(&guest, second.way(), ShadowLimits { table_pages: 16, leaves: 1 << 20 }, Box::new(Unwatched));
-    assert_eq!(live.space().figures().table_pages, 4 + 3);
+    // The root of the first stage counts twice: it has two halves.
+    assert_eq!(live.space().figures().table_pages, 5 + 3);
     (0..16).for_each(|index| second.split(index * (2 << 20)));
     let report = live.synchronise(&guest.view()).unwrap();
-    assert_eq!(report.blocked_count, 7, "nine of sixteen have room");
+    assert_eq!(report.blocked_count, 8, "eight of sixteen have room");
     assert!(report.blocked.iter().all(|blocked| (blocked.stage, blocked.reason) == (2, Reason::TablePages)), "{report:?}");
     assert_eq!(live.space().figures().table_pages, 16);
     // A table of the first stage waits for one of the second to go.
     guest.put(16 << 30, 0, DATA | RW);
     let report = live.invalidate(&guest.view(), &[range(16 << 30, 16 << 30, false)]).unwrap();
     assert_eq!((report.blocked[0].stage, report.blocked[0].reason), (1, Reason::TablePages));
-    (5..16).for_each(|index| drop(second.set(index * (2 << 20), 1, 0)));
+    for index in 5..16 {
+        second.set(index * (2 << 20), 1, 0);
+    }
     live.synchronise(&guest.view()).unwrap();
     assert_eq!(live.synchronise(&guest.view()).unwrap().blocked_count, 0);
     assert_eq!(goes(&live, 16 << 30), Some((DATA, READ_WRITE)));
@@ -390,7 +395,7 @@ fn what_is_intercepted_between_stages_and_beyond_them_is_not_mapped() {
     let mut caught = 0;
     for (pair, seed) in [Pair::Smmu, Pair::Vtd, Pair::Amd, Pair::Riscv].into_iter().flat_map(|pair| (0..seeds()).map(move |seed| (pair, seed))) {
         let mut rng = Rng::new(seed ^ 0x1c);
-        let Both { first, second, memory, .. } = both(pair, seed, &mut rng);
+        let Both { first, second, memory, .. } = both(pair, seed, &mut rng, false);
         let outer = Walker::new(&memory, std::slice::from_ref(&second)).unwrap().mappings().unwrap();
         let all = pages_by_hand(&first.truth, &outer, &[]);
         let tables = [first.config, second].map(|config| plugin_config(&config));
