@@ -14,9 +14,12 @@
 //! What cannot be followed, because a limit is reached or the format failed, is *blocked*: it counts as absent, is told as such, and is judged again
 //! whenever it is read.
 
+mod hotplug;
 mod kind;
+mod mark;
 mod node;
 mod pass;
+mod replay;
 
 pub use node::{Unwatched, Watcher};
 
@@ -55,6 +58,8 @@ pub struct ShadowFigures {
     pub table_pages: u64,
     /// Entries that are leaves.
     pub leaves: u64,
+    /// Entries that count as absent because a limit was reached or the format failed.
+    pub blocked: u64,
     /// Questions that the format was asked.
     pub questions: u64,
 }
@@ -82,6 +87,7 @@ pub struct Shadow {
     map: MemoryMap,
     limits: ShadowLimits,
     leaves: u64,
+    blocked: u64,
     scratch: Scratch,
 }
 
@@ -111,6 +117,7 @@ impl Shadow {
             map,
             limits,
             leaves: 0,
+            blocked: 0,
             scratch: Scratch::default(),
         })
     }
@@ -124,7 +131,13 @@ impl Shadow {
     /// What is held.
     #[must_use]
     pub fn figures(&self) -> ShadowFigures {
-        ShadowFigures { tables: self.nodes.len() as u64, table_pages: self.pages.count(), leaves: self.leaves, questions: self.judge.asked() }
+        ShadowFigures {
+            tables: self.nodes.len() as u64,
+            table_pages: self.pages.count(),
+            leaves: self.leaves,
+            blocked: self.blocked,
+            questions: self.judge.asked(),
+        }
     }
 
     /// The guest pages that hold tables, in no order.
