@@ -134,7 +134,7 @@ impl Rig {
         let words = match arch {
             Arch::Vtd => vec![0, root, 48],
             Arch::Smmu => {
-                let cd = [16 | u64::from(marks) * (3 << 42) | 1 << 30 | 1 << 31 | 5 << 32 | 1 << 41 | 1 << 45 | 1 << 46 | 7 << 48, root, 0, 0xff_u64];
+                let cd = [16 | (u64::from(marks) * 3) << 42 | 1 << 30 | 1 << 31 | 5 << 32 | 1 << 41 | 1 << 45 | 1 << 46 | 7 << 48, root, 0, 0xff_u64];
                 region.get_slice(context as usize, 32).unwrap().copy_from(&cd[..]);
                 vec![1 | 5 << 1 | (HOST_BASE + context), 0]
             }

@@ -102,7 +102,7 @@ fn tables_come_and_go_at_random_on_a_host_that_is_always_full() {
 #[test]
 fn a_new_sink_has_everything_before_the_old_one_goes() {
     let guest = Guest::new();
-    (0..3 * 4096_u64).for_each(|index| guest.put(index << 12, 0, (DATA + (index % 512 << 12)) | RW));
+    (0..3 * 4096_u64).for_each(|index| guest.put(index << 12, 0, (DATA + ((index % 512) << 12)) | RW));
     guest.put(7 << 30, 1, 0x100_0000 | RO | PS);
     let mut live = live(&guest, 64);
     live.synchronise(&guest.view()).unwrap();

@@ -80,6 +80,7 @@ impl<M: TableMemory> NestedTable<M> {
         }
         self.plan.takes_dirty = on;
         self.log = if on { self.log.take().or_else(|| Some(Spans::up_to(LOG))) } else { None };
+        self.begins = on;
         true
     }
 
@@ -159,7 +160,8 @@ impl<M: TableMemory> NestedTable<M> {
         let Slot::Leaf(tracks) = table.slots[index as usize] else { return true };
         let rung = &place.chain.rungs[place.depth];
         let written = tracks.is_written(self.plan.level(rung), old);
-        if let Some(log) = self.log.as_mut().filter(|_| written) {
+        let is_old = self.begins && self.keeps_marks;
+        if let Some(log) = self.log.as_mut().filter(|_| written && !is_old) {
             log.add(self.plan.address(rung, old));
         }
         tracks.was_dirty || written

@@ -118,6 +118,8 @@ pub struct NestedTable<M> {
     keeps_marks: bool,
     /// Guest-physical addresses that were written through leaves that are gone, while somebody wants to know.
     log: Option<Spans>,
+    /// It has just been begun: what is mapped anew was written before.
+    begins: bool,
 }
 
 impl<M> std::fmt::Debug for NestedTable<M> {
@@ -195,6 +197,7 @@ impl<M: TableMemory> NestedTable<M> {
             released: false,
             keeps_marks: false,
             log: None,
+            begins: false,
         };
         for chain in this.plan.chains.clone() {
             let (rung, bytes) = (&chain.rungs[0], chain.bytes(0));
@@ -315,6 +318,9 @@ impl<M: TableMemory> NestedTable<M> {
     /// Makes the changes in one slot; `slot` has the part of it that can be mapped.
     fn change(&mut self, table: &mut HostTable, index: u64, slot: Place<'_>, unmaps: &[Change], maps: &[Change]) {
         let old = table.slots[index as usize];
+        if unmaps.is_empty() && matches!(old, Slot::Leaf(_)) {
+            return; // offered again, and there
+        }
         if let [Change::Map(piece)] = maps
             && let Some(entry) = self.leaf(slot, piece)
         {
@@ -615,6 +621,7 @@ impl<M: TableMemory, C: Committer> Sink for Nested<M, C> {
     }
 
     fn commit(&mut self) -> Result<(), CommitError> {
+        self.table.begins = false;
         if !self.table.needed.is_empty() {
             self.committer.invalidate(&self.table.needed)?;
         }
