@@ -15,6 +15,7 @@ mod remember;
 mod source;
 mod stage;
 mod stages;
+mod target;
 mod walk;
 
 pub use arena::{Arena, Full};
@@ -27,9 +28,9 @@ pub use geometry::{AddressField, ByteOrder, Geometry, Level, Mark, Nonsense, Roo
 pub use intercept::Intercept;
 pub(crate) use intercept::{Compared, Intercepted};
 pub(crate) use lanes::{swap_bytes, widen};
-pub(crate) use loss::narrowed;
 pub use loss::{Count, Loss, Losses};
 pub(crate) use remember::{Judge, JudgeError, LevelPlan, Plan};
 pub use source::Source;
 pub use stages::{AddressSpace, Fault, Translation};
+pub(crate) use target::{Leaf, Rung, Target, low_bits};
 pub use walk::{Cause, FaultAt, Kinds, OpenError, Piece, Run, Step, Table, Visitor, WalkError};

@@ -132,7 +132,7 @@ impl Case {
         let host = Host::new(&TableConfig::new(name, settings), 8 << 20);
         // Holes where targets are, and no tables.
         let targets: Vec<Run> = outer.iter().filter(|run| !memory.pages.contains_key(&run.address)).copied().collect();
-        let map = super::equality::holes(&targets, 52, &mut rng);
+        let map = super::equality::holes(&targets, &[], 52, &mut rng);
         let what = format!("{pair:?} on {name} seed {seed}: {:?} behind {second:?}", first.config);
         let snapshot = Snapshot { memory, ..Snapshot::default() };
         let stages = [first.config, second];
