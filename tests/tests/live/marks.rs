@@ -133,8 +133,14 @@ fn writes_are_logged_while_the_guest_lives() {
         uses(&rig, 0x2000, DmaAccess::Write);
         rig.guest.put(0, 1, 0);
         rig.live.synchronise(&rig.guest.view()).unwrap();
+        // Small pages whose table goes at once, because a large one stands there.
+        (0..4).for_each(|index| rig.guest.put(3 << 21 | index << 12, 0, (DATA + ((40 + index) << 12)) | RW));
+        rig.live.synchronise(&rig.guest.view()).unwrap();
+        uses(&rig, 3 << 21 | 0x1000, DmaAccess::Write);
+        rig.guest.put(3 << 21, 1, 0x140_0000 | RW | PS);
+        rig.live.synchronise(&rig.guest.view()).unwrap();
         let large = 0x100_0000 >> 12..(0x120_0000 >> 12);
-        let wanted: BTreeSet<u64> = [data(1), data(2)].into_iter().chain(large).collect();
+        let wanted: BTreeSet<u64> = [data(1), data(2), data(41)].into_iter().chain(large).collect();
         assert_eq!(pages(&mut rig.live, true), wanted, "{arch:?}");
         assert_eq!(pages(&mut rig.live, true), BTreeSet::new(), "{arch:?}");
     }
