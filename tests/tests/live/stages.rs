@@ -19,7 +19,7 @@ use stagecraft_tests::reference::walk::Walker;
 use stagecraft_tests::reference::{Access, Run};
 
 use super::behaviour::Watched;
-use super::equality::{ForAll, HOSTS, assert_same, clipped, seeds};
+use super::equality::{ForAll, HOSTS, assert_same, clipped, holes, seeds};
 use super::support::{Host, View, format, walk};
 use crate::configs::plugin_config;
 use crate::mutate::{Words, mutate};
@@ -106,6 +106,8 @@ struct Case {
     stages: [tables::TableConfig; 2],
     /// The pages of both stages, and of nothing else.
     snapshot: Snapshot,
+    /// Where the second stage puts what is no table.
+    targets: Vec<Run>,
     map: MemoryMap,
     live: Live<Host>,
     compared: u64,
@@ -132,14 +134,32 @@ impl Case {
         let host = Host::new(&TableConfig::new(name, settings), 8 << 20);
         // Holes where targets are, and no tables.
         let targets: Vec<Run> = outer.iter().filter(|run| !memory.pages.contains_key(&run.address)).copied().collect();
-        let map = super::equality::holes(&targets, &[], 52, &mut rng);
+        let map = holes(&targets, &[], 52, &mut rng);
         let what = format!("{pair:?} on {name} seed {seed}: {:?} behind {second:?}", first.config);
         let snapshot = Snapshot { memory, ..Snapshot::default() };
         let stages = [first.config, second];
         let limits = ShadowLimits { table_pages: 1 << 12, leaves: 1 << 20 };
         let space = Space::open(way(&stages), map.clone(), limits, Box::new(Watched::default())).unwrap();
         let live = Live::new(space, host, Tag { domain: Some(1), space: Some(2) }, 0, 1 << 14);
-        Self { what, stages, snapshot, map, live, compared: 0, exhausted: 0 }
+        Self { what, stages, snapshot, targets, map, live, compared: 0, exhausted: 0 }
+    }
+
+    /// Memory comes and goes, pages with tables of both stages among it.
+    fn change_map(&mut self, rng: &mut Rng) {
+        let gone: Vec<u64> = (0..rng.below(3)).filter_map(|_| self.some_page(rng)).collect();
+        self.map = holes(&self.targets, &gone, 52, rng);
+        self.live.memory_changed(&View(&self.snapshot.memory), self.map.clone()).unwrap();
+        assert!(self.live.sink().model.pieces.values().all(|piece| {
+            let last = piece.address + piece.iova.length_minus_one();
+            self.map.target(piece.address).is_some_and(|target| target.contains(last))
+        }));
+    }
+
+    /// What the map has of the guest's memory.
+    fn existing(&self, memory: &Memory) -> Memory {
+        let mut memory = memory.clone();
+        memory.pages.retain(|page, _| self.map.region(*page).is_some());
+        memory
     }
 
     /// Pages that hold tables of a stage, as guest addresses.
@@ -266,12 +286,12 @@ impl Case {
             let runs = walk.runs.iter().map(|run| (run.iova, run.size, run.address, run.access.read, run.access.write));
             (!walk.exhausted).then(|| runs.collect::<BTreeSet<_>>())
         };
-        let (old, new) = (runs(before)?, runs(&self.snapshot.memory)?);
+        let (old, new) = (runs(&self.existing(before))?, runs(&self.existing(&self.snapshot.memory))?);
         Some(old.symmetric_difference(&new).map(|(iova, size, ..)| range(true, Span { first: *iova, last: iova + (size - 1) })).collect())
     }
 
     fn check(&mut self, blocked: bool, when: &str) {
-        let memory = &self.snapshot.memory;
+        let memory = &self.existing(&self.snapshot.memory);
         let what = format!("{}, {when}", self.what);
         let naive = Walker::new(memory, &self.stages).unwrap().with_budget(1 << 20).walk();
         if naive.exhausted || blocked {
@@ -338,6 +358,12 @@ fn run(pair: Pair, seed: u64) -> (u64, u64) {
             (case.stages, case.snapshot.memory) = ([first.config, second], memory);
             let report = case.live.switch(way(&case.stages), &View(&case.snapshot.memory)).unwrap();
             case.check(report.blocked_count > 0, &format!("round {round}, switched"));
+            continue;
+        }
+        if rng.percent(15) {
+            case.change_map(&mut rng);
+            let blocked = case.live.space().figures().blocked > 0;
+            case.check(blocked, &format!("round {round}, memory came or went"));
             continue;
         }
         let before = case.snapshot.memory.clone();
