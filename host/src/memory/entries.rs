@@ -20,6 +20,18 @@ pub struct EntryLayout {
     pub order: ByteOrder,
 }
 
+impl EntryLayout {
+    /// An entry as it stands in memory, or what stands in memory as an entry.
+    pub(crate) const fn word(self, entry: u64) -> u64 {
+        match (self.bytes, self.order) {
+            (8, ByteOrder::Little) => entry.to_le(),
+            (8, ByteOrder::Big) => entry.to_be(),
+            (_, ByteOrder::Little) => (entry as u32).to_le() as u64,
+            (_, ByteOrder::Big) => (entry as u32).to_be() as u64,
+        }
+    }
+}
+
 /// Guest memory at this address could not be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("guest memory at {0} cannot be read")]

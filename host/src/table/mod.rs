@@ -16,6 +16,7 @@ mod remember;
 mod source;
 mod stage;
 mod stages;
+mod target;
 mod walk;
 
 pub use arena::{Arena, Full};
@@ -26,6 +27,7 @@ pub use format::{Encoded, FaultKind, Finding, Format, FormatError, Meaning, Miss
 pub(crate) use geometry::MAX_INDEX_BITS;
 pub use geometry::{AddressField, ByteOrder, Geometry, Level, Mark, Nonsense, Root, Segment, Shape};
 pub use intercept::Intercept;
+pub(crate) use intercept::{Compared, Intercepted};
 pub(crate) use lanes::{swap_bytes, widen};
 pub(crate) use loss::narrowed;
 pub use loss::{Count, Loss, Losses};
@@ -35,4 +37,5 @@ pub use passage::{Passage, Passed, Receiver};
 pub(crate) use remember::{Judge, JudgeError, LevelPlan, Plan};
 pub use source::Source;
 pub use stages::{AddressSpace, Fault, Translation};
+pub(crate) use target::{Leaf, Rung, Target, low_bits};
 pub use walk::{Cause, FaultAt, Kinds, OpenError, Piece, Run, Step, Table, Visitor, WalkError};
