@@ -12,6 +12,7 @@ pub mod kernel;
 pub mod lookup;
 pub mod memory;
 pub mod offers;
+pub mod pins;
 pub mod plugin;
 pub mod snapshot;
 pub mod sync;

@@ -3,7 +3,8 @@
 //! ```text
 //!   guest's tables --- Shadow ----> Changes -----> Sink -------> host
 //!        |               ^  what differs   one batch   |  nested: a table of any format, in memory that hardware reads
-//!        |               |                             |  others: areas of the kernel, lookups in software
+//!        |               |                             |  areas: what the kernel maps and unmaps
+//!        |               |                             |  lookups in software
 //!   invalidations, written pages                       +--> Committer: what the kernel must be told, once per batch
 //! ```
 //!
@@ -13,15 +14,17 @@
 //! # What is missing
 //!
 //! A shadow follows one table: guests with two stages, intercepts, and memory that comes and goes while an address space lives are not covered. There is no
-//! committer for a real kernel and no sink for its areas. What is refused because the host's table memory is full comes back only when the guest maps it
+//! committer for a real kernel. What is refused because the host's table memory is full comes back only when the guest maps it
 //! anew. `tests/tests/live/equality.rs` names guests for which the live table differs from a naive walk.
 
+mod areas;
 mod changes;
 mod live;
 mod nested;
 mod shadow;
 mod sink;
 
+pub use areas::{AreaLimits, Areas, AreasError, AreasFigures, Managed, MapError, Mirror, UnmapError};
 pub use changes::{Blocked, Changes, Reason};
 pub use live::{Live, LiveError, Report};
 pub use nested::{Needed, Nested, NestedFigures, NestedTable, RegionTables, TableMemory};
