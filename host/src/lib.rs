@@ -7,6 +7,7 @@ pub mod convert;
 pub mod device;
 pub mod guess;
 pub mod guest;
+pub mod ioasid;
 pub mod kernel;
 pub mod lookup;
 pub mod memory;
