@@ -43,6 +43,7 @@ mod outcome;
 pub mod queue;
 mod registry;
 mod store;
+mod supervise;
 mod ticker;
 mod words;
 
@@ -60,6 +61,7 @@ pub use manifest::{FormatManifest, Manifest, SettingManifest};
 pub use notes::{Note, Notes};
 pub use outcome::{BlockKind, Blocked, Direct, Outcome, Tag, Translated};
 pub use registry::{Origin, Plugins, PluginsError};
+pub use supervise::{Answer, Difference, Health, Policy, Question, ReplaceError, SuperviseError, Supervised, Supervisor, SupervisorFigures};
 pub use ticker::Ticker;
 
 /// Version of the contract, `stagecraft:format`, that this host speaks.

@@ -28,7 +28,7 @@ pub use intercept::Intercept;
 pub(crate) use lanes::{swap_bytes, widen};
 pub(crate) use loss::narrowed;
 pub use loss::{Count, Loss, Losses};
-pub(crate) use remember::{Judge, JudgeError, LevelPlan, Plan};
+pub(crate) use remember::{Judge, JudgeError, LevelPlan, MAX_REMEMBERED, Plan};
 pub use source::Source;
 pub use stages::{AddressSpace, Fault, Translation};
 pub use walk::{Cause, FaultAt, Kinds, OpenError, Piece, Run, Step, Table, Visitor, WalkError};

@@ -1,0 +1,101 @@
+//! The host's side: what a vIOMMU needs of whoever owns the address spaces.
+
+use std::fmt;
+
+use crate::Gpa;
+use crate::plugin::queue::Invalidation;
+use crate::plugin::{Direct, Requester, TableConfig};
+use crate::sync::{Report, Watcher};
+use crate::table::{Format, Intercept};
+
+/// Where the DMA of a stream goes: streams for which this is equal share one address space.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Way {
+    /// To guest-physical memory as it is.
+    Bypass,
+    /// The same for some addresses, at an offset or with less access.
+    Direct(Direct),
+    /// Where tables say.
+    Tables {
+        /// One table, or two of which the second translates the outputs of the first.
+        tables: Vec<TableConfig>,
+        /// Addresses that something else serves.
+        intercepts: Vec<Intercept>,
+    },
+}
+
+impl Way {
+    /// The tables; none if there are none.
+    #[must_use]
+    pub fn tables(&self) -> &[TableConfig] {
+        match self {
+            Self::Tables { tables, .. } => tables,
+            Self::Bypass | Self::Direct(_) => &[],
+        }
+    }
+}
+
+/// The host's side refused or failed.
+#[derive(Debug, thiserror::Error)]
+#[error(transparent)]
+pub struct HostError(#[from] pub Box<dyn std::error::Error + Send + Sync>);
+
+/// Makes address spaces, keeps them in step, and attaches devices to them.
+///
+/// # Who calls
+///
+/// One vIOMMU, one call at a time. A requester is attached to at most one space; one that is attached to none is blocked.
+///
+/// # What an implementation promises
+///
+/// * A space that was allocated or switched is in step with the guest's tables as they were read during the call.
+/// * [`AddressSpaces::attach`] replaces an attachment without a moment in which a page that translates alike in both does not translate.
+/// * When [`AddressSpaces::switch`], [`AddressSpaces::invalidate`] or [`AddressSpaces::table_written`] return, no DMA uses what the guest took away in what they
+///   mean, and the kernel was called at most once to invalidate.
+/// * When [`AddressSpaces::attach`] or [`AddressSpaces::detach`] return without an error, no DMA of the requester uses the space before.
+/// * After an error of [`AddressSpaces::switch`], [`AddressSpaces::invalidate`] or [`AddressSpaces::table_written`] the space may be stale: the vIOMMU detaches
+///   everybody from it and releases it. After any other error nothing changed.
+/// * A page is watched, by the watcher that the space was given, before a table in it is read.
+pub trait AddressSpaces {
+    /// Names an address space.
+    type Id: Copy + Eq + fmt::Debug;
+
+    /// Makes an address space, with nothing attached. `formats` explain the tables of `way`, in their order.
+    ///
+    /// # Errors
+    /// It cannot be had: a format that cannot be converted, no room.
+    fn allocate(&mut self, way: &Way, formats: Vec<Box<dyn Format>>, watcher: Box<dyn Watcher>) -> Result<(Self::Id, Report), HostError>;
+
+    /// Drops an address space that nobody is attached to.
+    fn release(&mut self, space: Self::Id);
+
+    /// Attaches a requester, instead of whatever it was attached to.
+    ///
+    /// # Errors
+    /// The requester's path cannot have it.
+    fn attach(&mut self, requester: Requester, space: Self::Id) -> Result<(), HostError>;
+
+    /// Blocks a requester.
+    ///
+    /// # Errors
+    /// It is still attached: somebody must stop the device.
+    fn detach(&mut self, requester: Requester) -> Result<(), HostError>;
+
+    /// The tables of all that are attached are these from now on. What translates alike before and after translates all the while.
+    ///
+    /// # Errors
+    /// The new tables cannot be had, or the kernel refused.
+    fn switch(&mut self, space: Self::Id, way: &Way, formats: Vec<Box<dyn Format>>) -> Result<Report, HostError>;
+
+    /// The guest's commands, of which all concern this space: their scopes name nobody.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    fn invalidate(&mut self, space: Self::Id, invalidations: &[Invalidation]) -> Result<Report, HostError>;
+
+    /// Guest memory was written that may hold tables of this space: `length` bytes from `address` on.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    fn table_written(&mut self, space: Self::Id, address: Gpa, length: u64) -> Result<Report, HostError>;
+}
