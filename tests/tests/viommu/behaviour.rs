@@ -132,10 +132,14 @@ fn commands_take_effect_on_dma_and_nothing_else_does() {
         assert_eq!(rig.reads(ONE, IOVA), None, "{arch:?}");
         assert_eq!(rig.reads(ONE, IOVA + 0x1000), Some(DATA + 0x1000), "{arch:?}: its neighbour stays");
         // 64 commands, one call.
-        (0..64).for_each(|page| drop(rig.guest.map_page(root, IOVA + (page << 12), DATA + (page << 12), true)));
+        for page in 0..64 {
+            rig.guest.map_page(root, IOVA + (page << 12), DATA + (page << 12), true);
+        }
         let batch: Vec<Vec<u8>> = (0..64).map(|page| arch.forget_page(7, IOVA + (page << 12))).collect();
         rig.commands(&batch);
-        (0..64).for_each(|page| drop(rig.guest.unmap_page(root, IOVA + (page << 12))));
+        for page in 0..64 {
+            rig.guest.unmap_page(root, IOVA + (page << 12));
+        }
         assert_eq!(rig.reads(ONE, IOVA + 0x3f000), Some(DATA + 0x3f000), "{arch:?}");
         rig.viommu.host().take_counts();
         rig.commands(&batch);
@@ -324,7 +328,9 @@ fn an_illegal_command_ends_its_batch() {
         }
         rig.guest.translate(ONE, root, 7);
         rig.viommu.connect(ONE, false);
-        (0..2).for_each(|page| drop(rig.guest.unmap_page(root, IOVA + (page << 12))));
+        for page in 0..2 {
+            rig.guest.unmap_page(root, IOVA + (page << 12));
+        }
         let illegal = words(&match arch {
             Arch::Smmu => [0xff, 0],
             Arch::Vtd => [0xf, 0],
@@ -449,7 +455,9 @@ fn a_guest_at_its_limit_gets_an_event_and_others_go_on() {
         rig.viommu.connect(ONE, false);
         rig.viommu.connect(TWO, false);
         // More tables than there is room for.
-        (1..40).for_each(|block| drop(rig.guest.map_page(first, IOVA + (block << 21), DATA, true)));
+        for block in 1..40 {
+            rig.guest.map_page(first, IOVA + (block << 21), DATA, true);
+        }
         let everything: Vec<Vec<u8>> = (1..40).map(|block| arch.forget_page(7, IOVA + (block << 21))).collect();
         let handled = rig.commands(&everything);
         assert!(handled.blocked >= 30, "{arch:?}: {handled:?}");

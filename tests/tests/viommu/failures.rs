@@ -93,12 +93,13 @@ fn registers(lookups: u64, tables: u64) -> Vec<(String, u64)> {
 #[test]
 fn a_plugin_that_wears_out_is_made_anew_and_what_was_blocked_is_judged() {
     let mut guest = Hostile::new(mode::WELL, mode::WEARS_OUT, Policy::default());
-    (0..8).for_each(|page| drop(guest.set(page, DATA + (page << 12) | if page % 2 == 0 { RW } else { RO })));
+    for page in 0..8 {
+        guest.set(page, DATA + (page << 12) | if page % 2 == 0 { RW } else { RO });
+    }
     let handled = guest.rig.viommu.connect(ONE, false);
     // Three answers from each instance: not enough for all levels.
     assert!(handled.blocked > 0, "{handled:?}");
-    assert_eq!(handled.events.len(), 1, "{handled:?}");
-    assert_eq!(guest.reads(0), None);
+    assert_eq!((handled.events.len() as u64, guest.reads(0)), (handled.blocked, None), "{handled:?}");
     let failures = guest.rig.viommu.supervisor().figures().failures;
     assert!(failures > 0);
     for _ in 0..200 {
@@ -213,7 +214,9 @@ fn a_stream_whose_structures_kill_the_plugin_is_blocked_alone() {
 #[test]
 fn commands_that_cannot_be_decoded_count_as_everything() {
     let mut guest = Hostile::new(mode::ALLERGIC, mode::WELL, Policy::default());
-    (0..2).for_each(|page| drop(guest.set(page, DATA + (page << 12) | RW)));
+    for page in 0..2 {
+        guest.set(page, DATA + (page << 12) | RW);
+    }
     guest.rig.guest.store(STRUCTURES + 8 * TWO, guest.root);
     guest.rig.viommu.connect(ONE, false);
     guest.rig.viommu.connect(TWO, false);

@@ -1,5 +1,6 @@
 //! The same with a real watcher: userfaultfd protects the pages that hold tables and structures, and the guest is a thread that just writes.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -18,7 +19,8 @@ const IOVA: u64 = 0x12_3456_7000;
 #[test]
 fn a_guest_that_only_writes_is_followed() {
     let guest = Guest::new(Arch::Riscv);
-    let uffd = match UffdWatcher::new(&guest.memory, Writers::UserMode) {
+    let space = Arc::new(guest.memory.clone());
+    let uffd = match UffdWatcher::new(&space, Writers::UserMode) {
         Ok(uffd) => uffd,
         Err(error @ (WatchError::Forbidden(_) | WatchError::NoUserfaultfd | WatchError::NoWriteProtection)) => {
             println!("skipped: {error}");
@@ -26,7 +28,7 @@ fn a_guest_that_only_writes_is_followed() {
         }
         Err(error) => panic!("{error}"),
     };
-    let watching: Watching<UffdWatcher<GuestMemoryMmap>> = Watching::new(uffd);
+    let watching: Watching<UffdWatcher<Arc<GuestMemoryMmap>>> = Watching::new(uffd);
     let supervisor = Supervisor::new(plugin("riscv-iommu"), Policy::default());
     let host = Host::new(&guest.memory, &Guest::map(), &[ONE], Supervisor::new(plugin("intel-vtd"), Policy::default()));
     let unit = UnitConfig { kind: "riscv-iommu".to_owned(), registers: Arch::Riscv.registers(), map: Guest::map(), limits: Limits::default() };

@@ -71,6 +71,8 @@ pub struct SupervisorFigures {
     pub failures: u64,
     /// Instances that were made, for formats and for cold questions.
     pub instances: u64,
+    /// Questions that an instance was asked.
+    pub asked: u64,
     /// Instances that answered well after a failure.
     pub recoveries: u64,
     /// Questions that were answered from memory although a format was asked.
@@ -317,6 +319,7 @@ impl Shared {
 
     fn succeeded(&self) {
         let mut state = lock(&self.state);
+        state.figures.asked += 1;
         if std::mem::take(&mut state.failing) {
             state.figures.recoveries += 1;
         }
@@ -328,10 +331,11 @@ impl Shared {
 
     /// An error: if it is a failure, it has consequences.
     fn heard(&self, error: &CallError) {
+        let mut state = lock(&self.state);
+        state.figures.asked += 1;
         if !is_failure(error) {
             return;
         }
-        let mut state = lock(&self.state);
         state.figures.failures += 1;
         state.failing = true;
         state.good = 0;
