@@ -25,6 +25,7 @@ pub use format::{Encoded, FaultKind, Finding, Format, FormatError, Meaning, Miss
 pub(crate) use geometry::MAX_INDEX_BITS;
 pub use geometry::{AddressField, ByteOrder, Geometry, Level, Mark, Nonsense, Root, Segment, Shape};
 pub use intercept::Intercept;
+pub(crate) use intercept::{Compared, Intercepted};
 pub(crate) use lanes::{swap_bytes, widen};
 pub(crate) use loss::narrowed;
 pub use loss::{Count, Loss, Losses};

@@ -6,7 +6,7 @@ use super::host::{AddressSpaces, Way};
 use super::{Call, Handled, StreamState, Viommu};
 use crate::memory::{self, Budget, VmMemory};
 use crate::plugin::queue::{Effect, Event, EventAccess, EventRecord, Invalidation, Scope};
-use crate::plugin::{Outcome, Requester};
+use crate::plugin::{Outcome, Requester, TableConfig};
 use crate::sync::Report;
 use crate::table::{AddressSpace, Cause, Fault, FaultKind, Table, Translation};
 use crate::{Access, Iova, Span};
@@ -235,11 +235,11 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
             Way::Bypass => None,
             Way::Direct(direct) => Some(AddressSpace::direct(direct.windows.clone()).with_intercepts(direct.intercepts.clone())),
             Way::Tables { intercepts, .. } => {
-                let mut tables = self.open(way).ok()?.into_iter().map(Table::open).collect::<Result<Vec<_>, _>>().ok()?.into_iter();
-                let first = tables.next()?;
-                let space = match tables.next() {
-                    None => AddressSpace::single(first),
-                    Some(second) => AddressSpace::nested(first, second),
+                let open = |table: &TableConfig| Table::open(Box::new(self.supervisor.open(table).ok()?)).ok();
+                let space = match way.tables() {
+                    [] => return None,
+                    [table] => AddressSpace::single(open(table)?),
+                    [first, second, ..] => AddressSpace::nested(open(first)?, open(second)?),
                 };
                 Some(space.with_intercepts(intercepts.clone()))
             }

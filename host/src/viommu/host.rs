@@ -5,7 +5,7 @@ use std::fmt;
 use crate::Gpa;
 use crate::plugin::queue::Invalidation;
 use crate::plugin::{Direct, Requester, TableConfig};
-use crate::sync::{Report, Watcher};
+use crate::sync::{self, Report, Watcher};
 use crate::table::{Format, Intercept};
 
 /// Where the DMA of a stream goes: streams for which this is equal share one address space.
@@ -25,6 +25,25 @@ pub enum Way {
 }
 
 impl Way {
+    /// The same with its formats open, for an address space that follows it.
+    ///
+    /// # Errors
+    /// Those of `open`.
+    pub fn open<E>(&self, mut open: impl FnMut(&TableConfig) -> Result<Box<dyn Format>, E>) -> Result<sync::Way, E> {
+        Ok(match self {
+            Self::Bypass => sync::Way::bypass(),
+            Self::Direct(direct) => sync::Way::direct(direct.windows.clone()).with_intercepts(direct.intercepts.clone()),
+            Self::Tables { tables, intercepts } => {
+                let way = match tables.as_slice() {
+                    [] => sync::Way::blocked(),
+                    [table] => sync::Way::table(open(table)?),
+                    [first, second, ..] => sync::Way::tables(open(first)?, open(second)?),
+                };
+                way.with_intercepts(intercepts.clone())
+            }
+        })
+    }
+
     /// The tables; none if there are none.
     #[must_use]
     pub fn tables(&self) -> &[TableConfig] {
@@ -60,11 +79,11 @@ pub trait AddressSpaces {
     /// Names an address space.
     type Id: Copy + Eq + fmt::Debug;
 
-    /// Makes an address space, with nothing attached. `formats` explain the tables of `way`, in their order.
+    /// Makes an address space, with nothing attached; `opened` is `way` with its formats open.
     ///
     /// # Errors
     /// It cannot be had: a format that cannot be converted, no room.
-    fn allocate(&mut self, way: &Way, formats: Vec<Box<dyn Format>>, watcher: Box<dyn Watcher>) -> Result<(Self::Id, Report), HostError>;
+    fn allocate(&mut self, way: &Way, opened: sync::Way, watcher: Box<dyn Watcher>) -> Result<(Self::Id, Report), HostError>;
 
     /// Drops an address space that nobody is attached to.
     fn release(&mut self, space: Self::Id);
@@ -85,7 +104,7 @@ pub trait AddressSpaces {
     ///
     /// # Errors
     /// The new tables cannot be had, or the kernel refused.
-    fn switch(&mut self, space: Self::Id, way: &Way, formats: Vec<Box<dyn Format>>) -> Result<Report, HostError>;
+    fn switch(&mut self, space: Self::Id, way: &Way, opened: sync::Way) -> Result<Report, HostError>;
 
     /// The guest's commands, of which all concern this space: their scopes name nobody.
     ///

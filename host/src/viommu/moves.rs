@@ -9,7 +9,7 @@ use super::lookups::Wanted;
 use super::retry::{Again, Retry};
 use super::{Call, Space, StreamState, Viommu};
 use crate::plugin::{Requester, SuperviseError, Tag};
-use crate::sync::{Reason, Report};
+use crate::sync::{self, Reason, Report};
 use crate::table::Format;
 
 /// Why a stream cannot have the way that it wants.
@@ -67,14 +67,14 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
             let (Some(space), Some(first)) = (self.spaces.get(&number), members.first()) else { continue };
             let way = ways[*first].1.clone();
             let together = members.len() == space.members.len() && members.iter().all(|index| ways[*index].1 == way);
-            let alike = !way.tables().is_empty() && way.tables().len() == space.way.tables().len();
+            let alike = !way.tables().is_empty() && !space.way.tables().is_empty();
             if space.dead || !together || !alike || self.ways.contains_key(&way) {
                 continue;
             }
             // A format that cannot be opened is no reason to drop the space here: each stream is told on its own way.
-            let Ok(formats) = self.open(&way) else { continue };
+            let Ok(opened) = self.open(&way) else { continue };
             let (id, old) = (space.id, space.way.clone());
-            let told = self.host.switch(id, &way, formats);
+            let told = self.host.switch(id, &way, opened);
             if told.is_ok() {
                 self.figures.switches += 1;
                 self.ways.remove(&old);
@@ -145,12 +145,12 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
         if self.spaces.len() >= self.limits.spaces {
             return Err(Refusal::Other(format!("the guest uses more than {} address spaces", self.limits.spaces)));
         }
-        let formats = self.open(way).map_err(|error| match error.is_failure() {
+        let opened = self.open(way).map_err(|error| match error.is_failure() {
             true => Refusal::Plugin(error),
             false => Refusal::Other(error.to_string()),
         })?;
         let number = self.next_space;
-        let (id, report) = self.host.allocate(way, formats, self.pages.watcher_of(number)).map_err(|error| {
+        let (id, report) = self.host.allocate(way, opened, self.pages.watcher_of(number)).map_err(|error| {
             self.figures.host_errors += 1;
             Refusal::Other(error.to_string())
         })?;
@@ -164,9 +164,9 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
         Ok(number)
     }
 
-    /// Formats for the tables of a way.
-    pub(super) fn open(&self, way: &Way) -> Result<Vec<Box<dyn Format>>, SuperviseError> {
-        way.tables().iter().map(|table| Ok(Box::new(self.supervisor.open(table)?) as Box<dyn Format>)).collect()
+    /// A way with its formats open.
+    fn open(&self, way: &Way) -> Result<sync::Way, SuperviseError> {
+        way.open(|table| Ok(Box::new(self.supervisor.open(table)?) as Box<dyn Format>))
     }
 
     /// Blocks a stream.

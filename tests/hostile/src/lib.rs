@@ -5,8 +5,8 @@
 use stagecraft_sdk::bits::{bit, mask};
 use stagecraft_sdk::{
     Attributes, Binding, Blocked, Command, Direct, Effect, Encoded, Error, Event, EventRecord, FaultKind, Finding, Findings, Format, GuestMemory,
-    Kind, Level, Missing, Need, Next, Note, Offer, Outcome, Registers, Requester, Root, Scope, Segment, Settings, Severity, Shape, TableConfig, Tag,
-    Translated, Unit, Window,
+    InvalidationTarget, Kind, Level, Missing, Need, Next, Note, Offer, Outcome, Place, PlaceToBind, Recipe, Registers, Requester, Root, Scope,
+    Segment, Settings, Severity, Shape, TableConfig, Tag, Translated, Unit, Window,
 };
 use std::cell::Cell;
 
@@ -14,6 +14,26 @@ stagecraft_sdk::export_format! {
     manifest: "../manifest.json",
     unit: Hostile,
     formats: [Radix],
+}
+
+/// Roots for which the recipe of [`Unit::bind_data`] makes no sense.
+pub mod bad {
+    /// Entries without words.
+    pub const NO_WORDS: u64 = 0x10_0000;
+    /// Entries of different lengths.
+    pub const OTHER_LENGTH: u64 = 0x10_1000;
+    /// A place in a word that is not there.
+    pub const WORD: u64 = 0x10_2000;
+    /// A place that leaves its word.
+    pub const BITS: u64 = 0x10_3000;
+    /// An address without its lowest bits.
+    pub const NUMBER: u64 = 0x10_4000;
+    /// Pages of 1 TiB.
+    pub const PAGE: u64 = 0x10_5000;
+    /// No entries at all.
+    pub const MOST: u64 = 0x10_6000;
+    /// An address without its highest bits.
+    pub const SHORT: u64 = 0x10_7000;
 }
 
 /// How to behave.
@@ -464,9 +484,35 @@ impl Unit for Hostile {
         }
     }
 
-    fn bind_data(table: &TableConfig, context_address: u64) -> Result<Binding, Error> {
+    fn bind_data(table: &TableConfig, to: &PlaceToBind) -> Result<Binding, Error> {
         let root = table.settings.get("root").ok_or_else(|| Error::invalid("root", 0, "", "missing"))?;
-        Ok(Binding { kind: 7, data: root.to_le_bytes().to_vec(), context: context_address.to_le_bytes().to_vec() })
+        let context = to.context_address.to_le_bytes().to_vec();
+        let page = Place { word: 0, lsb: 12, width: 52, number_lsb: 12 };
+        let good = Recipe {
+            data_type: 9,
+            target: InvalidationTarget::Viommu,
+            page_log2: 12,
+            page: vec![to.space.into(), 0],
+            address: page,
+            range: None,
+            leaf: vec![0, 1],
+            tables: None,
+            everything: vec![to.space.into(), 2],
+            most: 4,
+        };
+        // The root says what is wrong with the recipe.
+        let recipe = match root {
+            bad::NO_WORDS => Recipe { page: Vec::new(), ..good },
+            bad::OTHER_LENGTH => Recipe { everything: vec![0; 3], ..good },
+            bad::WORD => Recipe { address: Place { word: 2, ..page }, ..good },
+            bad::BITS => Recipe { address: Place { lsb: 13, ..page }, ..good },
+            bad::NUMBER => Recipe { address: Place { lsb: 0, number_lsb: 13, ..page }, ..good },
+            bad::PAGE => Recipe { page_log2: 40, ..good },
+            bad::MOST => Recipe { most: 0, ..good },
+            bad::SHORT => Recipe { address: Place { width: 20, ..page }, ..good },
+            _ => good,
+        };
+        Ok(Binding { kind: 7, data: root.to_le_bytes().to_vec(), context, viommu: Some(8), pasids: true, invalidation: Some(recipe) })
     }
 }
 

@@ -20,7 +20,7 @@ use crate::mutate::{Words, mutate};
 
 /// Host formats, with settings that can say much. All have pages of 4 KiB: a live table joins no pieces, so that a conversion has more where a guest's pages are
 /// smaller than the host's.
-const HOSTS: &[(&str, &[(&str, u64)])] = &[
+pub const HOSTS: &[(&str, &[(&str, u64)])] = &[
     ("amd-vi/v1", &[("levels", 6)]),
     ("intel-vtd/first-stage", &[("levels", 5), ("output-bits", 52)]),
     ("intel-vtd/second-stage", &[("levels", 5), ("output-bits", 52)]),
@@ -31,12 +31,12 @@ const HOSTS: &[(&str, &[(&str, u64)])] = &[
     ("arm-v7s/short", &[]),
 ];
 
-fn seeds() -> u64 {
+pub fn seeds() -> u64 {
     std::env::var("STAGECRAFT_SEEDS").ok().and_then(|seeds| seeds.parse().ok()).unwrap_or(25)
 }
 
 /// The reference's runs where targets exist.
-fn clipped(runs: &[Run], map: &MemoryMap) -> Vec<Mapping> {
+pub fn clipped(runs: &[Run], map: &MemoryMap) -> Vec<Mapping> {
     let mut mappings = Vec::new();
     for run in runs {
         let Some(last) = run.address.checked_add(run.size - 1) else { continue };
@@ -50,7 +50,7 @@ fn clipped(runs: &[Run], map: &MemoryMap) -> Vec<Mapping> {
 }
 
 /// Everything exists; to some addresses no leaf may point.
-fn holes(truth: &[Run], bits: u8, rng: &mut Rng) -> MemoryMap {
+pub fn holes(truth: &[Run], bits: u8, rng: &mut Rng) -> MemoryMap {
     let everything = Span::of_log2(0, bits);
     let mut borders: Vec<u64> =
         truth.iter().filter(|_| rng.clone().percent(30)).map(|run| run.address & !0xfff).filter(|at| *at > 0).take(4).collect();
@@ -72,9 +72,9 @@ fn holes(truth: &[Run], bits: u8, rng: &mut Rng) -> MemoryMap {
 }
 
 /// Where all requests are privileged, pages for those alone are for all.
-struct ForAll<'a, 'b> {
-    builder: &'a mut Builder<'b>,
-    privileged: bool,
+pub struct ForAll<'a, 'b> {
+    pub builder: &'a mut Builder<'b>,
+    pub privileged: bool,
 }
 
 impl Visitor for ForAll<'_, '_> {
@@ -181,7 +181,7 @@ impl Case {
     }
 }
 
-fn assert_same(one: &[Mapping], other: &[Mapping], what: &str) {
+pub fn assert_same(one: &[Mapping], other: &[Mapping], what: &str) {
     let index = (0..one.len().max(other.len())).find(|index| one.get(*index) != other.get(*index));
     if let Some(index) = index {
         panic!("{what}: mapping {index}: {:x?} and {:x?}", one.get(index), other.get(index));
@@ -223,7 +223,7 @@ fn run(format_: Format, seed: u64) -> (u64, u64) {
     case.snapshot.memory.pages.clear();
     case.synchronise();
     assert!(case.live.sink().model.pieces.is_empty() && case.live.sink().walked().is_empty(), "{}: all pages gone", case.what);
-    assert_eq!(case.live.shadow().figures().leaves, 0, "{}", case.what);
+    assert_eq!(case.live.space().figures().leaves, 0, "{}", case.what);
     (case.compared, case.exhausted)
 }
 

@@ -10,4 +10,6 @@ mod hardware;
 #[path = "../hostile/mutate.rs"]
 #[allow(dead_code)]
 mod mutate;
+mod space;
+mod stages;
 mod support;

@@ -9,8 +9,7 @@ use stagecraft::kernel::{HwptFlags, Invalidate, InvalidateTarget, Kernel, Map, M
 use stagecraft::memory::{MemoryMap, VmMemory};
 use stagecraft::plugin::queue::Invalidation;
 use stagecraft::plugin::{Requester, Supervisor, TableConfig, Tag};
-use stagecraft::sync::{CommitError, Committer, Live, Needed, Nested, NestedTable, RegionTables, Report, Shadow, ShadowLimits, Watcher};
-use stagecraft::table::Format;
+use stagecraft::sync::{self, CommitError, Committer, Live, Needed, Nested, NestedTable, RegionTables, Report, ShadowLimits, Watcher};
 use stagecraft::viommu::{AddressSpaces, HostError, Way};
 use stagecraft::{Gpa, Iova};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MmapRegion};
@@ -151,11 +150,11 @@ fn boxed(error: impl std::error::Error + Send + Sync + 'static) -> HostError {
 impl AddressSpaces for Host {
     type Id = u32;
 
-    fn allocate(&mut self, way: &Way, mut formats: Vec<Box<dyn Format>>, watcher: Box<dyn Watcher>) -> Result<(u32, Report), HostError> {
+    fn allocate(&mut self, way: &Way, opened: sync::Way, watcher: Box<dyn Watcher>) -> Result<(u32, Report), HostError> {
         let number = self.next;
         let (space, report) = match way {
             Way::Bypass => (Space::Bypass, Report::default()),
-            Way::Tables { tables, intercepts } if tables.len() == 1 && intercepts.is_empty() => {
+            Way::Direct(_) | Way::Tables { .. } => {
                 let region = Arc::new(MmapRegion::new(TABLES as usize).unwrap());
                 let base = BASE + u64::from(number) * TABLES;
                 self.sim.register_region(Arc::clone(&region)).unwrap();
@@ -169,12 +168,11 @@ impl AddressSpaces for Host {
                 let hwpt = self.parent.nested(any, HwptFlags::PASID, (hwpt_data::VTD_S1, &data), None).map_err(boxed)?;
                 let kernel = Arc::clone(self.ioas.kernel());
                 let teller = Teller { kernel, target: InvalidateTarget::Hwpt(hwpt.id()), counts: Arc::clone(&self.counts) };
-                let shadow = Shadow::open(formats.remove(0), self.map.clone(), self.limits, watcher).map_err(boxed)?;
-                let mut live = Live::new(shadow, Nested::new(table, teller), Tag::default(), 0, self.questions);
+                let space = sync::Space::open(opened, self.map.clone(), self.limits, watcher).map_err(boxed)?;
+                let mut live = Live::new(space, Nested::new(table, teller), Tag::default(), 0, self.questions);
                 let report = live.synchronise(&VmMemory(&self.memory)).map_err(boxed)?;
                 (Space::Tables { live: Box::new(live), hwpt }, report)
             }
-            other => return Err(HostError(format!("this host has no {other:?}").into())),
         };
         self.next += 1;
         self.spaces.insert(number, space);
@@ -204,8 +202,8 @@ impl AddressSpaces for Host {
         Ok(())
     }
 
-    fn switch(&mut self, space: u32, _: &Way, mut formats: Vec<Box<dyn Format>>) -> Result<Report, HostError> {
-        self.look(space, |live, memory| live.switch(formats.remove(0), memory).map_err(boxed))
+    fn switch(&mut self, space: u32, _: &Way, opened: sync::Way) -> Result<Report, HostError> {
+        self.look(space, |live, memory| live.switch(opened, memory).map_err(boxed))
     }
 
     fn invalidate(&mut self, space: u32, invalidations: &[Invalidation]) -> Result<Report, HostError> {

@@ -5,8 +5,7 @@ use std::collections::BTreeMap;
 use stagecraft::Gpa;
 use stagecraft::plugin::Requester;
 use stagecraft::plugin::queue::Invalidation;
-use stagecraft::sync::{Report, Watcher};
-use stagecraft::table::Format;
+use stagecraft::sync::{self, Report, Watcher};
 use stagecraft::viommu::{AddressSpaces, HostError, Way};
 
 /// One call.
@@ -53,8 +52,7 @@ fn refused() -> HostError {
 impl AddressSpaces for Recorder {
     type Id = u32;
 
-    fn allocate(&mut self, way: &Way, formats: Vec<Box<dyn Format>>, watcher: Box<dyn Watcher>) -> Result<(u32, Report), HostError> {
-        assert_eq!(formats.len(), way.tables().len());
+    fn allocate(&mut self, _: &Way, _: sync::Way, watcher: Box<dyn Watcher>) -> Result<(u32, Report), HostError> {
         if self.refuse_allocate {
             return Err(refused());
         }
@@ -90,7 +88,7 @@ impl AddressSpaces for Recorder {
         Ok(())
     }
 
-    fn switch(&mut self, space: u32, _: &Way, _: Vec<Box<dyn Format>>) -> Result<Report, HostError> {
+    fn switch(&mut self, space: u32, _: &Way, _: sync::Way) -> Result<Report, HostError> {
         self.look(Asked::Switch(space))
     }
 

@@ -45,7 +45,7 @@ impl Kind {
 }
 
 /// Whether a device could not tell the two apart. Whether somebody looked at a page is the guest's business.
-pub(super) fn alike(one: Option<Piece>, other: Option<Piece>) -> bool {
+pub(in crate::sync) fn alike(one: Option<Piece>, other: Option<Piece>) -> bool {
     let plain = |piece: Piece| Piece { attributes: piece.attributes.without(MARKS), ..piece };
     one.map(plain) == other.map(plain)
 }
