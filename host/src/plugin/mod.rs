@@ -62,7 +62,10 @@ pub use manifest::{FormatManifest, Manifest, SettingManifest};
 pub use notes::{Note, Notes};
 pub use outcome::{BlockKind, Blocked, Direct, Outcome, Tag, Translated};
 pub use registry::{Origin, Plugins, PluginsError};
-pub use supervise::{Answer, Difference, Health, Policy, Question, ReplaceError, SuperviseError, Supervised, Supervisor, SupervisorFigures};
+pub use supervise::{
+    Answer, Difference, Health, OpenFormatError, Policy, Question, ReplaceError, SuperviseError, Supervised, Supervisor, SupervisorFigures,
+    Supervisors,
+};
 pub use ticker::Ticker;
 
 /// Version of the contract, `stagecraft:format`, that this host speaks.

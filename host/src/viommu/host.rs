@@ -54,10 +54,22 @@ impl Way {
     }
 }
 
+/// Whatever the host's side has to say.
+type Source = Box<dyn std::error::Error + Send + Sync>;
+
 /// The host's side refused or failed.
 #[derive(Debug, thiserror::Error)]
-#[error(transparent)]
-pub struct HostError(#[from] pub Box<dyn std::error::Error + Send + Sync>);
+pub enum HostError {
+    /// It refused, and nothing changed.
+    #[error(transparent)]
+    Refused(Source),
+    /// The space may be out of step: nobody may use it.
+    #[error("an address space may be out of step: {0}")]
+    Stale(#[source] Source),
+}
+
+/// What one space was told of a write, or why it is out of step.
+pub type Written<I> = (I, Result<Report, HostError>);
 
 /// Makes address spaces, keeps them in step, and attaches devices to them.
 ///
@@ -72,12 +84,12 @@ pub struct HostError(#[from] pub Box<dyn std::error::Error + Send + Sync>);
 /// * When [`AddressSpaces::switch`], [`AddressSpaces::invalidate`] or [`AddressSpaces::table_written`] return, no DMA uses what the guest took away in what they
 ///   mean, and the kernel was called at most once to invalidate.
 /// * When [`AddressSpaces::attach`] or [`AddressSpaces::detach`] return without an error, no DMA of the requester uses the space before.
-/// * After an error of [`AddressSpaces::switch`], [`AddressSpaces::invalidate`] or [`AddressSpaces::table_written`] the space may be stale: the vIOMMU detaches
-///   everybody from it and releases it. After any other error nothing changed.
+/// * After an error of [`AddressSpaces::invalidate`] or [`AddressSpaces::table_written`], and after [`HostError::Stale`] of any call, the vIOMMU detaches everybody
+///   from the space and releases it. After any other error nothing changed.
 /// * A page is watched, by the watcher that the space was given, before a table in it is read.
 pub trait AddressSpaces {
     /// Names an address space.
-    type Id: Copy + Eq + fmt::Debug;
+    type Id: Copy + Ord + fmt::Debug;
 
     /// Makes an address space, with nothing attached; `opened` is `way` with its formats open.
     ///
@@ -88,11 +100,11 @@ pub trait AddressSpaces {
     /// Drops an address space that nobody is attached to.
     fn release(&mut self, space: Self::Id);
 
-    /// Attaches a requester, instead of whatever it was attached to.
+    /// Attaches a requester, instead of whatever it was attached to. What was read for the first time because of that is reported.
     ///
     /// # Errors
     /// The requester's path cannot have it.
-    fn attach(&mut self, requester: Requester, space: Self::Id) -> Result<(), HostError>;
+    fn attach(&mut self, requester: Requester, space: Self::Id) -> Result<Report, HostError>;
 
     /// Blocks a requester.
     ///
@@ -117,4 +129,11 @@ pub trait AddressSpaces {
     /// # Errors
     /// The kernel refused.
     fn table_written(&mut self, space: Self::Id, address: Gpa, length: u64) -> Result<Report, HostError>;
+
+    /// For a host that watches tables itself and does not use the watchers that spaces are given: tells all spaces with tables in these bytes. None for any other
+    /// host, which is called for each space with [`AddressSpaces::table_written`].
+    fn written(&mut self, address: Gpa, length: u64) -> Option<Vec<Written<Self::Id>>> {
+        let _ = (address, length);
+        None
+    }
 }

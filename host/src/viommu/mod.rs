@@ -49,7 +49,7 @@ mod watching;
 
 pub use commands::{CommandError, Illegal};
 pub use events::{BlockedDma, Events, Response};
-pub use host::{AddressSpaces, HostError, Way};
+pub use host::{AddressSpaces, HostError, Way, Written};
 pub use replace::ReplaceError;
 pub use watching::Watching;
 
@@ -252,6 +252,7 @@ pub struct Viommu<M, A: AddressSpaces> {
     devices: BTreeMap<u64, Device>,
     spaces: BTreeMap<u64, Space<A::Id>>,
     ways: HashMap<Way, u64>,
+    numbers: BTreeMap<A::Id, u64>,
     index: Index,
     pages: Pages,
     next_space: u64,
@@ -332,6 +333,7 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
             devices: BTreeMap::new(),
             spaces: BTreeMap::new(),
             ways: HashMap::new(),
+            numbers: BTreeMap::new(),
             index: Index::default(),
             pages: Pages::new(watcher),
             next_space: 0,
@@ -413,6 +415,11 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
             self.told(number, told, false, &mut call);
         }
         self.written = written;
+        for (id, told) in self.host.written(address, length).into_iter().flatten() {
+            if let Some(number) = self.numbers.get(&id).copied() {
+                self.told(number, told, false, &mut call);
+            }
+        }
         self.finish(call)
     }
 

@@ -75,6 +75,10 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
             let Ok(opened) = self.open(&way) else { continue };
             let (id, old) = (space.id, space.way.clone());
             let told = self.host.switch(id, &way, opened);
+            if let Err(HostError::Refused(_)) = told {
+                self.figures.host_errors += 1;
+                continue;
+            }
             if told.is_ok() {
                 self.figures.switches += 1;
                 self.ways.remove(&old);
@@ -114,7 +118,7 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
         };
         let Some(space) = self.spaces.get_mut(&number) else { return };
         match self.host.attach(requester, space.id) {
-            Ok(()) => {
+            Ok(report) => {
                 self.figures.attachments += 1;
                 space.members.insert(requester);
                 let before = self.streams.get_mut(&requester).and_then(|stream| stream.attached.replace(number));
@@ -123,6 +127,9 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
                 }
                 self.name(requester, number, tag);
                 self.set_state(requester, StreamState::Space(number));
+                if report != Report::default() {
+                    self.told(number, Ok(report), true, call);
+                }
             }
             Err(error) => {
                 self.figures.host_errors += 1;
@@ -159,6 +166,7 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
         let space = Space { id, way: way.clone(), members: [].into(), dead: false, for_plugin: false, retry: Retry::default(), walker: None };
         self.spaces.insert(number, space);
         self.ways.insert(way.clone(), number);
+        self.numbers.insert(id, number);
         call.synchronised.insert(number);
         self.told(number, Ok(report), true, call);
         Ok(number)
@@ -274,6 +282,7 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
             self.ways.remove(&space.way);
         }
         self.host.release(space.id);
+        self.numbers.remove(&space.id);
         self.settled(Again::Space(number));
         self.spaces.remove(&number);
     }

@@ -1,5 +1,6 @@
 //! A real watcher for a vIOMMU: what it reports is armed again and told, in the order that loses no write.
 
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vm_memory::GuestMemory;
@@ -9,13 +10,16 @@ use crate::memory::PAGE;
 use crate::watch::{self, WatchError};
 use crate::{Gpa, sync};
 
-/// A watcher of [`watch`], for a [`Viommu`]: one handle goes to [`Viommu::new`], one stays with whoever calls [`Watching::serve`]. Clones are the same.
+/// A watcher of [`watch`], for a [`Viommu`]: one handle goes to [`Viommu::new`], one to whoever else watches pages of the same guest, and one stays with whoever
+/// calls [`Watching::serve`]. Clones are the same; a page is watched as long as one of them needs it.
 #[derive(Debug)]
 pub struct Watching<W>(Arc<Mutex<Inner<W>>>);
 
 #[derive(Debug)]
 struct Inner<W> {
     watcher: W,
+    /// How many need a page.
+    users: HashMap<u64, u32>,
     /// The first page that could not be watched.
     failed: Option<WatchError>,
 }
@@ -30,7 +34,7 @@ impl<W: watch::Watcher> Watching<W> {
     /// Watches by `watcher`.
     #[must_use]
     pub fn new(watcher: W) -> Self {
-        Self(Arc::new(Mutex::new(Inner { watcher, failed: None })))
+        Self(Arc::new(Mutex::new(Inner { watcher, users: HashMap::new(), failed: None })))
     }
 
     /// The watcher, locked: for its file descriptor.
@@ -77,15 +81,24 @@ impl<W: watch::Watcher> Watching<W> {
 impl<W: watch::Watcher + Send> sync::Watcher for Watching<W> {
     fn watch(&mut self, page: Gpa) {
         let mut inner = self.lock();
-        if let Err(error) = inner.watcher.watch(page) {
+        let users = inner.users.entry(page.0).or_default();
+        *users += 1;
+        if *users == 1
+            && let Err(error) = inner.watcher.watch(page)
+        {
             inner.failed.get_or_insert(error);
         }
     }
 
     fn unwatch(&mut self, page: Gpa) {
         let mut inner = self.lock();
-        if let Err(error) = inner.watcher.unwatch(page) {
-            inner.failed.get_or_insert(error);
+        let Some(users) = inner.users.get_mut(&page.0) else { return };
+        *users -= 1;
+        if *users == 0 {
+            inner.users.remove(&page.0);
+            if let Err(error) = inner.watcher.unwatch(page) {
+                inner.failed.get_or_insert(error);
+            }
         }
     }
 }

@@ -9,13 +9,13 @@ use stagecraft::kernel::{HwptFlags, Invalidate, InvalidateTarget, Kernel, Map, M
 use stagecraft::memory::{MemoryMap, VmMemory};
 use stagecraft::plugin::queue::Invalidation;
 use stagecraft::plugin::{Requester, Supervisor, TableConfig, Tag};
-use stagecraft::sync::{self, CommitError, Committer, Live, Needed, Nested, NestedTable, RegionTables, Report, ShadowLimits, Watcher};
+use stagecraft::sync::{self, CommitError, Committer, Live, LiveError, Needed, Nested, NestedTable, RegionTables, Report, ShadowLimits, Watcher};
 use stagecraft::viommu::{AddressSpaces, HostError, Way};
 use stagecraft::{Gpa, Iova};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MmapRegion};
 
 /// Bytes of each space's tables, and where the first one's are.
-const TABLES: u64 = 1 << 20;
+const TABLES: u64 = 4 << 20;
 const BASE: u64 = 1 << 40;
 
 /// Tells the kernel what must be invalidated, and counts.
@@ -144,7 +144,14 @@ fn add(ioas: &Ioas, iova: u64, user_address: u64, length: u64) {
 }
 
 fn boxed(error: impl std::error::Error + Send + Sync + 'static) -> HostError {
-    HostError(Box::new(error))
+    HostError::Refused(Box::new(error))
+}
+
+fn live(error: LiveError) -> HostError {
+    match error {
+        LiveError::Open(error) => boxed(error),
+        LiveError::Commit(error) => HostError::Stale(Box::new(error)),
+    }
 }
 
 impl AddressSpaces for Host {
@@ -159,11 +166,11 @@ impl AddressSpaces for Host {
                 let base = BASE + u64::from(number) * TABLES;
                 self.sim.register_region(Arc::clone(&region)).unwrap();
                 add(&self.ioas, base, region.as_ptr() as u64, TABLES);
-                let config = TableConfig::new("intel-vtd/first-stage", &[("levels", 4)]);
+                let config = TableConfig::new("intel-vtd/first-stage", &[("levels", 5)]);
                 let format = self.vtd.open(&config).map_err(boxed)?;
                 let table = NestedTable::new(Box::new(format), RegionTables::new(region, Gpa(base))).map_err(boxed)?;
                 let root = table.roots().next().unwrap().1.0;
-                let data: Vec<u8> = [0, root, 48_u64].iter().flat_map(|word| word.to_ne_bytes()).collect();
+                let data: Vec<u8> = [0, root, 57_u64].iter().flat_map(|word| word.to_ne_bytes()).collect();
                 let any = self.devices.values().next().unwrap();
                 let hwpt = self.parent.nested(any, HwptFlags::PASID, (hwpt_data::VTD_S1, &data), None).map_err(boxed)?;
                 let kernel = Arc::clone(self.ioas.kernel());
@@ -184,17 +191,17 @@ impl AddressSpaces for Host {
         assert!(self.spaces.remove(&space).is_some(), "released twice");
     }
 
-    fn attach(&mut self, requester: Requester, space: u32) -> Result<(), HostError> {
+    fn attach(&mut self, requester: Requester, space: u32) -> Result<Report, HostError> {
         let hwpt = match &self.spaces[&space] {
             Space::Bypass => &self.parent,
             Space::Tables { hwpt, .. } => hwpt,
         };
         if let Some(attachment) = self.attachments.get_mut(&requester) {
-            return attachment.replace(PageTable::Hwpt(hwpt)).map_err(boxed);
+            return attachment.replace(PageTable::Hwpt(hwpt)).map(|()| Report::default()).map_err(boxed);
         }
         let attachment = self.devices[&requester.id].attach(requester.pasid.map(Pasid), PageTable::Hwpt(hwpt)).map_err(boxed)?;
         self.attachments.insert(requester, attachment);
-        Ok(())
+        Ok(Report::default())
     }
 
     fn detach(&mut self, requester: Requester) -> Result<(), HostError> {
@@ -203,14 +210,14 @@ impl AddressSpaces for Host {
     }
 
     fn switch(&mut self, space: u32, _: &Way, opened: sync::Way) -> Result<Report, HostError> {
-        self.look(space, |live, memory| live.switch(opened, memory).map_err(boxed))
+        self.look(space, |live, memory| live.switch(opened, memory).map_err(self::live))
     }
 
     fn invalidate(&mut self, space: u32, invalidations: &[Invalidation]) -> Result<Report, HostError> {
-        self.look(space, |live, memory| live.invalidate(memory, invalidations).map_err(boxed))
+        self.look(space, |live, memory| live.invalidate(memory, invalidations).map_err(self::live))
     }
 
     fn table_written(&mut self, space: u32, address: Gpa, length: u64) -> Result<Report, HostError> {
-        self.look(space, |live, memory| live.table_written(memory, address, length).map_err(boxed))
+        self.look(space, |live, memory| live.table_written(memory, address, length).map_err(self::live))
     }
 }

@@ -5,5 +5,7 @@ mod behaviour;
 mod failures;
 mod guests;
 mod host;
+mod nested;
 mod plain;
+mod real;
 mod watching;

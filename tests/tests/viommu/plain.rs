@@ -41,12 +41,12 @@ impl Recorder {
 
     fn look(&mut self, asked: Asked) -> Result<Report, HostError> {
         self.asked.push(asked);
-        if self.refuse_looks { Err(refused()) } else { Ok(Report::default()) }
+        if self.refuse_looks { Err(HostError::Stale("told to fail".into())) } else { Ok(Report::default()) }
     }
 }
 
 fn refused() -> HostError {
-    HostError("told to refuse".into())
+    HostError::Refused("told to refuse".into())
 }
 
 impl AddressSpaces for Recorder {
@@ -69,14 +69,14 @@ impl AddressSpaces for Recorder {
         self.asked.push(Asked::Release(space));
     }
 
-    fn attach(&mut self, requester: Requester, space: u32) -> Result<(), HostError> {
+    fn attach(&mut self, requester: Requester, space: u32) -> Result<Report, HostError> {
         assert!(self.watchers.contains_key(&space), "a space that is there");
         if self.refuse_attach {
             return Err(refused());
         }
         self.attached.insert(requester, space);
         self.asked.push(Asked::Attach(requester, space));
-        Ok(())
+        Ok(Report::default())
     }
 
     fn detach(&mut self, requester: Requester) -> Result<(), HostError> {

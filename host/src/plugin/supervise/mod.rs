@@ -17,9 +17,11 @@
 //!
 //! There is no clock here: waiting is counted in operations. [`Supervisor::pass`] counts one that asked nothing.
 
+mod all;
 mod format;
 mod replace;
 
+pub use all::{OpenFormatError, Supervisors};
 pub use format::{Answer, Question, Supervised};
 pub use replace::{Difference, ReplaceError};
 
