@@ -61,7 +61,7 @@ use vm_memory::GuestMemory;
 
 use crate::device::{Trace, Unit};
 use crate::memory::{self, MemoryMap};
-use crate::plugin::queue::EventRecord;
+use crate::plugin::queue::{Effect, EventRecord, Invalidation};
 use crate::plugin::{Blocked, Outcome, Requester, SuperviseError, Supervisor, Tag};
 use crate::sync::Watcher;
 use crate::table::AddressSpace;
@@ -168,6 +168,9 @@ struct Space<I> {
     /// For looking into the guest's tables when a device was refused.
     walker: Option<AddressSpace>,
 }
+
+/// Bytes of one write that are looked at page by page.
+const LONGEST_WRITE: u64 = 1 << 20;
 
 /// What one call did.
 #[derive(Debug, Default)]
@@ -411,8 +414,13 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
         for holder in &written[spaces..] {
             let Holder::Space(number) = *holder else { continue };
             let Some(space) = self.spaces.get(&number).filter(|space| !space.dead && !call.synchronised.contains(&number)) else { continue };
-            let told = self.host.table_written(space.id, address, length);
-            self.told(number, told, false, &mut call);
+            // A range that is longer than any table is looked at by its tables, and not by its pages.
+            let whole = length > LONGEST_WRITE;
+            let told = match whole {
+                false => self.host.table_written(space.id, address, length),
+                true => self.host.invalidate(space.id, &[Invalidation { index: 0, effect: Effect::Everything }]),
+            };
+            self.told(number, told, whole, &mut call);
         }
         self.written = written;
         for (id, told) in self.host.written(address, length).into_iter().flatten() {
