@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::commit::KernelCommitter;
-use super::device::{Connected, Slot, Who, outside};
+use super::device::{Connected, Held, Slot, Who, outside};
 use super::nested::{Bound, For};
 use super::parent::Under;
 use super::part::{Engine, Host, Part};
@@ -11,9 +11,8 @@ use super::space::{Content, Space, State};
 use super::strategy::{Candidate, Choice};
 use super::tables::PoolTables;
 use super::{Chosen, Device, Error, Explanation, Ioasid, Kind, Property, Refusal, Strategy};
-use crate::kernel::handle::{Hwpt, PageTable};
 use crate::kernel::{Errno, HwptFlags, Pasid};
-use crate::sync::{Nested, NestedTable};
+use crate::sync::{AreaLimits, Areas, Nested, NestedTable};
 
 impl Ioasid {
     /// Attaches a device, or a PASID of it. The first device behind a unit has a strategy chosen for its path; further ones share what was made.
@@ -142,61 +141,169 @@ impl Space {
         Err(Refusal::new(Property::Unit, reason))
     }
 
+    /// The part that a device gets, made if there is none; and whether it was made.
+    fn part_for(&self, state: &mut State, device: &Arc<Connected>, pasid: Option<Pasid>) -> Result<(usize, bool), Error> {
+        // Areas are for all units: the kernel keeps a table for each of them.
+        let is_shared = |part: &Part| matches!(part.host, Host::Areas(_));
+        let same = state.parts.iter().position(|part| part.unit == device.unit());
+        if let Some(place) = same.or_else(|| state.parts.iter().position(is_shared)) {
+            return Ok((place, false));
+        }
+        self.check_unit(state, device)?;
+        let part = self.build(state, device, pasid)?;
+        state.parts.push(part);
+        Ok((state.parts.len() - 1, true))
+    }
+
     fn join(self: &Arc<Self>, device: &Arc<Connected>, pasid: Option<Pasid>, replace: bool) -> Result<(), Error> {
         self.check(device, pasid)?;
-        let mut state = self.lock();
-        let mut slots = device.slots();
-        let attached = |slot: &Slot| Refusal::new(Property::Attachment, format!("{} is attached to {}", Who(device.label(), pasid), slot.space.id()));
-        match (slots.get(&pasid), replace) {
-            (Some(slot), true) if Arc::ptr_eq(&slot.space, self) => return Ok(()),
-            (Some(slot), false) => return Err(attached(slot).into()),
-            (None, true) => {
-                return Err(Refusal::new(Property::Attachment, format!("{} is not attached", Who(device.label(), pasid))).into());
+        let not_attached = || Refusal::new(Property::Attachment, format!("{} is not attached", Who(device.label(), pasid)));
+        loop {
+            let before = device.slots().get(&pasid).map(|slot| Arc::clone(&slot.space));
+            match (&before, replace) {
+                (Some(space), false) => {
+                    let reason = format!("{} is attached to {}", Who(device.label(), pasid), space.id());
+                    return Err(Refusal::new(Property::Attachment, reason).into());
+                }
+                (None, true) => return Err(not_attached().into()),
+                (Some(space), true) if Arc::ptr_eq(space, self) => return Ok(()),
+                (Some(_), true) | (None, false) => {}
             }
-            (Some(_), true) | (None, false) => {}
-        }
-        let known = state.parts.iter().position(|part| part.unit == device.unit());
-        let place = match known {
-            Some(place) => place,
-            None => {
-                self.check_unit(&state, device)?;
-                let part = self.build(&mut state, device, pasid)?;
-                state.parts.push(part);
-                state.parts.len() - 1
+            // Locks in the order of numbers.
+            let (mut state, mut other) = match &before {
+                Some(space) if space.id() < self.id() => {
+                    let other = space.lock();
+                    (self.lock(), Some(other))
+                }
+                Some(space) => {
+                    let state = self.lock();
+                    (state, Some(space.lock()))
+                }
+                None => (self.lock(), None),
+            };
+            let mut slots = device.slots();
+            let now = slots.get(&pasid).map(|slot| Arc::as_ptr(&slot.space));
+            if now != before.as_ref().map(Arc::as_ptr) {
+                // Somebody else was faster.
+                continue;
             }
-        };
-        let old = match self.attach_to(&state.parts[place], device, pasid, slots.get_mut(&pasid)) {
-            Ok(Some(attachment)) => {
-                slots.insert(pasid, Slot { attachment, space: Arc::clone(self) });
-                None
-            }
-            // Replaced in place.
-            Ok(None) => slots.get_mut(&pasid).map(|slot| std::mem::replace(&mut slot.space, Arc::clone(self))),
-            Err(error) => {
-                if known.is_none() {
+            let (place, is_new) = self.part_for(&mut state, device, pasid)?;
+            let part = &mut state.parts[place];
+            let moved = match (slots.get_mut(&pasid), &mut other) {
+                (Some(slot), Some(other)) => Self::move_to(part, device, pasid, slot, other).map(|()| slot.space = Arc::clone(self)),
+                _ => Self::attach_to(part, device, pasid).map(|held| {
+                    slots.insert(pasid, Slot { held, space: Arc::clone(self) });
+                }),
+            };
+            if let Err(error) = moved {
+                if is_new {
                     state.parts.pop();
                 }
                 return Err(error);
             }
-        };
-        state.parts[place].joined(device, pasid);
-        tracing::debug!(device = device.label(), ioasid = self.id().0, replace, "attached");
-        drop(slots);
-        drop(state);
-        if let Some(old) = old {
-            old.left(device, pasid);
+            state.parts[place].joined(device, pasid);
+            if let Some(other) = &mut other {
+                let _ = other.parts.iter_mut().any(|part| part.left(Arc::as_ptr(device), pasid));
+            }
+            tracing::debug!(device = device.label(), ioasid = self.id().0, replace, "attached");
+            return Ok(());
         }
+    }
+
+    /// The guest's structures say something else: parts whose units walk the guest's own table, or a table of the kernel's, are made anew, and those who use
+    /// them are moved. On an error nobody was. What is in `dropped` then is to be dropped without locks.
+    pub(super) fn rebuild(self: &Arc<Self>, state: &mut State, dropped: &mut Vec<(Arc<Connected>, Option<Slot>)>) -> Result<(), Error> {
+        for place in 0..state.parts.len() {
+            if state.parts[place].follows() {
+                continue;
+            }
+            let users: Vec<(Arc<Connected>, Option<Pasid>)> =
+                state.parts[place].users.iter().filter_map(|(user, pasid)| Some((user.upgrade()?, *pasid))).collect();
+            dropped.extend(users.iter().map(|(user, _)| (Arc::clone(user), None)));
+            let Some((device, _)) = users.first() else { continue };
+            let with_pasid = users.iter().find_map(|(_, pasid)| *pasid);
+            let mut part = self.build(state, device, with_pasid)?;
+            let mut moved = Vec::new();
+            for (device, pasid) in &users {
+                match self.hand_over(&mut part, device, *pasid) {
+                    Ok(()) => moved.push((device, *pasid)),
+                    Err(error) => {
+                        for (device, pasid) in moved {
+                            let _ = self.hand_over(&mut state.parts[place], device, pasid);
+                        }
+                        return Err(error);
+                    }
+                }
+            }
+            part.users = std::mem::take(&mut state.parts[place].users);
+            part.blocked = std::mem::take(&mut state.parts[place].blocked);
+            state.parts[place] = part;
+        }
+        // Of what nobody uses nothing is kept: it would have to be made anew.
+        let Kind::Guest(_) = state.kind else { return Ok(()) };
+        state.parts.retain(|part| part.follows() || part.users.iter().any(|(user, _)| user.strong_count() > 0) || !part.blocked.is_empty());
         Ok(())
     }
 
-    /// Attaches to a part; the attachment, unless one that was there was changed.
-    fn attach_to(
-        &self,
-        part: &Part,
+    /// Moves an attachment of this IOASID to another part of it.
+    fn hand_over(self: &Arc<Self>, part: &mut Part, device: &Arc<Connected>, pasid: Option<Pasid>) -> Result<(), Error> {
+        let mut slots = device.slots();
+        let Some(slot) = slots.get_mut(&pasid).filter(|slot| Arc::ptr_eq(&slot.space, self)) else { return Ok(()) };
+        let Held::Here(attachment) = std::mem::replace(&mut slot.held, Held::Nowhere) else { return Ok(()) };
+        let before = device.vdevice();
+        let entered = part.viommu().map_or(Ok(()), |viommu| device.enter(viommu)).map_err(Error::kernel("telling the vIOMMU of the device"));
+        let result = match entered {
+            Ok(()) => part.adopt(attachment, pasid).map_err(|(attachment, errno)| (attachment, refused(errno, device, pasid))),
+            Err(error) => Err((attachment, error)),
+        };
+        match result {
+            Ok(held) => {
+                slot.held = held;
+                Ok(())
+            }
+            Err((attachment, error)) => {
+                device.restore(before);
+                slot.held = Held::Here(attachment);
+                Err(error)
+            }
+        }
+    }
+
+    /// Attaches a device that is attached to nothing.
+    fn attach_to(part: &mut Part, device: &Arc<Connected>, pasid: Option<Pasid>) -> Result<Held, Error> {
+        Self::within(part, device, pasid, |part| part.attach(device, pasid).map_err(|errno| refused(errno, device, pasid)))
+    }
+
+    /// Moves an attachment from another IOASID's part; it stays there if that cannot be.
+    fn move_to(part: &mut Part, device: &Arc<Connected>, pasid: Option<Pasid>, slot: &mut Slot, other: &mut State) -> Result<(), Error> {
+        let held = Self::within(part, device, pasid, |part| {
+            let (attachment, was_areas) = match std::mem::replace(&mut slot.held, Held::Nowhere) {
+                Held::Here(attachment) => (Some(attachment), false),
+                Held::Areas | Held::Nowhere => (other.parts.iter_mut().find_map(|part| part.release(device, pasid)), true),
+            };
+            // One that a swap left behind is detached by now.
+            let Some(attachment) = attachment else { return part.attach(device, pasid).map_err(|errno| refused(errno, device, pasid)) };
+            part.adopt(attachment, pasid).map_err(|(attachment, errno)| {
+                let back = other.parts.iter_mut().find(|part| was_areas && matches!(part.host, Host::Areas(_)));
+                slot.held = match back {
+                    None => Held::Here(attachment),
+                    // If that fails its DMA would go where nobody looks after it: better nothing.
+                    Some(part) => part.adopt(attachment, pasid).unwrap_or(Held::Nowhere),
+                };
+                refused(errno, device, pasid)
+            })
+        })?;
+        slot.held = held;
+        Ok(())
+    }
+
+    /// With the device known to the part's vIOMMU; as before on an error.
+    fn within<T>(
+        part: &mut Part,
         device: &Arc<Connected>,
         pasid: Option<Pasid>,
-        slot: Option<&mut Slot>,
-    ) -> Result<Option<crate::kernel::handle::Attachment>, Error> {
+        act: impl FnOnce(&mut Part) -> Result<T, Error>,
+    ) -> Result<T, Error> {
         if pasid.is_some() && !part.has_pasids() {
             let reason = format!("the unit of device {} takes PASIDs with structures of the guest's only, not one by one", device.label());
             return Err(Refusal::new(Property::Pasid, reason).into());
@@ -205,15 +312,7 @@ impl Space {
         if let Some(viommu) = part.viommu() {
             device.enter(viommu).map_err(Error::kernel("telling the vIOMMU of the device"))?;
         }
-        let to = PageTable::Hwpt(part.hwpt()?);
-        let result = match slot {
-            Some(slot) => slot.attachment.replace(to).map(|()| None),
-            None => device.bound().attach(pasid, to).map(Some),
-        };
-        result.map_err(|errno| {
-            device.restore(before);
-            refused(errno, device, pasid)
-        })
+        act(part).inspect_err(|_| device.restore(before))
     }
 
     /// Chooses a strategy for a device's path, and makes what it takes.
@@ -260,7 +359,7 @@ impl Space {
             Candidate::Own(config) => {
                 let mut bound = Bound::new(whom, context.parent(Under::Guest)?, &config, Under::Guest)?;
                 let committer = committer(&mut bound)?;
-                Ok(Host::Own(bound, committer))
+                Ok(Host::Own(Box::new(bound), Box::new(committer)))
             }
             Candidate::Table(mut config, format) => {
                 let parent = context.parent(Under::Host)?;
@@ -273,24 +372,31 @@ impl Space {
                 let sink = Nested::new(table, committer(&mut bound)?);
                 let mut engine = Engine::new(context, self.id(), &state.kind, limits, sink)?;
                 engine.fill(&context.memory(), &state.told())?;
-                Ok(Host::Table(bound, Box::new(engine)))
+                Ok(Host::Table(Box::new(bound), Box::new(engine)))
             }
-            Candidate::Areas => self.areas(state, device).map(Host::Kernel),
+            Candidate::Areas => self.areas(state, device),
         }
     }
 
-    /// A page table of the kernel's, for the unit.
-    fn areas(&self, state: &State, device: &Connected) -> Result<Hwpt, Error> {
-        let Content::Managed(managed) = &state.content else {
-            let what = if matches!(state.kind, Kind::Requests) { "a guest's requests" } else { "a guest's tables" };
-            return Err(Refusal::new(Property::Strategy, format!("{what} are not mapped by the kernel")).into());
-        };
+    /// What the kernel keeps in its own tables.
+    fn areas(&self, state: &State, device: &Connected) -> Result<Host, Error> {
         let dirty = if self.request().dirty_tracking { HwptFlags::DIRTY_TRACKING } else { HwptFlags::NONE };
-        let made = managed.ioas().hwpt(device.bound(), device.pasid_flag() | dirty, state.faults.as_ref());
-        made.map_err(|errno| match errno {
-            Errno::EADDRINUSE => Refusal::new(Property::Iova, "areas lie where the unit cannot translate").into(),
-            errno => Error::kernel("making a page table for the device's unit")(errno),
-        })
+        let flags = device.pasid_flag() | dirty;
+        if let Content::Managed(managed) = &state.content {
+            let made = managed.ioas().hwpt(device.bound(), flags, state.faults.as_ref());
+            return made.map(Host::Kernel).map_err(|errno| match errno {
+                Errno::EADDRINUSE => Refusal::new(Property::Iova, "areas lie where the unit cannot translate").into(),
+                errno => Error::kernel("making a page table for the device's unit")(errno),
+            });
+        }
+        if state.faults.is_some() {
+            return Err(Refusal::new(Property::PageRequests, "faults in areas that follow a guest are not recoverable").into());
+        }
+        let limits = &self.request().limits;
+        let areas = Areas::new(self.context().pins(), AreaLimits { flags, ..limits.areas }).map_err(Error::kernel("making an address space"))?;
+        let mut engine = Engine::new(self.context(), self.id(), &state.kind, limits, areas)?;
+        engine.fill(&self.context().memory(), &state.told())?;
+        Ok(Host::Areas(Box::new(engine)))
     }
 }
 

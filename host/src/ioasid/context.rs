@@ -10,11 +10,12 @@ use super::parent::{Parent, Under};
 use super::space::Space;
 use super::watch::Watched;
 use super::{ContextLimits, Device, Error, GuestMemory, Ioasid, MemoryRegion, PlainTables, Property, Refusal, Request, SpaceId, TableSupply};
+use crate::Gpa;
 use crate::kernel::handle::{Device as Bound, Hwpt, Ioas, PageTable};
-use crate::kernel::{Errno, HwInfo, HwptFlags, IovaRanges, Kernel, Map, MapFlags};
+use crate::kernel::{Errno, HwInfo, HwptFlags, IovaRanges, Kernel};
+use crate::pins::{Backing, Pins, Region};
 use crate::plugin::{Offer, Plugins};
 use crate::sync::{Report, Watcher};
-use crate::{Gpa, Iova, Span};
 
 /// What a [`Context`] is made of.
 pub struct Setup {
@@ -62,7 +63,7 @@ pub(super) struct Inner {
     units: Mutex<Vec<Unit>>,
     parents: Mutex<[Weak<Parent>; 2]>,
     memory: RwLock<GuestMemory>,
-    guest: Ioas,
+    pins: Arc<Pins>,
     watched: Option<Arc<Watched>>,
     supply: Arc<dyn TableSupply>,
     plugins: Arc<Plugins>,
@@ -101,9 +102,9 @@ impl Inner {
         self.memory.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// The address space that has all guest memory, from which others copy it.
-    pub(super) const fn guest_ioas(&self) -> &Ioas {
-        &self.guest
+    /// Guest memory, from which address spaces copy it.
+    pub(super) const fn pins(&self) -> &Arc<Pins> {
+        &self.pins
     }
 
     pub(super) fn table_budget(&self) -> (Arc<AtomicU64>, u64) {
@@ -202,22 +203,19 @@ impl Context {
     /// A context. Guest memory is made known to the kernel; it is pinned when the first page table needs it.
     ///
     /// # Errors
-    /// [`Error::Kernel`]; [`Error::TableWindow`]; [`Error::Refused`] by [`ContextLimits::pinned_bytes`].
+    /// [`Error::Kernel`]; [`Error::TableWindow`]; [`Error::Pins`], also for [`ContextLimits::pinned_bytes`].
     pub fn with(setup: Setup) -> Result<Self, Error> {
         let Setup { kernel, plugins, memory, tables, watcher, limits } = setup;
         check_window(&memory)?;
-        check_pins(&memory, &limits)?;
-        let guest = Ioas::alloc(&kernel).map_err(Error::kernel("making an address space"))?;
-        for region in memory.regions() {
-            map(&guest, region)?;
-        }
+        let pins = Pins::new(&kernel, limits.pinned_bytes).map_err(Error::kernel("making an address space"))?;
+        memory.regions().iter().try_for_each(|region| add(&pins, region))?;
         Ok(Self(Arc::new(Inner {
             spaces: Mutex::default(),
             devices: Mutex::default(),
             units: Mutex::default(),
             parents: Mutex::default(),
             memory: RwLock::new(memory),
-            guest,
+            pins,
             watched: watcher.map(|watcher| Arc::new(Watched::new(watcher))),
             supply: tables,
             plugins,
@@ -340,11 +338,10 @@ impl Context {
     /// The guest's memory is another: regions came, or went, or both. When this returns, no device reaches what went.
     ///
     /// # Errors
-    /// [`Error::Kernel`], [`Error::TableWindow`], [`Error::Refused`] by [`ContextLimits::pinned_bytes`]: regions that should have come did not, and those that
+    /// [`Error::Kernel`], [`Error::TableWindow`], [`Error::Pins`]: regions that should have come did not, and those that
     /// should have gone are there. [`Error::Blocked`]: devices that might reach what went were detached.
     pub fn memory_changed(&self, memory: GuestMemory) -> Result<(), Error> {
         check_window(&memory)?;
-        check_pins(&memory, &self.0.limits)?;
         let before = self.0.memory();
         let differ = |one: &GuestMemory, other: &GuestMemory| -> Vec<MemoryRegion> {
             one.regions().iter().filter(|region| !other.regions().contains(region)).copied().collect()
@@ -354,18 +351,22 @@ impl Context {
         // What goes is first out of all tables, and only then unknown to the kernel.
         if !gone.is_empty() {
             let between: Vec<MemoryRegion> = before.regions().iter().filter(|region| !gone.contains(region)).copied().collect();
+            let withdrawn = gone.iter().filter(|region| region.user_address.is_some());
+            withdrawn.clone().try_for_each(|region| self.0.pins.withdraw(region.span))?;
             self.tell(memory.with_regions(between)?)?;
             for region in &gone {
                 parents.iter().try_for_each(|parent| parent.remove(region))?;
-                unmap(&self.0.guest, region)?;
+                if region.user_address.is_some() {
+                    self.0.pins.remove(region.span)?;
+                }
             }
         }
         for (done, region) in come.iter().enumerate() {
-            let added = map(&self.0.guest, region).and_then(|()| parents.iter().try_for_each(|parent| parent.add(&self.0, region)));
+            let added = add(&self.0.pins, region).and_then(|()| parents.iter().try_for_each(|parent| parent.add(&self.0, region)));
             if let Err(error) = added {
                 for region in &come[..=done] {
                     let _ = parents.iter().try_for_each(|parent| parent.remove(region));
-                    let _ = unmap(&self.0.guest, region);
+                    let _ = self.0.pins.remove(region.span);
                 }
                 return Err(error);
             }
@@ -411,33 +412,9 @@ fn check_window(memory: &GuestMemory) -> Result<(), Error> {
     }
 }
 
-fn check_pins(memory: &GuestMemory, limits: &ContextLimits) -> Result<(), Error> {
-    let mapped = memory.regions().iter().filter(|region| region.user_address.is_some());
-    let bytes = mapped.fold(0_u64, |sum, region| sum.saturating_add(region.span.length_minus_one()).saturating_add(1));
-    if bytes > limits.pinned_bytes {
-        let reason = format!("{bytes:#x} bytes of guest memory would be pinned, and {:#x} may be", limits.pinned_bytes);
-        return Err(Refusal::new(Property::Limit, reason).into());
-    }
-    Ok(())
-}
-
-fn length(span: Span) -> u64 {
-    span.length_minus_one().saturating_add(1)
-}
-
-fn map(guest: &Ioas, region: &MemoryRegion) -> Result<(), Error> {
+fn add(pins: &Pins, region: &MemoryRegion) -> Result<(), Error> {
     let Some(user_address) = region.user_address else { return Ok(()) };
-    let flags = if region.writable { MapFlags::READABLE | MapFlags::WRITEABLE } else { MapFlags::READABLE };
-    let map = Map { flags, iova: Some(Iova(region.span.first)), user_address, length: length(region.span) };
-    guest.kernel().ioas_map(guest.id(), &map).map(drop).map_err(Error::kernel("making guest memory known"))
-}
-
-fn unmap(guest: &Ioas, region: &MemoryRegion) -> Result<(), Error> {
-    if region.user_address.is_none() {
-        return Ok(());
-    }
-    match guest.kernel().ioas_unmap(guest.id(), Iova(region.span.first), length(region.span)) {
-        Ok(_) | Err(Errno::ENOENT) => Ok(()),
-        Err(errno) => Err(Error::kernel("taking guest memory back")(errno)),
-    }
+    let length = region.span.length_minus_one().saturating_add(1);
+    let backing = Backing::User(user_address);
+    Ok(pins.add(&Region { gpa: Gpa(region.span.first), length, backing, writable: region.writable, block: None })?)
 }

@@ -87,11 +87,22 @@ fn common(before: Vec<Offer>, here: &[Offer], number: usize, missing: &mut Vec<S
     before.into_iter().filter_map(both).collect()
 }
 
+/// Where an attachment is.
+#[derive(Debug)]
+pub(super) enum Held {
+    /// Here.
+    Here(Attachment),
+    /// In the areas of the IOASID.
+    Areas,
+    /// On its way, or gone.
+    Nowhere,
+}
+
 /// What a device, or a PASID of it, is attached to.
 #[derive(Debug)]
 pub(super) struct Slot {
     // Dropped first: nothing that it uses goes before it.
-    pub(super) attachment: Attachment,
+    pub(super) held: Held,
     pub(super) space: Arc<Space>,
 }
 
@@ -191,6 +202,17 @@ impl Connected {
     }
 }
 
+impl Drop for Connected {
+    fn drop(&mut self) {
+        let slots = std::mem::take(self.slots.get_mut().unwrap_or_else(PoisonError::into_inner));
+        for (pasid, slot) in slots {
+            if matches!(slot.held, Held::Areas) {
+                slot.space.release(self, pasid);
+            }
+        }
+    }
+}
+
 /// A connected device. Clones are the same device; it is detached from everything and let go of when the last one is dropped.
 #[derive(Clone)]
 pub struct Device(pub(super) Arc<Connected>);
@@ -263,14 +285,17 @@ impl Device {
     /// # Errors
     /// [`Error::Refused`]: it is not attached.
     pub fn detach(&self, pasid: Option<Pasid>) -> Result<(), Error> {
-        let slot = self.0.slots().remove(&pasid);
-        let Some(Slot { attachment, space }) = slot else {
-            return Err(Refusal::new(Property::Attachment, format!("{} is not attached", Who(self.label(), pasid))).into());
-        };
-        drop(attachment);
-        space.left(&self.0, pasid);
-        tracing::debug!(device = self.label(), ioasid = space.id().0, "detached");
-        Ok(())
+        loop {
+            let space = self.0.slots().get(&pasid).map(|slot| Arc::clone(&slot.space));
+            let Some(space) = space else {
+                return Err(Refusal::new(Property::Attachment, format!("{} is not attached", Who(self.label(), pasid))).into());
+            };
+            // False: it was put on another one meanwhile.
+            if space.detach(&self.0, pasid) {
+                tracing::debug!(device = self.label(), ioasid = space.id().0, "detached");
+                return Ok(());
+            }
+        }
     }
 }
 

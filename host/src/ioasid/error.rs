@@ -7,6 +7,7 @@ use crate::kernel::Errno;
 use crate::lookup::LookupError;
 use crate::memory::MemoryMapError;
 use crate::offers::OffersError;
+use crate::pins::PinError;
 use crate::plugin::{CallError, PluginsError};
 use crate::sync::{CommitError, LiveError};
 use crate::table::{BuildError, OpenError, WalkError};
@@ -123,6 +124,9 @@ pub enum Error {
     /// The description of guest memory makes no sense.
     #[error(transparent)]
     Memory(#[from] MemoryMapError),
+    /// Guest memory cannot be made known to the kernel, or not be taken back.
+    #[error(transparent)]
+    Pins(#[from] PinError),
     /// Host tables would stand where the guest has memory.
     #[error("guest memory at {memory} lies where host tables may stand, {tables}")]
     TableWindow {

@@ -1,7 +1,7 @@
 //! How much a guest can make a context and its address spaces hold.
 
 use crate::lookup;
-use crate::sync::ShadowLimits;
+use crate::sync::{AreaLimits, ShadowLimits};
 
 /// Limits of a whole context.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,6 +30,8 @@ pub struct SpaceLimits {
     pub questions: u64,
     /// Bytes of host tables. What does not fit is not mapped, and counted.
     pub table_bytes: u64,
+    /// Areas of the kernel's; flags are the context's business.
+    pub areas: AreaLimits,
     /// Software lookups.
     pub lookup: lookup::Limits,
     /// Mappings that the VMM, or a guest with requests, has made at a time.
@@ -37,8 +39,15 @@ pub struct SpaceLimits {
 }
 
 impl Default for SpaceLimits {
-    /// [`ShadowLimits::default`], [`lookup::Limits::default`], 1,024 questions, 512 MiB of host tables, 4,194,304 mappings.
+    /// [`ShadowLimits::default`], [`AreaLimits::default`], [`lookup::Limits::default`], 1,024 questions, 512 MiB of host tables, 4,194,304 mappings.
     fn default() -> Self {
-        Self { shadow: ShadowLimits::default(), questions: 1024, table_bytes: 512 << 20, lookup: lookup::Limits::default(), mappings: 1 << 22 }
+        Self {
+            shadow: ShadowLimits::default(),
+            questions: 1024,
+            table_bytes: 512 << 20,
+            areas: AreaLimits::default(),
+            lookup: lookup::Limits::default(),
+            mappings: 1 << 22,
+        }
     }
 }

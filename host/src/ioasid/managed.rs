@@ -81,7 +81,7 @@ impl Managed {
                     flags: flags(access),
                     destination: self.ioas.id(),
                     destination_iova: iova,
-                    source: context.guest_ioas().id(),
+                    source: context.pins().ioas().id(),
                     source_iova: Iova(gpa.0),
                     length,
                 };

@@ -168,7 +168,7 @@ fn copy(context: &Inner, ioas: &Ioas, region: &MemoryRegion) -> Result<(), Error
     let flags = if region.writable { MapFlags::READABLE | MapFlags::WRITEABLE } else { MapFlags::READABLE };
     let (first, length) = range(region.span);
     let request =
-        CopyRange { flags, destination: ioas.id(), destination_iova: Some(first), source: context.guest_ioas().id(), source_iova: first, length };
+        CopyRange { flags, destination: ioas.id(), destination_iova: Some(first), source: context.pins().ioas().id(), source_iova: first, length };
     context.kernel().ioas_copy(&request).map(drop).map_err(Error::kernel("copying guest memory to a parent address space"))
 }
 

@@ -4,15 +4,15 @@ use std::sync::{Arc, Weak};
 
 use super::commit::KernelCommitter;
 use super::context::Inner;
-use super::device::Connected;
+use super::device::{Connected, Held, Slot};
 use super::nested::Bound;
 use super::tables::PoolTables;
-use super::{Error, Explanation, GuestMemory, GuestView, Kind, Property, Refusal, SpaceId, SpaceLimits};
-use crate::kernel::Pasid;
-use crate::kernel::handle::{Hwpt, Viommu};
+use super::{Error, Explanation, GuestMemory, GuestView, Kind, SpaceId, SpaceLimits};
+use crate::kernel::handle::{Attachment, Hwpt, PageTable, Viommu};
+use crate::kernel::{Errno, Pasid};
 use crate::plugin::queue::{Effect, Invalidation};
-use crate::plugin::{Outcome, Translated};
-use crate::sync::{CommitError, Live, LiveError, Nested, Report, Shadow, Sink, Unwatched, Watcher};
+use crate::sync::{Areas, CommitError, Live, LiveError, Nested, Report, Sink, Space, Unwatched, Watcher, Way};
+use crate::table::Format;
 use crate::{Change, Gpa, Span};
 
 /// A sink, and who tells it what changes: a guest's tables, or whoever has a batch.
@@ -32,9 +32,15 @@ impl<S: Sink> Engine<S> {
             Some(watched) => Box::new(watched.of(id)),
             None => Box::new(Unwatched),
         };
-        let format = Box::new(open(context, view)?);
-        let shadow = Shadow::open(format, context.memory().map().clone(), limits.shadow, watcher)?;
-        Ok(Self::Live(Box::new(Live::new(shadow, sink, view.tag(), view.id, limits.questions))))
+        let space = Space::open(way(context, view)?, context.memory().map().clone(), limits.shadow, watcher)?;
+        Ok(Self::Live(Box::new(Live::new(space, sink, view.tag(), view.id, limits.questions))))
+    }
+
+    pub(super) fn sink_mut(&mut self) -> &mut S {
+        match self {
+            Self::Live(live) => live.sink_mut(),
+            Self::Told(sink) => sink,
+        }
     }
 
     pub(super) fn sink(&self) -> &S {
@@ -56,11 +62,31 @@ impl<S: Sink> Engine<S> {
         }
     }
 
-    pub(super) fn live(&mut self) -> Option<&mut Live<S>> {
+    fn live(&mut self, act: impl FnOnce(&mut Live<S>) -> Result<Report, LiveError>) -> Result<Report, LiveError> {
         match self {
-            Self::Live(live) => Some(live),
-            Self::Told(_) => None,
+            Self::Live(live) => act(live),
+            Self::Told(_) => Ok(Report::default()),
         }
+    }
+
+    pub(super) fn invalidate(&mut self, memory: &GuestMemory, invalidations: &[Invalidation]) -> Result<Report, LiveError> {
+        self.live(|live| live.invalidate(memory.entries(), invalidations))
+    }
+
+    pub(super) fn table_written(&mut self, memory: &GuestMemory, address: Gpa, length: u64) -> Result<Report, LiveError> {
+        self.live(|live| live.table_written(memory.entries(), address, length))
+    }
+
+    pub(super) fn synchronise(&mut self, memory: &GuestMemory) -> Result<Report, LiveError> {
+        self.live(|live| live.synchronise(memory.entries()))
+    }
+
+    /// The guest's structures say something else.
+    pub(super) fn switch(&mut self, memory: &GuestMemory, way: Way, view: &GuestView) -> Result<Report, LiveError> {
+        self.live(|live| {
+            live.set_tag(view.tag());
+            live.switch(way, memory.entries())
+        })
     }
 
     pub(super) fn tell(&mut self, batch: &[Change]) -> Result<(), CommitError> {
@@ -81,14 +107,12 @@ impl<S: Sink> Engine<S> {
     }
 }
 
-/// The one table that a guest's structures lead to.
-fn open(context: &Inner, view: &GuestView) -> Result<crate::plugin::PluginFormat, Error> {
-    match &view.outcome {
-        Outcome::Tables(Translated { tables, intercepts, .. }) if tables.len() == 1 && intercepts.is_empty() => {
-            Ok(context.plugins().by_format(&tables[0].format)?.open(&tables[0])?)
-        }
-        _ => Err(Refusal::new(Property::Format, "only one table without intercepts can be followed").into()),
-    }
+/// What a guest's structures give, with its formats opened.
+pub(super) fn way(context: &Inner, view: &GuestView) -> Result<Way, Error> {
+    Way::of(&view.outcome, |config| {
+        let format: Box<dyn Format> = Box::new(context.plugins().by_format(&config.format)?.open(config)?);
+        Ok(format)
+    })
 }
 
 /// The host's side, by strategy.
@@ -97,9 +121,11 @@ pub(super) enum Host {
     /// A page table that the kernel keeps.
     Kernel(Hwpt),
     /// The guest's own table.
-    Own(Bound, KernelCommitter),
+    Own(Box<Bound>, Box<KernelCommitter>),
     /// A host table. The page table goes before the memory of what it leads to.
-    Table(Bound, Box<Engine<Nested<PoolTables, KernelCommitter>>>),
+    Table(Box<Bound>, Box<Engine<Nested<PoolTables, KernelCommitter>>>),
+    /// Areas, for any number of units: attachments are in there, because areas can need another address space of the kernel's at any moment.
+    Areas(Box<Engine<Areas>>),
 }
 
 /// What one unit has.
@@ -115,35 +141,62 @@ pub(super) struct Part {
 }
 
 impl Part {
-    /// The page table for devices.
-    pub(super) fn hwpt(&self) -> Result<&Hwpt, Error> {
-        let hwpt = match &self.host {
-            Host::Kernel(hwpt) => Some(hwpt),
-            Host::Own(bound, _) | Host::Table(bound, _) => bound.hwpt(),
-        };
-        hwpt.ok_or_else(|| Refusal::new(Property::Attachment, "the page table is gone").into())
+    const fn bound(&self) -> Option<&Bound> {
+        match &self.host {
+            Host::Kernel(_) | Host::Areas(_) => None,
+            Host::Own(bound, _) | Host::Table(bound, _) => Some(bound),
+        }
     }
 
-    pub(super) const fn viommu(&self) -> Option<&Viommu> {
-        match &self.host {
-            Host::Kernel(_) => None,
-            Host::Own(bound, _) | Host::Table(bound, _) => bound.viommu(),
-        }
+    pub(super) fn viommu(&self) -> Option<&Viommu> {
+        self.bound().and_then(Bound::viommu)
     }
 
     /// PASIDs can be attached to it.
-    pub(super) const fn has_pasids(&self) -> bool {
-        match &self.host {
-            Host::Kernel(_) => true,
-            Host::Own(bound, _) | Host::Table(bound, _) => bound.has_pasids(),
+    pub(super) fn has_pasids(&self) -> bool {
+        self.bound().is_none_or(Bound::has_pasids)
+    }
+
+    /// Attaches a device that is attached to nothing.
+    pub(super) fn attach(&mut self, device: &Connected, pasid: Option<Pasid>) -> Result<Held, Errno> {
+        if let Host::Areas(engine) = &mut self.host {
+            return engine.sink_mut().attach(device.bound(), pasid).map(|()| Held::Areas);
         }
+        device.bound().attach(pasid, PageTable::Hwpt(self.hwpt()?)).map(Held::Here)
+    }
+
+    /// Puts an attachment here; it comes back as it was if that cannot be.
+    pub(super) fn adopt(&mut self, mut attachment: Attachment, pasid: Option<Pasid>) -> Result<Held, (Attachment, Errno)> {
+        if let Host::Areas(engine) = &mut self.host {
+            return engine.sink_mut().adopt(attachment, pasid).map(|()| Held::Areas);
+        }
+        match self.hwpt().and_then(|hwpt| attachment.replace(PageTable::Hwpt(hwpt))) {
+            Ok(()) => Ok(Held::Here(attachment)),
+            Err(errno) => Err((attachment, errno)),
+        }
+    }
+
+    /// An attachment that is in areas, still attached; none if it was not, or is not any more.
+    pub(super) fn release(&mut self, device: &Connected, pasid: Option<Pasid>) -> Option<Attachment> {
+        let Host::Areas(engine) = &mut self.host else { return None };
+        engine.sink_mut().release(device.bound().id(), pasid)
+    }
+
+    fn hwpt(&self) -> Result<&Hwpt, Errno> {
+        match &self.host {
+            Host::Kernel(hwpt) => Some(hwpt),
+            Host::Own(bound, _) | Host::Table(bound, _) => bound.hwpt(),
+            Host::Areas(_) => None,
+        }
+        .ok_or(Errno::ENOENT)
     }
 
     pub(super) fn invalidate(&mut self, memory: &GuestMemory, view: &GuestView, invalidations: &[Invalidation]) -> Result<Report, LiveError> {
         match &mut self.host {
             Host::Kernel(_) => Ok(structures(view, invalidations)),
             Host::Own(_, committer) => own(committer, view, invalidations),
-            Host::Table(_, engine) => engine.live().map_or(Ok(Report::default()), |live| live.invalidate(memory.entries(), invalidations)),
+            Host::Table(_, engine) => engine.invalidate(memory, invalidations),
+            Host::Areas(engine) => engine.invalidate(memory, invalidations),
         }
     }
 
@@ -151,7 +204,22 @@ impl Part {
         match &mut self.host {
             // Hardware reads the guest's table by itself.
             Host::Kernel(_) | Host::Own(..) => Ok(Report::default()),
-            Host::Table(_, engine) => engine.live().map_or(Ok(Report::default()), |live| live.table_written(memory.entries(), address, length)),
+            Host::Table(_, engine) => engine.table_written(memory, address, length),
+            Host::Areas(engine) => engine.table_written(memory, address, length),
+        }
+    }
+
+    /// It has a description of what the guest's structures give, and is told when that is another.
+    pub(super) const fn follows(&self) -> bool {
+        matches!(self.host, Host::Table(..) | Host::Areas(_))
+    }
+
+    /// The guest's structures say something else.
+    pub(super) fn switch(&mut self, memory: &GuestMemory, way: Way, view: &GuestView) -> Result<Report, LiveError> {
+        match &mut self.host {
+            Host::Kernel(_) | Host::Own(..) => Ok(Report::default()),
+            Host::Table(_, engine) => engine.switch(memory, way, view),
+            Host::Areas(engine) => engine.switch(memory, way, view),
         }
     }
 
@@ -162,7 +230,8 @@ impl Part {
                 committer.forget_everything()?;
                 Ok(Report::default())
             }
-            Host::Table(_, engine) => engine.live().map_or(Ok(Report::default()), |live| live.synchronise(memory.entries())),
+            Host::Table(_, engine) => engine.synchronise(memory),
+            Host::Areas(engine) => engine.synchronise(memory),
         }
     }
 
@@ -171,6 +240,7 @@ impl Part {
         match &mut self.host {
             Host::Kernel(_) | Host::Own(..) => Ok(()),
             Host::Table(_, engine) => engine.tell(batch),
+            Host::Areas(engine) => engine.tell(batch),
         }
     }
 
@@ -180,23 +250,30 @@ impl Part {
             Host::Kernel(_) => Ok(()),
             Host::Own(_, committer) => committer.forget_everything(),
             Host::Table(_, engine) => engine.commit(),
+            Host::Areas(engine) => engine.commit(),
         }
     }
 
-    /// Nobody's DMA gets here any more. `is_mine` says whether a device's slot is of this IOASID.
-    pub(super) fn block(&mut self, is_mine: impl Fn(&super::device::Slot) -> bool) {
-        for (device, pasid) in self.users.drain(..) {
+    /// Nobody's DMA gets here any more. `is_mine` says whether a device's slot is of this IOASID. What comes back is to be dropped without any lock.
+    pub(super) fn block(&mut self, is_mine: impl Fn(&Slot) -> bool) -> Vec<(Arc<Connected>, Option<Slot>)> {
+        let mut dropped = Vec::new();
+        for (device, pasid) in std::mem::take(&mut self.users) {
             let Some(connected) = device.upgrade() else { continue };
-            let mut slots = connected.slots();
-            if slots.get(&pasid).is_some_and(&is_mine)
-                && let Some(slot) = slots.remove(&pasid)
-            {
-                drop(slots);
-                drop(slot);
-                tracing::error!(device = connected.label(), "detached: invalidations fail");
+            let slot = {
+                let mut slots = connected.slots();
+                if slots.get(&pasid).is_some_and(&is_mine) { slots.remove(&pasid) } else { None }
+            };
+            if let Some(mut slot) = slot {
+                slot.held = Held::Nowhere;
+                drop(self.release(&connected, pasid));
+                tracing::error!(device = connected.label(), "detached: what was taken away may still be in caches");
                 self.blocked.push((device, pasid));
+                dropped.push((connected, Some(slot)));
+            } else {
+                dropped.push((connected, None));
             }
         }
+        dropped
     }
 
     /// Somebody is attached.
@@ -206,8 +283,8 @@ impl Part {
     }
 
     /// Somebody is not attached any more; false if nobody was.
-    pub(super) fn left(&mut self, device: &Arc<Connected>, pasid: Option<Pasid>) -> bool {
-        let is = |(user, of): &(Weak<Connected>, Option<Pasid>)| user.as_ptr() == Arc::as_ptr(device) && *of == pasid;
+    pub(super) fn left(&mut self, device: *const Connected, pasid: Option<Pasid>) -> bool {
+        let is = |(user, of): &(Weak<Connected>, Option<Pasid>)| user.as_ptr() == device && *of == pasid;
         let place = self.users.iter().position(is);
         place.map(|place| self.users.swap_remove(place)).is_some()
     }

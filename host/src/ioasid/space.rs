@@ -4,12 +4,13 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::context::Inner;
+use super::device::{Connected, Held, Slot};
 use super::managed::{self, Managed, Target};
-use super::part::{Engine, Host, Part};
+use super::part::{self, Engine, Host, Part};
 use super::software::Lookups;
 use super::{Error, Explanation, GuestMemory, GuestView, Kind, Property, Refusal, Request, Strategy};
 use crate::kernel::handle::FaultQueue;
-use crate::kernel::{PageFault, PageResponse, ResponseCode};
+use crate::kernel::{Errno, PageFault, PageResponse, Pasid, ResponseCode};
 use crate::lookup::Lookup;
 use crate::memory::{Budget, Limits};
 use crate::plugin::queue::Invalidation;
@@ -49,7 +50,9 @@ pub struct Stats {
     pub leaves: u64,
     /// Tables of the host.
     pub host_tables: u64,
-    /// Bytes of memory for them, which is pinned.
+    /// Areas that the kernel has for it, where it follows tables or requests with areas.
+    pub areas: u64,
+    /// Bytes of memory for host tables, which is pinned.
     pub table_bytes: u64,
     /// Mappings that the VMM, or a guest with requests, made.
     pub mappings: u64,
@@ -75,6 +78,9 @@ pub(super) enum Content {
     /// Tables of the guest.
     Guest,
 }
+
+/// Devices that were detached because what was taken away may still be in caches. Dropping the last handle of a device takes locks.
+type Detached = Vec<(Arc<Connected>, Option<Slot>)>;
 
 /// Lookups in software.
 pub(super) type Software = Engine<Lookups>;
@@ -132,16 +138,35 @@ impl Space {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A device or PASID is not attached any more.
-    pub(super) fn left(&self, device: &Arc<super::device::Connected>, pasid: Option<crate::kernel::Pasid>) {
+    /// Detaches a device, or a PASID of it; false if it is not attached here.
+    pub(super) fn detach(self: &Arc<Self>, device: &Arc<Connected>, pasid: Option<Pasid>) -> bool {
         let mut state = self.lock();
-        let _ = state.parts.iter_mut().any(|part| part.left(device, pasid));
+        let slot = {
+            let mut slots = device.slots();
+            match slots.get(&pasid) {
+                Some(slot) if Arc::ptr_eq(&slot.space, self) => slots.remove(&pasid),
+                _ => return false,
+            }
+        };
+        if let Some(mut slot) = slot {
+            slot.held = Held::Nowhere;
+        }
+        state.parts.iter_mut().for_each(|part| drop(part.release(device, pasid)));
+        let _ = state.parts.iter_mut().any(|part| part.left(Arc::as_ptr(device), pasid));
+        true
     }
 
-    /// Does something to each host's side. If one of them could not be brought in step, its devices are blocked.
+    /// A device that is about to go is on areas: it is not any more.
+    pub(super) fn release(&self, device: &Connected, pasid: Option<Pasid>) {
+        let mut state = self.lock();
+        state.parts.iter_mut().for_each(|part| drop(part.release(device, pasid)));
+    }
+
+    /// Does something to each host's side. If one of them could not be brought in step, its devices are blocked; `detached` is to be dropped after the lock.
     fn each(
         &self,
         state: &mut State,
+        detached: &mut Detached,
         mut part: impl FnMut(&mut Part) -> Result<Report, LiveError>,
         software: impl FnOnce(&mut Software) -> Result<Report, LiveError>,
     ) -> Result<Report, Error> {
@@ -158,7 +183,7 @@ impl Space {
         for one in &mut state.parts {
             let result = part(one);
             if matches!(result, Err(LiveError::Commit(_))) {
-                one.block(|slot| std::ptr::eq(Arc::as_ptr(&slot.space), self));
+                detached.append(&mut one.block(|slot| std::ptr::eq(Arc::as_ptr(&slot.space), self)));
             }
             take(result);
         }
@@ -169,13 +194,14 @@ impl Space {
     }
 
     pub(super) fn memory_changed(&self, memory: &GuestMemory) -> Result<(), Error> {
+        let mut detached = Detached::new();
         let mut state = self.lock();
         state.translator = None;
         let State { content, .. } = &mut *state;
         if let Content::Managed(managed) = content {
             managed.memory_changed(memory.map())?;
         }
-        self.each(&mut state, |part| part.synchronise(memory), |software| software.fill(memory, &[])).map(drop)
+        self.each(&mut state, &mut detached, |part| part.synchronise(memory), |software| software.synchronise(memory)).map(drop)
     }
 }
 
@@ -268,6 +294,7 @@ impl Ioasid {
     /// [`Error::Mapped`], [`Error::NotMapped`], [`Error::Refused`] by [`SpaceLimits::mappings`](super::SpaceLimits::mappings), or because it is not a
     /// [`Kind::Requests`] one: nothing changed. [`Error::Blocked`].
     pub fn change(&self, batch: &[Change]) -> Result<(), Error> {
+        let mut detached = Detached::new();
         let mut state = self.0.lock();
         let Content::Requests(domain) = &mut state.content else { return Err(self.wrong_kind("change")) };
         let mut after = domain.clone();
@@ -291,7 +318,7 @@ impl Ioasid {
         }
         *domain = after;
         let tell = |result: Result<(), crate::sync::CommitError>| result.map(|()| Report::default()).map_err(LiveError::Commit);
-        self.0.each(&mut state, |part| tell(part.tell(batch)), |software| tell(software.tell(batch))).map(drop)
+        self.0.each(&mut state, &mut detached, |part| tell(part.tell(batch)), |software| tell(software.tell(batch))).map(drop)
     }
 
     /// The guest's commands, decoded. When this returns, no DMA uses what the guest took away in the address spaces and ranges that they mean. The kernel is
@@ -300,13 +327,15 @@ impl Ioasid {
     /// # Errors
     /// [`Error::Blocked`].
     pub fn invalidate(&self, invalidations: &[Invalidation]) -> Result<Report, Error> {
+        let mut detached = Detached::new();
         let mut state = self.0.lock();
         let Kind::Guest(view) = state.kind.clone() else { return Ok(Report::default()) };
         let memory = self.0.context.memory();
         self.0.each(
             &mut state,
+            &mut detached,
             |part| part.invalidate(&memory, &view, invalidations),
-            |software| software.live().map_or(Ok(Report::default()), |live| live.invalidate(memory.entries(), invalidations)),
+            |software| software.invalidate(&memory, invalidations),
         )
     }
 
@@ -315,12 +344,53 @@ impl Ioasid {
     /// # Errors
     /// [`Error::Blocked`].
     pub fn table_written(&self, address: Gpa, length: u64) -> Result<Report, Error> {
+        let mut detached = Detached::new();
         let mut state = self.0.lock();
         let memory = self.0.context.memory();
         self.0.each(
             &mut state,
+            &mut detached,
             |part| part.table_written(&memory, address, length),
-            |software| software.live().map_or(Ok(Report::default()), |live| live.table_written(memory.entries(), address, length)),
+            |software| software.table_written(&memory, address, length),
+        )
+    }
+
+    /// The guest's structures say something else: `view` is what the requester gets from now on. Where the unit walks the guest's own table, devices are put on
+    /// another page table, so that each transaction sees either the one or the other; host tables follow, and a byte whose translation is the same before
+    /// and after translates all the while.
+    ///
+    /// A strategy that cannot be had any more gives way to the next one; one that could be had now is not taken up.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] because it is not a [`Kind::Guest`] one, or no strategy is left for a unit: nothing changed there. [`Error::Open`], [`Error::Call`]:
+    /// nothing changed. [`Error::Blocked`].
+    pub fn switch(&self, view: GuestView) -> Result<Report, Error> {
+        if !matches!(self.0.request.kind, Kind::Guest(_)) {
+            return Err(self.wrong_kind("switch"));
+        }
+        let kind = Kind::Guest(view.clone());
+        let geometry = geometry(&self.0.context, &kind)?;
+        let mut detached = Detached::new();
+        let mut state = self.0.lock();
+        let memory = self.0.context.memory();
+        // All formats are opened before anything changes.
+        let followers = state.parts.len() + usize::from(state.software.is_some());
+        let mut ways = (0..followers).map(|_| part::way(&self.0.context, &view)).collect::<Result<Vec<_>, _>>()?;
+        let before = (std::mem::replace(&mut state.kind, kind), std::mem::replace(&mut state.geometry, geometry));
+        state.translator = None;
+        if let Err(error) = self.0.rebuild(&mut state, &mut detached) {
+            (state.kind, state.geometry) = before;
+            return Err(error);
+        }
+        let software = state.software.is_some().then(|| ways.pop()).flatten();
+        self.0.each(
+            &mut state,
+            &mut detached,
+            |part| match ways.pop() {
+                Some(way) if part.follows() => part.switch(&memory, way, &view),
+                _ => Ok(Report::default()),
+            },
+            |engine| software.map_or(Ok(Report::default()), |way| engine.switch(&memory, way, &view)),
         )
     }
 
@@ -329,13 +399,10 @@ impl Ioasid {
     /// # Errors
     /// [`Error::Blocked`].
     pub fn synchronise(&self) -> Result<Report, Error> {
+        let mut detached = Detached::new();
         let mut state = self.0.lock();
         let memory = self.0.context.memory();
-        self.0.each(
-            &mut state,
-            |part| part.synchronise(&memory),
-            |software| software.live().map_or(Ok(Report::default()), |live| live.synchronise(memory.entries())),
-        )
+        self.0.each(&mut state, &mut detached, |part| part.synchronise(&memory), |software| software.synchronise(&memory))
     }
 
     /// Tries again what failed with [`Error::Blocked`], and attaches the devices again that were detached for it, except those that are attached elsewhere.
@@ -403,6 +470,7 @@ impl Ioasid {
     /// # Errors
     /// [`Error::Blocked`], or the tables cannot be walked.
     pub fn fault(&self, iova: Iova, access: Access) -> Result<Response, Error> {
+        let mut detached = Detached::new();
         let mut state = self.0.lock();
         let memory = self.0.context.memory();
         let page = Span { first: iova.0 & !(crate::memory::PAGE - 1), last: iova.0 | (crate::memory::PAGE - 1) };
@@ -410,8 +478,9 @@ impl Ioasid {
             let again = [again(&view, page)];
             self.0.each(
                 &mut state,
+                &mut detached,
                 |part| part.invalidate(&memory, &view, &again),
-                |software| software.live().map_or(Ok(Report::default()), |live| live.invalidate(memory.entries(), &again)),
+                |software| software.invalidate(&memory, &again),
             )?;
         }
         Ok(match self.translate_in(&mut state, iova, access)? {
@@ -438,7 +507,7 @@ impl Ioasid {
             let code = if matches!(response, Ok(Response::Mapped)) { ResponseCode::Success } else { ResponseCode::Invalid };
             let answer = PageResponse { cookie: fault.cookie, code };
             // EINVAL: the device has given up meanwhile.
-            let told = kernel.respond(queue.id(), answer).or_else(|errno| if errno == crate::kernel::Errno::EINVAL { Ok(()) } else { Err(errno) });
+            let told = kernel.respond(queue.id(), answer).or_else(|errno| if errno == Errno::EINVAL { Ok(()) } else { Err(errno) });
             failed = failed.and(told.map_err(Error::kernel("answering a fault")));
             match response {
                 Ok(response) => served.push((fault, response)),
@@ -483,6 +552,18 @@ impl Ioasid {
         for part in &state.parts {
             stats.attached += part.users.iter().filter(|(user, _)| user.strong_count() > 0).count();
             stats.blocked += part.blocked.len();
+            if let Host::Areas(engine) = &part.host {
+                let areas = engine.sink();
+                stats.areas += areas.figures().areas;
+                stats.without_memory += areas.figures().pending + areas.figures().without_room + areas.figures().forgotten;
+                stats.refused_bytes += areas.losses().refused_bytes();
+                if let Engine::Live(live) = &**engine {
+                    let figures = live.space().figures();
+                    stats.guest_tables += figures.tables;
+                    stats.leaves += figures.leaves;
+                    stats.questions += figures.questions;
+                }
+            }
             if let Host::Table(_, engine) = &part.host {
                 let table = engine.sink().table();
                 let figures = table.figures();

@@ -124,7 +124,7 @@ impl Areas {
     }
 
     fn unmap_span(&mut self, span: Span) -> Result<(), Errno> {
-        let length = span.length_minus_one().checked_add(1).unwrap_or(u64::MAX);
+        let length = span.length_minus_one().saturating_add(1);
         let unmapped = self.pins.kernel().ioas_unmap(self.ioas.id(), Iova(span.first), length);
         self.figures.failures += u64::from(unmapped.is_err());
         unmapped.map(drop)

@@ -42,10 +42,12 @@ impl<S: Sink> Sink for Mirror<S> {
 
     /// Commits all of them, whatever happens to one.
     fn commit(&mut self) -> Result<(), CommitError> {
-        self.sinks.iter_mut().fold(Ok(()), |result, sink| {
+        let mut result = Ok(());
+        for sink in &mut self.sinks {
             let committed = sink.commit();
-            result.and(committed)
-        })
+            result = result.and(committed);
+        }
+        result
     }
 }
 
@@ -70,9 +72,11 @@ impl<S: Managed> Managed for Mirror<S> {
     /// Unmaps in all of them, also when one fails.
     fn unmap(&mut self, span: Span) -> Result<(), UnmapError> {
         self.check_unmap(span)?;
-        self.sinks.iter_mut().fold(Ok(()), |result, sink| {
+        let mut result = Ok(());
+        for sink in &mut self.sinks {
             let unmapped = sink.unmap(span);
-            result.and(unmapped)
-        })
+            result = result.and(unmapped);
+        }
+        result
     }
 }

@@ -18,6 +18,8 @@
 //! costs one call for each such run, one for each piece of the area that is cut, and one for each attachment. In return, for a moment, the kernel holds two
 //! page tables per unit; memory stays pinned once. Without an attachment nobody can notice, and the area is simply made anew. Merging needs no swap.
 //!
+//! A page that leads elsewhere or allows something else after a batch is gone for a moment: the kernel cannot change an area.
+//!
 //! # Joining
 //!
 //! Pieces of one batch that are neighbours in IOVAs and memory become one area, up to [`AreaLimits::join`] bytes. Guests whose drivers unmap what they have
