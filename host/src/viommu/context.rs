@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 
 use super::host::{AddressSpaces, HostError, Way, Written};
+use crate::Gpa;
 use crate::ioasid::{Context, Device, Error, GuestView, Ioasid, Kind, Request, SpaceId};
 use crate::kernel::Pasid;
 use crate::plugin::queue::Invalidation;
 use crate::plugin::{Outcome, Requester, Tag, Translated};
 use crate::sync::{self, Report, Watcher};
-use crate::Gpa;
 
 /// IOASIDs of a context, for one vIOMMU.
 ///

@@ -37,6 +37,7 @@
 //! One vIOMMU serves one call at a time, as a unit serves its queue in order; different units work in parallel.
 
 mod commands;
+mod context;
 mod events;
 mod host;
 mod index;
@@ -48,6 +49,7 @@ mod retry;
 mod watching;
 
 pub use commands::{CommandError, Illegal};
+pub use context::ContextSpaces;
 pub use events::{BlockedDma, Events, Response};
 pub use host::{AddressSpaces, HostError, Way, Written};
 pub use replace::ReplaceError;

@@ -5,6 +5,7 @@ mod behaviour;
 mod failures;
 mod guests;
 mod host;
+mod kernel;
 mod nested;
 mod plain;
 mod real;

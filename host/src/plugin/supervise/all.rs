@@ -38,7 +38,7 @@ impl Supervisors {
 
     /// The plugins.
     #[must_use]
-    pub fn plugins(&self) -> &Plugins {
+    pub fn plugins(&self) -> &Arc<Plugins> {
         &self.0.plugins
     }
 

@@ -188,6 +188,12 @@ impl Supervised {
         &self.entry.config
     }
 
+    /// The geometry, which was checked when it was opened.
+    #[must_use]
+    pub fn geometry_ref(&self) -> &Geometry {
+        &self.entry.geometry
+    }
+
     /// Answers that are remembered.
     #[must_use]
     pub fn answers(&self) -> usize {
