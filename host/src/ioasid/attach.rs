@@ -104,6 +104,7 @@ impl Space {
             geometry: state.geometry.as_ref(),
             capabilities: device.capabilities(),
             plugins: self.context().plugins(),
+            supervisors: self.context().supervisors(),
             memory,
         }
     }

@@ -14,7 +14,7 @@ use crate::Gpa;
 use crate::kernel::handle::{Device as Bound, Hwpt, Ioas, PageTable};
 use crate::kernel::{Errno, HwInfo, HwptFlags, IovaRanges, Kernel};
 use crate::pins::{Backing, Pins, Region};
-use crate::plugin::{Offer, Plugins};
+use crate::plugin::{Offer, Plugins, Policy, Supervisors};
 use crate::sync::{Report, Watcher};
 
 /// What a [`Context`] is made of.
@@ -31,6 +31,8 @@ pub struct Setup {
     pub watcher: Option<Box<dyn Watcher>>,
     /// How much all of it may take.
     pub limits: ContextLimits,
+    /// The same plugins under supervision; none: with the default policy.
+    pub supervisors: Option<Supervisors>,
 }
 
 impl fmt::Debug for Setup {
@@ -43,7 +45,7 @@ impl Setup {
     /// With host tables in anonymous memory, nobody who watches, and default limits.
     #[must_use]
     pub fn new(kernel: Arc<dyn Kernel>, plugins: Arc<Plugins>, memory: GuestMemory) -> Self {
-        Self { kernel, plugins, memory, tables: Arc::new(PlainTables), watcher: None, limits: ContextLimits::default() }
+        Self { kernel, plugins, memory, tables: Arc::new(PlainTables), watcher: None, limits: ContextLimits::default(), supervisors: None }
     }
 }
 
@@ -66,7 +68,7 @@ pub(super) struct Inner {
     pins: Arc<Pins>,
     watched: Option<Arc<Watched>>,
     supply: Arc<dyn TableSupply>,
-    plugins: Arc<Plugins>,
+    supervisors: Supervisors,
     kernel: Arc<dyn Kernel>,
     limits: ContextLimits,
     table_bytes: Arc<AtomicU64>,
@@ -89,8 +91,13 @@ impl Inner {
         &self.kernel
     }
 
+    /// All formats are opened by them: a plugin that fails in the middle of a guest's life is made anew.
+    pub(super) const fn supervisors(&self) -> &Supervisors {
+        &self.supervisors
+    }
+
     pub(super) fn plugins(&self) -> &Plugins {
-        &self.plugins
+        self.supervisors.plugins()
     }
 
     pub(super) fn supply(&self) -> Arc<dyn TableSupply> {
@@ -205,7 +212,7 @@ impl Context {
     /// # Errors
     /// [`Error::Kernel`]; [`Error::TableWindow`]; [`Error::Pins`], also for [`ContextLimits::pinned_bytes`].
     pub fn with(setup: Setup) -> Result<Self, Error> {
-        let Setup { kernel, plugins, memory, tables, watcher, limits } = setup;
+        let Setup { kernel, plugins, memory, tables, watcher, limits, supervisors } = setup;
         check_window(&memory)?;
         let pins = Pins::new(&kernel, limits.pinned_bytes).map_err(Error::kernel("making an address space"))?;
         memory.regions().iter().try_for_each(|region| add(&pins, region))?;
@@ -218,7 +225,7 @@ impl Context {
             pins,
             watched: watcher.map(|watcher| Arc::new(Watched::new(watcher))),
             supply: tables,
-            plugins,
+            supervisors: supervisors.unwrap_or_else(|| Supervisors::new(plugins, Policy::default())),
             kernel,
             limits,
             table_bytes: Arc::new(AtomicU64::new(0)),
@@ -397,10 +404,16 @@ impl Context {
         &self.0.kernel
     }
 
+    /// The plugins under supervision: their health, and another version of one.
+    #[must_use]
+    pub fn supervisors(&self) -> &Supervisors {
+        &self.0.supervisors
+    }
+
     /// The plugins.
     #[must_use]
     pub fn plugins(&self) -> &Arc<Plugins> {
-        &self.0.plugins
+        self.0.supervisors.plugins()
     }
 }
 

@@ -110,7 +110,7 @@ impl<S: Sink> Engine<S> {
 /// What a guest's structures give, with its formats opened.
 pub(super) fn way(context: &Inner, view: &GuestView) -> Result<Way, Error> {
     Way::of(&view.outcome, |config| {
-        let format: Box<dyn Format> = Box::new(context.plugins().by_format(&config.format)?.open(config)?);
+        let format: Box<dyn Format> = Box::new(context.supervisors().open(config)?);
         Ok(format)
     })
 }

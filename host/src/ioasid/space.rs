@@ -215,7 +215,7 @@ impl Drop for Space {
 fn geometry(context: &Inner, kind: &Kind) -> Result<Option<Geometry>, Error> {
     let Kind::Guest(GuestView { outcome: Outcome::Tables(Translated { tables, .. }), .. }) = kind else { return Ok(None) };
     let Some(first) = tables.first() else { return Ok(None) };
-    Ok(Some(context.plugins().by_format(&first.format)?.open(first)?.geometry_ref().clone()))
+    Ok(Some(context.supervisors().open(first)?.geometry_ref().clone()))
 }
 
 /// An I/O address space: see the [module](super). Clones are the same one.
@@ -454,7 +454,7 @@ impl Ioasid {
         let Kind::Guest(view) = &state.kind else { return Ok(Err(None)) };
         let mut space = match state.translator.take() {
             Some(space) => space,
-            None => Box::new(view.open(self.0.context.plugins())?),
+            None => Box::new(view.open(self.0.context.supervisors())?),
         };
         let budget = Budget::new(Limits { questions: self.0.request.limits.questions, ..Limits::default() });
         let result = space.translate(memory.entries(), memory.map(), iova, access, &budget);

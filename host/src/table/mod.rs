@@ -34,7 +34,7 @@ pub use loss::{Count, Loss, Losses};
 #[cfg(all(target_arch = "x86_64", not(miri)))]
 pub(crate) use passage::wide::Registers;
 pub use passage::{Passage, Passed, Receiver};
-pub(crate) use remember::{Judge, JudgeError, LevelPlan, Plan};
+pub(crate) use remember::{Judge, JudgeError, LevelPlan, MAX_REMEMBERED, Plan};
 pub use source::Source;
 pub use stages::{AddressSpace, Fault, Translation};
 pub(crate) use target::{Leaf, Rung, Target, low_bits};

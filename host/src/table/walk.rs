@@ -145,6 +145,8 @@ pub struct FaultAt<'a> {
     pub span: Span,
     /// The address that is at fault, if one is.
     pub address: Option<u64>,
+    /// The second stage failed while a table of the first was read.
+    pub reading_table: bool,
     /// From the root to the entry; empty if no root covers the IOVA.
     pub path: &'a [Step],
 }
@@ -710,7 +712,7 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
     }
 
     fn fault(&mut self, cause: Cause, span: Span, address: Option<u64>) -> Result<(), WalkError> {
-        self.visitor.fault(&FaultAt { stage: self.stage, cause, span, address, path: self.path })
+        self.visitor.fault(&FaultAt { stage: self.stage, cause, span, address, reading_table: false, path: self.path })
     }
 
     /// Goes through entries that were read; `index` is the first one's. `span` is what is wanted of the IOVAs that they cover.
