@@ -213,6 +213,11 @@ impl<M: TableMemory> NestedTable<M> {
     /// Makes the changes of a batch, as [`Sink::apply`] says; what must be invalidated, of this batch and of all since [`NestedTable::completed`].
     pub fn apply(&mut self, batch: &[Change]) -> &Needed {
         self.full = false;
+        if let [change] = batch
+            && self.apply_one(change)
+        {
+            return &self.needed;
+        }
         let (unmaps, maps) = batch.split_at(batch.partition_point(|change| matches!(change, Change::Unmap(_))));
         for change in unmaps {
             self.needed.add(change.span());
@@ -229,6 +234,43 @@ impl<M: TableMemory> NestedTable<M> {
         }
         self.lose_outside(maps);
         &self.needed
+    }
+
+    /// Makes one change, if it concerns one slot of a table that is there and stays. False: nothing was done.
+    fn apply_one(&mut self, change: &Change) -> bool {
+        let span = change.span();
+        let Some(window) = self.plan.windows.iter().find(|window| window.span.contains(span.first)).copied() else { return false };
+        let chain = Arc::clone(&self.plan.chains[window.chain]);
+        let (mut id, mut place) = (self.roots[window.chain], Place { chain: &chain, number: window.chain, depth: 0, base: window.base, span });
+        loop {
+            let rung = &chain.rungs[place.depth];
+            let index = (span.first - place.base) >> rung.lsb;
+            let Some(table) = self.tables[id as usize].as_ref() else { return false };
+            let (slot, whole) = (table.slots[index as usize], place.whole());
+            if let Slot::Table(below) = slot
+                && span.last <= whole.last
+                && span != whole
+            {
+                (id, place) = (below, place.below());
+                continue;
+            }
+            // A table that becomes empty goes, which is not for here.
+            let stays = table.live > 1 || place.depth == 0;
+            let new = match (change, slot) {
+                _ if span != whole || span.last > window.span.last => None,
+                (Change::Map(piece), Slot::Absent) => self.leaf(place, piece),
+                (Change::Unmap(_), Slot::Leaf(_)) if stays => Some((Slot::Absent, rung.absent)),
+                _ => None,
+            };
+            let Some((new, entry)) = new else { return false };
+            let Some(mut table) = self.tables[id as usize].take() else { return false };
+            if matches!(change, Change::Unmap(_)) {
+                self.needed.add(span);
+            }
+            self.set(&mut table, place, index, new, entry);
+            self.tables[id as usize] = Some(table);
+            return true;
+        }
     }
 
     /// What must be invalidated.
@@ -572,13 +614,25 @@ const fn piece_of(change: &Change) -> Option<&Piece> {
 /// Of changes in ascending order, those that begin at or before `last`.
 #[inline]
 fn up_to(changes: &[Change], last: u64) -> &[Change] {
-    &changes[..changes.partition_point(|change| change.span().first <= last)]
+    &changes[..count(changes, |change| change.span().first <= last)]
 }
 
 /// Those that reach beyond `last`.
 #[inline]
 fn beyond(changes: &[Change], last: u64) -> &[Change] {
-    &changes[changes.partition_point(|change| change.span().last <= last)..]
+    &changes[count(changes, |change| change.span().last <= last)..]
+}
+
+/// How many changes from the first one on are as `is` says, which those behind them are not: mostly none, or one.
+#[inline]
+fn count(changes: &[Change], is: impl Fn(&Change) -> bool) -> usize {
+    match changes {
+        [] => 0,
+        [first, ..] if !is(first) => 0,
+        [_] => 1,
+        [_, second, ..] if !is(second) => 1,
+        _ => 2 + changes[2..].partition_point(is),
+    }
 }
 
 fn touching(changes: &[Change], span: Span) -> &[Change] {
