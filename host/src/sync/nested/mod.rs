@@ -559,17 +559,20 @@ struct Place<'a> {
 
 impl<'a> Place<'a> {
     /// The part `span` of it.
+    #[inline]
     const fn at(self, span: Span) -> Self {
         Self { span, ..self }
     }
 
     /// All IOVAs of the slot that `span` is in.
+    #[inline]
     fn whole(&self) -> Span {
         let lsb = self.chain.rungs[self.depth].lsb;
         Span::of_log2(self.span.first >> lsb << lsb, lsb)
     }
 
     /// The table in the slot.
+    #[inline]
     fn below(self) -> Self {
         Self { depth: self.depth + 1, base: self.whole().first, ..self }
     }

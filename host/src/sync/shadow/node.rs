@@ -88,6 +88,7 @@ impl Node {
     }
 
     /// Sets what an entry stands for, and counts.
+    #[inline]
     pub(super) fn set(&mut self, at: usize, state: State) {
         match self.states[at].what() {
             What::Table(_) => self.tables -= 1,
@@ -121,14 +122,17 @@ impl Nodes {
         Some(NodeId(id))
     }
 
+    #[inline]
     pub(super) fn get(&self, id: NodeId) -> Option<&Node> {
         self.slots.get(id.0 as usize)?.as_deref()
     }
 
+    #[inline]
     pub(super) fn take(&mut self, id: NodeId) -> Option<Box<Node>> {
         self.slots.get_mut(id.0 as usize)?.take()
     }
 
+    #[inline]
     pub(super) fn put(&mut self, id: NodeId, node: Box<Node>) {
         if let Some(slot) = self.slots.get_mut(id.0 as usize) {
             *slot = Some(node);
