@@ -1,4 +1,4 @@
-//! One address space of a running guest: a shadow of its table, and the sink that the changes go to.
+//! One address space of a running guest: what its DMA gets, and the sink that the changes go to.
 
 use std::fmt;
 use std::ops::ControlFlow;
@@ -7,8 +7,8 @@ use crate::memory::{Budget, EntryMemory, Limits, MemoryMap};
 use crate::plugin::Tag;
 use crate::plugin::queue::{Effect, Invalidation};
 use crate::sync::changes::{Blocked, Changes};
-use crate::sync::shadow::Shadow;
 use crate::sync::sink::{CommitError, Sink};
+use crate::sync::stages::{Space, Way};
 use crate::table::{Format, OpenError};
 use crate::{Change, Gpa, Span};
 
@@ -72,7 +72,7 @@ pub struct Report {
 /// One address space that is kept in step.
 #[derive(Debug)]
 pub struct Live<S> {
-    pub(super) shadow: Shadow,
+    pub(super) space: Space,
     pub(super) sink: S,
     /// How commands name this address space.
     tag: Tag,
@@ -82,19 +82,33 @@ pub struct Live<S> {
     pub(super) tracks_dirty: bool,
     changes: Changes,
     spans: Vec<(Span, bool)>,
+    /// Inputs of the second of two stages.
+    second: Vec<(Span, bool)>,
 }
 
 impl<S: Sink> Live<S> {
-    /// Joins the two. Commands that mean `tag` and the requester `id` concern this address space; each call may ask the format `questions` questions.
+    /// Joins the two; a [`Shadow`](crate::sync::Shadow) is an address space of one table. Commands that mean `tag` and the requester `id` concern this
+    /// address space; each call may ask formats `questions` questions.
     ///
     /// Nothing is read yet: [`Live::synchronise`] does.
-    pub fn new(shadow: Shadow, sink: S, tag: Tag, id: u64, questions: u64) -> Self {
-        Self { shadow, sink, tag, id, questions, tracks_dirty: false, changes: Changes::new(), spans: Vec::new() }
+    pub fn new(space: impl Into<Space>, sink: S, tag: Tag, id: u64, questions: u64) -> Self {
+        let space = space.into();
+        Self { space, sink, tag, id, questions, tracks_dirty: false, changes: Changes::new(), spans: Vec::new(), second: Vec::new() }
     }
 
-    /// What was seen of the guest's table.
-    pub const fn shadow(&self) -> &Shadow {
-        &self.shadow
+    /// What the requester's DMA gets, as far as it was seen.
+    pub const fn space(&self) -> &Space {
+        &self.space
+    }
+
+    /// How commands name this address space.
+    pub const fn tag(&self) -> Tag {
+        self.tag
+    }
+
+    /// Commands name it so from now on: after a [`Live::switch`] to tables with another tag.
+    pub const fn set_tag(&mut self, tag: Tag) {
+        self.tag = tag;
     }
 
     /// The host's side.
@@ -110,7 +124,7 @@ impl<S: Sink> Live<S> {
     /// Gives another sink all that is mapped, as batches of maps, in ascending order. The caller commits.
     pub fn fill(&self, sink: &mut (impl Sink + ?Sized)) {
         let mut batch = Vec::new();
-        self.shadow.pieces(Span::ALL, &mut |piece| {
+        self.space.pieces(Span::ALL, &mut |piece| {
             batch.push(Change::Map(piece));
             if batch.len() == CHUNK {
                 sink.apply(&batch);
@@ -146,6 +160,7 @@ impl<S: Sink> Live<S> {
     /// [`LiveError::Commit`].
     pub fn synchronise<M: EntryMemory + ?Sized>(&mut self, memory: &M) -> Result<Report, LiveError> {
         self.spans.clear();
+        self.second.clear();
         self.spans.push((Span::ALL, false));
         self.look(memory, Report::default())
     }
@@ -157,13 +172,16 @@ impl<S: Sink> Live<S> {
     /// [`LiveError::Commit`].
     pub fn invalidate<M: EntryMemory + ?Sized>(&mut self, memory: &M, invalidations: &[Invalidation]) -> Result<Report, LiveError> {
         self.spans.clear();
+        self.second.clear();
         let mut report = Report::default();
         for invalidation in invalidations {
             match invalidation.effect {
                 // What device TLBs keep is the device's: the host's table does not depend on it.
                 Effect::Nothing | Effect::DeviceTlb { .. } => {}
                 Effect::Everything => self.spans.push((Span::ALL, false)),
-                Effect::Range { scope, iova } if scope.includes(self.tag, self.id) => self.spans.push((iova, scope.leaf)),
+                Effect::Range { scope, iova } if scope.includes(self.tag, self.id) => {
+                    if scope.second_stage { &mut self.second } else { &mut self.spans }.push((iova, scope.leaf));
+                }
                 Effect::Range { .. } => {}
                 Effect::Structures(scope) => report.structures |= scope.includes(self.tag, self.id),
                 Effect::Illegal(code) => {
@@ -181,37 +199,45 @@ impl<S: Sink> Live<S> {
     /// [`LiveError::Commit`].
     pub fn table_written<M: EntryMemory + ?Sized>(&mut self, memory: &M, address: Gpa, length: u64) -> Result<Report, LiveError> {
         let budget = Budget::new(Limits { questions: self.questions, ..Limits::default() });
-        self.shadow.table_written(memory, address, length, &budget, &mut self.changes);
+        self.space.table_written(memory, address, length, &budget, &mut self.changes);
         self.hand_over(Report::default())
     }
 
-    /// The guest's structures name other roots or settings: `format` explains its tables from now on.
+    /// The guest's structures say something else: `way` is what its DMA gets from now on; a format stands for one table.
     ///
     /// # Errors
     /// [`LiveError::Open`], and nothing changed; [`LiveError::Commit`].
-    pub fn switch<M: EntryMemory + ?Sized>(&mut self, format: Box<dyn Format>, memory: &M) -> Result<Report, LiveError> {
+    pub fn switch<M: EntryMemory + ?Sized>(&mut self, way: impl Into<Way>, memory: &M) -> Result<Report, LiveError> {
         let budget = Budget::new(Limits { questions: self.questions, ..Limits::default() });
-        self.shadow.switch(format, memory, &budget, &mut self.changes)?;
+        self.space.switch(way.into(), memory, &budget, &mut self.changes)?;
         self.hand_over(Report::default())
     }
 
     /// Guest memory came or went: it is what `map` says from now on. When this returns without an error, no DMA reaches what is gone. As
-    /// [`Shadow::memory_changed`] says, `memory` must have what came, and the cost is that of going through all leaves, and of reading the tables that came.
+    /// [`Space::memory_changed`] says, `memory` must have what came, and the cost is that of going through all leaves, and of reading the tables that came.
     ///
     /// # Errors
     /// [`LiveError::Commit`].
     pub fn memory_changed<M: EntryMemory + ?Sized>(&mut self, memory: &M, map: MemoryMap) -> Result<Report, LiveError> {
         let budget = Budget::new(Limits { questions: self.questions, ..Limits::default() });
-        self.shadow.memory_changed(memory, map, &budget, &mut self.changes);
+        self.space.memory_changed(memory, map, &budget, &mut self.changes);
         self.hand_over_to(Report::default(), S::remap)
     }
 
-    /// The format failed and was opened again: blocked entries are judged by the new instance.
+    /// The format of the only table, or of the first, failed and was opened again: blocked entries are judged by the new instance.
     ///
     /// # Errors
     /// [`ReopenError`](crate::sync::ReopenError); the old one stays.
     pub fn reopen(&mut self, format: Box<dyn Format>) -> Result<(), crate::sync::ReopenError> {
-        self.shadow.reopen(format)
+        self.reopen_stage(1, format)
+    }
+
+    /// The same for the first of two tables, or the second.
+    ///
+    /// # Errors
+    /// As [`Live::reopen`], and if there is no such table.
+    pub fn reopen_stage(&mut self, stage: u8, format: Box<dyn Format>) -> Result<(), crate::sync::ReopenError> {
+        self.space.reopen(stage, format)
     }
 
     /// Commits again after an error; pieces that the sink has room for by then are offered to it.
@@ -226,9 +252,14 @@ impl<S: Sink> Live<S> {
     /// Looks at the spans that were collected.
     fn look<M: EntryMemory + ?Sized>(&mut self, memory: &M, report: Report) -> Result<Report, LiveError> {
         let budget = Budget::new(Limits { questions: self.questions, ..Limits::default() });
+        // What the second stage says decides where the first one's tables are.
+        join(&mut self.second);
+        for (span, leaf_only) in &self.second {
+            self.space.synchronise_second(memory, *span, *leaf_only, &budget, &mut self.changes);
+        }
         join(&mut self.spans);
         for (span, leaf_only) in &self.spans {
-            self.shadow.synchronise(memory, *span, *leaf_only, &budget, &mut self.changes);
+            self.space.synchronise(memory, *span, *leaf_only, &budget, &mut self.changes);
         }
         self.hand_over(report)
     }
@@ -257,7 +288,7 @@ impl<S: Sink> Live<S> {
         while let Some(wanted) = self.sink.wants().filter(|wanted| before != Some(*wanted)) {
             before = Some(wanted);
             let mut batch = Vec::new();
-            let more = self.shadow.pieces_until(wanted, &mut |piece| {
+            let more = self.space.pieces_until(wanted, &mut |piece| {
                 batch.push(Change::Map(piece));
                 if batch.len() < CHUNK { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
             });

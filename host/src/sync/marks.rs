@@ -60,8 +60,8 @@ impl<S: Sink> Live<S> {
     /// one that the guest has changed meanwhile is left alone. Marks of entries that point to tables are not written.
     pub fn write_marks<M: MarkMemory + ?Sized>(&mut self, memory: &M, span: Span) -> MarksWritten {
         let budget = Budget::new(Limits { questions: self.questions, ..Limits::default() });
-        let (shadow, mut written) = (&mut self.shadow, MarksWritten::default());
-        self.sink.marks(span, &mut |marked| shadow.mark(memory, marked, &budget, &mut written));
+        let (space, mut written) = (&mut self.space, MarksWritten::default());
+        self.sink.marks(span, &mut |marked| space.mark(memory, marked, &budget, &mut written));
         written
     }
 
@@ -69,7 +69,7 @@ impl<S: Sink> Live<S> {
     pub fn mark_all<M: MarkMemory + ?Sized>(&mut self, memory: &M, span: Span) -> MarksWritten {
         let budget = Budget::new(Limits { questions: self.questions, ..Limits::default() });
         let mut written = MarksWritten::default();
-        self.shadow.mark(memory, Marked { iova: span, accessed: true, dirty: true }, &budget, &mut written);
+        self.space.mark(memory, Marked { iova: span, accessed: true, dirty: true }, &budget, &mut written);
         written
     }
 
@@ -91,7 +91,7 @@ impl<S: Sink> Live<S> {
             sink.remap(&batch);
             pieces.clear();
         };
-        self.shadow.pieces(Span::ALL, &mut |piece| {
+        self.space.pieces(Span::ALL, &mut |piece| {
             pieces.push(piece);
             if pieces.len() == CHUNK {
                 anew(&mut pieces);

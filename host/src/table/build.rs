@@ -15,6 +15,7 @@ use crate::table::format::{Format, FormatError};
 use crate::table::geometry::{ByteOrder, Geometry, Nonsense};
 use crate::table::lanes;
 use crate::table::loss::{Loss, Losses};
+use crate::table::passage::{Passed, Receiver};
 use crate::table::stage::{Page, Stage};
 use crate::table::target::{Leaf, Rung, Target, low_bits};
 use crate::table::walk::{FaultAt, Piece, Run, Step, Visitor, WalkError};
@@ -121,6 +122,8 @@ pub struct Builder<'a> {
     encodings: Vec<Encoding>,
     /// For runs like the last one.
     prepared: Option<Prepared>,
+    /// Where the next table will be, to which entries were written in advance.
+    upcoming: Option<u64>,
     /// The first leaves of pages that several make up.
     merged: Vec<u64>,
     losses: Losses,
@@ -157,6 +160,7 @@ impl<'a> Builder<'a> {
             pending: None,
             encodings: Vec::new(),
             prepared: None,
+            upcoming: None,
             merged: Vec::new(),
             losses: Losses::default(),
             leaves: 0,
@@ -550,6 +554,18 @@ impl Visitor for Builder<'_> {
     fn leaves(&mut self, run: &Run<'_>, _: &[Step]) -> Result<(), WalkError> {
         let result = self.map_run(run);
         self.keep(result)
+    }
+
+    fn receive(&mut self, run: &Run<'_>) -> Option<Receiver<'_>> {
+        self.ready_for(run)
+    }
+
+    fn received(&mut self, run: &Run<'_>, passed: Passed) -> Result<bool, WalkError> {
+        let result = self.map_passed(run, passed);
+        result.map_err(|error| {
+            self.failed = Some(error);
+            WalkError::Stopped
+        })
     }
 
     fn table(&mut self) {

@@ -10,7 +10,7 @@ use crate::{Access, Attributes};
 pub enum Loss {
     /// The IOVA is beyond the target's input range.
     InputRange,
-    /// The address has more bits than the target's output.
+    /// The target cannot reach the address: it has more bits than the target's output, or is not in memory that the kernel knows.
     OutputRange,
     /// Smaller than, or not aligned to, the target's smallest page.
     Granule,
@@ -70,7 +70,7 @@ impl Loss {
     pub const fn describe(self) -> &'static str {
         match self {
             Self::InputRange => "the IOVA is beyond the target's input range",
-            Self::OutputRange => "the address has more bits than the target can carry",
+            Self::OutputRange => "the target cannot reach the address",
             Self::Granule => "smaller than, or not aligned to, the target's smallest page",
             Self::Permission => "the target cannot say this permission without allowing more",
             Self::Execute => "execution was allowed and is not any more",

@@ -47,7 +47,7 @@ fn assert_in_step(guest: &Guest, live: &Live<Host>) {
 
 /// The pages that are watched, by a watcher that insists on order.
 #[derive(Clone, Default)]
-struct Watched(Arc<Mutex<std::collections::BTreeSet<Gpa>>>);
+pub struct Watched(pub Arc<Mutex<std::collections::BTreeSet<Gpa>>>);
 
 impl Watcher for Watched {
     fn watch(&mut self, page: Gpa) {
@@ -65,7 +65,7 @@ fn a_change_is_told_exactly_and_costs_no_questions() {
     guest.set(1 << 30, 0, DATA | RO);
     let mut live = live(&guest);
     assert_in_step(&guest, &live);
-    let questions = live.shadow().figures().questions;
+    let questions = live.space().figures().questions;
     for index in [0, 7, 255] {
         let iova = index << 12;
         guest.set(iova, 0, 0);
@@ -83,7 +83,7 @@ fn a_change_is_told_exactly_and_costs_no_questions() {
         assert_eq!(live.sink().committer.calls, commits + 1, "one call for a batch");
         assert_in_step(&guest, &live);
     }
-    assert_eq!(live.shadow().figures().questions, questions);
+    assert_eq!(live.space().figures().questions, questions);
 }
 
 #[test]
@@ -137,7 +137,7 @@ fn written_pages_are_enough_and_pages_are_watched_exactly() {
             tell(&mut live, at);
         }
         assert_in_step(&guest, &live);
-        assert_eq!(*watched.0.lock().unwrap(), live.shadow().watched_pages().collect());
+        assert_eq!(*watched.0.lock().unwrap(), live.space().watched_pages().collect());
     }
     assert_eq!(live.table_written(&guest.view(), Gpa(DATA), 4096).unwrap().changes, 0, "no table is there");
     drop(live);
@@ -174,7 +174,7 @@ fn limits_block_what_is_beyond_them_and_nothing_else() {
     guest.set(1 << 40, 3, table | 0b10_0111);
     let report = live.synchronise(&guest.view()).unwrap();
     assert!(report.blocked.iter().any(|blocked| blocked.reason == Reason::TablePages));
-    assert_eq!(live.shadow().figures().table_pages, 6);
+    assert_eq!(live.space().figures().table_pages, 6);
     // The first pages live on.
     let written = guest.set(5 << 12, 0, DATA | RO);
     assert_eq!(live.table_written(&guest.view(), written, 8).unwrap().changes, 2);
@@ -185,7 +185,7 @@ fn limits_block_what_is_beyond_them_and_nothing_else() {
 }
 
 /// A format that fails from when it is told to.
-struct Failing(Box<dyn Format>, Arc<AtomicBool>);
+pub struct Failing(pub Box<dyn Format>, pub Arc<AtomicBool>);
 
 impl Failing {
     fn check(&self) -> Result<(), FormatError> {

@@ -20,7 +20,7 @@ use crate::mutate::{Words, mutate};
 
 /// Host formats, with settings that can say much. All have pages of 4 KiB: a live table joins no pieces, so that a conversion has more where a guest's pages are
 /// smaller than the host's.
-const HOSTS: &[(&str, &[(&str, u64)])] = &[
+pub const HOSTS: &[(&str, &[(&str, u64)])] = &[
     ("amd-vi/v1", &[("levels", 6)]),
     ("intel-vtd/first-stage", &[("levels", 5), ("output-bits", 52)]),
     ("intel-vtd/second-stage", &[("levels", 5), ("output-bits", 52)]),
@@ -31,7 +31,7 @@ const HOSTS: &[(&str, &[(&str, u64)])] = &[
     ("arm-v7s/short", &[]),
 ];
 
-fn seeds() -> u64 {
+pub fn seeds() -> u64 {
     std::env::var("STAGECRAFT_SEEDS").ok().and_then(|seeds| seeds.parse().ok()).unwrap_or(25)
 }
 
@@ -50,7 +50,7 @@ pub fn clipped(runs: &[Run], map: &MemoryMap) -> Vec<Mapping> {
 }
 
 /// Everything exists but some of `pages`; to some more addresses no leaf may point.
-fn holes(truth: &[Run], pages: &[u64], bits: u8, rng: &mut Rng) -> MemoryMap {
+pub fn holes(truth: &[Run], pages: &[u64], bits: u8, rng: &mut Rng) -> MemoryMap {
     let everything = Span::of_log2(0, bits);
     let targets = truth.iter().filter(|_| rng.clone().percent(30)).map(|run| run.address & !0xfff).take(4).collect::<Vec<u64>>();
     let mut holes: Vec<(Span, bool)> =
@@ -71,9 +71,9 @@ fn holes(truth: &[Run], pages: &[u64], bits: u8, rng: &mut Rng) -> MemoryMap {
 }
 
 /// Where all requests are privileged, pages for those alone are for all.
-struct ForAll<'a, 'b> {
-    builder: &'a mut Builder<'b>,
-    privileged: bool,
+pub struct ForAll<'a, 'b> {
+    pub builder: &'a mut Builder<'b>,
+    pub privileged: bool,
 }
 
 impl Visitor for ForAll<'_, '_> {
@@ -182,7 +182,7 @@ impl Case {
             told.values().step_by(told.len() / 4 + 1).map(|piece| Span { first: piece.iova.last, last: piece.iova.last.saturating_add(0x12_3456) });
         for span in spans.chain([Span::ALL]) {
             let mut pieces = Vec::new();
-            self.live.shadow().pieces(span, &mut |piece| pieces.push((piece.iova, piece.address)));
+            self.live.space().pieces(span, &mut |piece| pieces.push((piece.iova, piece.address)));
             let wanted: Vec<(Span, u64)> =
                 told.values().filter(|piece| piece.iova.intersection(span).is_some()).map(|piece| (piece.iova, piece.address)).collect();
             assert!(pieces == wanted, "{what}: {span} is told again: {:x?} and {:x?}", pieces.first(), wanted.first());
@@ -197,7 +197,7 @@ impl Case {
         let stages = [self.config];
         let naive = Walker::new(memory, &stages).unwrap().with_budget(1 << 20).walk();
         // What is blocked now may have been blocked long ago.
-        if naive.exhausted || self.live.shadow().figures().blocked > 0 {
+        if naive.exhausted || self.live.space().figures().blocked > 0 {
             self.exhausted += 1;
             return;
         }
@@ -264,7 +264,7 @@ fn run(format_: Format, seed: u64) -> (u64, u64) {
     case.snapshot.memory.pages.clear();
     case.synchronise();
     assert!(case.live.sink().model.pieces.is_empty() && case.live.sink().walked().is_empty(), "{}: all pages gone", case.what);
-    assert_eq!(case.live.shadow().figures().leaves, 0, "{}", case.what);
+    assert_eq!(case.live.space().figures().leaves, 0, "{}", case.what);
     (case.compared, case.exhausted)
 }
 

@@ -12,4 +12,6 @@ mod marks;
 #[allow(dead_code)]
 mod mutate;
 mod room;
+mod space;
+mod stages;
 mod support;

@@ -1,7 +1,8 @@
 //! Failures on demand, and a count of the calls.
 
 use std::collections::BTreeMap;
-use std::sync::Mutex;
+use std::fmt;
+use std::sync::{Arc, Mutex};
 
 use super::lock::lock;
 use crate::kernel::{Errno, Result};
@@ -103,6 +104,16 @@ impl Trap {
     }
 }
 
+/// Looks on.
+#[derive(Clone)]
+struct Observer(Arc<dyn Fn(Call) + Send + Sync>);
+
+impl fmt::Debug for Observer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Observer")
+    }
+}
+
 /// Counts calls, and fails one.
 #[derive(Debug, Default)]
 pub(super) struct Calls(Mutex<CallState>);
@@ -111,15 +122,24 @@ pub(super) struct Calls(Mutex<CallState>);
 struct CallState {
     counts: BTreeMap<Call, u64>,
     trap: Option<Trap>,
+    observer: Option<Observer>,
 }
 
 impl Calls {
     /// The entry of every call.
     pub(super) fn enter(&self, call: Call) -> Result<()> {
+        let observer = lock(&self.0).observer.clone();
+        if let Some(Observer(observer)) = observer {
+            observer(call);
+        }
         let mut state = lock(&self.0);
         *state.counts.entry(call).or_default() += 1;
         let errno = if call.can_fail() { Trap::spring(&mut state.trap) } else { None };
         errno.map_or(Ok(()), Err)
+    }
+
+    pub(super) fn observe(&self, observer: Option<Arc<dyn Fn(Call) + Send + Sync>>) {
+        lock(&self.0).observer = observer.map(Observer);
     }
 
     pub(super) fn fail_nth(&self, n: u64, errno: Errno) {

@@ -303,6 +303,12 @@ impl Sim {
         self.calls.counts().values().sum()
     }
 
+    /// Calls this at the beginning of every kernel call, when nothing of it has happened: what DMA finds then is what it finds between two calls. None takes it
+    /// back.
+    pub fn observe(&self, observer: Option<Arc<dyn Fn(Call) + Send + Sync>>) {
+        self.calls.observe(observer);
+    }
+
     /// How many milliseconds a page request of any device waits for its answer.
     pub fn set_patience(&self, rounds: u32) {
         self.devices.values().for_each(|device| device.0.patience.store(rounds, Ordering::Relaxed));

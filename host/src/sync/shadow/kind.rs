@@ -87,7 +87,7 @@ impl Kind {
 
 /// Whether it makes no difference to a device that the one became the other. That somebody looked at a page does not; that the guest wants to know of the next time does.
 #[inline]
-pub(super) fn alike(before: Option<Piece>, after: Option<Piece>) -> bool {
+pub(in crate::sync) fn alike(before: Option<Piece>, after: Option<Piece>) -> bool {
     let plain = |piece: Piece| Piece { attributes: piece.attributes.without(MARKS), ..piece };
     let taken = |piece: Piece, after: Piece| piece.attributes.contains(MARKS) && !after.attributes.contains(MARKS);
     before.map(plain) == after.map(plain) && !before.zip(after).is_some_and(|(before, after)| taken(before, after))

@@ -14,6 +14,7 @@
 //! What cannot be followed, because a limit is reached or the format failed, is *blocked*: it counts as absent, is told as such, and is judged again
 //! whenever it is read.
 
+mod hooks;
 mod hotplug;
 mod kind;
 mod mark;
@@ -21,6 +22,8 @@ mod node;
 mod pass;
 mod replay;
 
+pub(in crate::sync) use hooks::Prepared;
+pub(in crate::sync) use kind::alike;
 pub use node::{Unwatched, Watcher};
 
 use std::fmt;
@@ -184,27 +187,12 @@ impl Shadow {
     /// The format failed, or describes a table that cannot be. The shadow is then as it was.
     pub fn switch<M: EntryMemory + ?Sized>(
         &mut self,
-        mut format: Box<dyn Format>,
+        format: Box<dyn Format>,
         memory: &M,
         budget: &Budget,
         changes: &mut Changes,
     ) -> Result<(), OpenError> {
-        let plan = Plan::new(format.geometry().map_err(OpenError::Format)?)?;
-        let keep = same_shape(&self.plan.geometry, &plan.geometry);
-        if !keep {
-            for root in 0..self.roots.len() {
-                if let Some(node) = self.roots[root].take() {
-                    Pass::new(self, memory, budget, changes).remove(node);
-                }
-            }
-            self.roots = vec![None; plan.geometry.roots.len()];
-        }
-        self.judge = Judge::new(format, plan.levels.len());
-        self.plan = plan;
-        for root in 0..self.roots.len() {
-            let whole = self.root_span(root);
-            Pass::new(self, memory, budget, changes).root_anew(root, whole);
-        }
+        self.switch_to(Prepared::new(format)?, memory, budget, changes);
         Ok(())
     }
 

@@ -242,6 +242,11 @@ impl Pages {
         Self { holders: HashMap::default(), watcher, count: 0 }
     }
 
+    /// Tells another watcher from now on, which knows what was told to the one before.
+    pub(super) fn exchange_watcher(&mut self, watcher: Box<dyn Watcher>) -> Box<dyn Watcher> {
+        std::mem::replace(&mut self.watcher, watcher)
+    }
+
     pub(super) fn add(&mut self, bytes: Span, node: NodeId) {
         for page in pages_of(bytes) {
             self.count += 1;
