@@ -46,18 +46,27 @@ impl Needed {
         self.spans.is_empty() && !self.tables
     }
 
-    /// Adds IOVAs; cheap if they come in ascending order.
-    fn add(&mut self, span: Span) {
-        match self.spans.last_mut() {
-            Some(last) if last.last.saturating_add(1) >= span.first && last.first <= span.first => last.last = last.last.max(span.last),
-            Some(last) if last.first > span.first => {
-                self.spans.push(span);
-                self.spans.sort_unstable();
-                let spans = std::mem::take(&mut self.spans);
-                spans.into_iter().for_each(|span| self.add(span));
+    /// Adds IOVAs that ascend, to what there may be from earlier batches.
+    fn add(&mut self, spans: impl Iterator<Item = Span>) {
+        let mut ascend = true;
+        for span in spans {
+            match self.spans.last_mut() {
+                Some(last) if last.first <= span.first && last.last.saturating_add(1) >= span.first => last.last = last.last.max(span.last),
+                last => {
+                    ascend &= last.is_none_or(|last| last.first <= span.first);
+                    self.spans.push(span);
+                }
             }
-            _ => self.spans.push(span),
         }
+        if ascend {
+            return;
+        }
+        self.spans.sort_unstable();
+        self.spans.dedup_by(|next, last| {
+            let touches = last.last.saturating_add(1) >= next.first;
+            last.last = if touches { last.last.max(next.last) } else { last.last };
+            touches
+        });
     }
 }
 
@@ -219,9 +228,7 @@ impl<M: TableMemory> NestedTable<M> {
             return &self.needed;
         }
         let (unmaps, maps) = batch.split_at(batch.partition_point(|change| matches!(change, Change::Unmap(_))));
-        for change in unmaps {
-            self.needed.add(change.span());
-        }
+        self.needed.add(unmaps.iter().map(Change::span));
         for index in 0..self.plan.windows.len() {
             let window = self.plan.windows[index];
             let (unmaps, maps) = (touching(unmaps, window.span), touching(maps, window.span));
@@ -265,7 +272,7 @@ impl<M: TableMemory> NestedTable<M> {
             let Some((new, entry)) = new else { return false };
             let Some(mut table) = self.tables[id as usize].take() else { return false };
             if matches!(change, Change::Unmap(_)) {
-                self.needed.add(span);
+                self.needed.add(std::iter::once(span));
             }
             self.set(&mut table, place, index, new, entry);
             self.tables[id as usize] = Some(table);
