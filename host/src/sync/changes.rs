@@ -91,6 +91,7 @@ impl Changes {
         self.blocked_count
     }
 
+    #[inline]
     pub(super) fn map(&mut self, piece: Piece) {
         if let Some(places) = &mut self.places {
             places.insert(piece.iova.first, self.maps.len());
@@ -100,6 +101,7 @@ impl Changes {
     }
 
     /// A piece that was mapped is gone. If this batch mapped it (a guest that writes while it is being read), the two are nothing.
+    #[inline]
     pub(super) fn unmap(&mut self, span: Span) {
         if !self.maps.is_empty() && self.highest >= span.first {
             let maps = &self.maps;
