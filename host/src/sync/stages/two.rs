@@ -14,6 +14,7 @@
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::fmt;
+use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex};
 
 use crate::memory::{Budget, EntryMemory, MarkMemory, MemoryMap, PAGE};
@@ -75,7 +76,7 @@ impl Two {
             tables: first.tables + second.tables,
             table_pages: first.table_pages + second.table_pages,
             leaves: first.leaves + second.leaves,
-            blocked: first.blocked + second.blocked,
+            blocked: first.blocked + second.blocked + self.wanting.len() as u64,
             questions: first.questions + second.questions,
         }
     }
@@ -155,9 +156,13 @@ impl Two {
     fn follow_second<M: ?Sized>(&mut self, look: &mut Look<'_, M>, act: impl FnOnce(&mut Shadow, &M, &Budget, &mut Changes)) -> Vec<u64> {
         self.second.set_limits(left(self.limits, self.first.figures()));
         act(&mut self.second, look.memory, look.budget, &mut self.found);
-        look.changes.absorb_blocked(&self.found, 2);
         let privileged = self.first.geometry().privileged;
         let mut behind = lock(&self.behind);
+        look.changes.absorb_blocked(&self.found, 2, |inputs, each| {
+            // What passes there, and what first-stage tables there serve.
+            let _ = self.passing.through_until(inputs, |_, part| if each(part.iova) { ControlFlow::Continue(()) } else { ControlFlow::Break(()) });
+            let _ = behind.tables(inputs).try_for_each(|page| self.first.served_by(page, &mut *each));
+        });
         let mut pages = BTreeSet::new();
         let batch = self.found.batch();
         for change in batch {
@@ -187,7 +192,9 @@ impl Two {
     fn with_first<M: EntryMemory + ?Sized>(&mut self, look: &mut Look<'_, M>, act: impl FnOnce(&mut Shadow, &Through<'_, M>, &Budget, &mut Changes)) {
         self.first.set_limits(left(self.limits, self.second.figures()));
         act(&mut self.first, &Through { behind: &self.behind, memory: look.memory }, look.budget, &mut self.found);
-        look.changes.absorb_blocked(&self.found, 1);
+        look.changes.absorb_blocked(&self.found, 1, |iova, each| {
+            each(iova);
+        });
         let privileged = self.first.geometry().privileged;
         let behind = lock(&self.behind);
         let batch = self.found.batch();
