@@ -87,8 +87,20 @@ impl Two {
             self.begun = true;
             self.with_second(look, |shadow, memory, budget, changes| shadow.synchronise(memory, Span::ALL, false, budget, changes));
         }
+        let before = self.first.figures();
         self.with_first(look, |shadow, through, budget, changes| shadow.synchronise(through, span, leaf_only, budget, changes));
+        if span == Span::ALL && !leaf_only {
+            self.use_room(look, before);
+        }
         self.try_again(look, span);
+    }
+
+    /// What the second stage had no room for, if the first one holds less than `before`.
+    fn use_room<M: EntryMemory + ?Sized>(&mut self, look: &mut Look<'_, M>, before: ShadowFigures) {
+        let now = self.first.figures();
+        if self.second.figures().blocked > 0 && (now.table_pages < before.table_pages || now.leaves < before.leaves) {
+            self.with_second(look, |shadow, memory, budget, changes| shadow.synchronise(memory, Span::ALL, false, budget, changes));
+        }
     }
 
     /// Looks at inputs of the second stage, and at all that passes through them.
@@ -118,8 +130,10 @@ impl Two {
     pub(super) fn switch<M: EntryMemory + ?Sized>(&mut self, look: &mut Look<'_, M>, first: Prepared, second: Prepared) {
         self.begun = true;
         // First-stage tables that move meanwhile are read again below, with the format that explains them.
+        let before = self.first.figures();
         self.follow_second(look, |shadow, memory, budget, changes| shadow.switch_to(second, memory, budget, changes));
         self.with_first(look, |shadow, through, budget, changes| shadow.switch_to(first, through, budget, changes));
+        self.use_room(look, before);
     }
 
     /// Guest memory came or went.
