@@ -98,13 +98,15 @@ fn batch(rng: &mut Rng, model: &Model) -> Vec<Change> {
         let odd = if rng.percent(4) { 0x400 } else { 0 };
         let Some(iova) = first.checked_add(pages * PAGE - 1 - odd).and_then(|last| Span::new(first, last)) else { continue };
         let whole = Piece { iova, address: address(rng), attributes: attributes(rng) };
-        if rng.percent(50) {
+        let kind = rng.below(3);
+        if kind == 0 {
             put(&after, &mut maps, whole);
         } else {
-            // The same in small pages: neighbours.
+            // In small pages: neighbours in memory, or in IOVAs alone.
             for offset in (0..=iova.length_minus_one()).step_by(PAGE as usize) {
                 let iova = Span { first: first + offset, last: (first + offset + (PAGE - 1)).min(iova.last) };
-                put(&after, &mut maps, Piece { iova, address: whole.address.saturating_add(offset), ..whole });
+                let address = if kind == 1 { whole.address.saturating_add(offset) } else { address(rng) };
+                put(&after, &mut maps, Piece { iova, address, ..whole });
             }
         }
     }
