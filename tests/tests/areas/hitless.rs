@@ -127,9 +127,11 @@ fn what_stays_costs_no_call() {
     change(&mut areas, &mut model, &[unmap(0, LARGE), map(piece(0, LARGE, BASE, RW.with(stagecraft::Attributes::DIRTY)))]);
     assert_eq!((lab.sim.calls_total(), areas.figures().areas, areas.figures().swaps), (calls, 1, 0));
     // One of the small pages goes, and the others must stay.
+    let objects = lab.sim.objects();
     change(&mut areas, &mut model, &split(0, BASE, u64::MAX));
     change(&mut areas, &mut model, &[unmap(7 * PAGE, PAGE)]);
     assert_eq!((areas.figures().swaps, areas.figures().areas), (1, 511));
+    assert_eq!((lab.sim.objects(), lab.pins.figures().copies), (objects, 511), "nothing is left of the first IOAS");
     model.check(&lab, &["dev0"], (0..512).map(|index| index * PAGE), "a page is gone");
     // The next one needs none: each page is an area now. A range of them goes with one call.
     let calls = lab.sim.calls_total();
