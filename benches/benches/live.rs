@@ -148,7 +148,7 @@ fn one_page(criterion: &mut Criterion, plugins: &Plugins) {
         sizes.iter().map(|(name, count, height)| (*name, RefCell::new(Guest::new(plugins, *count, *height)))).collect();
     // The first page that comes and goes tells what its pattern, and an absent one, mean.
     guests.iter().for_each(|(_, guest)| churn(guest, Word::Leaf)());
-    let questions: Vec<u64> = guests.iter().map(|(_, guest)| guest.borrow().live.shadow().figures().questions).collect();
+    let questions: Vec<u64> = guests.iter().map(|(_, guest)| guest.borrow().live.space().figures().questions).collect();
     let mut contestants = Vec::new();
     for (name, guest) in &guests {
         for word in [Word::Leaf, Word::Page, Word::Written, Word::Batch] {
@@ -158,7 +158,7 @@ fn one_page(criterion: &mut Criterion, plugins: &Plugins) {
     }
     contest(criterion, "one page comes or goes", CHANGES, 41, &mut contestants);
     drop(contestants);
-    let after: Vec<u64> = guests.iter().map(|(_, guest)| guest.borrow().live.shadow().figures().questions).collect();
+    let after: Vec<u64> = guests.iter().map(|(_, guest)| guest.borrow().live.space().figures().questions).collect();
     assert_eq!(questions, after, "no question is asked");
 }
 

@@ -7,6 +7,7 @@ pub mod convert;
 pub mod device;
 pub mod guess;
 pub mod guest;
+pub mod ioasid;
 pub mod kernel;
 pub mod lookup;
 pub mod memory;
@@ -16,6 +17,7 @@ pub mod plugin;
 pub mod snapshot;
 pub mod sync;
 pub mod table;
+pub mod viommu;
 pub mod virtio_iommu;
 pub mod watch;
 

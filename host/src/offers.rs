@@ -212,8 +212,24 @@ const MOST_TARGETS: usize = 16;
 ///
 /// A setting is wished for where the format's default, or what it would suggest for the whole address space, is beyond the limit; the others follow from need.
 fn targets(guest: &Guest<'_>, offer: &Offer, table_bytes: u64) -> Result<Vec<Target>, OffersError> {
-    let plugin = guest.plugins().by_format(&offer.format)?;
-    let manifest = manifest(guest, &offer.format);
+    let (wished, sizes) = wishes(guest.plugins(), offer)?;
+    let target = |settings: Settings| Target { settings, table_bytes, ..Target::new(&offer.format) };
+    let Some((name, set)) = sizes else { return Ok(vec![target(wished)]) };
+    let each = (12..64).rev().map(|log2| 1_u64 << log2).filter(|size| set & size != 0).take(MOST_TARGETS);
+    Ok(each
+        .map(|size| {
+            let mut settings = wished.clone();
+            settings.set(&name, size);
+            target(settings)
+        })
+        .collect())
+}
+
+/// Settings that keep within an offer where the format's defaults, or what it would suggest, do not; and the first setting that is a set of sizes, with the
+/// set.
+pub(crate) fn wishes(plugins: &Plugins, offer: &Offer) -> Result<(Settings, Option<(String, u64)>), OffersError> {
+    let plugin = plugins.by_format(&offer.format)?;
+    let manifest = plugins.iter().find_map(|(manifest, _)| manifest.format(&offer.format));
     let default =
         |name: &str| manifest.and_then(|format| format.settings.iter().find(|setting| setting.name == name)).and_then(|setting| setting.default);
     let largest = plugin.instantiate()?.suggest(&offer.format, &Settings::new(), &Need { last_address: u64::MAX, ..Need::default() });
@@ -224,18 +240,8 @@ fn targets(guest: &Guest<'_>, offer: &Offer, table_bytes: u64) -> Result<Vec<Tar
             wished.set(name, *limit);
         }
     }
-    let sizes =
-        offer.limits.iter().find(|(name, limit)| *limit >= 4096 && default(name).is_some_and(|value| value.is_power_of_two() && value >= 4096));
-    let target = |settings: Settings| Target { settings, table_bytes, ..Target::new(&offer.format) };
-    let Some((name, set)) = sizes else { return Ok(vec![target(wished)]) };
-    let each = (12..64).rev().map(|log2| 1_u64 << log2).filter(|size| set & size != 0).take(MOST_TARGETS);
-    Ok(each
-        .map(|size| {
-            let mut settings = wished.clone();
-            settings.set(name, size);
-            target(settings)
-        })
-        .collect())
+    let is_set = |(name, limit): &&(String, u64)| *limit >= 4096 && default(name).is_some_and(|value| value.is_power_of_two() && value >= 4096);
+    Ok((wished, offer.limits.iter().find(is_set).cloned()))
 }
 
 /// What a conversion refuses, and which of its settings are beyond the offer after all.

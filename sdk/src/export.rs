@@ -29,8 +29,9 @@ pub use bindings::*;
 
 use crate::queue::Access;
 use crate::{
-    Attributes, BlockKind, Blocked, ByteOrder, Command, Direct, Error, Event, EventRecord, FaultKind, Format, GuestMemory, Intercept, Meaning, Need,
-    Note, Outcome, Registers, Requester, Settings, Severity, TableConfig, Tag, Translated, Unit, Window,
+    Attributes, BlockKind, Blocked, ByteOrder, Command, Direct, Error, Event, EventRecord, Extent, FaultKind, Format, GuestMemory, Intercept,
+    InvalidationTarget, Meaning, Need, Note, Outcome, Place, RangeEntry, Recipe, Registers, Requester, Settings, Severity, TableConfig, Tag,
+    Translated, Unit, Window,
 };
 
 /// [`GuestMemory`] through the component's import.
@@ -204,10 +205,31 @@ pub fn offers<U: Unit>(kind: u32, info: &[u8]) -> Result<Vec<detect::Offer>, typ
 ///
 /// # Errors
 /// As [`Unit::bind_data`].
-pub fn bind_data<U: Unit>(table: types::TableConfig, context_address: u64) -> Result<detect::Binding, types::Error> {
+pub fn bind_data<U: Unit>(table: types::TableConfig, to: detect::PlaceToBind) -> Result<detect::Binding, types::Error> {
     install_panic_hook();
-    let crate::Binding { kind, data, context } = U::bind_data(&config_in(table), context_address).map_err(error_out)?;
-    Ok(detect::Binding { kind, data, context })
+    let detect::PlaceToBind { kind, info, context_address, space, host_made } = to;
+    let to = crate::PlaceToBind { kind, info, context_address, space, host_made };
+    let crate::Binding { kind, data, context, viommu, pasids, invalidation } = U::bind_data(&config_in(table), &to).map_err(error_out)?;
+    Ok(detect::Binding { kind, data, context, viommu, pasids, invalidation: invalidation.map(recipe_out) })
+}
+
+fn recipe_out(recipe: Recipe) -> detect::Recipe {
+    let place = |Place { word, lsb, width, number_lsb }| detect::Place { word, lsb, width, number_lsb };
+    let range = |RangeEntry { words, extent }| detect::RangeEntry {
+        words,
+        extent: match extent {
+            Extent::Count(count) => detect::Extent::Count(place(count)),
+            Extent::Scaled { number, scale } => detect::Extent::Scaled((place(number), place(scale))),
+            Extent::Block => detect::Extent::Block,
+        },
+    };
+    let Recipe { data_type, target, page_log2, page, address, range: several, leaf, tables, everything, most } = recipe;
+    let target = match target {
+        InvalidationTarget::PageTable => detect::InvalidationTarget::PageTable,
+        InvalidationTarget::Viommu => detect::InvalidationTarget::Viommu,
+    };
+    let (address, range) = (place(address), several.map(range));
+    detect::Recipe { data_type, target, page_log2, page, address, range, leaf, tables, everything, most }
 }
 
 /// An open format, its type forgotten: what the component's resource holds.
@@ -421,8 +443,8 @@ macro_rules! export_format {
                 fn offers(kind: u32, info: Vec<u8>) -> Result<Vec<detect::Offer>, types::Error> {
                     export::offers::<$unit>(kind, &info)
                 }
-                fn bind_data(table: types::TableConfig, context_address: u64) -> Result<detect::Binding, types::Error> {
-                    export::bind_data::<$unit>(table, context_address)
+                fn bind_data(table: types::TableConfig, to: detect::PlaceToBind) -> Result<detect::Binding, types::Error> {
+                    export::bind_data::<$unit>(table, to)
                 }
             }
 

@@ -23,5 +23,6 @@ pub use format::{
 };
 pub use queue::{Command, Effect, Event, EventRecord, Scope};
 pub use unit::{
-    Binding, BlockKind, Blocked, Direct, GuestMemory, Intercept, Note, Offer, Outcome, Registers, Requester, Structure, Tag, Translated, Unit, Window,
+    Binding, BlockKind, Blocked, Direct, Extent, GuestMemory, Intercept, InvalidationTarget, Note, Offer, Outcome, Place, PlaceToBind, RangeEntry,
+    Recipe, Registers, Requester, Structure, Tag, Translated, Unit, Window,
 };

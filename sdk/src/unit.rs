@@ -244,6 +244,79 @@ pub struct Offer {
     pub conditions: Vec<String>,
 }
 
+/// Bits `number_lsb .. number_lsb + width` of a number are bits `lsb .. lsb + width` of word `word` of an entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Which word of the entry.
+    pub word: u8,
+    /// The lowest bit there.
+    pub lsb: u8,
+    /// How many bits, 1 to 64.
+    pub width: u8,
+    /// The lowest bit of the number.
+    pub number_lsb: u8,
+}
+
+/// How one entry of an invalidation array says that it means several pages in a row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Extent {
+    /// Their number.
+    Count(Place),
+    /// There are `(number + 1) * 2^scale` pages.
+    Scaled {
+        /// One less than the number.
+        number: Place,
+        /// Its scale.
+        scale: Place,
+    },
+    /// `2^n` pages aligned to their size, n at least 1: bits `page_log2 .. page_log2 + n - 1` of the address are ones, and the one above is zero.
+    Block,
+}
+
+/// An entry for several pages.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RangeEntry {
+    /// Its words, with zeroes where the address and the extent go.
+    pub words: Vec<u64>,
+    /// How it says how many pages there are.
+    pub extent: Extent,
+}
+
+/// Whose caches an invalidation array is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InvalidationTarget {
+    /// The nested page table.
+    PageTable,
+    /// The vIOMMU that it is in.
+    Viommu,
+}
+
+/// How the kernel is told to forget what was cached of a nested table. The host writes invalidation arrays by it, and asks nobody meanwhile. Entries are 1 to
+/// 8 words of 64 bits, little-endian in memory, and all of one length.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Recipe {
+    /// An `iommu_hwpt_invalidate_data_type`.
+    pub data_type: u32,
+    /// Whose caches.
+    pub target: InvalidationTarget,
+    /// Log2 of the bytes of a page, 12 to 21: addresses and extents are in such pages.
+    pub page_log2: u8,
+    /// The entry for one page, with zeroes where the address goes.
+    pub page: Vec<u64>,
+    /// Where the IOVA of the first page goes: all its bits from `page_log2` on.
+    pub address: Place,
+    /// The entry for several pages, if there is one.
+    pub range: Option<RangeEntry>,
+    /// Ones that are added if only leaves were changed.
+    pub leaf: Vec<u64>,
+    /// Ones that are added if tables were changed as well. None: what was cached of tables only goes with `everything`.
+    pub tables: Option<Vec<u64>>,
+    /// The entry that is for all pages, and for tables.
+    pub everything: Vec<u64>,
+    /// With more entries than this, 1 to 4096, `everything` is better.
+    pub most: u32,
+}
+
 /// How the kernel is told about a nested table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Binding {
@@ -253,6 +326,28 @@ pub struct Binding {
     pub data: Vec<u8>,
     /// The structure that must stand at the context address first; may be empty.
     pub context: Vec<u8>,
+    /// The `iommu_viommu_type` of the vIOMMU that the table is made in; none: it is made directly over its parent.
+    pub viommu: Option<u32>,
+    /// The kernel attaches such a table to single PASIDs. Otherwise PASIDs are the context structure's business.
+    pub pasids: bool,
+    /// None: nothing can be invalidated, so that nothing that was mapped can ever be changed.
+    pub invalidation: Option<Recipe>,
+}
+
+/// What a nested table is bound to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PlaceToBind {
+    /// An `iommu_hw_info` data type.
+    pub kind: u32,
+    /// Its bytes; none: nothing is known of the unit.
+    pub info: Vec<u8>,
+    /// Where [`Binding::context`] would stand; a multiple of 4096.
+    pub context_address: u64,
+    /// The number by which the unit's caches and invalidations know the address space: 1 and more, no two of one vIOMMU have the same.
+    pub space: u32,
+    /// The host made the table, of this format's own leaves. Otherwise it is a guest's own, and what is cached of it may not be found by `space` alone (global
+    /// entries).
+    pub host_made: bool,
 }
 
 /// An IOMMU architecture's device structures.
@@ -276,11 +371,11 @@ pub trait Unit {
     /// [`Error::Unsupported`] if the kind is another architecture's, [`Error::Invalid`] if there are too few bytes.
     fn offers(kind: u32, info: &[u8]) -> Result<Vec<Offer>, Error>;
 
-    /// How the kernel is told about `table` when it is nested; `context_address` is where [`Binding::context`] would stand.
+    /// How the kernel is told about `table` when it is nested, and about what changes in it.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] if the kernel has no nesting for this format.
-    fn bind_data(table: &TableConfig, context_address: u64) -> Result<Binding, Error>;
+    /// [`Error::Unsupported`] if the kernel has no nesting for this format; [`Error::Invalid`] for an address or a number that the unit cannot have.
+    fn bind_data(table: &TableConfig, to: &PlaceToBind) -> Result<Binding, Error>;
 
     /// What a batch of raw entries of the command queue asks for, in order. It ends with the first illegal command, and may ask for more than the commands do,
     /// never for less.

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::plugin::bindings::exports::stagecraft::format::{detect, table};
 use crate::plugin::bindings::stagecraft::format::types;
 use crate::plugin::queue::{Event, EventRecord, Invalidation, MAX_COMMAND_BYTES};
+use crate::plugin::recipe::{self, Recipe};
 use crate::plugin::store::{Pace, Sandbox};
 use crate::plugin::{CallError, Notes, Outcome, Plugin, Settings, TableConfig, error, outcome, queue, words};
 use crate::table::Need;
@@ -32,7 +33,7 @@ impl<M: DetectMemory + ?Sized> DetectMemory for Arc<Mutex<M>> {
 }
 
 /// Who asks: a requester id, StreamID or device id, and a PASID if the request has one.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Requester {
     /// Requester id, StreamID or device id.
     pub id: u64,
@@ -60,6 +61,25 @@ pub struct Binding {
     pub data: Vec<u8>,
     /// The structure that must stand at the context address before the table is bound; may be empty.
     pub context: Vec<u8>,
+    /// The `iommu_viommu_type` of the vIOMMU that the table is made in; none: it is made directly over its parent.
+    pub viommu: Option<u32>,
+    /// The kernel attaches such a table to single PASIDs. Otherwise PASIDs are the context structure's business.
+    pub pasids: bool,
+    /// None: nothing can be invalidated, so that nothing that was mapped can ever be changed.
+    pub invalidation: Option<Recipe>,
+}
+
+/// What a nested table is bound to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PlaceToBind {
+    /// What the kernel says of the unit: an `iommu_hw_info` data type, and its bytes.
+    pub hardware: (u32, Vec<u8>),
+    /// Where [`Binding::context`] would stand; a multiple of 4096.
+    pub context_address: u64,
+    /// The number by which the unit's caches and invalidations know the address space: 1 and more. No two tables of one vIOMMU have the same.
+    pub space: u32,
+    /// The host made the table. Otherwise it is a guest's own, and what is cached of it may not be found by `space` alone.
+    pub host_made: bool,
 }
 
 const MAX_PASIDS: usize = 1024;
@@ -211,20 +231,29 @@ impl Instance {
         offers.into_iter().map(offer).collect()
     }
 
-    /// How the kernel is told about `table` when it is nested; `context_address`, 64-byte aligned, is where [`Binding::context`] would stand.
+    /// How the kernel is told about `table` when it is nested, and about what changes in it.
     ///
     /// # Errors
-    /// [`CallError::Refused`] if the kernel has no nesting for this format, and everything that can go wrong with a call.
-    pub fn bind_data(&mut self, table: &TableConfig, context_address: u64) -> Result<Binding, CallError> {
+    /// [`CallError::Refused`] if the kernel has no nesting for this format, or the unit not that number; and everything that can go wrong with a call.
+    pub fn bind_data(&mut self, table: &TableConfig, to: &PlaceToBind) -> Result<Binding, CallError> {
         self.plugin.check_format(&table.format)?;
         let table = words::table_config_in(table);
-        let answer =
-            self.sandbox.call(Pace::Cold, |exports, store| exports.stagecraft_format_detect().call_bind_data(store, &table, context_address))?;
-        let detect::Binding { kind, data, context } = answer.map_err(|error| self.sandbox.refused(error))?;
+        let (kind, info) = &to.hardware;
+        let to = detect::PlaceToBind {
+            kind: *kind,
+            info: info[..info.len().min(MAX_INFO_BYTES)].to_vec(),
+            context_address: to.context_address,
+            space: to.space,
+            host_made: to.host_made,
+        };
+        let answer = self.sandbox.call(Pace::Cold, |exports, store| exports.stagecraft_format_detect().call_bind_data(store, &table, &to))?;
+        let binding = answer.map_err(|error| self.sandbox.refused(error))?;
+        let detect::Binding { kind, data, context, viommu, pasids, invalidation } = binding;
         if data.len() > MAX_BINDING_BYTES || context.len() > MAX_BINDING_BYTES {
             return Err(self.sandbox.nonsense(format!("{} and {} bytes for the kernel; at most {MAX_BINDING_BYTES}", data.len(), context.len())));
         }
-        Ok(Binding { kind, data, context })
+        let invalidation = invalidation.map(recipe::checked).transpose().map_err(|what| self.sandbox.nonsense(what))?;
+        Ok(Binding { kind, data, context, viommu, pasids, invalidation })
     }
 
     /// `settings` completed so that a table of `format` can say as much of `need` as possible. Roots stay out.

@@ -41,8 +41,10 @@ mod manifest;
 mod notes;
 mod outcome;
 pub mod queue;
+pub mod recipe;
 mod registry;
 mod store;
+mod supervise;
 mod ticker;
 mod words;
 
@@ -54,12 +56,16 @@ pub use directory::{DirectoryError, PluginDirectory};
 pub use engine::{Config, Engine, EngineError};
 pub use error::{CallError, LoadError, Refusal};
 pub use format::PluginFormat;
-pub use instance::{Binding, DetectMemory, Instance, Offer, Requester};
+pub use instance::{Binding, DetectMemory, Instance, Offer, PlaceToBind, Requester};
 pub use limits::Limits;
 pub use manifest::{FormatManifest, Manifest, SettingManifest};
 pub use notes::{Note, Notes};
 pub use outcome::{BlockKind, Blocked, Direct, Outcome, Tag, Translated};
 pub use registry::{Origin, Plugins, PluginsError};
+pub use supervise::{
+    Answer, Difference, Health, OpenFormatError, Policy, Question, ReplaceError, SuperviseError, Supervised, Supervisor, SupervisorFigures,
+    Supervisors,
+};
 pub use ticker::Ticker;
 
 /// Version of the contract, `stagecraft:format`, that this host speaks.

@@ -40,8 +40,10 @@ impl Reason {
 /// Entries that count as absent until they are looked at again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Blocked {
-    /// The IOVAs that they would serve.
+    /// The IOVAs that they would serve; of the second of two stages, the inputs of that.
     pub iova: Span,
+    /// 1, or 2 for the second of two stages.
+    pub stage: u8,
     /// Why.
     pub reason: Reason,
 }
@@ -116,8 +118,15 @@ impl Changes {
     pub(super) fn block(&mut self, iova: Span, reason: Reason) {
         self.blocked_count += 1;
         if self.blocked.len() < EXAMPLES {
-            self.blocked.push(Blocked { iova, reason });
+            self.blocked.push(Blocked { iova, stage: 1, reason });
         }
+    }
+
+    /// Tells what was blocked while another batch was found, in tables of this stage.
+    pub(super) fn absorb_blocked(&mut self, other: &Self, stage: u8) {
+        self.blocked_count += other.blocked_count;
+        let room = EXAMPLES.saturating_sub(self.blocked.len());
+        self.blocked.extend(other.blocked.iter().take(room).map(|blocked| Blocked { stage, ..*blocked }));
     }
 
     /// The batch.

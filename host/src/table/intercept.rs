@@ -39,20 +39,20 @@ impl Intercept {
 
 /// Which addresses of a mapping are compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Compared {
+pub(crate) enum Compared {
     Iova,
     Output,
 }
 
 /// Hears a walk, and turns what is intercepted into faults.
-pub(super) struct Intercepted<'a, V: ?Sized> {
-    pub(super) intercepts: &'a [Intercept],
+pub(crate) struct Intercepted<'a, V: ?Sized> {
+    pub(crate) intercepts: &'a [Intercept],
     /// Which of them count here, and what they are compared with.
-    pub(super) rules: &'a [(u8, Compared)],
+    pub(crate) rules: &'a [(u8, Compared)],
     /// How many tables there are.
-    pub(super) tables: u8,
-    pub(super) budget: &'a Budget,
-    pub(super) visitor: &'a mut V,
+    pub(crate) tables: u8,
+    pub(crate) budget: &'a Budget,
+    pub(crate) visitor: &'a mut V,
 }
 
 impl<V: Visitor + ?Sized> Intercepted<'_, V> {
@@ -89,7 +89,7 @@ impl<V: Visitor + ?Sized> Visitor for Intercepted<'_, V> {
                 self.budget.charge_leaves(1)?;
             }
             if let Some(stage) = caught {
-                self.visitor.fault(&FaultAt { stage, cause: Cause::Intercepted, span, address: Some(address), path })?;
+                self.visitor.fault(&FaultAt { stage, cause: Cause::Intercepted, span, address: Some(address), reading_table: false, path })?;
             } else {
                 self.visitor.piece(&Piece { iova: span, address, ..*piece }, path)?;
             }

@@ -1,9 +1,10 @@
 //! Real units: what the kernel says that they can do, and how it is told about a guest's table.
 
-use stagecraft_sdk::{Binding, Error, Format, Offer, TableConfig};
+use stagecraft_sdk::bits::bit;
+use stagecraft_sdk::{Binding, Error, Extent, Format, InvalidationTarget, Offer, Place, PlaceToBind, RangeEntry, Recipe, TableConfig};
 
 use crate::ADDRESS_BITS;
-use crate::spec::device_table::{GIOV, GUEST_PAGING_MODE, GV, IR, IW, TV, V, gcr3, gcr3_words};
+use crate::spec::device_table::{DOMAIN_ID, GIOV, GUEST_PAGING_MODE, GV, IR, IW, TV, V, gcr3, gcr3_words};
 use crate::spec::registers::{efr, efr2};
 use crate::v2::V2;
 
@@ -12,6 +13,10 @@ const HW_INFO_AMD: u32 = 4;
 const HW_INFO_BYTES: usize = 16;
 /// `iommu_hwpt_data_type`: a device table entry.
 const HWPT_DATA_AMD_GUEST: u32 = 3;
+/// Linux 7.3 has neither a vIOMMU nor invalidations for AMD-Vi, and takes any number for the first. These are Stagecraft's own ("SG"), for kernels that do: raw
+/// commands, aimed at the vIOMMU.
+const VIOMMU_AMD: u32 = 0x5347_0001;
+const INVALIDATE_AMD: u32 = 0x5347_0001;
 
 /// Only guest tables can be a user's own; host tables belong to the kernel, which builds them from map and unmap. It nests on units that
 /// take requests without PASID through a guest table, and find the guest CR3 table by its guest-physical address.
@@ -41,13 +46,15 @@ pub(crate) fn offers(kind: u32, info: &[u8]) -> Result<Vec<Offer>, Error> {
     ];
     let limits = limits.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
     // Linux 7.3: there is no data type of IOMMU_HWPT_INVALIDATE for AMD-Vi, and no vIOMMU.
-    let conditions = vec!["the kernel takes no invalidations of such a table: nothing that was mapped can be changed while it is in use".to_owned()];
+    let conditions =
+        vec!["the kernel must take invalidations of such a table, which Linux 7.3 does not: else nothing that was mapped can be changed".to_owned()];
     Ok(vec![Offer { format: V2::NAME.to_owned(), limits, conditions }])
 }
 
 /// `struct iommu_hwpt_amd_guest`: a device table entry with the guest's part only, for requests without PASID. The context is a guest CR3 table with
 /// PASID 0 in it and nothing else: 4 KiB.
-pub(crate) fn bind_data(table: &TableConfig, context_address: u64) -> Result<Binding, Error> {
+pub(crate) fn bind_data(table: &TableConfig, to: &PlaceToBind) -> Result<Binding, Error> {
+    let context_address = to.context_address;
     if table.format != V2::NAME {
         return Err(Error::Unsupported(format!("the kernel nests no tables of format `{}` on AMD-Vi", table.format)));
     }
@@ -69,10 +76,35 @@ pub(crate) fn bind_data(table: &TableConfig, context_address: u64) -> Result<Bin
         let reason = "must be a multiple of 4096 below 2^52, and not 0";
         return Err(Error::invalid("context-address", context_address, "48882 section 2.2.2, GCR3 Table Root Pointer", reason));
     }
+    if to.space > 0xffff {
+        return Err(Error::invalid("space", to.space.into(), "48882 section 2.2.2, DomainID", "domain ids have 16 bits"));
+    }
     let [low, high] = gcr3_words(context_address);
-    let entry = [V | TV | GIOV | GV | IR | IW | low, high, GUEST_PAGING_MODE.put(levels - 4), 0];
+    let entry = [V | TV | GIOV | GV | IR | IW | low, DOMAIN_ID.put(to.space.into()) | high, GUEST_PAGING_MODE.put(levels - 4), 0];
     let bytes = |words: &[u64]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<_>>();
     let mut context = bytes(&[root | gcr3::V]);
     context.resize(gcr3::ENTRIES as usize * 8, 0);
-    Ok(Binding { kind: HWPT_DATA_AMD_GUEST, data: bytes(&entry), context })
+    let invalidation = Some(recipe(to.space));
+    Ok(Binding { kind: HWPT_DATA_AMD_GUEST, data: bytes(&entry), context, viommu: Some(VIOMMU_AMD), pasids: false, invalidation })
+}
+
+/// INVALIDATE_IOMMU_PAGES of PASID 0 in the domain, section 2.4.3. With S the address codes the size of a block; all ones up to bit 62 is everything.
+fn recipe(space: u32) -> Recipe {
+    const PAGES: u64 = 3 << 60;
+    const S: u64 = bit(0);
+    const PDE: u64 = bit(1);
+    const GN: u64 = bit(2);
+    let low = PAGES | u64::from(space) << 32;
+    Recipe {
+        data_type: INVALIDATE_AMD,
+        target: InvalidationTarget::Viommu,
+        page_log2: 12,
+        page: vec![low, GN],
+        address: Place { word: 1, lsb: 12, width: 52, number_lsb: 12 },
+        range: Some(RangeEntry { words: vec![low, GN | S], extent: Extent::Block }),
+        leaf: vec![0, 0],
+        tables: Some(vec![0, PDE]),
+        everything: vec![low, GN | PDE | S | 0x7fff_ffff_ffff_f000],
+        most: 256,
+    }
 }

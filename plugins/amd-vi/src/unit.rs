@@ -22,8 +22,8 @@
 
 use stagecraft_sdk::bits::words;
 use stagecraft_sdk::{
-    Attributes, Binding, Blocked, Command, Direct, Error, EventRecord, Format, GuestMemory, Offer, Outcome, Registers, Requester, Structure,
-    TableConfig, Tag, Translated, Unit, Window,
+    Attributes, Binding, Blocked, Command, Direct, Error, EventRecord, Format, GuestMemory, Offer, Outcome, PlaceToBind, Registers, Requester,
+    Structure, TableConfig, Tag, Translated, Unit, Window,
 };
 
 use crate::queue;
@@ -369,8 +369,8 @@ impl Unit for AmdVi {
         kernel::offers(kind, info)
     }
 
-    fn bind_data(table: &TableConfig, context_address: u64) -> Result<Binding, Error> {
-        kernel::bind_data(table, context_address)
+    fn bind_data(table: &TableConfig, to: &PlaceToBind) -> Result<Binding, Error> {
+        kernel::bind_data(table, to)
     }
 
     fn decode_commands(_registers: &Registers, commands: &[u8]) -> Result<Vec<Command>, Error> {

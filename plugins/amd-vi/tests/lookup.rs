@@ -8,7 +8,10 @@ use std::collections::BTreeMap;
 
 use proptest::prelude::*;
 use stagecraft_plugin_amd_vi::{unit::AmdVi, v1::V1, v2::V2};
-use stagecraft_sdk::{BlockKind, Direct, Error, Format, GuestMemory, Outcome, Registers, Requester, TableConfig, Tag, Translated, Unit, Window};
+use stagecraft_sdk::{
+    BlockKind, Direct, Error, Extent, Format, GuestMemory, InvalidationTarget, Outcome, PlaceToBind, Registers, Requester, TableConfig, Tag,
+    Translated, Unit, Window,
+};
 
 /// 64-bit words by address; what was never written reads as zero below `end`, and nothing can be read from there on. What is read through a host table
 /// stands at `OFFSET` above its guest-physical address.
@@ -424,7 +427,10 @@ fn only_the_guest_table_of_a_nesting_unit_is_offered() {
 
 #[test]
 fn bind_data_is_a_guests_device_table_entry() {
-    let bind = |settings: &[(&str, u64)], context| AmdVi::bind_data(&TableConfig::new("amd-vi/v2", settings), context);
+    let bind = |settings: &[(&str, u64)], context| {
+        let to = PlaceToBind { context_address: context, ..PlaceToBind::default() };
+        AmdVi::bind_data(&TableConfig::new("amd-vi/v2", settings), &to)
+    };
     let good = [("levels", 4), ("root", GUEST), ("sign-extended", 0)];
     let four = bind(&good, GCR3).unwrap();
     let words = stagecraft_sdk::bits::words(&four.data);
@@ -433,6 +439,17 @@ fn bind_data_is_a_guests_device_table_entry() {
     let context = stagecraft_sdk::bits::words(&four.context);
     assert_eq!((context.len(), context[0]), (512, GUEST | 1));
     assert!(context[1..].iter().all(|word| *word == 0));
+    // INVALIDATE_IOMMU_PAGES of PASID 0: operation 63:60, domain 47:32; S 0, PDE 1, GN 2
+    let to = PlaceToBind { context_address: GCR3, space: 0x1234, ..PlaceToBind::default() };
+    let tagged = AmdVi::bind_data(&TableConfig::new("amd-vi/v2", &good), &to).unwrap();
+    assert_eq!(stagecraft_sdk::bits::words(&tagged.data)[1], high | 0x1234);
+    let recipe = tagged.invalidation.unwrap();
+    assert_eq!((recipe.target, tagged.viommu, tagged.pasids), (InvalidationTarget::Viommu, Some(0x5347_0001), false));
+    assert_eq!((recipe.page, recipe.leaf, recipe.tables), (vec![3 << 60 | 0x1234 << 32, 4], vec![0, 0], Some(vec![0, 2])));
+    assert_eq!(recipe.everything, [3 << 60 | 0x1234 << 32, 0x7fff_ffff_ffff_f007]);
+    assert_eq!(recipe.range.map(|range| (range.words[1], range.extent)), Some((5, Extent::Block)));
+    let wide = PlaceToBind { space: 1 << 16, ..to };
+    assert!(matches!(AmdVi::bind_data(&TableConfig::new("amd-vi/v2", &good), &wide), Err(Error::Invalid(_))));
     let five = bind(&[("levels", 5), ("root", GUEST), ("sign-extended", 0), ("no-execute", 1)], GCR3).unwrap();
     assert_eq!(stagecraft_sdk::bits::words(&five.data)[2], 1 << 54);
     // the unit under a guest with this entry and this table in memory finds the same table again
@@ -456,7 +473,7 @@ fn bind_data_is_a_guests_device_table_entry() {
     for context in [0, 64, 1 << 52, GCR3 | 8] {
         assert!(matches!(bind(&good, context), Err(Error::Invalid(_))), "{context:#x}");
     }
-    assert!(matches!(AmdVi::bind_data(&TableConfig::new("amd-vi/v1", &[("root", 0)]), GCR3), Err(Error::Unsupported(_))));
+    assert!(matches!(AmdVi::bind_data(&TableConfig::new("amd-vi/v1", &[("root", 0)]), &PlaceToBind::default()), Err(Error::Unsupported(_))));
 }
 
 /// Memory in which every word is a function of seed and address, with bits forced so that walks get far.

@@ -9,7 +9,9 @@
 //! | `apple-dart-t8110` | no | DART2, one root | what `PARAMS3` says |
 //! | `apple-dart` | unless there is `PARAMS3` | as that kind | |
 
-use stagecraft_sdk::{Binding, Blocked, Error, Format, GuestMemory, Offer, Outcome, Registers, Requester, TableConfig, Tag, Translated, Unit};
+use stagecraft_sdk::{
+    Binding, Blocked, Error, Format, GuestMemory, Offer, Outcome, PlaceToBind, Registers, Requester, TableConfig, Tag, Translated, Unit,
+};
 
 use crate::spec::{params, t8020, t8110};
 use crate::table::{Dart1, Dart2, ROOTS};
@@ -124,7 +126,7 @@ impl Unit for AppleDart {
         Err(Error::Unsupported(format!("hardware information of type {kind} is not DART's: the kernel has none for it")))
     }
 
-    fn bind_data(table: &TableConfig, _context_address: u64) -> Result<Binding, Error> {
+    fn bind_data(table: &TableConfig, _: &PlaceToBind) -> Result<Binding, Error> {
         Err(Error::Unsupported(format!("the kernel nests no tables of format `{}` on DART", table.format)))
     }
 }

@@ -3,7 +3,7 @@
 
 use proptest::prelude::*;
 use stagecraft_plugin_apple_dart::unit::AppleDart;
-use stagecraft_sdk::{BlockKind, Error, GuestMemory, Outcome, Registers, Requester, TableConfig, Translated, Unit};
+use stagecraft_sdk::{BlockKind, Error, GuestMemory, Outcome, PlaceToBind, Registers, Requester, TableConfig, Translated, Unit};
 
 struct NoMemory;
 
@@ -95,7 +95,7 @@ fn what_is_missing_is_named() {
     assert_eq!(text(ask(&[("TCR_a", 0x80)])), "invalid PARAMS1");
     let with_pasid = AppleDart::lookup(&Default::default(), Requester { id: 0, pasid: Some(1) }, &mut NoMemory);
     assert!(matches!(with_pasid, Ok(Outcome::Blocked(_))));
-    assert!(AppleDart::offers(1, &[]).is_err() && AppleDart::bind_data(&TableConfig::new("apple-dart/dart1", &[]), 0).is_err());
+    assert!(AppleDart::offers(1, &[]).is_err() && AppleDart::bind_data(&TableConfig::new("apple-dart/dart1", &[]), &PlaceToBind::default()).is_err());
 }
 
 proptest! {

@@ -1,8 +1,9 @@
 //! How Linux speaks of an SMMUv3: `include/uapi/linux/iommufd.h`.
 
-use stagecraft_sdk::{Binding, Error, Format, Offer, TableConfig};
+use stagecraft_sdk::{Binding, Error, Extent, Format, InvalidationTarget, Offer, Place, PlaceToBind, RangeEntry, Recipe, TableConfig};
 
-use crate::spec::registers::{address_size, address_size_code, idr0, idr5};
+use crate::spec::command;
+use crate::spec::registers::{address_size, address_size_code, idr0, idr3, idr5};
 use crate::spec::{Words, cd, ste};
 use crate::{Stage1, Stage2};
 
@@ -14,6 +15,9 @@ const HW_INFO_WORDS: usize = 10;
 const ERRATUM_REPEAT: u64 = 1;
 /// `IOMMU_HWPT_DATA_ARM_SMMUV3`.
 const HWPT_DATA_ARM_SMMUV3: u32 = 2;
+/// `IOMMU_VIOMMU_TYPE_ARM_SMMUV3`, and `IOMMU_VIOMMU_INVALIDATE_DATA_ARM_SMMUV3`: raw commands.
+const VIOMMU_ARM_SMMUV3: u32 = 1;
+const INVALIDATE_ARM_SMMUV3: u32 = 1;
 /// S1ContextPtr bits that the kernel takes.
 const CONTEXT_ADDRESS_BITS: u32 = 52;
 
@@ -23,7 +27,7 @@ pub(crate) fn offers(kind: u32, info: &[u8]) -> Result<Vec<Offer>, Error> {
     if kind != HW_INFO_ARM_SMMUV3 {
         return Err(Error::Unsupported(format!("hardware information of type {kind} is not an SMMUv3's")));
     }
-    let words: Vec<u64> = info.as_chunks::<4>().0.iter().map(|bytes| u32::from_le_bytes(*bytes).into()).collect();
+    let words = hw_info(info);
     if words.len() < HW_INFO_WORDS {
         return Err(Error::invalid("info", info.len() as u64, "iommu_hw_info_arm_smmuv3", "must have 40 bytes"));
     }
@@ -61,8 +65,13 @@ pub(crate) fn offers(kind: u32, info: &[u8]) -> Result<Vec<Offer>, Error> {
     Ok(vec![Offer { format: Stage1::NAME.to_owned(), limits, conditions }])
 }
 
-/// A one-entry CD table at `context_address`, and the STE words that point to it.
-pub(crate) fn bind_data(table: &TableConfig, context_address: u64) -> Result<Binding, Error> {
+fn hw_info(info: &[u8]) -> Vec<u64> {
+    info.as_chunks::<4>().0.iter().map(|bytes| u32::from_le_bytes(*bytes).into()).collect()
+}
+
+/// A one-entry CD table at the context address, and the STE words that point to it.
+pub(crate) fn bind_data(table: &TableConfig, to: &PlaceToBind) -> Result<Binding, Error> {
+    let context_address = to.context_address;
     if table.format == Stage2::NAME {
         return Err(Error::Unsupported("the kernel nests stage 1 tables only; stage 2 is its own".to_owned()));
     }
@@ -77,6 +86,13 @@ pub(crate) fn bind_data(table: &TableConfig, context_address: u64) -> Result<Bin
         let reason = "must be a multiple of 64 below 2^52";
         return Err(Error::invalid("context-address", context_address, "IHI 0070 section 5.2, S1ContextPtr", reason));
     }
+    let unit = hw_info(&to.info);
+    let unit = |word: usize| unit.get(2 + word).copied().unwrap_or(0);
+    // Without 16-bit ASIDs the upper half must be zero (section 5.4).
+    let widest = if to.info.is_empty() || idr0::ASID16.of(unit(0)) == 1 { 0xffff } else { 0xff };
+    if to.space > widest {
+        return Err(Error::invalid("space", to.space.into(), "IHI 0070 section 5.4, ASID", &format!("ASIDs of this unit go up to {widest:#x}")));
+    }
     let mut entry: Words = [0; 8];
     ste::V.set(&mut entry, 1);
     ste::CONFIG.set(&mut entry, 0b101);
@@ -86,16 +102,53 @@ pub(crate) fn bind_data(table: &TableConfig, context_address: u64) -> Result<Bin
     ste::S1COR.set(&mut entry, WRITE_BACK);
     ste::S1CSH.set(&mut entry, INNER_SHAREABLE);
     let bytes = |words: &[u64]| words.iter().flat_map(|word| word.to_le_bytes()).collect();
-    Ok(Binding { kind: HWPT_DATA_ARM_SMMUV3, data: bytes(&entry[..2]), context: bytes(&context(&stage1)) })
+    Ok(Binding {
+        kind: HWPT_DATA_ARM_SMMUV3,
+        data: bytes(&entry[..2]),
+        context: bytes(&context(&stage1, to.space)),
+        viommu: Some(VIOMMU_ARM_SMMUV3),
+        pasids: false,
+        invalidation: Some(recipe(&stage1, to, idr3::RIL.of(unit(3)) == 1)),
+    })
 }
+
+/// TLBI commands, as the kernel checks them: fields that do not count are zero, and the VMID is the kernel's to fill in. With a granule, TTL, NUM and SCALE
+/// must not all be zero, so that one page is a command without a granule. What is for single addresses also drops global entries; what is for an ASID does not.
+fn recipe(stage1: &Stage1, to: &PlaceToBind, ranges: bool) -> Recipe {
+    let asid = command::ASID.put(to.space.into());
+    let granules: Vec<u8> = [stage1.low.as_ref(), stage1.high.as_ref()].into_iter().flatten().map(|half| half.granule.log2()).collect();
+    let granule = granules.iter().copied().min().unwrap_or(12);
+    // A range is in granules of the table: two halves that differ have no common one.
+    let ranges = ranges && granules.iter().all(|other| *other == granule);
+    let place = |word: u8, (lsb, width): (u8, u8)| Place { word, lsb, width, number_lsb: 0 };
+    let range = RangeEntry {
+        words: vec![command::NH_VA | asid, command::TG.put(u64::from(granule - 10) / 2)],
+        extent: Extent::Scaled { number: place(0, command::NUM), scale: place(0, command::SCALE) },
+    };
+    Recipe {
+        data_type: INVALIDATE_ARM_SMMUV3,
+        target: InvalidationTarget::Viommu,
+        page_log2: granule,
+        page: vec![command::NH_VA | asid, 0],
+        address: Place { word: 1, lsb: granule, width: 64 - granule, number_lsb: granule },
+        range: ranges.then_some(range),
+        leaf: vec![0, command::LEAF],
+        tables: Some(vec![0, 0]),
+        everything: if to.host_made { vec![command::NH_ASID | asid, 0] } else { vec![command::NH_ALL, 0] },
+        most: MOST_COMMANDS,
+    }
+}
+
+/// The queue of a unit may be short, and a command takes its time: Linux itself gives up single pages at one table's worth of them.
+const MOST_COMMANDS: u32 = 512;
 
 /// Cacheability of structures and walks: write-back, read- and write-allocate.
 const WRITE_BACK: u64 = 1;
 /// Shareability of structures and walks.
 const INNER_SHAREABLE: u64 = 3;
 
-/// The CD that says what `stage1` says.
-fn context(stage1: &Stage1) -> Words {
+/// The CD that says what `stage1` says, under the host's number for it.
+fn context(stage1: &Stage1, space: u32) -> Words {
     let mut words: Words = [0; 8];
     let mut set = |slot: crate::spec::Slot, value: u64| slot.set(&mut words, value);
     set(cd::V, 1);
@@ -103,7 +156,7 @@ fn context(stage1: &Stage1) -> Words {
     set(cd::R, 1);
     set(cd::A, 1);
     set(cd::ASET, 1);
-    set(cd::ASID, stage1.asid.into());
+    set(cd::ASID, space.into());
     set(cd::IPS, address_size_code(stage1.output_bits));
     set(cd::ENDI, stage1.big_endian.into());
     set(cd::HA, stage1.hardware.access.into());

@@ -39,7 +39,6 @@ pub(crate) const SETTINGS: &[&str] = &[
     "single-privilege",
     "wxn",
     "pan",
-    "asid",
 ];
 
 /// A restriction from a table above: the bits of the inherited word.
@@ -87,7 +86,6 @@ pub struct Stage1 {
     pub(crate) single_privilege: bool,
     pub(crate) wxn: bool,
     pub(crate) pan: bool,
-    pub(crate) asid: u16,
     places: Vec<Place>,
     roots: Vec<Root>,
 }
@@ -252,7 +250,6 @@ impl Format for Stage1 {
             single_privilege: settings.flag("single-privilege", false)?,
             wxn: settings.flag("wxn", false)?,
             pan: settings.flag("pan", false)?,
-            asid: settings.within("asid", 0, 0, 0xffff, "IHI 0070 section 5.4, ASID")? as u16,
             places: Vec::new(),
             roots: Vec::new(),
         };

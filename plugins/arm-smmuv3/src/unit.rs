@@ -8,7 +8,7 @@
 //! ```
 
 use stagecraft_sdk::{
-    Binding, Command, Error, Event, EventRecord, GuestMemory, Offer, Outcome, Registers, Requester, TableConfig, Tag, Translated, Unit,
+    Binding, Command, Error, Event, EventRecord, GuestMemory, Offer, Outcome, PlaceToBind, Registers, Requester, TableConfig, Tag, Translated, Unit,
 };
 
 use crate::context::{self, Contexts};
@@ -80,8 +80,8 @@ impl Unit for Smmuv3 {
         crate::kernel::offers(kind, info)
     }
 
-    fn bind_data(table: &TableConfig, context_address: u64) -> Result<Binding, Error> {
-        crate::kernel::bind_data(table, context_address)
+    fn bind_data(table: &TableConfig, to: &PlaceToBind) -> Result<Binding, Error> {
+        crate::kernel::bind_data(table, to)
     }
 
     fn decode_commands(registers: &Registers, commands: &[u8]) -> Result<Vec<Command>, Error> {

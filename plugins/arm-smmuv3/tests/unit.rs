@@ -9,7 +9,10 @@ mod notes;
 use common::{Guest, registers, settings};
 use proptest::prelude::*;
 use stagecraft_plugin_arm_smmuv3::{Smmuv3, Stage1, Stage2};
-use stagecraft_sdk::{BlockKind, Error, Format, Outcome, Registers, Requester, Settings, TableConfig, Tag, Translated, Unit};
+use stagecraft_sdk::{
+    BlockKind, Error, Extent, Format, InvalidationTarget, Outcome, Place, PlaceToBind, RangeEntry, Registers, Requester, Settings, TableConfig, Tag,
+    Translated, Unit,
+};
 
 /// Stages 1 and 2, AArch64, HTTU with dirty marks, hypervisor contexts, ATS, 16-bit ids, two-level tables, everything configurable.
 const IDR0: u64 = 0b11 | 2 << 2 | 2 << 6 | 1 << 9 | 1 << 10 | 1 << 12 | 1 << 18 | 1 << 19 | 1 << 27;
@@ -660,7 +663,7 @@ fn what_the_kernel_is_told_leads_back_to_the_table() {
     ];
     for pairs in pairs {
         let table = TableConfig::new(Stage1::NAME, pairs);
-        let binding = Smmuv3::bind_data(&table, CONTEXTS).unwrap();
+        let binding = Smmuv3::bind_data(&table, &place(CONTEXTS, 0)).unwrap();
         assert_eq!((binding.kind, binding.data.len(), binding.context.len()), (2, 16, 64));
         let words = |bytes: &[u8]| bytes.chunks(8).map(|bytes| u64::from_le_bytes(bytes.try_into().unwrap())).collect::<Vec<u64>>();
         let ste = words(&binding.data);
@@ -669,14 +672,46 @@ fn what_the_kernel_is_told_leads_back_to_the_table() {
         case.guest.write(CONTEXTS, &words(&binding.context));
         assert_eq!(case.settings(), table.settings, "lookup finds what was bound");
     }
-    let asid = Smmuv3::bind_data(&TableConfig::new(Stage1::NAME, &[("asid", 0x1234)]), CONTEXTS).unwrap();
+    let asid = Smmuv3::bind_data(&TableConfig::new(Stage1::NAME, &[]), &place(CONTEXTS, 0x1234)).unwrap();
     assert_eq!(asid.context[6..8], [0x34, 0x12]);
     for address in [CONTEXTS + 32, 1 << 52] {
-        assert!(matches!(Smmuv3::bind_data(&TableConfig::new(Stage1::NAME, &[]), address), Err(Error::Invalid(_))));
+        assert!(matches!(Smmuv3::bind_data(&TableConfig::new(Stage1::NAME, &[]), &place(address, 0)), Err(Error::Invalid(_))));
     }
     for (format, pairs) in [(Stage2::NAME, &[][..]), ("other/table", &[]), (Stage1::NAME, &[("privileged", 1)])] {
-        assert!(matches!(Smmuv3::bind_data(&TableConfig::new(format, pairs), CONTEXTS), Err(Error::Unsupported(_))));
+        assert!(matches!(Smmuv3::bind_data(&TableConfig::new(format, pairs), &place(CONTEXTS, 0)), Err(Error::Unsupported(_))));
     }
+}
+
+fn place(context_address: u64, space: u32) -> PlaceToBind {
+    PlaceToBind { context_address, space, ..PlaceToBind::default() }
+}
+
+/// IHI 0070 section 4.4: CMD_TLBI_NH_VA 0x12, NH_ASID 0x11, NH_ALL 0x10; ASID 63:48, NUM 16:12, SCALE 24:20; Leaf 0, TG 11:10.
+#[test]
+fn invalidations_are_commands_that_the_kernel_takes() {
+    let recipe = |idr0: u32, idr3: u32, space: u32, host_made: bool, settings: &[(&str, u64)]| {
+        let mut info = [0_u32; 10];
+        (info[2], info[5]) = (idr0, idr3);
+        let info = info.iter().flat_map(|word| word.to_le_bytes()).collect();
+        let to = PlaceToBind { kind: 2, info, context_address: CONTEXTS, space, host_made };
+        Smmuv3::bind_data(&TableConfig::new(Stage1::NAME, settings), &to).map(|binding| binding.invalidation.unwrap())
+    };
+    let plain = recipe(1 << 12, 0, 0x1234, true, &[]).unwrap();
+    assert_eq!((plain.data_type, plain.target, plain.page_log2), (1, InvalidationTarget::Viommu, 12));
+    assert_eq!((plain.page, plain.address), (vec![0x1234_0000_0000_0012, 0], Place { word: 1, lsb: 12, width: 52, number_lsb: 12 }));
+    assert_eq!((plain.leaf, plain.tables), (vec![0, 1], Some(vec![0, 0])));
+    assert_eq!((plain.everything, plain.range), (vec![0x1234_0000_0000_0011, 0], None));
+    // Global entries stay where an ASID is named: a guest's own table can have some.
+    assert_eq!(recipe(1 << 12, 0, 5, false, &[]).unwrap().everything, [0x10, 0]);
+    let ranges = recipe(1 << 12, 1 << 10, 5, true, &[("granule", 65536)]).unwrap();
+    let (number, scale) = (Place { word: 0, lsb: 12, width: 5, number_lsb: 0 }, Place { word: 0, lsb: 20, width: 5, number_lsb: 0 });
+    assert_eq!(ranges.range, Some(RangeEntry { words: vec![5 << 48 | 0x12, 3 << 10], extent: Extent::Scaled { number, scale } }));
+    assert_eq!((ranges.page_log2, ranges.address.lsb), (16, 16));
+    // Two halves with different granules have no common one to give.
+    let mixed = recipe(1 << 12, 1 << 10, 5, true, &[("granule", 65536), ("input-bits-high", 48), ("root-high", TABLE), ("granule-high", 4096)]);
+    assert_eq!(mixed.map(|mixed| (mixed.page_log2, mixed.range)), Ok((12, None)));
+    assert!(matches!(recipe(0, 0, 0x100, true, &[]), Err(Error::Invalid(_))), "8-bit ASIDs");
+    assert!(recipe(0, 0, 0xff, true, &[]).is_ok() && recipe(1 << 12, 0, 0x1_0000, true, &[]).is_err());
 }
 
 /// Bits that decide much, and noise in all others.

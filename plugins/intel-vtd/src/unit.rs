@@ -8,8 +8,8 @@
 
 use stagecraft_sdk::bits::{mask, words};
 use stagecraft_sdk::{
-    Binding, BlockKind, Blocked, Command, Error, Event, EventRecord, Format, GuestMemory, Offer, Outcome, Registers, Requester, Structure,
-    TableConfig, Tag, Translated, Unit,
+    Binding, BlockKind, Blocked, Command, Error, Event, EventRecord, Extent, Format, GuestMemory, InvalidationTarget, Offer, Outcome, Place,
+    PlaceToBind, RangeEntry, Recipe, Registers, Requester, Structure, TableConfig, Tag, Translated, Unit,
 };
 
 use crate::DEFAULT_OUTPUT_BITS;
@@ -36,6 +36,9 @@ const HW_INFO_BYTES: usize = 24;
 const VTD_ERRATUM_772415: u64 = 1;
 /// `iommu_hwpt_data_type`, and the flags of its data.
 const HWPT_DATA_VTD_S1: u32 = 1;
+/// `IOMMU_HWPT_INVALIDATE_DATA_VTD_S1`, and `IOMMU_VTD_INV_FLAGS_LEAF`.
+const INVALIDATE_VTD_S1: u32 = 0;
+const INVALIDATE_LEAF: u64 = 1;
 const VTD_S1_SRE: u64 = 1;
 const VTD_S1_EAFE: u64 = 1 << 1;
 const VTD_S1_WPE: u64 = 1 << 2;
@@ -394,6 +397,25 @@ fn check_id(id: u64) -> Result<(), Error> {
     if id >> 16 == 0 { Ok(()) } else { Err(Error::invalid("id", id, "D51397 section 3.4.1", "a requester id has 16 bits")) }
 }
 
+/// `struct iommu_hwpt_vtd_s1_invalidate`: address, number of pages, flags. The page table itself is the target, so that no number of the address space is in
+/// it; the kernel has its own domain ids. Address 0 and all ones are everything.
+fn recipe() -> Recipe {
+    let place = |word, lsb, width| Place { word, lsb, width, number_lsb: lsb };
+    Recipe {
+        data_type: INVALIDATE_VTD_S1,
+        target: InvalidationTarget::PageTable,
+        page_log2: 12,
+        page: vec![0, 1, 0],
+        address: place(0, 12, 52),
+        // A number of all ones would be everything.
+        range: Some(RangeEntry { words: vec![0, 0, 0], extent: Extent::Count(place(1, 0, 52)) }),
+        leaf: vec![0, 0, INVALIDATE_LEAF],
+        tables: Some(vec![0, 0, 0]),
+        everything: vec![0, u64::MAX, 0],
+        most: 256,
+    }
+}
+
 impl Unit for IntelVtd {
     fn lookup(registers: &Registers, requester: Requester, memory: &mut dyn GuestMemory) -> Result<Outcome, Error> {
         check_id(requester.id)?;
@@ -446,7 +468,7 @@ impl Unit for IntelVtd {
     }
 
     /// `struct iommu_hwpt_vtd_s1`: flags, address of the root table, width of its input addresses. There is no context structure.
-    fn bind_data(table: &TableConfig, _context_address: u64) -> Result<Binding, Error> {
+    fn bind_data(table: &TableConfig, _: &PlaceToBind) -> Result<Binding, Error> {
         if table.format != FirstStage::NAME {
             return Err(Error::Unsupported(format!("the kernel nests no tables of format `{}` on VT-d", table.format)));
         }
@@ -464,7 +486,14 @@ impl Unit for IntelVtd {
             flags |= if settings.flag(name, false)? { bit } else { 0 };
         }
         let words: [u64; 3] = [flags, root, address_width(levels)];
-        Ok(Binding { kind: HWPT_DATA_VTD_S1, data: words.iter().flat_map(|word| word.to_le_bytes()).collect(), context: Vec::new() })
+        Ok(Binding {
+            kind: HWPT_DATA_VTD_S1,
+            data: words.iter().flat_map(|word| word.to_le_bytes()).collect(),
+            context: Vec::new(),
+            viommu: None,
+            pasids: true,
+            invalidation: Some(recipe()),
+        })
     }
 
     fn decode_commands(registers: &Registers, commands: &[u8]) -> Result<Vec<Command>, Error> {

@@ -8,7 +8,10 @@ use std::collections::BTreeMap;
 
 use proptest::prelude::*;
 use stagecraft_plugin_intel_vtd::unit::IntelVtd;
-use stagecraft_sdk::{BlockKind, Error, GuestMemory, Outcome, Registers, Requester, TableConfig, Tag, Translated, Unit};
+use stagecraft_sdk::{
+    BlockKind, Error, Extent, GuestMemory, InvalidationTarget, Outcome, Place, PlaceToBind, RangeEntry, Registers, Requester, TableConfig, Tag,
+    Translated, Unit,
+};
 
 /// 64-bit words by address; what was never written reads as zero below `end`, and nothing can be read from there on.
 #[derive(Clone)]
@@ -426,13 +429,19 @@ fn only_the_first_stage_of_a_nesting_unit_is_offered() {
 
 #[test]
 fn bind_data_is_the_kernels_structure() {
-    let bind = |format: &str, settings: &[(&str, u64)]| IntelVtd::bind_data(&TableConfig::new(format, settings), 0);
+    let bind = |format: &str, settings: &[(&str, u64)]| IntelVtd::bind_data(&TableConfig::new(format, settings), &PlaceToBind::default());
     let four = bind("intel-vtd/first-stage", &[("levels", 4), ("root", TABLE), ("output-bits", 39)]).unwrap();
     let expected = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0x50, 0x34, 0x12, 0, 0, 0, 0, 48, 0, 0, 0, 0, 0, 0, 0];
     assert_eq!((four.kind, four.data.as_slice(), four.context.len()), (1, expected.as_slice(), 0));
     let all = [("levels", 5), ("root", TABLE), ("supervisor", 1), ("extended-access", 1), ("write-protect", 1)];
     let five = bind("intel-vtd/first-stage", &all).unwrap();
     assert_eq!((five.data[0], five.data[16]), (0b111, 57));
+    // addr, npages, flags (1 leaves only) of the page table itself; all ones are all pages
+    let recipe = five.invalidation.unwrap();
+    assert_eq!((recipe.data_type, recipe.target, five.viommu, five.pasids), (0, InvalidationTarget::PageTable, None, true));
+    assert_eq!((recipe.page, recipe.leaf, recipe.everything), (vec![0, 1, 0], vec![0, 0, 1], vec![0, u64::MAX, 0]));
+    let count = Extent::Count(Place { word: 1, lsb: 0, width: 52, number_lsb: 0 });
+    assert_eq!((recipe.tables, recipe.range), (Some(vec![0; 3]), Some(RangeEntry { words: vec![0; 3], extent: count })));
     assert!(matches!(bind("intel-vtd/second-stage", &[("root", TABLE)]), Err(Error::Unsupported(_))));
     assert!(matches!(bind("intel-vtd/first-stage", &[("levels", 4)]), Err(Error::Invalid(_))));
     assert!(matches!(bind("intel-vtd/first-stage", &[("root", TABLE), ("memory-type", 1)]), Err(Error::Unsupported(_))));

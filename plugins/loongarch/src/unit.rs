@@ -1,6 +1,6 @@
 //! No unit: nothing is detected, nothing is nested.
 
-use stagecraft_sdk::{Binding, Error, GuestMemory, Offer, Outcome, Registers, Requester, TableConfig, Unit};
+use stagecraft_sdk::{Binding, Error, GuestMemory, Offer, Outcome, PlaceToBind, Registers, Requester, TableConfig, Unit};
 
 /// Stands where other architectures have device structures.
 #[derive(Clone, Copy, Debug)]
@@ -23,7 +23,7 @@ impl Unit for NoUnit {
         unsupported()
     }
 
-    fn bind_data(_: &TableConfig, _: u64) -> Result<Binding, Error> {
+    fn bind_data(_: &TableConfig, _: &PlaceToBind) -> Result<Binding, Error> {
         unsupported()
     }
 }

@@ -5,6 +5,7 @@
 //! | `spec` | bit layouts, with the sections of the specifications |
 //! | [`mod@unit`] | registers, device and process directories, device and process contexts |
 //! | `queue` | commands and fault records |
+//! | `kernel` | real units, and how a kernel would be told about a table |
 //! | `entries` | what the entries of both stages have in common |
 //! | [`first_stage`] | `riscv-iommu/first-stage`: Sv32, Sv39, Sv48, Sv57 |
 //! | [`second_stage`] | `riscv-iommu/second-stage`: Sv32x4, Sv39x4, Sv48x4, Sv57x4 |
@@ -18,6 +19,7 @@
 
 mod entries;
 pub mod first_stage;
+mod kernel;
 mod queue;
 pub mod second_stage;
 mod spec;

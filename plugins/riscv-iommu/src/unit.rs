@@ -6,16 +6,16 @@
 
 use stagecraft_sdk::bits::{Field, words};
 use stagecraft_sdk::{
-    Attributes, Binding, BlockKind, Blocked, Command, Direct, Error, Event, EventRecord, Format, GuestMemory, Intercept, Offer, Outcome, Registers,
-    Requester, Structure, TableConfig, Tag, Translated, Unit, Window,
+    Attributes, Binding, BlockKind, Blocked, Command, Direct, Error, Event, EventRecord, Format, GuestMemory, Intercept, Offer, Outcome, PlaceToBind,
+    Registers, Requester, Structure, TableConfig, Tag, Translated, Unit, Window,
 };
 
 use crate::entries::WIDEST_OUTPUT;
 use crate::first_stage::FirstStage;
-use crate::queue;
 use crate::second_stage::{NARROW, SecondStage};
 use crate::spec::registers::{capabilities, ddtp, fctl};
 use crate::spec::structures::{atp, device, pointer, process, ta, tc};
+use crate::{kernel, queue};
 
 /// The architecture.
 #[derive(Clone, Copy, Debug)]
@@ -492,14 +492,12 @@ impl Unit for RiscvIommu {
         })
     }
 
-    /// The kernel reports nothing about such units.
-    fn offers(kind: u32, _info: &[u8]) -> Result<Vec<Offer>, Error> {
-        Err(Error::Unsupported(format!("hardware information of type {kind} is not a RISC-V IOMMU's: the kernel has none of those")))
+    fn offers(kind: u32, info: &[u8]) -> Result<Vec<Offer>, Error> {
+        kernel::offers(kind, info)
     }
 
-    /// The kernel nests no RISC-V tables.
-    fn bind_data(table: &TableConfig, _context_address: u64) -> Result<Binding, Error> {
-        Err(Error::Unsupported(format!("the kernel nests no tables of format `{}`", table.format)))
+    fn bind_data(table: &TableConfig, to: &PlaceToBind) -> Result<Binding, Error> {
+        kernel::bind_data(table, to)
     }
 
     fn decode_commands(_registers: &Registers, commands: &[u8]) -> Result<Vec<Command>, Error> {

@@ -11,7 +11,9 @@ use std::collections::BTreeMap;
 use common::line;
 use proptest::prelude::*;
 use stagecraft_plugin_riscv_iommu::unit::RiscvIommu;
-use stagecraft_sdk::{BlockKind, Direct, Error, GuestMemory, Intercept, Outcome, Registers, Requester, TableConfig, Tag, Translated, Unit};
+use stagecraft_sdk::{
+    BlockKind, Direct, Error, GuestMemory, Intercept, Outcome, Place, PlaceToBind, Registers, Requester, TableConfig, Tag, Translated, Unit,
+};
 
 /// 64-bit words by address, in the byte order given; what was never written reads as zero below `end`, and nothing can be read from there on. Behind a
 /// second stage, guest-physical addresses are found `BEHIND` further up.
@@ -586,11 +588,55 @@ fn pasids_is_bounded_against_a_hostile_directory() {
     assert!(memory.bytes_read < 5 << 20, "{}", memory.bytes_read);
 }
 
+/// What a kernel that nests RISC-V tables would say and take.
+const SIMULATED: u32 = 0x5347_0001;
+
 #[test]
-fn the_kernel_knows_nothing_of_this() {
+fn offers_follow_the_capabilities() {
+    let offer = |capabilities: u64| {
+        let offers = RiscvIommu::offers(SIMULATED, &capabilities.to_le_bytes()).unwrap();
+        offers
+            .iter()
+            .map(|offer| offer.limits.iter().map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>().join(" "))
+            .collect::<Vec<_>>()
+    };
+    let all = 0b111 << 9 | 1 << 14 | 1 << 15 | 0b111 << 17 | 1 << 24 | 1 << 27;
+    assert_eq!(offer(all), ["levels=5 output-bits=56 svnapot=1 svpbmt=1 svrsw60t59b=1 hardware-update=1 big-endian=1 supervisor=0 sum=0"]);
+    assert_eq!(
+        offer(1 << 9 | 1 << 17),
+        ["levels=3 output-bits=41 svnapot=1 svpbmt=0 svrsw60t59b=0 hardware-update=0 big-endian=0 supervisor=0 sum=0"]
+    );
+    assert_eq!([offer(1 << 17), offer(1 << 9), offer(0)], [const { Vec::<String>::new() }; 3]);
     assert!(matches!(RiscvIommu::offers(1, &[0; 64]), Err(Error::Unsupported(_))));
-    let table = TableConfig::new("riscv-iommu/first-stage", &[("root", TABLE)]);
-    assert!(matches!(RiscvIommu::bind_data(&table, 0), Err(Error::Unsupported(_))));
+    assert!(matches!(RiscvIommu::offers(SIMULATED, &[0; 7]), Err(Error::Invalid(_))));
+}
+
+/// IOMMU section 2.1.3 for the device context; section 3.1.1 for IOTINVAL.VMA: opcode 1, AV 10, PSCID 31:12, PSCV 32, NL 34; address 61:10 in pages.
+#[test]
+fn bind_data_is_a_device_context_and_its_commands() {
+    let bind = |settings: &[(&str, u64)], capabilities: u64, space: u32, host_made: bool| {
+        let to = PlaceToBind { kind: SIMULATED, info: capabilities.to_le_bytes().to_vec(), context_address: 0x1000, space, host_made };
+        RiscvIommu::bind_data(&TableConfig::new("riscv-iommu/first-stage", settings), &to)
+    };
+    let words = |bytes: &[u8]| bytes.chunks(8).map(|bytes| u64::from_le_bytes(bytes.try_into().unwrap())).collect::<Vec<u64>>();
+    let four = bind(&[("levels", 4), ("root", TABLE)], 0, 7, true).unwrap();
+    assert_eq!((four.kind, words(&four.data)), (SIMULATED, vec![1, 7 << 12, 9 << 60 | TABLE >> 12]));
+    assert_eq!((four.context.len(), four.viommu, four.pasids), (0, Some(0x5347_0002), false));
+    let recipe = four.invalidation.unwrap();
+    assert_eq!((recipe.page, recipe.everything), (vec![1 << 32 | 7 << 12 | 1 << 10 | 1, 0], vec![1 << 32 | 7 << 12 | 1, 0]));
+    assert_eq!((recipe.address, recipe.tables), (Place { word: 1, lsb: 10, width: 52, number_lsb: 12 }, None));
+    // With NL tables go by address too; what a guest built may have global entries, which no command for a PSCID drops.
+    let guests = bind(&[("root", TABLE), ("hardware-update", 1), ("big-endian", 1)], 1 << 42, 7, false).unwrap();
+    assert_eq!(words(&guests.data)[0], 1 | 1 << 8 | 1 << 10);
+    let recipe = guests.invalidation.unwrap();
+    assert_eq!((recipe.page, recipe.everything, recipe.tables), (vec![1 << 10 | 1, 0], vec![1, 0], Some(vec![1 << 34, 0])));
+    assert!(matches!(bind(&[("levels", 4)], 0, 7, true), Err(Error::Invalid(_))));
+    assert!(matches!(bind(&[("root", TABLE)], 0, 1 << 20, true), Err(Error::Invalid(_))));
+    for settings in [&[("root", TABLE), ("supervisor", 1)][..], &[("root", TABLE), ("levels", 2)]] {
+        assert!(matches!(bind(settings, 0, 7, true), Err(Error::Unsupported(_))));
+    }
+    let second = TableConfig::new("riscv-iommu/second-stage", &[("root", TABLE)]);
+    assert!(matches!(RiscvIommu::bind_data(&second, &PlaceToBind::default()), Err(Error::Unsupported(_))));
 }
 
 /// Memory in which every word is a function of seed and address. Unless it is wild, most words are made to make sense in the structure that is read,

@@ -18,8 +18,8 @@
 //! not choose how it is read.
 
 use stagecraft_sdk::{
-    Attributes, Binding, Blocked, Command, Direct, Error, Event, EventRecord, Format, GuestMemory, Offer, Outcome, Registers, Requester, TableConfig,
-    Tag, Translated, Unit, Window,
+    Attributes, Binding, Blocked, Command, Direct, Error, Event, EventRecord, Format, GuestMemory, Offer, Outcome, PlaceToBind, Registers, Requester,
+    TableConfig, Tag, Translated, Unit, Window,
 };
 
 use crate::dma::{Dma, last_iova};
@@ -142,7 +142,7 @@ impl Unit for S390Zpci {
         Err(Error::Unsupported(format!("hardware information of type {kind} is not zPCI's: the kernel has none for it")))
     }
 
-    fn bind_data(table: &TableConfig, _context_address: u64) -> Result<Binding, Error> {
+    fn bind_data(table: &TableConfig, _: &PlaceToBind) -> Result<Binding, Error> {
         Err(Error::Unsupported(format!("the kernel nests no tables of format `{}` on zPCI", table.format)))
     }
 

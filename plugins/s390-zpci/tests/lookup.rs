@@ -4,7 +4,9 @@
 use proptest::prelude::*;
 use stagecraft_plugin_s390_zpci::dma::Dma;
 use stagecraft_plugin_s390_zpci::unit::S390Zpci;
-use stagecraft_sdk::{Direct, Error, Format, GuestMemory, Meaning, Outcome, Registers, Requester, TableConfig, Translated, Unit, Window};
+use stagecraft_sdk::{
+    Direct, Error, Format, GuestMemory, Meaning, Outcome, PlaceToBind, Registers, Requester, TableConfig, Translated, Unit, Window,
+};
 
 /// Nothing may be read: a function's table is known from its registers alone.
 struct NoMemory;
@@ -150,7 +152,7 @@ fn all_three_registers_are_needed_and_digits_may_be_of_either_case() {
 #[test]
 fn the_kernel_has_no_such_tables() {
     assert!(matches!(S390Zpci::offers(1, &[0; 64]), Err(Error::Unsupported(_))));
-    assert!(matches!(S390Zpci::bind_data(&TableConfig::new(Dma::NAME, &[]), 0), Err(Error::Unsupported(_))));
+    assert!(matches!(S390Zpci::bind_data(&TableConfig::new(Dma::NAME, &[]), &PlaceToBind::default()), Err(Error::Unsupported(_))));
 }
 
 proptest! {

@@ -99,10 +99,11 @@ impl UnitConfig {
     /// AMD with guest translation of 4 and 5 levels, and three GCR3 levels.
     #[must_use]
     pub fn amd(name: &str) -> Self {
-        // PreF, PPR, NX, GT (4), IA; HATS 48+ (11:10 = 2), GATS 5 levels (13:12 = 1), GLX 3 levels (15:14 = 2), PASmax 19 (36:32).
-        let efr = 0b1_1011 | 1 << 6 | 2 << 10 | 1 << 12 | 2 << 14 | 19 << 32;
-        let mut config =
-            Self::new(name, UnitKind::Amd { efr, efr2: 0 }, 64, vec![X86_INTERRUPTS, Span { first: 0xfd_0000_0000, last: 0xff_ffff_ffff }]);
+        // PreF, PPR, NX, GT (4), IA; HATS 48+ (11:10 = 2), GATS 5 levels (13:12 = 1), GLX 3 levels (15:14 = 2), PASmax 19 (36:32), GIOSup (48).
+        let efr = 0b1_1011 | 1 << 6 | 2 << 10 | 1 << 12 | 2 << 14 | 19 << 32 | 1 << 48;
+        // The guest CR3 table's address is a guest-physical one: GCR3TRPMode.
+        let efr2 = 1 << 3;
+        let mut config = Self::new(name, UnitKind::Amd { efr, efr2 }, 64, vec![X86_INTERRUPTS, Span { first: 0xfd_0000_0000, last: 0xff_ffff_ffff }]);
         config.aperture = Span::ALL;
         config
     }
@@ -170,6 +171,8 @@ impl UnitConfig {
                 words(&halves(efr2));
                 hw_info_type::AMD
             }
+            // The register does not tell: nothing is said, as the real kernel does.
+            UnitKind::Riscv { .. } if !self.nesting => hw_info_type::NONE,
             UnitKind::Riscv { capabilities } => {
                 words(&halves(capabilities));
                 hw_info_type::SIM_RISCV

@@ -14,10 +14,16 @@
 //! What cannot be followed, because a limit is reached or the format failed, is *blocked*: it counts as absent, is told as such, and is judged again
 //! whenever it is read.
 
+mod hooks;
+mod hotplug;
 mod kind;
+mod mark;
 mod node;
 mod pass;
+mod replay;
 
+pub(in crate::sync) use hooks::Prepared;
+pub(in crate::sync) use kind::alike;
 pub use node::{Unwatched, Watcher};
 
 use std::fmt;
@@ -55,6 +61,8 @@ pub struct ShadowFigures {
     pub table_pages: u64,
     /// Entries that are leaves.
     pub leaves: u64,
+    /// Entries that count as absent because a limit was reached or the format failed.
+    pub blocked: u64,
     /// Questions that the format was asked.
     pub questions: u64,
 }
@@ -82,6 +90,7 @@ pub struct Shadow {
     map: MemoryMap,
     limits: ShadowLimits,
     leaves: u64,
+    blocked: u64,
     scratch: Scratch,
 }
 
@@ -111,6 +120,7 @@ impl Shadow {
             map,
             limits,
             leaves: 0,
+            blocked: 0,
             scratch: Scratch::default(),
         })
     }
@@ -124,7 +134,13 @@ impl Shadow {
     /// What is held.
     #[must_use]
     pub fn figures(&self) -> ShadowFigures {
-        ShadowFigures { tables: self.nodes.len() as u64, table_pages: self.pages.count(), leaves: self.leaves, questions: self.judge.asked() }
+        ShadowFigures {
+            tables: self.nodes.len() as u64,
+            table_pages: self.pages.count(),
+            leaves: self.leaves,
+            blocked: self.blocked,
+            questions: self.judge.asked(),
+        }
     }
 
     /// The guest pages that hold tables, in no order.
@@ -171,27 +187,12 @@ impl Shadow {
     /// The format failed, or describes a table that cannot be. The shadow is then as it was.
     pub fn switch<M: EntryMemory + ?Sized>(
         &mut self,
-        mut format: Box<dyn Format>,
+        format: Box<dyn Format>,
         memory: &M,
         budget: &Budget,
         changes: &mut Changes,
     ) -> Result<(), OpenError> {
-        let plan = Plan::new(format.geometry().map_err(OpenError::Format)?)?;
-        let keep = same_shape(&self.plan.geometry, &plan.geometry);
-        if !keep {
-            for root in 0..self.roots.len() {
-                if let Some(node) = self.roots[root].take() {
-                    Pass::new(self, memory, budget, changes).remove(node);
-                }
-            }
-            self.roots = vec![None; plan.geometry.roots.len()];
-        }
-        self.judge = Judge::new(format, plan.levels.len());
-        self.plan = plan;
-        for root in 0..self.roots.len() {
-            let whole = self.root_span(root);
-            Pass::new(self, memory, budget, changes).root_anew(root, whole);
-        }
+        self.switch_to(Prepared::new(format)?, memory, budget, changes);
         Ok(())
     }
 

@@ -30,6 +30,8 @@ pub(super) enum What {
 impl State {
     pub(super) const NOTHING: Self = Self(0);
     pub(super) const UNKNOWN: Self = Self(1);
+    /// Unknown because a limit was reached or the format failed.
+    pub(super) const BLOCKED: Self = Self(1 << 2 | 1);
     /// Kinds of leaves and nodes are numbered below this.
     pub(super) const MOST: u32 = 1 << 30;
 
@@ -137,6 +139,11 @@ impl Nodes {
         self.free.push(id.0);
     }
 
+    /// Those that are not taken out, in no order.
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Node> {
+        self.slots.iter().filter_map(|slot| slot.as_deref())
+    }
+
     pub(super) fn len(&self) -> usize {
         self.slots.len() - self.free.len()
     }
@@ -191,6 +198,11 @@ fn pages_of(bytes: Span) -> std::ops::RangeInclusive<u64> {
 impl Pages {
     pub(super) fn new(watcher: Box<dyn Watcher>) -> Self {
         Self { holders: HashMap::new(), watcher, count: 0 }
+    }
+
+    /// Tells another watcher from now on, which knows what was told to the one before.
+    pub(super) fn exchange_watcher(&mut self, watcher: Box<dyn Watcher>) -> Box<dyn Watcher> {
+        std::mem::replace(&mut self.watcher, watcher)
     }
 
     pub(super) fn add(&mut self, bytes: Span, node: NodeId) {

@@ -4,6 +4,7 @@
 //! 64-bit word.
 
 pub(crate) mod cd;
+pub(crate) mod command;
 pub(crate) mod descriptor;
 pub(crate) mod registers;
 pub(crate) mod ste;

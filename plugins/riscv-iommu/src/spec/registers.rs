@@ -46,6 +46,8 @@ pub(crate) mod capabilities {
     pub(crate) const PD20: Field = Field::new(40, 40);
     /// Quality-of-service ids in device contexts (an extension of version 1.0).
     pub(crate) const QOSID: Field = Field::new(41, 41);
+    /// Invalidations by address can be for tables too (an extension of version 1.0).
+    pub(crate) const NL: Field = Field::new(42, 42);
 }
 
 /// Features control, IOMMU section 5.4.
@@ -102,6 +104,7 @@ mod tests {
             (capabilities::PD17, 39),
             (capabilities::PD20, 40),
             (capabilities::QOSID, 41),
+            (capabilities::NL, 42),
             (fctl::BE, 0),
             (fctl::GXL, 2),
         ];

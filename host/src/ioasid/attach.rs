@@ -1,0 +1,427 @@
+//! Devices and IOASIDs, joined.
+
+use std::sync::Arc;
+
+use super::commit::KernelCommitter;
+use super::device::{Connected, Held, Slot, Who, outside};
+use super::nested::{Bound, For};
+use super::parent::Under;
+use super::part::{Engine, Host, Part};
+use super::space::{Content, Space, State};
+use super::strategy::{Candidate, Choice};
+use super::tables::PoolTables;
+use super::{Chosen, Device, Error, Explanation, Ioasid, Kind, Property, Refusal, Strategy};
+use crate::kernel::{Errno, HwptFlags, Pasid};
+use crate::sync::{AreaLimits, Areas, Nested, NestedTable};
+
+impl Ioasid {
+    /// Attaches a device, or a PASID of it. The first device behind a unit has a strategy chosen for its path; further ones share what was made.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] with the property that says no. Nothing has changed then, and the device's DMA is blocked as before.
+    pub fn attach(&self, device: &Device, pasid: Option<Pasid>) -> Result<(), Error> {
+        self.0.join(&device.0, pasid, false)
+    }
+
+    /// Attaches a device, or a PASID of it, in the place of the IOASID that it is attached to: each of its transactions sees either the one or the other.
+    ///
+    /// # Errors
+    /// As [`Ioasid::attach`]; the old attachment stays.
+    pub fn replace(&self, device: &Device, pasid: Option<Pasid>) -> Result<(), Error> {
+        self.0.join(&device.0, pasid, true)
+    }
+
+    /// Detaches a device, or a PASID of it, from this IOASID: its DMA is blocked from then on.
+    ///
+    /// # Errors
+    /// [`Error::Refused`]: it is not attached to it.
+    pub fn detach(&self, device: &Device, pasid: Option<Pasid>) -> Result<(), Error> {
+        if !device.0.slots().get(&pasid).is_some_and(|slot| Arc::ptr_eq(&slot.space, &self.0)) {
+            let reason = format!("{} is not attached to {}", Who(device.label(), pasid), self.id());
+            return Err(Refusal::new(Property::Attachment, reason).into());
+        }
+        device.detach(pasid)
+    }
+
+    /// What would be chosen for a device, without making anything.
+    ///
+    /// # Errors
+    /// A plugin fails.
+    pub fn explain_for(&self, device: &Device) -> Result<Explanation, Error> {
+        let state = self.0.lock();
+        if let Some(part) = state.parts.iter().find(|part| part.unit == device.0.unit()) {
+            return Ok(part.explanation.clone());
+        }
+        let mut explanation = Explanation::new(device.label());
+        for strategy in Strategy::ALL {
+            match self.0.choice(&state, &device.0, &self.0.context().memory()).judge(strategy)? {
+                Err(reasons) => explanation.reject(strategy, reasons),
+                Ok((candidate, notes)) => {
+                    explanation.chosen = Some(Chosen { strategy, what: candidate.what() });
+                    explanation.notes = notes;
+                    break;
+                }
+            }
+        }
+        Ok(explanation)
+    }
+
+    /// Whether it serves a device too: whether attaching would succeed, as far as that can be known without doing it.
+    ///
+    /// # Errors
+    /// The property that says no.
+    pub fn serves(&self, device: &Device) -> Result<(), Refusal> {
+        let device = &device.0;
+        self.0.check(device, None)?;
+        let state = self.0.lock();
+        if let Content::Managed(managed) = &state.content {
+            let span = |(first, mapping): (&u64, &super::managed::Mapping)| crate::Span { first: *first, last: mapping.last };
+            if let Some(span) = managed.mappings().iter().map(span).find(|span| outside(&device.capabilities().iova, *span)) {
+                return Err(Refusal::new(Property::Iova, format!("{span} is mapped, and device {} cannot use all of it", device.label())));
+            }
+        }
+        if state.parts.iter().any(|part| part.unit == device.unit()) {
+            return Ok(());
+        }
+        self.0.check_unit(&state, device)?;
+        let mut reasons = Explanation::new(device.label());
+        for strategy in Strategy::ALL {
+            match self.0.choice(&state, device, &self.0.context().memory()).judge(strategy) {
+                Ok(Ok(_)) => return Ok(()),
+                Ok(Err(why)) => reasons.reject(strategy, why),
+                Err(error) => reasons.reject(strategy, vec![error.to_string()]),
+            }
+        }
+        Err(Refusal::new(Property::Strategy, reasons.why_not()))
+    }
+}
+
+impl Space {
+    fn choice<'a>(&'a self, state: &'a State, device: &'a Connected, memory: &'a super::GuestMemory) -> Choice<'a> {
+        Choice {
+            request: self.request(),
+            kind: &state.kind,
+            geometry: state.geometry.as_ref(),
+            capabilities: device.capabilities(),
+            plugins: self.context().plugins(),
+            supervisors: self.context().supervisors(),
+            memory,
+        }
+    }
+
+    /// What can be said of a device without looking at strategies.
+    fn check(&self, device: &Connected, pasid: Option<Pasid>) -> Result<(), Refusal> {
+        if !Arc::ptr_eq(self.context(), device.context()) {
+            return Err(Refusal::new(Property::Context, format!("device {} is connected to another context", device.label())));
+        }
+        let log2 = device.capabilities().pasid_log2;
+        if let Some(pasid) = pasid
+            && (log2 == 0 || pasid.0 == 0 || u64::from(pasid.0) >> log2 != 0)
+        {
+            let can = if log2 == 0 { "has no PASIDs".to_owned() } else { format!("has PASIDs 0x1..={:#x}", (1_u64 << log2) - 1) };
+            return Err(Refusal::new(Property::Pasid, format!("device {} {can}", device.label())));
+        }
+        if self.request().dirty_tracking && !device.capabilities().dirty_tracking {
+            return Err(Refusal::new(Property::DirtyTracking, format!("what device {} writes cannot be recorded", device.label())));
+        }
+        Ok(())
+    }
+
+    /// Whether a further unit may have a part of its own.
+    fn check_unit(&self, state: &State, device: &Connected) -> Result<(), Refusal> {
+        let Some(first) = state.parts.first() else { return Ok(()) };
+        if matches!(state.content, Content::Managed(_)) || self.request().second_table || matches!(first.host, Host::Kernel(_)) {
+            return Ok(());
+        }
+        let what = first.explanation.chosen.as_ref().map_or_else(String::new, |chosen| format!(" ({}: {})", chosen.strategy, chosen.what));
+        let reason = format!(
+            "device {} is behind another unit than device {}, for which a table was made{what}; the request does not allow a second one",
+            device.label(),
+            first.explanation.device
+        );
+        Err(Refusal::new(Property::Unit, reason))
+    }
+
+    /// The part that a device gets, made if there is none; and whether it was made.
+    fn part_for(&self, state: &mut State, device: &Arc<Connected>, pasid: Option<Pasid>) -> Result<(usize, bool), Error> {
+        // Areas are for all units: the kernel keeps a table for each of them.
+        let is_shared = |part: &Part| matches!(part.host, Host::Areas(_));
+        let same = state.parts.iter().position(|part| part.unit == device.unit());
+        if let Some(place) = same.or_else(|| state.parts.iter().position(is_shared)) {
+            return Ok((place, false));
+        }
+        self.check_unit(state, device)?;
+        let part = self.build(state, device, pasid)?;
+        state.parts.push(part);
+        Ok((state.parts.len() - 1, true))
+    }
+
+    fn join(self: &Arc<Self>, device: &Arc<Connected>, pasid: Option<Pasid>, replace: bool) -> Result<(), Error> {
+        self.check(device, pasid)?;
+        let not_attached = || Refusal::new(Property::Attachment, format!("{} is not attached", Who(device.label(), pasid)));
+        loop {
+            let before = device.slots().get(&pasid).map(|slot| Arc::clone(&slot.space));
+            match (&before, replace) {
+                (Some(space), false) => {
+                    let reason = format!("{} is attached to {}", Who(device.label(), pasid), space.id());
+                    return Err(Refusal::new(Property::Attachment, reason).into());
+                }
+                (None, true) => return Err(not_attached().into()),
+                (Some(space), true) if Arc::ptr_eq(space, self) => return Ok(()),
+                (Some(_), true) | (None, false) => {}
+            }
+            // Locks in the order of numbers.
+            let (mut state, mut other) = match &before {
+                Some(space) if space.id() < self.id() => {
+                    let other = space.lock();
+                    (self.lock(), Some(other))
+                }
+                Some(space) => {
+                    let state = self.lock();
+                    (state, Some(space.lock()))
+                }
+                None => (self.lock(), None),
+            };
+            let mut slots = device.slots();
+            let now = slots.get(&pasid).map(|slot| Arc::as_ptr(&slot.space));
+            if now != before.as_ref().map(Arc::as_ptr) {
+                // Somebody else was faster.
+                continue;
+            }
+            let (place, is_new) = self.part_for(&mut state, device, pasid)?;
+            let part = &mut state.parts[place];
+            let moved = match (slots.get_mut(&pasid), &mut other) {
+                (Some(slot), Some(other)) => Self::move_to(part, device, pasid, slot, other).map(|()| slot.space = Arc::clone(self)),
+                _ => Self::attach_to(part, device, pasid).map(|held| {
+                    slots.insert(pasid, Slot { held, space: Arc::clone(self) });
+                }),
+            };
+            if let Err(error) = moved {
+                if is_new {
+                    state.parts.pop();
+                }
+                return Err(error);
+            }
+            state.parts[place].joined(device, pasid);
+            if let Some(other) = &mut other {
+                let _ = other.parts.iter_mut().any(|part| part.left(Arc::as_ptr(device), pasid));
+            }
+            tracing::debug!(device = device.label(), ioasid = self.id().0, replace, "attached");
+            return Ok(());
+        }
+    }
+
+    /// The guest's structures say something else: parts whose units walk the guest's own table, or a table of the kernel's, are made anew, and those who use
+    /// them are moved. On an error nobody was. What is in `dropped` then is to be dropped without locks.
+    pub(super) fn rebuild(self: &Arc<Self>, state: &mut State, dropped: &mut Vec<(Arc<Connected>, Option<Slot>)>) -> Result<(), Error> {
+        for place in 0..state.parts.len() {
+            if state.parts[place].follows() {
+                continue;
+            }
+            let users: Vec<(Arc<Connected>, Option<Pasid>)> =
+                state.parts[place].users.iter().filter_map(|(user, pasid)| Some((user.upgrade()?, *pasid))).collect();
+            dropped.extend(users.iter().map(|(user, _)| (Arc::clone(user), None)));
+            let Some((device, _)) = users.first() else { continue };
+            let with_pasid = users.iter().find_map(|(_, pasid)| *pasid);
+            let mut part = self.build(state, device, with_pasid)?;
+            let mut moved = Vec::new();
+            for (device, pasid) in &users {
+                match self.hand_over(&mut part, device, *pasid) {
+                    Ok(()) => moved.push((device, *pasid)),
+                    Err(error) => {
+                        for (device, pasid) in moved {
+                            let _ = self.hand_over(&mut state.parts[place], device, pasid);
+                        }
+                        return Err(error);
+                    }
+                }
+            }
+            part.users = std::mem::take(&mut state.parts[place].users);
+            part.blocked = std::mem::take(&mut state.parts[place].blocked);
+            state.parts[place] = part;
+        }
+        // Of what nobody uses nothing is kept: it would have to be made anew.
+        let Kind::Guest(_) = state.kind else { return Ok(()) };
+        state.parts.retain(|part| part.follows() || part.users.iter().any(|(user, _)| user.strong_count() > 0) || !part.blocked.is_empty());
+        Ok(())
+    }
+
+    /// Moves an attachment of this IOASID to another part of it.
+    fn hand_over(self: &Arc<Self>, part: &mut Part, device: &Arc<Connected>, pasid: Option<Pasid>) -> Result<(), Error> {
+        let mut slots = device.slots();
+        let Some(slot) = slots.get_mut(&pasid).filter(|slot| Arc::ptr_eq(&slot.space, self)) else { return Ok(()) };
+        let Held::Here(attachment) = std::mem::replace(&mut slot.held, Held::Nowhere) else { return Ok(()) };
+        let before = device.vdevice();
+        let entered = part.viommu().map_or(Ok(()), |viommu| device.enter(viommu)).map_err(Error::kernel("telling the vIOMMU of the device"));
+        let result = match entered {
+            Ok(()) => part.adopt(attachment, pasid).map_err(|(attachment, errno)| (attachment, refused(errno, device, pasid))),
+            Err(error) => Err((attachment, error)),
+        };
+        match result {
+            Ok(held) => {
+                slot.held = held;
+                Ok(())
+            }
+            Err((attachment, error)) => {
+                device.restore(before);
+                slot.held = Held::Here(attachment);
+                Err(error)
+            }
+        }
+    }
+
+    /// Attaches a device that is attached to nothing.
+    fn attach_to(part: &mut Part, device: &Arc<Connected>, pasid: Option<Pasid>) -> Result<Held, Error> {
+        Self::within(part, device, pasid, |part| part.attach(device, pasid).map_err(|errno| refused(errno, device, pasid)))
+    }
+
+    /// Moves an attachment from another IOASID's part; it stays there if that cannot be.
+    fn move_to(part: &mut Part, device: &Arc<Connected>, pasid: Option<Pasid>, slot: &mut Slot, other: &mut State) -> Result<(), Error> {
+        let held = Self::within(part, device, pasid, |part| {
+            let (attachment, was_areas) = match std::mem::replace(&mut slot.held, Held::Nowhere) {
+                Held::Here(attachment) => (Some(attachment), false),
+                Held::Areas | Held::Nowhere => (other.parts.iter_mut().find_map(|part| part.release(device, pasid)), true),
+            };
+            // One that a swap left behind is detached by now.
+            let Some(attachment) = attachment else { return part.attach(device, pasid).map_err(|errno| refused(errno, device, pasid)) };
+            part.adopt(attachment, pasid).map_err(|(attachment, errno)| {
+                let back = other.parts.iter_mut().find(|part| was_areas && matches!(part.host, Host::Areas(_)));
+                slot.held = match back {
+                    None => Held::Here(attachment),
+                    // If that fails its DMA would go where nobody looks after it: better nothing.
+                    Some(part) => part.adopt(attachment, pasid).unwrap_or(Held::Nowhere),
+                };
+                refused(errno, device, pasid)
+            })
+        })?;
+        slot.held = held;
+        Ok(())
+    }
+
+    /// With the device known to the part's vIOMMU; as before on an error.
+    fn within<T>(
+        part: &mut Part,
+        device: &Arc<Connected>,
+        pasid: Option<Pasid>,
+        act: impl FnOnce(&mut Part) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        if pasid.is_some() && !part.has_pasids() {
+            let reason = format!("the unit of device {} takes PASIDs with structures of the guest's only, not one by one", device.label());
+            return Err(Refusal::new(Property::Pasid, reason).into());
+        }
+        let before = device.vdevice();
+        if let Some(viommu) = part.viommu() {
+            device.enter(viommu).map_err(Error::kernel("telling the vIOMMU of the device"))?;
+        }
+        act(part).inspect_err(|_| device.restore(before))
+    }
+
+    /// Chooses a strategy for a device's path, and makes what it takes.
+    fn build(&self, state: &mut State, device: &Arc<Connected>, pasid: Option<Pasid>) -> Result<Part, Error> {
+        let span = tracing::debug_span!("build", ioasid = self.id().0, device = device.label());
+        let _entered = span.enter();
+        let mut explanation = Explanation::new(device.label());
+        let memory = self.context().memory();
+        for strategy in Strategy::ALL {
+            let (candidate, notes) = match self.choice(state, device, &memory).judge(strategy)? {
+                Ok(candidate) => candidate,
+                Err(reasons) => {
+                    explanation.reject(strategy, reasons);
+                    continue;
+                }
+            };
+            let what = candidate.what();
+            match self.make(state, device, pasid.is_some(), candidate) {
+                Ok(host) => {
+                    tracing::debug!(%strategy, what, "chosen");
+                    explanation.chosen = Some(Chosen { strategy, what });
+                    explanation.notes = notes;
+                    return Ok(Part { unit: device.unit(), host, explanation, users: Vec::new(), blocked: Vec::new() });
+                }
+                Err(error) if is_no(&error) => explanation.reject(strategy, vec![error.to_string()]),
+                Err(error) => return Err(error),
+            }
+        }
+        Err(Refusal::new(Property::Strategy, format!("device {}: {}", device.label(), explanation.why_not())).into())
+    }
+
+    fn make(&self, state: &State, device: &Arc<Connected>, with_pasid: bool, candidate: Candidate) -> Result<Host, Error> {
+        let context = self.context();
+        let whom = For { context, device, faults: state.faults.as_ref(), with_pasid };
+        match candidate {
+            Candidate::Memory => {
+                let direct = context.parent(Under::Guest)?.direct(device);
+                direct.map(Host::Kernel).map_err(Error::kernel("making a page table of guest memory"))
+            }
+            Candidate::Nothing => {
+                let empty = context.empty(device.unit());
+                empty.map(Host::Kernel).ok_or_else(|| Refusal::new(Property::Unit, "the unit is not known").into())
+            }
+            Candidate::Own(config) => {
+                let mut bound = Bound::new(whom, context.parent(Under::Guest)?, &config, Under::Guest)?;
+                let committer = committer(&mut bound)?;
+                Ok(Host::Own(Box::new(bound), Box::new(committer)))
+            }
+            Candidate::Table(mut config, format) => {
+                let parent = context.parent(Under::Host)?;
+                let limits = &self.request().limits;
+                let table = NestedTable::new(format, PoolTables::new(Arc::clone(parent.pool()), limits.table_bytes))?;
+                for (setting, address) in table.roots() {
+                    config.settings.set(setting, address.0);
+                }
+                let mut bound = Bound::new(whom, parent, &config, Under::Host)?;
+                let sink = Nested::new(table, committer(&mut bound)?);
+                let mut engine = Engine::new(context, self.id(), &state.kind, limits, sink)?;
+                engine.fill(&context.memory(), &state.told())?;
+                Ok(Host::Table(Box::new(bound), Box::new(engine)))
+            }
+            Candidate::Areas => self.areas(state, device),
+        }
+    }
+
+    /// What the kernel keeps in its own tables.
+    fn areas(&self, state: &State, device: &Connected) -> Result<Host, Error> {
+        let dirty = if self.request().dirty_tracking { HwptFlags::DIRTY_TRACKING } else { HwptFlags::NONE };
+        let flags = device.pasid_flag() | dirty;
+        if let Content::Managed(managed) = &state.content {
+            let made = managed.ioas().hwpt(device.bound(), flags, state.faults.as_ref());
+            return made.map(Host::Kernel).map_err(|errno| match errno {
+                Errno::EADDRINUSE => Refusal::new(Property::Iova, "areas lie where the unit cannot translate").into(),
+                errno => Error::kernel("making a page table for the device's unit")(errno),
+            });
+        }
+        if state.faults.is_some() {
+            return Err(Refusal::new(Property::PageRequests, "faults in areas that follow a guest are not recoverable").into());
+        }
+        let limits = &self.request().limits;
+        let areas = Areas::new(self.context().pins(), AreaLimits { flags, ..limits.areas }).map_err(Error::kernel("making an address space"))?;
+        let mut engine = Engine::new(self.context(), self.id(), &state.kind, limits, areas)?;
+        engine.fill(&self.context().memory(), &state.told())?;
+        Ok(Host::Areas(Box::new(engine)))
+    }
+}
+
+fn committer(bound: &mut Bound) -> Result<KernelCommitter, Error> {
+    bound.take_committer().ok_or_else(|| Refusal::new(Property::Invalidation, "nobody can be told what is gone").into())
+}
+
+/// Whether an error says that something cannot be had, and not that it failed this time.
+fn is_no(error: &Error) -> bool {
+    match error {
+        Error::Refused(_) => true,
+        Error::Kernel { errno, .. } => matches!(*errno, Errno::EOPNOTSUPP | Errno::EINVAL | Errno::EIO),
+        _ => false,
+    }
+}
+
+fn refused(errno: Errno, device: &Connected, pasid: Option<Pasid>) -> Error {
+    let who = Who(device.label(), pasid);
+    let (property, reason) = match errno {
+        Errno::EADDRINUSE => (Property::Iova, format!("areas lie where {who} must not translate")),
+        Errno::ENODEV => (Property::PageRequests, format!("{who} cannot ask for pages")),
+        Errno::EINVAL if pasid.is_some() => (Property::Pasid, format!("the page table cannot be attached to {who}")),
+        Errno::EINVAL => (Property::Unit, format!("the page table cannot be attached to {who}")),
+        errno => return Error::kernel("attaching the device")(errno),
+    };
+    Refusal::new(property, reason).into()
+}

@@ -1,0 +1,433 @@
+//! One kernel, one guest's memory, the plugins, and what was made of them.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
+
+use super::device::Connected;
+use super::parent::{Parent, Under};
+use super::space::Space;
+use super::watch::Watched;
+use super::{ContextLimits, Device, Error, GuestMemory, Ioasid, MemoryRegion, PlainTables, Property, Refusal, Request, SpaceId, TableSupply};
+use crate::Gpa;
+use crate::kernel::handle::{Device as Bound, Hwpt, Ioas, PageTable};
+use crate::kernel::{Errno, HwInfo, HwptFlags, IovaRanges, Kernel};
+use crate::pins::{Backing, Pins, Region};
+use crate::plugin::{Offer, Plugins, Policy, Supervisors};
+use crate::sync::{Report, Watcher};
+
+/// What a [`Context`] is made of.
+pub struct Setup {
+    /// The kernel.
+    pub kernel: Arc<dyn Kernel>,
+    /// Formats.
+    pub plugins: Arc<Plugins>,
+    /// The guest's memory.
+    pub memory: GuestMemory,
+    /// Memory for host tables.
+    pub tables: Arc<dyn TableSupply>,
+    /// Hears which guest pages hold tables, each once, whoever uses it.
+    pub watcher: Option<Box<dyn Watcher>>,
+    /// How much all of it may take.
+    pub limits: ContextLimits,
+    /// The same plugins under supervision; none: with the default policy.
+    pub supervisors: Option<Supervisors>,
+}
+
+impl fmt::Debug for Setup {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Setup").field("kernel", &self.kernel).field("memory", &self.memory).field("limits", &self.limits).finish_non_exhaustive()
+    }
+}
+
+impl Setup {
+    /// With host tables in anonymous memory, nobody who watches, and default limits.
+    #[must_use]
+    pub fn new(kernel: Arc<dyn Kernel>, plugins: Arc<Plugins>, memory: GuestMemory) -> Self {
+        Self { kernel, plugins, memory, tables: Arc::new(PlainTables), watcher: None, limits: ContextLimits::default(), supervisors: None }
+    }
+}
+
+/// A piece of hardware, known by what can be attached to its page tables.
+#[derive(Debug)]
+struct Unit {
+    path: Vec<HwInfo>,
+    /// A page table of an empty address space.
+    probe: Hwpt,
+    ioas: Ioas,
+}
+
+/// What devices and address spaces share.
+pub(super) struct Inner {
+    spaces: Mutex<BTreeMap<u64, Weak<Space>>>,
+    devices: Mutex<BTreeMap<String, Weak<Connected>>>,
+    units: Mutex<Vec<Unit>>,
+    parents: Mutex<[Weak<Parent>; 2]>,
+    memory: RwLock<GuestMemory>,
+    pins: Arc<Pins>,
+    watched: Option<Arc<Watched>>,
+    supply: Arc<dyn TableSupply>,
+    supervisors: Supervisors,
+    kernel: Arc<dyn Kernel>,
+    limits: ContextLimits,
+    table_bytes: Arc<AtomicU64>,
+    next_space: AtomicU64,
+    next_virtual_id: AtomicU64,
+}
+
+impl fmt::Debug for Inner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Context").field("kernel", &self.kernel).field("limits", &self.limits).finish_non_exhaustive()
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Inner {
+    pub(super) const fn kernel(&self) -> &Arc<dyn Kernel> {
+        &self.kernel
+    }
+
+    /// All formats are opened by them: a plugin that fails in the middle of a guest's life is made anew.
+    pub(super) const fn supervisors(&self) -> &Supervisors {
+        &self.supervisors
+    }
+
+    pub(super) fn plugins(&self) -> &Plugins {
+        self.supervisors.plugins()
+    }
+
+    pub(super) fn supply(&self) -> Arc<dyn TableSupply> {
+        Arc::clone(&self.supply)
+    }
+
+    /// The guest's memory at this moment: a handle.
+    pub(super) fn memory(&self) -> GuestMemory {
+        self.memory.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Guest memory, from which address spaces copy it.
+    pub(super) const fn pins(&self) -> &Arc<Pins> {
+        &self.pins
+    }
+
+    pub(super) fn table_budget(&self) -> (Arc<AtomicU64>, u64) {
+        (Arc::clone(&self.table_bytes), self.limits.table_bytes)
+    }
+
+    pub(super) const fn watched(&self) -> Option<&Arc<Watched>> {
+        self.watched.as_ref()
+    }
+
+    /// The parent of nested tables; made when it is first needed, and gone with the last that needs it.
+    pub(super) fn parent(&self, under: Under) -> Result<Arc<Parent>, Error> {
+        let mut parents = lock(&self.parents);
+        let place = &mut parents[usize::from(under == Under::Guest)];
+        if let Some(parent) = place.upgrade() {
+            return Ok(parent);
+        }
+        let parent = Parent::new(self, under)?;
+        *place = Arc::downgrade(&parent);
+        Ok(parent)
+    }
+
+    /// Which unit a device that is attached to nothing is behind, and what it can use there. Devices are behind the same one if a page table that is made for
+    /// one of them can be attached to the other.
+    pub(super) fn unit_of(&self, bound: &Bound, path: &[HwInfo]) -> Result<(usize, IovaRanges), Error> {
+        let mut units = lock(&self.units);
+        let ranges = |ioas: &Ioas| self.kernel.ioas_iova_ranges(ioas.id()).map_err(Error::kernel("asking for usable IOVAs"));
+        for (number, unit) in units.iter().enumerate().filter(|(_, unit)| same_units(&unit.path, path)) {
+            match bound.attach(None, PageTable::Hwpt(&unit.probe)) {
+                // Ranges are narrower while the device is attached.
+                Ok(_attachment) => return Ok((number, ranges(&unit.ioas)?)),
+                Err(Errno::EINVAL) => {}
+                Err(errno) => return Err(Error::kernel("finding the device's unit")(errno)),
+            }
+        }
+        let ioas = Ioas::alloc(&self.kernel).map_err(Error::kernel("making an address space"))?;
+        let pasids = path.iter().all(|unit| unit.max_pasid_log2 > 0);
+        let flags = if pasids { HwptFlags::PASID } else { HwptFlags::NONE };
+        let probe = ioas.hwpt(bound, flags, None).map_err(Error::kernel("making a page table for the device's unit"))?;
+        let iova = {
+            let _attachment = bound.attach(None, PageTable::Hwpt(&probe)).map_err(Error::kernel("attaching the device"))?;
+            ranges(&ioas)?
+        };
+        units.push(Unit { path: path.to_vec(), probe, ioas });
+        Ok((units.len() - 1, iova))
+    }
+
+    /// A page table of a unit in which nothing is.
+    pub(super) fn empty(&self, unit: usize) -> Option<Hwpt> {
+        lock(&self.units).get(unit).map(|unit| unit.probe.clone())
+    }
+
+    pub(super) fn forget_space(&self, id: SpaceId) {
+        lock(&self.spaces).remove(&id.0);
+    }
+}
+
+/// Whether two paths may be the same: what the kernel says of a unit depends on the device only as far as PASIDs go.
+fn same_units(one: &[HwInfo], other: &[HwInfo]) -> bool {
+    one.len() == other.len() && one.iter().zip(other).all(|(one, other)| (one.data_type, &one.data) == (other.data_type, &other.data))
+}
+
+/// A format that devices of a context offer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FormatOffer {
+    /// The format's full name.
+    pub format: String,
+    /// Who offers it, with which limits: labels ascending.
+    pub devices: Vec<(String, Offer)>,
+}
+
+/// What the devices of a context can do: each of these, at least one of them can.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ContextCapabilities {
+    /// Formats of tables that user space may own, by name.
+    pub formats: Vec<FormatOffer>,
+    /// Labels of devices that requests with PASIDs are translated for, and log2 of the number of PASIDs.
+    pub pasids: Vec<(String, u8)>,
+    /// Labels of devices whose writes can be recorded.
+    pub dirty_tracking: Vec<String>,
+}
+
+/// The owner of one kernel fd: see the [module](super). Clones are the same context.
+#[derive(Clone, Debug)]
+pub struct Context(pub(super) Arc<Inner>);
+
+impl Context {
+    /// A context with default limits, whose host tables are in anonymous memory.
+    ///
+    /// # Errors
+    /// As [`Context::with`].
+    pub fn new(kernel: Arc<dyn Kernel>, plugins: Arc<Plugins>, memory: GuestMemory) -> Result<Self, Error> {
+        Self::with(Setup::new(kernel, plugins, memory))
+    }
+
+    /// A context. Guest memory is made known to the kernel; it is pinned when the first page table needs it.
+    ///
+    /// # Errors
+    /// [`Error::Kernel`]; [`Error::TableWindow`]; [`Error::Pins`], also for [`ContextLimits::pinned_bytes`].
+    pub fn with(setup: Setup) -> Result<Self, Error> {
+        let Setup { kernel, plugins, memory, tables, watcher, limits, supervisors } = setup;
+        check_window(&memory)?;
+        let pins = Pins::new(&kernel, limits.pinned_bytes).map_err(Error::kernel("making an address space"))?;
+        memory.regions().iter().try_for_each(|region| add(&pins, region))?;
+        Ok(Self(Arc::new(Inner {
+            spaces: Mutex::default(),
+            devices: Mutex::default(),
+            units: Mutex::default(),
+            parents: Mutex::default(),
+            memory: RwLock::new(memory),
+            pins,
+            watched: watcher.map(|watcher| Arc::new(Watched::new(watcher))),
+            supply: tables,
+            supervisors: supervisors.unwrap_or_else(|| Supervisors::new(plugins, Policy::default())),
+            kernel,
+            limits,
+            table_bytes: Arc::new(AtomicU64::new(0)),
+            next_space: AtomicU64::new(1),
+            next_virtual_id: AtomicU64::new(0),
+        })))
+    }
+
+    /// Connects the device with this label; its DMA is blocked until it is attached. The guest's number of it is one that nobody has: see
+    /// [`Context::connect_as`] where the guest is to see events of the device.
+    ///
+    /// # Errors
+    /// [`Error::Kernel`]: ENODEV there is no such device, EBUSY it is connected already; [`Error::Plugins`], [`Error::Offers`].
+    pub fn connect(&self, label: &str) -> Result<Device, Error> {
+        // Above all numbers of requesters that guests have.
+        self.connect_as(label, (1 << 32) + self.0.next_virtual_id.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// Connects the device with this label, which the guest knows by this number: StreamID, requester id, device id.
+    ///
+    /// # Errors
+    /// As [`Context::connect`].
+    pub fn connect_as(&self, label: &str, virtual_id: u64) -> Result<Device, Error> {
+        let device = Device::connect(&self.0, label, virtual_id)?;
+        let mut devices = lock(&self.0.devices);
+        devices.retain(|_, device| device.strong_count() > 0);
+        devices.insert(label.to_owned(), Arc::downgrade(&device.0));
+        tracing::debug!(device = label, unit = device.0.unit(), formats = device.capabilities().formats.len(), "connected");
+        Ok(device)
+    }
+
+    /// The connected device with this label.
+    #[must_use]
+    pub fn device(&self, label: &str) -> Option<Device> {
+        lock(&self.0.devices).get(label).and_then(Weak::upgrade).map(Device)
+    }
+
+    /// All connected devices, by label.
+    #[must_use]
+    pub fn devices(&self) -> Vec<Device> {
+        lock(&self.0.devices).values().filter_map(Weak::upgrade).map(Device).collect()
+    }
+
+    /// The union over all connected devices, with who offers what.
+    #[must_use]
+    pub fn capabilities(&self) -> ContextCapabilities {
+        let mut all = ContextCapabilities::default();
+        let mut formats: BTreeMap<String, Vec<(String, Offer)>> = BTreeMap::new();
+        for device in self.devices() {
+            let (label, capabilities) = (device.label().to_owned(), device.capabilities());
+            for offer in &capabilities.formats {
+                formats.entry(offer.format.clone()).or_default().push((label.clone(), offer.clone()));
+            }
+            if capabilities.pasid_log2 > 0 {
+                all.pasids.push((label.clone(), capabilities.pasid_log2));
+            }
+            if capabilities.dirty_tracking {
+                all.dirty_tracking.push(label);
+            }
+        }
+        all.formats = formats.into_iter().map(|(format, devices)| FormatOffer { format, devices }).collect();
+        all
+    }
+
+    /// Makes an IOASID. Strategies are chosen when devices are attached; what needs no device is checked now: that the guest's tables can be opened.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] by [`ContextLimits::spaces`]; [`Error::Plugins`], [`Error::Call`] and [`Error::Open`] for tables; [`Error::Kernel`].
+    pub fn allocate(&self, request: Request) -> Result<Ioasid, Error> {
+        let id = SpaceId(self.0.next_space.fetch_add(1, Ordering::Relaxed));
+        if lock(&self.0.spaces).len() >= self.0.limits.spaces {
+            return Err(Refusal::new(Property::Limit, format!("the context has {} IOASIDs already", self.0.limits.spaces)).into());
+        }
+        let space = Space::new(&self.0, id, request)?;
+        lock(&self.0.spaces).insert(id.0, Arc::downgrade(&space));
+        Ok(Ioasid(space))
+    }
+
+    /// The IOASID with this number, if there still is one.
+    #[must_use]
+    pub fn ioasid(&self, id: SpaceId) -> Option<Ioasid> {
+        lock(&self.0.spaces).get(&id.0).and_then(Weak::upgrade).map(Ioasid)
+    }
+
+    /// All IOASIDs, by number.
+    #[must_use]
+    pub fn ioasids(&self) -> Vec<Ioasid> {
+        lock(&self.0.spaces).values().filter_map(Weak::upgrade).map(Ioasid).collect()
+    }
+
+    /// Whether an IOASID serves a device too: whether attaching would succeed, as far as that can be known without doing it.
+    ///
+    /// # Errors
+    /// The property that says no.
+    pub fn serves(&self, ioasid: &Ioasid, device: &Device) -> Result<(), Refusal> {
+        ioasid.serves(device)
+    }
+
+    /// `length` bytes of guest memory from `address` on were written: tells every IOASID with tables there. Needs a [`Setup::watcher`], which has to be told
+    /// which pages these are.
+    ///
+    /// # Errors
+    /// The first error; all IOASIDs were told nevertheless.
+    pub fn table_written(&self, address: Gpa, length: u64) -> Result<Vec<(SpaceId, Report)>, Error> {
+        let ids = self.0.watched.as_ref().map(|watched| watched.users(address, length)).unwrap_or_default();
+        let mut reports = Vec::new();
+        let mut result = Ok(());
+        for ioasid in ids.into_iter().filter_map(|id| self.ioasid(id)) {
+            match ioasid.table_written(address, length) {
+                Ok(report) => reports.push((ioasid.id(), report)),
+                Err(error) => result = result.and(Err(error)),
+            }
+        }
+        result.map(|()| reports)
+    }
+
+    /// The guest's memory is another: regions came, or went, or both. When this returns, no device reaches what went.
+    ///
+    /// # Errors
+    /// [`Error::Kernel`], [`Error::TableWindow`], [`Error::Pins`]: regions that should have come did not, and those that
+    /// should have gone are there. [`Error::Blocked`]: devices that might reach what went were detached.
+    pub fn memory_changed(&self, memory: GuestMemory) -> Result<(), Error> {
+        check_window(&memory)?;
+        let before = self.0.memory();
+        let differ = |one: &GuestMemory, other: &GuestMemory| -> Vec<MemoryRegion> {
+            one.regions().iter().filter(|region| !other.regions().contains(region)).copied().collect()
+        };
+        let (gone, come) = (differ(&before, &memory), differ(&memory, &before));
+        let parents: Vec<Arc<Parent>> = lock(&self.0.parents).iter().filter_map(Weak::upgrade).collect();
+        // What goes is first out of all tables, and only then unknown to the kernel.
+        if !gone.is_empty() {
+            let between: Vec<MemoryRegion> = before.regions().iter().filter(|region| !gone.contains(region)).copied().collect();
+            let withdrawn = gone.iter().filter(|region| region.user_address.is_some());
+            withdrawn.clone().try_for_each(|region| self.0.pins.withdraw(region.span))?;
+            self.tell(memory.with_regions(between)?)?;
+            for region in &gone {
+                parents.iter().try_for_each(|parent| parent.remove(region))?;
+                if region.user_address.is_some() {
+                    self.0.pins.remove(region.span)?;
+                }
+            }
+        }
+        for (done, region) in come.iter().enumerate() {
+            let added = add(&self.0.pins, region).and_then(|()| parents.iter().try_for_each(|parent| parent.add(&self.0, region)));
+            if let Err(error) = added {
+                for region in &come[..=done] {
+                    let _ = parents.iter().try_for_each(|parent| parent.remove(region));
+                    let _ = self.0.pins.remove(region.span);
+                }
+                return Err(error);
+            }
+        }
+        self.tell(memory)
+    }
+
+    /// All IOASIDs look at their tables with another memory.
+    fn tell(&self, memory: GuestMemory) -> Result<(), Error> {
+        *self.0.memory.write().unwrap_or_else(PoisonError::into_inner) = memory.clone();
+        let mut result = Ok(());
+        for ioasid in self.ioasids() {
+            // All of them, whatever becomes of one.
+            result = result.and(ioasid.0.memory_changed(&memory));
+        }
+        result
+    }
+
+    /// The guest's memory, as the context knows it.
+    #[must_use]
+    pub fn memory(&self) -> GuestMemory {
+        self.0.memory()
+    }
+
+    /// The kernel.
+    #[must_use]
+    pub fn kernel(&self) -> &Arc<dyn Kernel> {
+        &self.0.kernel
+    }
+
+    /// The plugins under supervision: their health, and another version of one.
+    #[must_use]
+    pub fn supervisors(&self) -> &Supervisors {
+        &self.0.supervisors
+    }
+
+    /// The plugins.
+    #[must_use]
+    pub fn plugins(&self) -> &Arc<Plugins> {
+        self.0.supervisors.plugins()
+    }
+}
+
+fn check_window(memory: &GuestMemory) -> Result<(), Error> {
+    let tables = memory.tables();
+    match memory.regions().iter().find(|region| region.span.intersection(tables).is_some()) {
+        Some(region) => Err(Error::TableWindow { memory: region.span, tables }),
+        None => Ok(()),
+    }
+}
+
+fn add(pins: &Pins, region: &MemoryRegion) -> Result<(), Error> {
+    let Some(user_address) = region.user_address else { return Ok(()) };
+    let length = region.span.length_minus_one().saturating_add(1);
+    let backing = Backing::User(user_address);
+    Ok(pins.add(&Region { gpa: Gpa(region.span.first), length, backing, writable: region.writable, block: None })?)
+}

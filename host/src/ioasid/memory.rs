@@ -1,0 +1,146 @@
+//! A guest's memory, as a context needs it: to be read, to be mapped, and to be pinned. And memory for host tables. All of it comes from the caller.
+
+use std::fmt;
+use std::sync::Arc;
+
+use vm_memory::bitmap::Bitmap;
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MmapRegion};
+
+use crate::memory::{EntryLayout, EntryMemory, Kind, MemoryMap, MemoryMapError, Nearby, ReadError, Region, VmMemory};
+use crate::{Gpa, Span};
+
+/// A region of guest memory, or of a device's that other devices may reach.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryRegion {
+    /// Guest-physical addresses, whole pages.
+    pub span: Span,
+    /// What it is.
+    pub kind: Kind,
+    /// Where it is mapped in this process, if it is: the kernel can only let devices reach what is. It stays there as long as the context knows the region.
+    pub user_address: Option<u64>,
+    /// Devices may write there.
+    pub writable: bool,
+}
+
+/// Any memory of the `vm-memory` crate, owned: a handle, as its collections are.
+#[derive(Clone, Debug)]
+pub struct Shared<M>(pub M);
+
+impl<M: vm_memory::GuestMemory> EntryMemory for Shared<M> {
+    fn read_entries(&self, address: Gpa, layout: EntryLayout, entries: &mut [u64]) -> Result<(), ReadError> {
+        VmMemory(&self.0).read_entries(address, layout, entries)
+    }
+
+    fn read_entries_nearby(&self, address: Gpa, layout: EntryLayout, entries: &mut [u64]) -> Result<Nearby, ReadError> {
+        VmMemory(&self.0).read_entries_nearby(address, layout, entries)
+    }
+}
+
+/// A guest's memory at one moment. When regions come or go, make a new one and tell [`Context::memory_changed`](super::Context::memory_changed).
+#[derive(Clone)]
+pub struct GuestMemory {
+    entries: Arc<dyn EntryMemory + Send + Sync>,
+    map: Arc<MemoryMap>,
+    regions: Arc<[MemoryRegion]>,
+    tables: Span,
+}
+
+impl fmt::Debug for GuestMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GuestMemory").field("regions", &self.regions).field("tables", &self.tables).finish_non_exhaustive()
+    }
+}
+
+/// Where host tables stand unless the caller says otherwise: 64 TiB from 64 TiB on.
+const TABLES: Span = Span { first: 1 << 46, last: (1 << 47) - 1 };
+
+impl GuestMemory {
+    /// Memory of these regions, in any order; `entries` reads it.
+    ///
+    /// # Errors
+    /// Two regions overlap.
+    pub fn new(entries: Arc<dyn EntryMemory + Send + Sync>, mut regions: Vec<MemoryRegion>) -> Result<Self, MemoryMapError> {
+        regions.sort_by_key(|region| region.span);
+        let map = MemoryMap::new(regions.iter().map(|region| Region { kind: region.kind, span: region.span }).collect())?;
+        Ok(Self { entries, map: Arc::new(map), regions: regions.into(), tables: TABLES })
+    }
+
+    /// All regions of a `GuestMemoryMmap`, as memory that devices may write.
+    ///
+    /// # Errors
+    /// Two regions overlap.
+    pub fn of_mmap<B: Bitmap + Send + Sync + 'static>(memory: &GuestMemoryMmap<B>) -> Result<Self, MemoryMapError>
+    where
+        GuestMemoryMmap<B>: vm_memory::GuestMemory + Clone + Send + Sync,
+    {
+        let region = |region: &vm_memory::GuestRegionMmap<B>| MemoryRegion {
+            span: Span { first: region.start_addr().0, last: region.last_addr().0 },
+            kind: Kind::Ram,
+            user_address: Some(region.get_mmap().as_ptr() as u64),
+            writable: true,
+        };
+        Self::new(Arc::new(Shared(memory.clone())), memory.iter().map(region).collect())
+    }
+
+    /// The same, with host tables in `tables` where the hardware has addresses for them: guest-physical addresses at which there is never memory. Every unit
+    /// that walks host tables must reach them, so for units with few address bits this is to be low.
+    #[must_use]
+    pub fn with_tables_in(self, tables: Span) -> Self {
+        Self { tables, ..self }
+    }
+
+    /// The same reader and window with other regions.
+    pub(super) fn with_regions(&self, regions: Vec<MemoryRegion>) -> Result<Self, MemoryMapError> {
+        Ok(Self { tables: self.tables, ..Self::new(Arc::clone(&self.entries), regions)? })
+    }
+
+    /// Reads it.
+    #[must_use]
+    pub fn entries(&self) -> &(dyn EntryMemory + Send + Sync) {
+        &*self.entries
+    }
+
+    /// Which addresses exist.
+    #[must_use]
+    pub fn map(&self) -> &MemoryMap {
+        &self.map
+    }
+
+    /// The regions, ascending.
+    #[must_use]
+    pub fn regions(&self) -> &[MemoryRegion] {
+        &self.regions
+    }
+
+    /// Where host tables may stand.
+    #[must_use]
+    pub const fn tables(&self) -> Span {
+        self.tables
+    }
+
+    /// Highest address that a mapping can have.
+    pub(super) fn last_address(&self) -> u64 {
+        self.map.targets().last().map_or(0, |span| span.last)
+    }
+}
+
+/// Gives memory for host tables. A VMM that confines itself may have its own, such as memory that outlives it; [`PlainTables`] is anonymous memory.
+pub trait TableSupply: Send + Sync + fmt::Debug {
+    /// `bytes` bytes of zeroes, a power of two and at least 4096; none if there are none. They stay mapped as long as the region is held.
+    fn region(&self, bytes: usize) -> Option<Arc<MmapRegion>>;
+
+    /// A region that [`TableSupply::region`] gave is out of use: the kernel has forgotten it.
+    fn release(&self, region: Arc<MmapRegion>) {
+        drop(region);
+    }
+}
+
+/// Anonymous memory of this process.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct PlainTables;
+
+impl TableSupply for PlainTables {
+    fn region(&self, bytes: usize) -> Option<Arc<MmapRegion>> {
+        MmapRegion::new(bytes).ok().map(Arc::new)
+    }
+}

@@ -1,0 +1,200 @@
+//! What nested tables stand on: an address space of the kernel's with the guest's memory at its guest-physical addresses, and a page table of it for each unit.
+//!
+//! There are two at most. Under host tables, the memory of these tables is in it as well. Under guests' own tables it is not, because such tables may point
+//! anywhere; only the context structures that lead to them are there, and may only be read.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::context::Inner;
+use super::device::Connected;
+use super::tables::TablePool;
+use super::{Error, MemoryRegion, Property, Refusal};
+use crate::kernel::handle::{Hwpt, Ioas, Viommu};
+use crate::kernel::{CopyRange, Errno, HwptFlags, MapFlags};
+use crate::{Iova, Span};
+
+/// Under which tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Under {
+    /// The host's.
+    Host,
+    /// Guests' own.
+    Guest,
+}
+
+/// Page tables of one unit, made when they are needed.
+#[derive(Debug)]
+struct OfUnit {
+    unit: usize,
+    // Dropped before what they stand on.
+    viommus: Vec<(u32, Viommu)>,
+    /// For nested page tables.
+    nest: Option<Hwpt>,
+    /// For devices.
+    direct: Option<Hwpt>,
+}
+
+impl OfUnit {
+    fn nest(&mut self, ioas: &Ioas, device: &Connected) -> Result<&Hwpt, Errno> {
+        let made = match self.nest.take() {
+            Some(known) => known,
+            None => ioas.hwpt(device.bound(), HwptFlags::NEST_PARENT, None)?,
+        };
+        Ok(self.nest.insert(made))
+    }
+}
+
+/// A parent address space.
+#[derive(Debug)]
+pub(super) struct Parent {
+    units: Mutex<Vec<OfUnit>>,
+    pool: Arc<TablePool>,
+    numbers: Mutex<Numbers>,
+    ioas: Ioas,
+}
+
+/// Numbers of address spaces, from 1 on, the smallest that are free first: some units have few.
+#[derive(Debug)]
+struct Numbers {
+    next: u32,
+    free: BTreeSet<u32>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Parent {
+    pub(super) fn new(context: &Inner, under: Under) -> Result<Arc<Self>, Error> {
+        let ioas = Ioas::alloc(context.kernel()).map_err(Error::kernel("making a parent address space"))?;
+        let memory = context.memory();
+        for region in memory.regions() {
+            copy(context, &ioas, region)?;
+        }
+        let flags = match under {
+            Under::Host => MapFlags::READABLE | MapFlags::WRITEABLE,
+            Under::Guest => MapFlags::READABLE,
+        };
+        let pool = TablePool::new(ioas.clone(), context.supply(), memory.tables(), flags, context.table_budget());
+        let numbers = Mutex::new(Numbers { next: 1, free: BTreeSet::new() });
+        Ok(Arc::new(Self { units: Mutex::default(), pool, numbers, ioas }))
+    }
+
+    /// Memory for tables or context structures.
+    pub(super) const fn pool(&self) -> &Arc<TablePool> {
+        &self.pool
+    }
+
+    /// The page table of a device's unit that nested ones stand on.
+    pub(super) fn nest(&self, device: &Connected) -> Result<Hwpt, Errno> {
+        self.of_unit(device, |of| of.nest(&self.ioas, device).cloned())
+    }
+
+    /// A page table of a device's unit for devices that see guest memory as it is.
+    pub(super) fn direct(&self, device: &Connected) -> Result<Hwpt, Errno> {
+        self.of_unit(device, |of| {
+            let made = match of.direct.take() {
+                Some(known) => known,
+                None => self.ioas.hwpt(device.bound(), device.pasid_flag(), None)?,
+            };
+            Ok(of.direct.insert(made).clone())
+        })
+    }
+
+    /// The vIOMMU of a type in a device's unit.
+    pub(super) fn viommu(&self, device: &Connected, viommu_type: u32) -> Result<Viommu, Errno> {
+        self.of_unit(device, |of| {
+            if let Some((_, known)) = of.viommus.iter().find(|(known, _)| *known == viommu_type) {
+                return Ok(known.clone());
+            }
+            let made = of.nest(&self.ioas, device)?.viommu(device.bound(), viommu_type)?;
+            of.viommus.push((viommu_type, made.clone()));
+            Ok(made)
+        })
+    }
+
+    fn of_unit<T>(&self, device: &Connected, act: impl FnOnce(&mut OfUnit) -> Result<T, Errno>) -> Result<T, Errno> {
+        let mut units = lock(&self.units);
+        if let Some(of) = units.iter_mut().find(|of| of.unit == device.unit()) {
+            return act(of);
+        }
+        let mut of = OfUnit { unit: device.unit(), viommus: Vec::new(), nest: None, direct: None };
+        let result = act(&mut of);
+        units.push(of);
+        result
+    }
+
+    /// A number for an address space that no other one has.
+    pub(super) fn number(self: &Arc<Self>) -> Result<SpaceNumber, Error> {
+        let mut numbers = lock(&self.numbers);
+        let number = match numbers.free.pop_first() {
+            Some(number) => number,
+            None => {
+                let next =
+                    numbers.next.checked_add(1).ok_or_else(|| Refusal::new(Property::Limit, "there are no more numbers for address spaces"))?;
+                std::mem::replace(&mut numbers.next, next)
+            }
+        };
+        Ok(SpaceNumber { parent: Arc::clone(self), number, is_used_up: false })
+    }
+
+    /// Memory came, which the kernel knows already.
+    pub(super) fn add(&self, context: &Inner, region: &MemoryRegion) -> Result<(), Error> {
+        copy(context, &self.ioas, region)
+    }
+
+    /// Memory goes: no host table leads there any more.
+    pub(super) fn remove(&self, region: &MemoryRegion) -> Result<(), Error> {
+        if region.user_address.is_none() {
+            return Ok(());
+        }
+        let (first, bytes) = range(region.span);
+        match self.ioas.kernel().ioas_unmap(self.ioas.id(), first, bytes) {
+            Ok(_) | Err(Errno::ENOENT) => Ok(()),
+            Err(errno) => Err(Error::kernel("taking memory away from a parent address space")(errno)),
+        }
+    }
+}
+
+fn range(span: Span) -> (Iova, u64) {
+    (Iova(span.first), span.length_minus_one().saturating_add(1))
+}
+
+fn copy(context: &Inner, ioas: &Ioas, region: &MemoryRegion) -> Result<(), Error> {
+    if region.user_address.is_none() {
+        return Ok(());
+    }
+    let flags = if region.writable { MapFlags::READABLE | MapFlags::WRITEABLE } else { MapFlags::READABLE };
+    let (first, length) = range(region.span);
+    let request =
+        CopyRange { flags, destination: ioas.id(), destination_iova: Some(first), source: context.pins().ioas().id(), source_iova: first, length };
+    context.kernel().ioas_copy(&request).map(drop).map_err(Error::kernel("copying guest memory to a parent address space"))
+}
+
+/// An address space's number in the unit's caches.
+#[derive(Debug)]
+pub(super) struct SpaceNumber {
+    parent: Arc<Parent>,
+    number: u32,
+    is_used_up: bool,
+}
+
+impl SpaceNumber {
+    pub(super) const fn get(&self) -> u32 {
+        self.number
+    }
+
+    /// Nobody gets it again: something may still be cached under it.
+    pub(super) fn use_up(&mut self) {
+        self.is_used_up = true;
+    }
+}
+
+impl Drop for SpaceNumber {
+    fn drop(&mut self) {
+        if !self.is_used_up {
+            lock(&self.parent.numbers).free.insert(self.number);
+        }
+    }
+}

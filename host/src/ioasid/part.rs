@@ -1,0 +1,342 @@
+//! What one unit has of an IOASID.
+
+use std::sync::{Arc, Weak};
+
+use super::commit::KernelCommitter;
+use super::context::Inner;
+use super::device::{Connected, Held, Slot};
+use super::nested::Bound;
+use super::tables::PoolTables;
+use super::{Error, Explanation, GuestMemory, GuestView, Kind, SpaceId, SpaceLimits};
+use crate::kernel::handle::{Attachment, Hwpt, PageTable, Viommu};
+use crate::kernel::{Errno, Pasid};
+use crate::plugin::queue::{Effect, Invalidation};
+use crate::sync::{Areas, CommitError, Live, LiveError, Nested, Report, Sink, Space, Unwatched, Watcher, Way};
+use crate::table::Format;
+use crate::{Change, Gpa, Span};
+
+/// A sink, and who tells it what changes: a guest's tables, or whoever has a batch.
+#[derive(Debug)]
+pub(super) enum Engine<S> {
+    /// Follows the guest's tables.
+    Live(Box<Live<S>>),
+    /// Is told.
+    Told(S),
+}
+
+impl<S: Sink> Engine<S> {
+    /// For what is in an address space, empty at first: [`Engine::fill`].
+    pub(super) fn new(context: &Inner, id: SpaceId, kind: &Kind, limits: &SpaceLimits, sink: S) -> Result<Self, Error> {
+        let Kind::Guest(view) = kind else { return Ok(Self::Told(sink)) };
+        let watcher: Box<dyn Watcher> = match context.watched() {
+            Some(watched) => Box::new(watched.of(id)),
+            None => Box::new(Unwatched),
+        };
+        let space = Space::open(way(context, view)?, context.memory().map().clone(), limits.shadow, watcher)?;
+        Ok(Self::Live(Box::new(Live::new(space, sink, view.tag(), view.id, limits.questions))))
+    }
+
+    pub(super) fn sink_mut(&mut self) -> &mut S {
+        match self {
+            Self::Live(live) => live.sink_mut(),
+            Self::Told(sink) => sink,
+        }
+    }
+
+    pub(super) fn sink(&self) -> &S {
+        match self {
+            Self::Live(live) => live.sink(),
+            Self::Told(sink) => sink,
+        }
+    }
+
+    /// All that is there: `told` are the maps of an address space that nobody follows.
+    pub(super) fn fill(&mut self, memory: &GuestMemory, told: &[Change]) -> Result<Report, LiveError> {
+        match self {
+            Self::Live(live) => live.synchronise(memory.entries()),
+            Self::Told(sink) => {
+                sink.apply(told);
+                sink.commit()?;
+                Ok(Report { changes: told.len() as u64, ..Report::default() })
+            }
+        }
+    }
+
+    fn live(&mut self, act: impl FnOnce(&mut Live<S>) -> Result<Report, LiveError>) -> Result<Report, LiveError> {
+        match self {
+            Self::Live(live) => act(live),
+            Self::Told(_) => Ok(Report::default()),
+        }
+    }
+
+    pub(super) fn invalidate(&mut self, memory: &GuestMemory, invalidations: &[Invalidation]) -> Result<Report, LiveError> {
+        self.live(|live| live.invalidate(memory.entries(), invalidations))
+    }
+
+    pub(super) fn table_written(&mut self, memory: &GuestMemory, address: Gpa, length: u64) -> Result<Report, LiveError> {
+        self.live(|live| live.table_written(memory.entries(), address, length))
+    }
+
+    pub(super) fn synchronise(&mut self, memory: &GuestMemory) -> Result<Report, LiveError> {
+        self.live(|live| live.synchronise(memory.entries()))
+    }
+
+    /// The guest's structures say something else.
+    pub(super) fn switch(&mut self, memory: &GuestMemory, way: Way, view: &GuestView) -> Result<Report, LiveError> {
+        self.live(|live| {
+            live.set_tag(view.tag());
+            live.switch(way, memory.entries())
+        })
+    }
+
+    pub(super) fn tell(&mut self, batch: &[Change]) -> Result<(), CommitError> {
+        match self {
+            Self::Live(_) => Ok(()),
+            Self::Told(sink) => {
+                sink.apply(batch);
+                sink.commit()
+            }
+        }
+    }
+
+    pub(super) fn commit(&mut self) -> Result<(), CommitError> {
+        match self {
+            Self::Live(live) => live.commit(),
+            Self::Told(sink) => sink.commit(),
+        }
+    }
+}
+
+/// What a guest's structures give, with its formats opened.
+pub(super) fn way(context: &Inner, view: &GuestView) -> Result<Way, Error> {
+    Way::of(&view.outcome, |config| {
+        let format: Box<dyn Format> = Box::new(context.supervisors().open(config)?);
+        Ok(format)
+    })
+}
+
+/// The host's side, by strategy.
+#[derive(Debug)]
+pub(super) enum Host {
+    /// A page table that the kernel keeps.
+    Kernel(Hwpt),
+    /// The guest's own table.
+    Own(Box<Bound>, Box<KernelCommitter>),
+    /// A host table. The page table goes before the memory of what it leads to.
+    Table(Box<Bound>, Box<Engine<Nested<PoolTables, KernelCommitter>>>),
+    /// Areas, for any number of units: attachments are in there, because areas can need another address space of the kernel's at any moment.
+    Areas(Box<Engine<Areas>>),
+}
+
+/// What one unit has.
+#[derive(Debug)]
+pub(super) struct Part {
+    pub(super) unit: usize,
+    pub(super) host: Host,
+    pub(super) explanation: Explanation,
+    /// Who is attached.
+    pub(super) users: Vec<(Weak<Connected>, Option<Pasid>)>,
+    /// Who was, until invalidations failed.
+    pub(super) blocked: Vec<(Weak<Connected>, Option<Pasid>)>,
+}
+
+impl Part {
+    const fn bound(&self) -> Option<&Bound> {
+        match &self.host {
+            Host::Kernel(_) | Host::Areas(_) => None,
+            Host::Own(bound, _) | Host::Table(bound, _) => Some(bound),
+        }
+    }
+
+    pub(super) fn viommu(&self) -> Option<&Viommu> {
+        self.bound().and_then(Bound::viommu)
+    }
+
+    /// PASIDs can be attached to it.
+    pub(super) fn has_pasids(&self) -> bool {
+        self.bound().is_none_or(Bound::has_pasids)
+    }
+
+    /// Attaches a device that is attached to nothing.
+    pub(super) fn attach(&mut self, device: &Connected, pasid: Option<Pasid>) -> Result<Held, Errno> {
+        if let Host::Areas(engine) = &mut self.host {
+            return engine.sink_mut().attach(device.bound(), pasid).map(|()| Held::Areas);
+        }
+        device.bound().attach(pasid, PageTable::Hwpt(self.hwpt()?)).map(Held::Here)
+    }
+
+    /// Puts an attachment here; it comes back as it was if that cannot be.
+    pub(super) fn adopt(&mut self, mut attachment: Attachment, pasid: Option<Pasid>) -> Result<Held, (Attachment, Errno)> {
+        if let Host::Areas(engine) = &mut self.host {
+            return engine.sink_mut().adopt(attachment, pasid).map(|()| Held::Areas);
+        }
+        match self.hwpt().and_then(|hwpt| attachment.replace(PageTable::Hwpt(hwpt))) {
+            Ok(()) => Ok(Held::Here(attachment)),
+            Err(errno) => Err((attachment, errno)),
+        }
+    }
+
+    /// An attachment that is in areas, still attached; none if it was not, or is not any more.
+    pub(super) fn release(&mut self, device: &Connected, pasid: Option<Pasid>) -> Option<Attachment> {
+        let Host::Areas(engine) = &mut self.host else { return None };
+        engine.sink_mut().release(device.bound().id(), pasid)
+    }
+
+    fn hwpt(&self) -> Result<&Hwpt, Errno> {
+        match &self.host {
+            Host::Kernel(hwpt) => Some(hwpt),
+            Host::Own(bound, _) | Host::Table(bound, _) => bound.hwpt(),
+            Host::Areas(_) => None,
+        }
+        .ok_or(Errno::ENOENT)
+    }
+
+    pub(super) fn invalidate(&mut self, memory: &GuestMemory, view: &GuestView, invalidations: &[Invalidation]) -> Result<Report, LiveError> {
+        match &mut self.host {
+            Host::Kernel(_) => Ok(structures(view, invalidations)),
+            Host::Own(_, committer) => own(committer, view, invalidations),
+            Host::Table(_, engine) => engine.invalidate(memory, invalidations),
+            Host::Areas(engine) => engine.invalidate(memory, invalidations),
+        }
+    }
+
+    pub(super) fn table_written(&mut self, memory: &GuestMemory, address: Gpa, length: u64) -> Result<Report, LiveError> {
+        match &mut self.host {
+            // Hardware reads the guest's table by itself.
+            Host::Kernel(_) | Host::Own(..) => Ok(Report::default()),
+            Host::Table(_, engine) => engine.table_written(memory, address, length),
+            Host::Areas(engine) => engine.table_written(memory, address, length),
+        }
+    }
+
+    /// It has a description of what the guest's structures give, and is told when that is another.
+    pub(super) const fn follows(&self) -> bool {
+        matches!(self.host, Host::Table(..) | Host::Areas(_))
+    }
+
+    /// The guest's structures say something else.
+    pub(super) fn switch(&mut self, memory: &GuestMemory, way: Way, view: &GuestView) -> Result<Report, LiveError> {
+        match &mut self.host {
+            Host::Kernel(_) | Host::Own(..) => Ok(Report::default()),
+            Host::Table(_, engine) => engine.switch(memory, way, view),
+            Host::Areas(engine) => engine.switch(memory, way, view),
+        }
+    }
+
+    pub(super) fn synchronise(&mut self, memory: &GuestMemory) -> Result<Report, LiveError> {
+        match &mut self.host {
+            Host::Kernel(_) => Ok(Report::default()),
+            Host::Own(_, committer) => {
+                committer.forget_everything()?;
+                Ok(Report::default())
+            }
+            Host::Table(_, engine) => engine.synchronise(memory),
+            Host::Areas(engine) => engine.synchronise(memory),
+        }
+    }
+
+    /// A batch of changes that nobody follows.
+    pub(super) fn tell(&mut self, batch: &[Change]) -> Result<(), CommitError> {
+        match &mut self.host {
+            Host::Kernel(_) | Host::Own(..) => Ok(()),
+            Host::Table(_, engine) => engine.tell(batch),
+            Host::Areas(engine) => engine.tell(batch),
+        }
+    }
+
+    /// What failed is tried again.
+    pub(super) fn commit(&mut self) -> Result<(), CommitError> {
+        match &mut self.host {
+            Host::Kernel(_) => Ok(()),
+            Host::Own(_, committer) => committer.forget_everything(),
+            Host::Table(_, engine) => engine.commit(),
+            Host::Areas(engine) => engine.commit(),
+        }
+    }
+
+    /// Nobody's DMA gets here any more. `is_mine` says whether a device's slot is of this IOASID. What comes back is to be dropped without any lock.
+    pub(super) fn block(&mut self, is_mine: impl Fn(&Slot) -> bool) -> Vec<(Arc<Connected>, Option<Slot>)> {
+        let mut dropped = Vec::new();
+        for (device, pasid) in std::mem::take(&mut self.users) {
+            let Some(connected) = device.upgrade() else { continue };
+            let slot = {
+                let mut slots = connected.slots();
+                if slots.get(&pasid).is_some_and(&is_mine) { slots.remove(&pasid) } else { None }
+            };
+            if let Some(mut slot) = slot {
+                slot.held = Held::Nowhere;
+                drop(self.release(&connected, pasid));
+                tracing::error!(device = connected.label(), "detached: what was taken away may still be in caches");
+                self.blocked.push((device, pasid));
+                dropped.push((connected, Some(slot)));
+            } else {
+                dropped.push((connected, None));
+            }
+        }
+        dropped
+    }
+
+    /// Somebody is attached.
+    pub(super) fn joined(&mut self, device: &Arc<Connected>, pasid: Option<Pasid>) {
+        self.users.retain(|(user, _)| user.strong_count() > 0);
+        self.users.push((Arc::downgrade(device), pasid));
+    }
+
+    /// Somebody is not attached any more; false if nobody was.
+    pub(super) fn left(&mut self, device: *const Connected, pasid: Option<Pasid>) -> bool {
+        let is = |(user, of): &(Weak<Connected>, Option<Pasid>)| user.as_ptr() == device && *of == pasid;
+        let place = self.users.iter().position(is);
+        place.map(|place| self.users.swap_remove(place)).is_some()
+    }
+}
+
+/// What of a batch concerns an address space that nobody has to follow.
+fn structures(view: &GuestView, invalidations: &[Invalidation]) -> Report {
+    let mut report = Report::default();
+    for invalidation in invalidations {
+        match invalidation.effect {
+            Effect::Structures(scope) => report.structures |= scope.includes(view.tag(), view.id),
+            Effect::Illegal(code) => {
+                report.illegal = Some(code);
+                break;
+            }
+            Effect::Nothing | Effect::Everything | Effect::Range { .. } | Effect::DeviceTlb { .. } => {}
+        }
+    }
+    report
+}
+
+/// The guest's commands for its own table, in the host's words: one kernel call.
+fn own(committer: &mut KernelCommitter, view: &GuestView, invalidations: &[Invalidation]) -> Result<Report, LiveError> {
+    let report = structures(view, invalidations);
+    let mut spans: Vec<Span> = Vec::new();
+    let mut tables = false;
+    for invalidation in invalidations {
+        match invalidation.effect {
+            Effect::Everything => {
+                spans.push(Span::ALL);
+                tables = true;
+            }
+            Effect::Range { scope, iova } if scope.includes(view.tag(), view.id) => {
+                spans.push(iova);
+                tables |= !scope.leaf;
+            }
+            Effect::Illegal(_) => break,
+            Effect::Nothing | Effect::Range { .. } | Effect::Structures(_) | Effect::DeviceTlb { .. } => {}
+        }
+    }
+    if spans.contains(&Span::ALL) {
+        committer.forget_everything()?;
+    } else if !spans.is_empty() {
+        spans.sort_unstable();
+        spans.dedup_by(|next, last| {
+            let touches = last.last.saturating_add(1) >= next.first;
+            if touches {
+                last.last = last.last.max(next.last);
+            }
+            touches
+        });
+        committer.forget(&spans, tables)?;
+    }
+    Ok(report)
+}

@@ -1,0 +1,616 @@
+//! An IOASID: what is in it, and the calls that keep every host's side of it in step.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::context::Inner;
+use super::device::{Connected, Held, Slot};
+use super::managed::{self, Managed, Target};
+use super::part::{self, Engine, Host, Part};
+use super::software::Lookups;
+use super::{Error, Explanation, GuestMemory, GuestView, Kind, Property, Refusal, Request, Strategy};
+use crate::kernel::handle::FaultQueue;
+use crate::kernel::{Errno, PageFault, PageResponse, Pasid, ResponseCode};
+use crate::lookup::Lookup;
+use crate::memory::{Budget, Limits};
+use crate::plugin::queue::Invalidation;
+use crate::plugin::{Outcome, Tag, Translated};
+use crate::sync::{LiveError, Report};
+use crate::table::{AddressSpace, Fault, Geometry, Translation};
+use crate::virtio_iommu::Domain;
+use crate::{Access, Change, Gpa, Iova, Span};
+
+/// Number of an IOASID in its context; never used again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SpaceId(pub u64);
+
+impl fmt::Display for SpaceId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "IOASID {}", self.0)
+    }
+}
+
+/// What became of a recoverable fault.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Response {
+    /// The translation is there now: the device tries again.
+    Mapped,
+    /// The guest's tables do not allow it. The device gives up, and the guest is to be told.
+    Refused(Box<Fault>),
+    /// Nothing is mapped there, in an address space that has no tables.
+    Unmapped,
+}
+
+/// What an IOASID holds at the moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Tables of the guest that are followed, once for each host table.
+    pub guest_tables: u64,
+    /// Leaves in them.
+    pub leaves: u64,
+    /// Tables of the host.
+    pub host_tables: u64,
+    /// Areas that the kernel has for it, where it follows tables or requests with areas.
+    pub areas: u64,
+    /// Bytes of memory for host tables, which is pinned.
+    pub table_bytes: u64,
+    /// Mappings that the VMM, or a guest with requests, made.
+    pub mappings: u64,
+    /// Questions that formats were asked.
+    pub questions: u64,
+    /// Pieces, or parts of them, that are not mapped because there was no memory for tables or lookups.
+    pub without_memory: u64,
+    /// Bytes that the hosts' formats refuse, since the beginning.
+    pub refused_bytes: u128,
+    /// Devices and PASIDs that are attached.
+    pub attached: usize,
+    /// Devices and PASIDs that were detached because invalidations failed.
+    pub blocked: usize,
+}
+
+/// What is in an address space.
+#[derive(Debug)]
+pub(super) enum Content {
+    /// Mappings in an address space of the kernel's.
+    Managed(Box<Managed>),
+    /// What a guest asked for.
+    Requests(Domain),
+    /// Tables of the guest.
+    Guest,
+}
+
+/// Devices that were detached because what was taken away may still be in caches. Dropping the last handle of a device takes locks.
+type Detached = Vec<(Arc<Connected>, Option<Slot>)>;
+
+/// Lookups in software.
+pub(super) type Software = Engine<Lookups>;
+
+#[derive(Debug)]
+pub(super) struct State {
+    pub(super) parts: Vec<Part>,
+    software: Option<Software>,
+    /// Opened when it is first needed: translates for faults.
+    translator: Option<Box<AddressSpace>>,
+    pub(super) content: Content,
+    /// What the guest's structures say now.
+    pub(super) kind: Kind,
+    /// Geometry of the guest's first table.
+    pub(super) geometry: Option<Geometry>,
+    pub(super) faults: Option<FaultQueue>,
+}
+
+#[derive(Debug)]
+pub(super) struct Space {
+    state: Mutex<State>,
+    id: SpaceId,
+    request: Request,
+    context: Arc<Inner>,
+}
+
+impl Space {
+    pub(super) fn new(context: &Arc<Inner>, id: SpaceId, request: Request) -> Result<Arc<Self>, Error> {
+        let content = match &request.kind {
+            Kind::Managed => Content::Managed(Box::new(Managed::new(context, request.limits.mappings)?)),
+            Kind::Requests => Content::Requests(Domain::new()),
+            Kind::Guest(_) => Content::Guest,
+        };
+        let geometry = geometry(context, &request.kind)?;
+        let faults =
+            if request.page_requests { Some(FaultQueue::alloc(context.kernel()).map_err(Error::kernel("making a queue of faults"))?) } else { None };
+        let kind = request.kind.clone();
+        let state = State { parts: Vec::new(), software: None, translator: None, content, kind, geometry, faults };
+        Ok(Arc::new(Self { state: Mutex::new(state), id, request, context: Arc::clone(context) }))
+    }
+
+    pub(super) const fn id(&self) -> SpaceId {
+        self.id
+    }
+
+    pub(super) const fn request(&self) -> &Request {
+        &self.request
+    }
+
+    pub(super) const fn context(&self) -> &Arc<Inner> {
+        &self.context
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Detaches a device, or a PASID of it; false if it is not attached here.
+    pub(super) fn detach(self: &Arc<Self>, device: &Arc<Connected>, pasid: Option<Pasid>) -> bool {
+        let mut state = self.lock();
+        let slot = {
+            let mut slots = device.slots();
+            match slots.get(&pasid) {
+                Some(slot) if Arc::ptr_eq(&slot.space, self) => slots.remove(&pasid),
+                _ => return false,
+            }
+        };
+        if let Some(mut slot) = slot {
+            slot.held = Held::Nowhere;
+        }
+        state.parts.iter_mut().for_each(|part| drop(part.release(device, pasid)));
+        let _ = state.parts.iter_mut().any(|part| part.left(Arc::as_ptr(device), pasid));
+        true
+    }
+
+    /// A device that is about to go is on areas: it is not any more.
+    pub(super) fn release(&self, device: &Connected, pasid: Option<Pasid>) {
+        let mut state = self.lock();
+        state.parts.iter_mut().for_each(|part| drop(part.release(device, pasid)));
+    }
+
+    /// Does something to each host's side. If one of them could not be brought in step, its devices are blocked; `detached` is to be dropped after the lock.
+    fn each(
+        &self,
+        state: &mut State,
+        detached: &mut Detached,
+        mut part: impl FnMut(&mut Part) -> Result<Report, LiveError>,
+        software: impl FnOnce(&mut Software) -> Result<Report, LiveError>,
+    ) -> Result<Report, Error> {
+        let mut all: Option<Report> = None;
+        let mut failed: Option<Error> = None;
+        let mut take = |result: Result<Report, LiveError>| match (result, &mut all) {
+            (Ok(report), None) => all = Some(report),
+            (Ok(report), Some(all)) => {
+                all.structures |= report.structures;
+                all.illegal = all.illegal.or(report.illegal);
+            }
+            (Err(error), _) => failed = Some(failed.take().unwrap_or_else(|| error.into())),
+        };
+        for one in &mut state.parts {
+            let result = part(one);
+            if matches!(result, Err(LiveError::Commit(_))) {
+                detached.append(&mut one.block(|slot| std::ptr::eq(Arc::as_ptr(&slot.space), self)));
+            }
+            take(result);
+        }
+        if let Some(engine) = &mut state.software {
+            take(software(engine));
+        }
+        failed.map_or_else(|| Ok(all.unwrap_or_default()), Err)
+    }
+
+    pub(super) fn memory_changed(&self, memory: &GuestMemory) -> Result<(), Error> {
+        let mut detached = Detached::new();
+        let mut state = self.lock();
+        state.translator = None;
+        let State { content, .. } = &mut *state;
+        if let Content::Managed(managed) = content {
+            managed.memory_changed(memory.map())?;
+        }
+        self.each(&mut state, &mut detached, |part| part.synchronise(memory), |software| software.synchronise(memory)).map(drop)
+    }
+}
+
+impl Drop for Space {
+    fn drop(&mut self) {
+        self.context.forget_space(self.id);
+    }
+}
+
+/// Opens the guest's first table to see what it is; an error if that cannot be.
+fn geometry(context: &Inner, kind: &Kind) -> Result<Option<Geometry>, Error> {
+    let Kind::Guest(GuestView { outcome: Outcome::Tables(Translated { tables, .. }), .. }) = kind else { return Ok(None) };
+    let Some(first) = tables.first() else { return Ok(None) };
+    Ok(Some(context.supervisors().open(first)?.geometry_ref().clone()))
+}
+
+/// An I/O address space: see the [module](super). Clones are the same one.
+#[derive(Clone, Debug)]
+pub struct Ioasid(pub(super) Arc<Space>);
+
+impl PartialEq for Ioasid {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for Ioasid {}
+
+impl Ioasid {
+    /// Its number in the context.
+    #[must_use]
+    pub fn id(&self) -> SpaceId {
+        self.0.id
+    }
+
+    /// What it was made from.
+    #[must_use]
+    pub fn request(&self) -> &Request {
+        &self.0.request
+    }
+
+    /// What was chosen for the units of the devices that are or were attached, in the order in which they came, and why nothing better was.
+    #[must_use]
+    pub fn explain(&self) -> Vec<Explanation> {
+        self.0.lock().parts.iter().map(|part| part.explanation.clone()).collect()
+    }
+
+    /// Which strategy each unit has that devices are or were attached to.
+    #[must_use]
+    pub fn strategies(&self) -> Vec<Strategy> {
+        self.0.lock().parts.iter().filter_map(|part| part.explanation.chosen.as_ref().map(|chosen| chosen.strategy)).collect()
+    }
+
+    /// Maps `span` to what `target` leads to, in the tables of all units or in none.
+    ///
+    /// # Errors
+    /// [`Error::Mapped`], [`Error::NotMemory`], [`Error::Kernel`]; [`Error::Refused`] by [`SpaceLimits::mappings`](super::SpaceLimits::mappings), or because it
+    /// is not a [`Kind::Managed`] one.
+    pub fn map(&self, span: Span, target: Target, access: Access) -> Result<(), Error> {
+        let mut state = self.0.lock();
+        let State { content: Content::Managed(managed), software, .. } = &mut *state else { return Err(self.wrong_kind("map")) };
+        managed.map(&self.0.context, span, target, access)?;
+        let piece = managed::piece(span.first, &managed::Mapping { last: span.last, target, access });
+        if let (Some(software), Some(piece)) = (software, piece) {
+            software.tell(&[Change::Map(piece)]).map_err(Error::Blocked)?;
+        }
+        Ok(())
+    }
+
+    /// Unmaps all mappings in `span`, in all tables; how many there were. When it returns, no DMA uses them.
+    ///
+    /// # Errors
+    /// [`Error::NotMapped`]: a mapping would be cut, or there is none. [`Error::Kernel`]: those up to the one that failed are unmapped. As for [`Ioasid::map`].
+    pub fn unmap(&self, span: Span) -> Result<u64, Error> {
+        let mut state = self.0.lock();
+        let State { content: Content::Managed(managed), software, .. } = &mut *state else { return Err(self.wrong_kind("unmap")) };
+        let before: Vec<Span> =
+            managed.mappings().range(span.first..=span.last).map(|(first, mapping)| Span { first: *first, last: mapping.last }).collect();
+        let result = managed.unmap(span);
+        if let Some(software) = software {
+            let gone = before.into_iter().filter(|span| !managed.mappings().contains_key(&span.first)).map(Change::Unmap);
+            software.tell(&gone.collect::<Vec<_>>()).map_err(Error::Blocked)?;
+        }
+        result
+    }
+
+    /// Makes the changes that a guest asked for, as [`Change`] has them, in all host tables.
+    ///
+    /// # Errors
+    /// [`Error::Mapped`], [`Error::NotMapped`], [`Error::Refused`] by [`SpaceLimits::mappings`](super::SpaceLimits::mappings), or because it is not a
+    /// [`Kind::Requests`] one: nothing changed. [`Error::Blocked`].
+    pub fn change(&self, batch: &[Change]) -> Result<(), Error> {
+        let mut detached = Detached::new();
+        let mut state = self.0.lock();
+        let Content::Requests(domain) = &mut state.content else { return Err(self.wrong_kind("change")) };
+        let mut after = domain.clone();
+        for change in batch {
+            match change {
+                Change::Map(piece) => {
+                    if after.len() >= self.0.request.limits.mappings as u64 {
+                        let reason = format!("the address space has {} mappings already", self.0.request.limits.mappings);
+                        return Err(Refusal::new(Property::Limit, reason).into());
+                    }
+                    after.map(*piece).map_err(|_| Error::Mapped(piece.iova))?;
+                }
+                Change::Unmap(span) => {
+                    let mut found = 0;
+                    after.unmap(*span, |_| found += 1).map_err(|_| Error::NotMapped(*span))?;
+                    if found != 1 {
+                        return Err(Error::NotMapped(*span));
+                    }
+                }
+            }
+        }
+        *domain = after;
+        let tell = |result: Result<(), crate::sync::CommitError>| result.map(|()| Report::default()).map_err(LiveError::Commit);
+        self.0.each(&mut state, &mut detached, |part| tell(part.tell(batch)), |software| tell(software.tell(batch))).map(drop)
+    }
+
+    /// The guest's commands, decoded. When this returns, no DMA uses what the guest took away in the address spaces and ranges that they mean. The kernel is
+    /// called at most once for each unit, unless that call fails.
+    ///
+    /// # Errors
+    /// [`Error::Blocked`].
+    pub fn invalidate(&self, invalidations: &[Invalidation]) -> Result<Report, Error> {
+        let mut detached = Detached::new();
+        let mut state = self.0.lock();
+        let Kind::Guest(view) = state.kind.clone() else { return Ok(Report::default()) };
+        let memory = self.0.context.memory();
+        self.0.each(
+            &mut state,
+            &mut detached,
+            |part| part.invalidate(&memory, &view, invalidations),
+            |software| software.invalidate(&memory, invalidations),
+        )
+    }
+
+    /// `length` bytes of guest memory from `address` on were written, and may hold tables. The same promise as for [`Ioasid::invalidate`].
+    ///
+    /// # Errors
+    /// [`Error::Blocked`].
+    pub fn table_written(&self, address: Gpa, length: u64) -> Result<Report, Error> {
+        let mut detached = Detached::new();
+        let mut state = self.0.lock();
+        let memory = self.0.context.memory();
+        self.0.each(
+            &mut state,
+            &mut detached,
+            |part| part.table_written(&memory, address, length),
+            |software| software.table_written(&memory, address, length),
+        )
+    }
+
+    /// The guest's structures say something else: `view` is what the requester gets from now on. Where the unit walks the guest's own table, devices are put on
+    /// another page table, so that each transaction sees either the one or the other; host tables follow, and a byte whose translation is the same before
+    /// and after translates all the while.
+    ///
+    /// A strategy that cannot be had any more gives way to the next one; one that could be had now is not taken up.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] because it is not a [`Kind::Guest`] one, or no strategy is left for a unit: nothing changed there. [`Error::Open`], [`Error::Call`]:
+    /// nothing changed. [`Error::Blocked`].
+    pub fn switch(&self, view: GuestView) -> Result<Report, Error> {
+        if !matches!(self.0.request.kind, Kind::Guest(_)) {
+            return Err(self.wrong_kind("switch"));
+        }
+        let kind = Kind::Guest(view.clone());
+        let geometry = geometry(&self.0.context, &kind)?;
+        let mut detached = Detached::new();
+        let mut state = self.0.lock();
+        let memory = self.0.context.memory();
+        // All formats are opened before anything changes.
+        let followers = state.parts.len() + usize::from(state.software.is_some());
+        let mut ways = (0..followers).map(|_| part::way(&self.0.context, &view)).collect::<Result<Vec<_>, _>>()?;
+        let before = (std::mem::replace(&mut state.kind, kind), std::mem::replace(&mut state.geometry, geometry));
+        state.translator = None;
+        if let Err(error) = self.0.rebuild(&mut state, &mut detached) {
+            (state.kind, state.geometry) = before;
+            return Err(error);
+        }
+        let software = state.software.is_some().then(|| ways.pop()).flatten();
+        self.0.each(
+            &mut state,
+            &mut detached,
+            |part| match ways.pop() {
+                Some(way) if part.follows() => part.switch(&memory, way, &view),
+                _ => Ok(Report::default()),
+            },
+            |engine| software.map_or(Ok(Report::default()), |way| engine.switch(&memory, way, &view)),
+        )
+    }
+
+    /// Reads the guest's tables again, all of them.
+    ///
+    /// # Errors
+    /// [`Error::Blocked`].
+    pub fn synchronise(&self) -> Result<Report, Error> {
+        let mut detached = Detached::new();
+        let mut state = self.0.lock();
+        let memory = self.0.context.memory();
+        self.0.each(&mut state, &mut detached, |part| part.synchronise(&memory), |software| software.synchronise(&memory))
+    }
+
+    /// Tries again what failed with [`Error::Blocked`], and attaches the devices again that were detached for it, except those that are attached elsewhere.
+    ///
+    /// # Errors
+    /// [`Error::Blocked`]: it failed again. [`Error::Kernel`]: a device could not be attached.
+    pub fn recover(&self) -> Result<(), Error> {
+        let mut waiting = Vec::new();
+        {
+            let mut state = self.0.lock();
+            for part in &mut state.parts {
+                part.commit().map_err(Error::Blocked)?;
+                waiting.append(&mut part.blocked);
+            }
+        }
+        for (device, pasid) in waiting {
+            let Some(device) = device.upgrade().map(super::Device) else { continue };
+            let elsewhere = device.0.slots().contains_key(&pasid);
+            if !elsewhere {
+                self.attach(&device, pasid)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Where an access of one byte goes, by the guest's tables as they stand in memory now, or by what was mapped.
+    ///
+    /// # Errors
+    /// The outer error ends the question; the inner one is the device's fault, and is none for an address space without tables.
+    pub fn translate(&self, iova: Iova, access: Access) -> Result<Result<Translation, Option<Fault>>, Error> {
+        let mut state = self.0.lock();
+        self.translate_in(&mut state, iova, access)
+    }
+
+    fn translate_in(&self, state: &mut State, iova: Iova, access: Access) -> Result<Result<Translation, Option<Fault>>, Error> {
+        let found = |piece: Option<crate::table::Piece>| {
+            let piece = piece.filter(|piece| piece.attributes.access(false).allows(access)).ok_or(None)?;
+            Ok(Translation { address: Gpa(piece.address + (iova.0 - piece.iova.first)), attributes: piece.attributes })
+        };
+        match &state.content {
+            Content::Requests(domain) => return Ok(found(domain.find(iova.0).copied())),
+            Content::Managed(managed) => {
+                let here = managed.mappings().range(..=iova.0).next_back().filter(|(_, mapping)| mapping.last >= iova.0);
+                return Ok(found(here.and_then(|(first, mapping)| managed::piece(*first, mapping))));
+            }
+            Content::Guest => {}
+        }
+        let memory = self.0.context.memory();
+        let Kind::Guest(view) = &state.kind else { return Ok(Err(None)) };
+        let mut space = match state.translator.take() {
+            Some(space) => space,
+            None => Box::new(view.open(self.0.context.supervisors())?),
+        };
+        let budget = Budget::new(Limits { questions: self.0.request.limits.questions, ..Limits::default() });
+        let result = space.translate(memory.entries(), memory.map(), iova, access, &budget);
+        // A format that failed is opened again next time.
+        if result.is_ok() {
+            state.translator = Some(space);
+        }
+        Ok(result?.map_err(Some))
+    }
+
+    /// A device's fault: looks at the guest's tables there once more. [`Response::Mapped`]: the host has what the guest says, and the device may try again.
+    ///
+    /// # Errors
+    /// [`Error::Blocked`], or the tables cannot be walked.
+    pub fn fault(&self, iova: Iova, access: Access) -> Result<Response, Error> {
+        let mut detached = Detached::new();
+        let mut state = self.0.lock();
+        let memory = self.0.context.memory();
+        let page = Span { first: iova.0 & !(crate::memory::PAGE - 1), last: iova.0 | (crate::memory::PAGE - 1) };
+        if let Kind::Guest(view) = state.kind.clone() {
+            let again = [again(&view, page)];
+            self.0.each(
+                &mut state,
+                &mut detached,
+                |part| part.invalidate(&memory, &view, &again),
+                |software| software.invalidate(&memory, &again),
+            )?;
+        }
+        Ok(match self.translate_in(&mut state, iova, access)? {
+            Ok(_) => Response::Mapped,
+            Err(Some(fault)) => Response::Refused(Box::new(fault)),
+            Err(None) => Response::Unmapped,
+        })
+    }
+
+    /// Answers all recoverable faults that wait, after [`Ioasid::fault`]; what they were and what became of them.
+    ///
+    /// # Errors
+    /// [`Error::Refused`]: the IOASID was made without [`Request::page_requests`]. [`Error::Kernel`]: what was read and not answered is answered as invalid
+    /// when its device is detached. A fault whose tables cannot be walked is answered as invalid, and is the error after the others were answered.
+    pub fn serve_faults(&self) -> Result<Vec<(PageFault, Response)>, Error> {
+        let queue = self.0.lock().faults.clone();
+        let queue = queue.ok_or_else(|| Refusal::new(Property::PageRequests, "the IOASID was made without page requests"))?;
+        let kernel = self.0.context.kernel();
+        let faults = kernel.read_faults(queue.id()).map_err(Error::kernel("reading faults"))?;
+        let mut served = Vec::new();
+        let mut failed = Ok(());
+        for fault in faults {
+            let response = self.fault(fault.address, Access { read: fault.read, write: fault.write });
+            let code = if matches!(response, Ok(Response::Mapped)) { ResponseCode::Success } else { ResponseCode::Invalid };
+            let answer = PageResponse { cookie: fault.cookie, code };
+            // EINVAL: the device has given up meanwhile.
+            let told = kernel.respond(queue.id(), answer).or_else(|errno| if errno == Errno::EINVAL { Ok(()) } else { Err(errno) });
+            failed = failed.and(told.map_err(Error::kernel("answering a fault")));
+            match response {
+                Ok(response) => served.push((fault, response)),
+                Err(error) => failed = failed.and(Err(error)),
+            }
+        }
+        failed.map(|()| served)
+    }
+
+    /// Lookups in software, for the VMM's device models; made when they are first asked for, and in step from then on. Clones and further calls give the
+    /// same ones.
+    ///
+    /// # Errors
+    /// [`Error::Refused`]: the request does not allow [`Strategy::Software`]. [`Error::Lookup`]; [`Error::Open`] and [`Error::Call`] for the guest's tables.
+    pub fn lookup(&self) -> Result<Lookup, Error> {
+        let mut state = self.0.lock();
+        if let Some(software) = &state.software {
+            return Ok(software.sink().lookup());
+        }
+        if !self.0.request.strategies.contains(Strategy::Software) {
+            return Err(Refusal::new(Property::Strategy, "the request does not allow software").into());
+        }
+        let (lookups, lookup) = Lookups::new(self.0.request.limits.lookup)?;
+        let mut software = Engine::new(&self.0.context, self.0.id, &state.kind, &self.0.request.limits, lookups)?;
+        software.fill(&self.0.context.memory(), &state.told())?;
+        state.software = Some(software);
+        Ok(lookup)
+    }
+
+    /// What it holds at the moment.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        let state = self.0.lock();
+        let mut stats = Stats {
+            mappings: match &state.content {
+                Content::Managed(managed) => managed.mappings().len() as u64,
+                Content::Requests(domain) => domain.len(),
+                Content::Guest => 0,
+            },
+            ..Stats::default()
+        };
+        for part in &state.parts {
+            stats.attached += part.users.iter().filter(|(user, _)| user.strong_count() > 0).count();
+            stats.blocked += part.blocked.len();
+            if let Host::Areas(engine) = &part.host {
+                let areas = engine.sink();
+                stats.areas += areas.figures().areas;
+                stats.without_memory += areas.figures().pending + areas.figures().without_room + areas.figures().forgotten;
+                stats.refused_bytes += areas.losses().refused_bytes();
+                if let Engine::Live(live) = &**engine {
+                    let figures = live.space().figures();
+                    stats.guest_tables += figures.tables;
+                    stats.leaves += figures.leaves;
+                    stats.questions += figures.questions;
+                }
+            }
+            if let Host::Table(_, engine) = &part.host {
+                let table = engine.sink().table();
+                let figures = table.figures();
+                stats.host_tables += figures.tables;
+                stats.table_bytes += table.memory().bytes();
+                stats.questions += figures.questions;
+                stats.without_memory += figures.without_memory;
+                stats.refused_bytes += table.losses().refused_bytes();
+                if let Engine::Live(live) = &**engine {
+                    let figures = live.space().figures();
+                    stats.guest_tables += figures.tables;
+                    stats.leaves += figures.leaves;
+                    stats.questions += figures.questions;
+                }
+            }
+        }
+        if let Some(software) = &state.software {
+            stats.without_memory += software.sink().failures();
+        }
+        stats
+    }
+
+    pub(super) fn wrong_kind(&self, call: &str) -> Error {
+        let kind = match self.0.request.kind {
+            Kind::Managed => "what the VMM maps",
+            Kind::Requests => "what a guest asks for",
+            Kind::Guest(_) => "what the guest's tables say",
+        };
+        Refusal::new(Property::Kind, format!("`{call}` is not for an address space of {kind}")).into()
+    }
+}
+
+impl State {
+    /// Maps of what is there, for a new host's side that does not follow tables.
+    pub(super) fn told(&self) -> Vec<Change> {
+        match &self.content {
+            Content::Managed(managed) => managed.pieces().collect(),
+            Content::Requests(domain) => domain.iter().map(|piece| Change::Map(*piece)).collect(),
+            Content::Guest => Vec::new(),
+        }
+    }
+}
+
+/// A look at one page, for a fault.
+fn again(view: &GuestView, iova: Span) -> Invalidation {
+    use crate::plugin::queue::{Effect, Scope};
+    let Tag { domain, space } = view.tag();
+    let domain = domain.and_then(|domain| u16::try_from(domain).ok());
+    Invalidation { index: 0, effect: Effect::Range { scope: Scope { leaf: false, second_stage: false, domain, space, id: None }, iova } }
+}

@@ -1,0 +1,65 @@
+//! What a shadow offers to whoever joins several.
+
+use crate::memory::{Budget, EntryMemory, MemoryMap};
+use crate::sync::changes::Changes;
+use crate::sync::shadow::pass::Pass;
+use crate::sync::shadow::{Shadow, ShadowLimits, Watcher, same_shape};
+use crate::table::{Format, Judge, OpenError, Plan};
+
+/// A format whose geometry was asked for and makes sense: a shadow can be given it, and nothing can fail any more.
+pub(in crate::sync) struct Prepared {
+    format: Box<dyn Format>,
+    plan: Plan,
+}
+
+impl Prepared {
+    pub(in crate::sync) fn new(mut format: Box<dyn Format>) -> Result<Self, OpenError> {
+        let plan = Plan::new(format.geometry().map_err(OpenError::Format)?)?;
+        Ok(Self { format, plan })
+    }
+}
+
+impl Shadow {
+    /// Whether tables of the new format can be compared with those that were seen, entry by entry.
+    pub(in crate::sync) fn has_shape_of(&self, prepared: &Prepared) -> bool {
+        same_shape(&self.plan.geometry, &prepared.plan.geometry)
+    }
+
+    /// [`Shadow::switch`], with a format that was looked at.
+    pub(in crate::sync) fn switch_to<M: EntryMemory + ?Sized>(&mut self, prepared: Prepared, memory: &M, budget: &Budget, changes: &mut Changes) {
+        let keep = self.has_shape_of(&prepared);
+        let Prepared { format, plan } = prepared;
+        if !keep {
+            for root in 0..self.roots.len() {
+                if let Some(node) = self.roots[root].take() {
+                    Pass::new(self, memory, budget, changes).remove(node);
+                }
+            }
+            self.roots = vec![None; plan.geometry.roots.len()];
+        }
+        self.judge = Judge::new(format, plan.levels.len());
+        self.plan = plan;
+        for root in 0..self.roots.len() {
+            let whole = self.root_span(root);
+            Pass::new(self, memory, budget, changes).root_anew(root, whole);
+        }
+    }
+
+    pub(in crate::sync) const fn limits(&self) -> ShadowLimits {
+        self.limits
+    }
+
+    /// Other limits; what is held already stays.
+    pub(in crate::sync) const fn set_limits(&mut self, limits: ShadowLimits) {
+        self.limits = limits;
+    }
+
+    pub(in crate::sync) const fn map(&self) -> &MemoryMap {
+        &self.map
+    }
+
+    /// Has another watcher from now on, which knows of all pages that are watched; the old one is told nothing more.
+    pub(in crate::sync) fn exchange_watcher(&mut self, watcher: Box<dyn Watcher>) -> Box<dyn Watcher> {
+        self.pages.exchange_watcher(watcher)
+    }
+}

@@ -1,0 +1,196 @@
+//! The second of two stages, as the tables of the first see it: where they are, and which guest pages that is.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex};
+
+use crate::memory::{EntryLayout, EntryMemory, MarkMemory, PAGE, ReadError, WriteError};
+use crate::sync::shadow::Watcher;
+use crate::sync::stages::told::overlapping;
+use crate::sync::stages::watch::{Shared, lock};
+use crate::table::Piece;
+use crate::{Gpa, Span};
+
+/// Where bytes of a first-stage table are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Place {
+    intermediate: Span,
+    address: u64,
+}
+
+impl Place {
+    const fn last(&self) -> u64 {
+        self.address + self.intermediate.length_minus_one()
+    }
+}
+
+/// What is remembered of the second stage, and the pages of first-stage tables behind it.
+pub(super) struct Behind {
+    /// By first intermediate address.
+    pieces: BTreeMap<u64, Piece>,
+    /// Pages of intermediate addresses that hold first-stage tables, and where they can be read: in parts, if the second stage has it so.
+    tables: BTreeMap<u64, Vec<Place>>,
+    /// The same the other way round: guest page, intermediate page.
+    places: BTreeSet<(u64, u64)>,
+    watch: Shared,
+}
+
+const fn page_span(page: u64) -> Span {
+    Span::of_log2(page * PAGE, PAGE.trailing_zeros() as u8)
+}
+
+impl Behind {
+    pub(super) fn new(watch: Shared) -> Arc<Mutex<Self>> {
+        Arc::new(Mutex::new(Self { pieces: BTreeMap::new(), tables: BTreeMap::new(), places: BTreeSet::new(), watch }))
+    }
+
+    pub(super) fn map(&mut self, piece: Piece) {
+        self.pieces.insert(piece.iova.first, piece);
+    }
+
+    pub(super) fn unmap(&mut self, span: Span) {
+        self.pieces.remove(&span.first);
+    }
+
+    /// The second stage's pieces for some of its inputs, ascending.
+    pub(super) fn pieces(&self, span: Span) -> impl Iterator<Item = Piece> + '_ {
+        overlapping(&self.pieces, span)
+    }
+
+    /// Pages of intermediate addresses in `span` that hold first-stage tables.
+    pub(super) fn tables(&self, span: Span) -> impl Iterator<Item = u64> + '_ {
+        self.tables.range(span.first / PAGE..=span.last / PAGE).map(|(page, _)| *page)
+    }
+
+    /// Where a page's bytes can be read. Tables are read with the second stage's permission to read.
+    fn find(&self, page: u64) -> Vec<Place> {
+        let readable = self.pieces(page_span(page)).filter(|piece| piece.attributes.access(true).read);
+        let place = |piece: Piece| {
+            let intermediate = piece.iova.intersection(page_span(page))?;
+            Some(Place { intermediate, address: piece.address + (intermediate.first - piece.iova.first) })
+        };
+        readable.filter_map(place).collect()
+    }
+
+    fn hold(&mut self, page: u64, places: &[Place]) {
+        for place in places {
+            for guest in place.address / PAGE..=place.last() / PAGE {
+                if self.places.insert((guest, page)) {
+                    self.watch.watch(Gpa(guest * PAGE));
+                }
+            }
+        }
+    }
+
+    /// Lets go of the guest pages of a page, except those that it still has.
+    fn release(&mut self, page: u64, before: &[Place], now: &[Place]) {
+        let within = |guest: u64| now.iter().any(|place| (place.address / PAGE..=place.last() / PAGE).contains(&guest));
+        for guest in before.iter().flat_map(|place| place.address / PAGE..=place.last() / PAGE) {
+            if !within(guest) && self.places.remove(&(guest, page)) {
+                self.watch.unwatch(Gpa(guest * PAGE));
+            }
+        }
+    }
+
+    /// Looks where a page of tables is now; true if that is not where it was.
+    pub(super) fn moved(&mut self, page: u64) -> bool {
+        let Some(before) = self.tables.get(&page).cloned() else { return false };
+        let now = self.find(page);
+        if before == now {
+            return false;
+        }
+        // Watched before anybody reads.
+        self.hold(page, &now);
+        self.release(page, &before, &now);
+        self.tables.insert(page, now);
+        true
+    }
+
+    /// First-stage tables among guest addresses: as intermediate addresses.
+    pub(super) fn written(&self, guest: Span) -> Vec<Span> {
+        let pages = self.places.range((guest.first / PAGE, 0)..=(guest.last / PAGE, u64::MAX)).map(|(_, page)| *page).collect::<BTreeSet<_>>();
+        let mut found = Vec::new();
+        for place in pages.iter().filter_map(|page| self.tables.get(page)).flatten() {
+            let Some(here) = guest.intersection(Span { first: place.address, last: place.last() }) else { continue };
+            let first = place.intermediate.first + (here.first - place.address);
+            found.push(Span { first, last: first + here.length_minus_one() });
+        }
+        found
+    }
+
+    /// Entries at intermediate addresses.
+    fn read<M: EntryMemory + ?Sized>(&self, memory: &M, address: Gpa, layout: EntryLayout, entries: &mut [u64]) -> Result<(), ReadError> {
+        let (failed, size) = (ReadError(address), u64::from(layout.bytes));
+        let last = (entries.len() as u64 * size).checked_sub(1).and_then(|rest| address.0.checked_add(rest)).ok_or(failed)?;
+        let mut next = address.0;
+        let mut done = 0;
+        for piece in self.pieces(Span { first: address.0, last }) {
+            // A hole, or an entry in two pieces: there is nothing that hardware would read at once.
+            if piece.iova.first > next || !piece.attributes.access(true).read {
+                return Err(failed);
+            }
+            let count = ((piece.iova.last.min(last) - next + 1) / size) as usize;
+            let part = entries.get_mut(done..done + count).ok_or(failed)?;
+            memory.read_entries(Gpa(piece.address + (next - piece.iova.first)), layout, part).map_err(|_| failed)?;
+            next += count as u64 * size;
+            done += count;
+        }
+        if done == entries.len() { Ok(()) } else { Err(failed) }
+    }
+}
+
+/// Guest memory through the second stage, as it is remembered: a first-stage entry is read where the second stage was seen to put it.
+pub(super) struct Through<'a, M: ?Sized> {
+    pub(super) behind: &'a Mutex<Behind>,
+    pub(super) memory: &'a M,
+}
+
+impl<M: EntryMemory + ?Sized> EntryMemory for Through<'_, M> {
+    fn read_entries(&self, address: Gpa, layout: EntryLayout, entries: &mut [u64]) -> Result<(), ReadError> {
+        lock(self.behind).read(self.memory, address, layout, entries)
+    }
+}
+
+/// The same for marks, and which intermediate addresses were marked.
+pub(super) struct Marks<'a, M: ?Sized> {
+    pub(super) behind: &'a Mutex<Behind>,
+    pub(super) memory: &'a M,
+    pub(super) tables: RefCell<Vec<Span>>,
+}
+
+impl<M: MarkMemory + ?Sized> MarkMemory for Marks<'_, M> {
+    fn compare_exchange_entry(&self, address: Gpa, layout: EntryLayout, old: u64, new: u64) -> Result<bool, WriteError> {
+        let entry = Span { first: address.0, last: address.0.saturating_add(u64::from(layout.bytes) - 1) };
+        let behind = lock(self.behind);
+        let found = behind.pieces(entry).next().filter(|piece| piece.iova.contains(entry.first) && piece.iova.contains(entry.last));
+        // Hardware marks with the second stage's permission to write.
+        let piece = found.filter(|piece| piece.attributes.access(true).write).ok_or(WriteError(address))?;
+        let guest = Gpa(piece.address + (entry.first - piece.iova.first));
+        let written = self.memory.compare_exchange_entry(guest, layout, old, new).map_err(|_| WriteError(address))?;
+        if written {
+            self.tables.borrow_mut().push(entry);
+        }
+        Ok(written)
+    }
+}
+
+/// Hears which intermediate pages hold first-stage tables, and has the guest pages watched that they are in.
+pub(super) struct TablePages(pub(super) Arc<Mutex<Behind>>);
+
+impl Watcher for TablePages {
+    fn watch(&mut self, page: Gpa) {
+        let mut behind = lock(&self.0);
+        let page = page.0 / PAGE;
+        let places = behind.find(page);
+        behind.hold(page, &places);
+        behind.tables.insert(page, places);
+    }
+
+    fn unwatch(&mut self, page: Gpa) {
+        let mut behind = lock(&self.0);
+        let page = page.0 / PAGE;
+        if let Some(places) = behind.tables.remove(&page) {
+            behind.release(page, &places, &[]);
+        }
+    }
+}

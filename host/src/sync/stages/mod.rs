@@ -1,0 +1,375 @@
+//! What a requester's DMA gets, live: nothing, guest memory through windows, or what one table or two tables say.
+//!
+//! ```text
+//!    Way (a plugin's answer) ---> Space: blocked | windows | One (a Shadow) | Two (a Shadow behind a Shadow)
+//!                                   |
+//!                                   +--> Told: all pieces, cut by intercepts and stages ---> Changes: what the ends of a look differ in
+//! ```
+//!
+//! A [`Space`] may become another of these at any moment, with [`Space::switch`]: what a byte's translation is before and after is compared, and only what
+//! differs is told. One table without intercepts, the usual case, needs none of this: its changes go straight on, and nothing is kept besides the shadow.
+//!
+//! # Limits
+//!
+//! [`ShadowLimits`] hold for all tables of an address space together: pages of tables, and entries that are leaves. So many pieces may be told as there may
+//! be leaves; of a piece that would be more, the parts for which there is room are mapped and the rest is blocked, until it is looked at again.
+
+mod behind;
+mod look;
+mod one;
+mod passing;
+mod told;
+mod two;
+mod watch;
+mod way;
+
+pub use way::Way;
+
+use std::fmt;
+use std::ops::ControlFlow;
+
+use crate::memory::{Budget, EntryMemory, MarkMemory, MemoryMap};
+use crate::sync::changes::{Changes, Reason};
+use crate::sync::marks::{Marked, MarksWritten};
+use crate::sync::shadow::{Prepared, ReopenError, Shadow, ShadowFigures, ShadowLimits, Watcher};
+use crate::table::{AddressSpace, Format, Intercept, OpenError, Piece, Window};
+use crate::{Gpa, Span};
+use look::{Look, Teller};
+use one::One;
+use told::Told;
+use two::Two;
+use watch::Shared;
+use way::Stages;
+
+/// What every kind of address space needs.
+#[derive(Debug)]
+struct Ground {
+    map: MemoryMap,
+    limits: ShadowLimits,
+    watch: Shared,
+}
+
+#[derive(Debug)]
+enum Kind {
+    Blocked,
+    Direct(Vec<Window>),
+    One(Box<One>),
+    Two(Box<Two>),
+}
+
+/// One live description of what a requester's DMA gets.
+pub struct Space {
+    kind: Kind,
+    intercepts: Vec<Intercept>,
+    /// Empty for one table without intercepts.
+    told: Told,
+    ground: Ground,
+}
+
+impl fmt::Debug for Space {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Space").field("kind", &self.kind).field("intercepts", &self.intercepts).finish_non_exhaustive()
+    }
+}
+
+impl From<Shadow> for Space {
+    /// One table, which may have been read.
+    fn from(mut shadow: Shadow) -> Self {
+        let pages: Vec<Gpa> = shadow.watched_pages().collect();
+        let watch = Shared::adopt(pages.into_iter(), |watcher| shadow.exchange_watcher(watcher));
+        let ground = Ground { map: shadow.map().clone(), limits: shadow.limits(), watch };
+        Self { kind: Kind::One(Box::new(One::new(shadow))), intercepts: Vec::new(), told: Told::default(), ground }
+    }
+}
+
+impl Space {
+    /// An address space in which nothing is mapped. `map` says what exists of the guest's memory; `watcher` hears which guest pages hold tables, now and after
+    /// each switch.
+    #[must_use]
+    pub fn new(map: MemoryMap, limits: ShadowLimits, watcher: Box<dyn Watcher>) -> Self {
+        let ground = Ground { map, limits, watch: Shared::new(watcher) };
+        Self { kind: Kind::Blocked, intercepts: Vec::new(), told: Told::default(), ground }
+    }
+
+    /// The same with what `way` gives. Nothing is read yet: [`Space::synchronise`] does.
+    ///
+    /// # Errors
+    /// A format failed, or describes a table that cannot be.
+    pub fn open(way: Way, map: MemoryMap, limits: ShadowLimits, watcher: Box<dyn Watcher>) -> Result<Self, OpenError> {
+        let mut space = Self::new(map, limits, watcher);
+        space.kind = Kind::open(way.stages, &space.ground)?;
+        space.intercepts = way.intercepts;
+        Ok(space)
+    }
+
+    /// Looks at the IOVAs of `span` again and adds what changed to `changes`. With `leaf_only`, entries that were tables are taken to be the same tables.
+    ///
+    /// Of two tables this is the first one; the second, too, if `span` is [`Span::ALL`] without `leaf_only`, because commands that mean all IOVAs may mean
+    /// both. Otherwise [`Space::synchronise_second`] looks at the second.
+    ///
+    /// The budget is charged for questions to formats, and for leaves: each piece of the second stage that a piece of the first is compared with, and
+    /// each part that an intercept makes. All else is bounded by the limits.
+    pub fn synchronise<M: EntryMemory + ?Sized>(&mut self, memory: &M, span: Span, leaf_only: bool, budget: &Budget, changes: &mut Changes) {
+        self.look(memory, budget, changes, |kind, look, ground| match kind {
+            Kind::Blocked => {}
+            Kind::Direct(windows) => show_windows(windows, look, ground),
+            Kind::One(one) => one.synchronise(look, span, leaf_only),
+            Kind::Two(two) => two.synchronise(look, span, leaf_only),
+        });
+    }
+
+    /// Looks at inputs of the second of two tables again, and at everything that passes through them: pieces of the first stage, and its tables. Of one table
+    /// these are the IOVAs.
+    pub fn synchronise_second<M: EntryMemory + ?Sized>(&mut self, memory: &M, span: Span, leaf_only: bool, budget: &Budget, changes: &mut Changes) {
+        if let Kind::Two(_) = self.kind {
+            self.look(memory, budget, changes, |kind, look, _| {
+                if let Kind::Two(two) = kind {
+                    two.synchronise_second(look, span, leaf_only);
+                }
+            });
+        } else {
+            self.synchronise(memory, span, leaf_only, budget, changes);
+        }
+    }
+
+    /// `length` bytes of guest memory from `address` on were written: reads the entries among them again, of all tables, and adds what changed to `changes`.
+    pub fn table_written<M: EntryMemory + ?Sized>(&mut self, memory: &M, address: Gpa, length: u64, budget: &Budget, changes: &mut Changes) {
+        self.look(memory, budget, changes, |kind, look, _| match kind {
+            Kind::Blocked | Kind::Direct(_) => {}
+            Kind::One(one) => one.table_written(look, address, length),
+            Kind::Two(two) => two.table_written(look, address, length),
+        });
+    }
+
+    /// The guest's memory is what `map` says from now on. What is mapped of memory that is gone is unmapped, and what came is mapped where tables or windows say
+    /// so; tables in memory that is gone are dropped with everything below them, and tables in memory that came are read: `memory` must have what came.
+    pub fn memory_changed<M: EntryMemory + ?Sized>(&mut self, memory: &M, map: MemoryMap, budget: &Budget, changes: &mut Changes) {
+        self.ground.map = map;
+        self.look(memory, budget, changes, |kind, look, ground| match kind {
+            Kind::Blocked => {}
+            Kind::Direct(windows) => show_windows(windows, look, ground),
+            Kind::One(one) => one.memory_changed(look, &ground.map),
+            Kind::Two(two) => two.memory_changed(look, &ground.map),
+        });
+    }
+
+    /// Marks the guest's leaves for the IOVAs of `marked` that are not marked yet, of all tables, where a format says that hardware does, and adds what was done
+    /// to `written`. Of two stages, entries of the first are written with the second one's permission, and the second's leaves for them are marked as well.
+    pub fn mark<M: MarkMemory + ?Sized>(&mut self, memory: &M, marked: Marked, budget: &Budget, written: &mut MarksWritten) {
+        match &mut self.kind {
+            Kind::Blocked | Kind::Direct(_) => {}
+            Kind::One(one) => one.shadow.mark(memory, marked, budget, written),
+            Kind::Two(two) => two.mark(memory, marked, budget, written),
+        }
+    }
+
+    /// The guest's registers or structures say something else: `way` is what its DMA gets from now on. All tables are read again; `changes` has what differs,
+    /// and nothing for a byte whose translation is the same in pieces of the same size.
+    ///
+    /// While one kind takes another's place, both are held, each within the limits.
+    ///
+    /// # Errors
+    /// A format failed, or describes a table that cannot be. The address space is then as it was.
+    pub fn switch<M: EntryMemory + ?Sized>(&mut self, way: Way, memory: &M, budget: &Budget, changes: &mut Changes) -> Result<(), OpenError> {
+        let Way { stages, intercepts } = way;
+        match (&self.kind, stages) {
+            (Kind::One(one), Stages::One(format)) => {
+                let prepared = Prepared::new(format)?;
+                let same = one.shadow.has_shape_of(&prepared);
+                self.switch_in_place(intercepts, same, memory, budget, changes, |kind, look| {
+                    if let Kind::One(one) = kind {
+                        one.switch(look, prepared);
+                    }
+                });
+            }
+            (Kind::Two(_), Stages::Two { first, second }) => {
+                let (first, second) = (Prepared::new(first)?, Prepared::new(second)?);
+                self.switch_in_place(intercepts, true, memory, budget, changes, |kind, look| {
+                    if let Kind::Two(two) = kind {
+                        two.switch(look, first, second);
+                    }
+                });
+            }
+            (_, stages) => {
+                let kind = Kind::open(stages, &self.ground)?;
+                self.remember();
+                self.told.drop_all();
+                // The old one lets go of its pages when the new one has its own.
+                let before = std::mem::replace(&mut self.kind, kind);
+                self.intercepts = intercepts;
+                self.look_at_told(memory, budget, changes, |kind, look, ground| match kind {
+                    Kind::Blocked => {}
+                    Kind::Direct(windows) => show_windows(windows, look, ground),
+                    Kind::One(one) => one.synchronise(look, Span::ALL, false),
+                    Kind::Two(two) => two.synchronise(look, Span::ALL, false),
+                });
+                drop(before);
+            }
+        }
+        Ok(())
+    }
+
+    /// Other formats for the same kind of address space. `same`: what was seen can be compared, entry by entry.
+    fn switch_in_place<M: EntryMemory + ?Sized>(
+        &mut self,
+        intercepts: Vec<Intercept>,
+        same: bool,
+        memory: &M,
+        budget: &Budget,
+        changes: &mut Changes,
+        act: impl FnOnce(&mut Kind, &mut Look<'_, M>),
+    ) {
+        let others = intercepts != self.intercepts;
+        if self.is_straight() && !others && same {
+            return self.look(memory, budget, changes, |kind, look, _| act(kind, look));
+        }
+        self.remember();
+        if others {
+            self.told.drop_all();
+            self.intercepts = intercepts;
+        }
+        self.look_at_told(memory, budget, changes, |kind, look, _| {
+            act(kind, look);
+            match kind {
+                Kind::One(one) if others => one.tell_all(look),
+                Kind::Two(two) if others => two.tell_all(look),
+                _ => {}
+            }
+        });
+    }
+
+    /// Asks another instance of the same format from now on, for the first table or the second; blocked entries are judged again when they are read next.
+    ///
+    /// # Errors
+    /// The format failed, describes other tables, or there is no such table. All is then as it was.
+    pub fn reopen(&mut self, stage: u8, format: Box<dyn Format>) -> Result<(), ReopenError> {
+        match (&mut self.kind, stage) {
+            (Kind::One(one), 1) => one.shadow.reopen(format),
+            (Kind::Two(two), 1) => two.first.reopen(format),
+            (Kind::Two(two), 2) => two.second.reopen(format),
+            _ => Err(ReopenError::Geometry),
+        }
+    }
+
+    /// What was seen of the first table, or of the second; none if there is no such table. The outputs of a first of two are inputs of the second, and its
+    /// tables are where the second puts them.
+    #[must_use]
+    pub fn table(&self, stage: u8) -> Option<&Shadow> {
+        match (&self.kind, stage) {
+            (Kind::One(one), 1) => Some(&one.shadow),
+            (Kind::Two(two), 1) => Some(&two.first),
+            (Kind::Two(two), 2) => Some(&two.second),
+            _ => None,
+        }
+    }
+
+    /// What is held of all tables together.
+    #[must_use]
+    pub fn figures(&self) -> ShadowFigures {
+        match &self.kind {
+            Kind::Blocked | Kind::Direct(_) => ShadowFigures::default(),
+            Kind::One(one) => one.shadow.figures(),
+            Kind::Two(two) => two.figures(),
+        }
+    }
+
+    /// The guest pages that hold tables, in no order.
+    pub fn watched_pages(&self) -> impl Iterator<Item = Gpa> + use<> {
+        self.ground.watch.pages().into_iter()
+    }
+
+    /// Tells `each` every piece that is mapped at some IOVA of `span`, in ascending order, as the last changes left it. Pieces are told as they were when they
+    /// were mapped: the first and the last may reach beyond `span`.
+    pub fn pieces(&self, span: Span, each: &mut dyn FnMut(Piece)) {
+        let _ = self.pieces_until(span, &mut |piece| {
+            each(piece);
+            ControlFlow::Continue(())
+        });
+    }
+
+    /// The same, until `each` has had enough.
+    pub(super) fn pieces_until(&self, span: Span, each: &mut dyn FnMut(Piece) -> ControlFlow<()>) -> ControlFlow<()> {
+        match &self.kind {
+            Kind::One(one) if self.is_straight() => one.shadow.pieces_until(span, each),
+            _ => self.told.pieces(span).try_for_each(each),
+        }
+    }
+
+    /// Changes of the table are changes of the address space.
+    fn is_straight(&self) -> bool {
+        matches!(self.kind, Kind::One(_)) && self.intercepts.is_empty()
+    }
+
+    /// From here on [`Space::told`] has everything.
+    fn remember(&mut self) {
+        if let (true, Kind::One(one)) = (self.is_straight(), &self.kind) {
+            one.shadow.pieces(Span::ALL, &mut |piece| self.told.remember(piece));
+        }
+    }
+
+    fn look<M: EntryMemory + ?Sized>(
+        &mut self,
+        memory: &M,
+        budget: &Budget,
+        changes: &mut Changes,
+        act: impl FnOnce(&mut Kind, &mut Look<'_, M>, &Ground),
+    ) {
+        let (straight, most) = (self.is_straight(), self.ground.limits.leaves);
+        let mut look =
+            Look { memory, budget, changes: &mut *changes, told: &mut self.told, intercepts: &self.intercepts, most, straight, switching: false };
+        act(&mut self.kind, &mut look, &self.ground);
+        self.told.settle(changes);
+    }
+
+    /// The same, for which all that is mapped is in [`Space::told`] before and after.
+    fn look_at_told<M: EntryMemory + ?Sized>(
+        &mut self,
+        memory: &M,
+        budget: &Budget,
+        changes: &mut Changes,
+        act: impl FnOnce(&mut Kind, &mut Look<'_, M>, &Ground),
+    ) {
+        let straight = self.is_straight();
+        // The shadow of a single table counts what it holds.
+        let most = if straight { u64::MAX } else { self.ground.limits.leaves };
+        let mut look = Look {
+            memory,
+            budget,
+            changes: &mut *changes,
+            told: &mut self.told,
+            intercepts: &self.intercepts,
+            most,
+            straight: false,
+            switching: true,
+        };
+        act(&mut self.kind, &mut look, &self.ground);
+        self.told.settle(changes);
+        if straight {
+            self.told = Told::default();
+        }
+    }
+}
+
+impl Kind {
+    fn open(stages: Stages, ground: &Ground) -> Result<Self, OpenError> {
+        let one = |format| Shadow::open(format, ground.map.clone(), ground.limits, Box::new(ground.watch.clone()));
+        Ok(match stages {
+            Stages::Blocked => Self::Blocked,
+            Stages::Direct(windows) => Self::Direct(windows),
+            Stages::One(format) => Self::One(Box::new(One::new(one(format)?))),
+            Stages::Two { first, second } => Self::Two(Box::new(Two::open(first, second, ground)?)),
+        })
+    }
+}
+
+/// All that windows show. There are few of them, so that they are looked at as a whole.
+fn show_windows<M: EntryMemory + ?Sized>(windows: &[Window], look: &mut Look<'_, M>, ground: &Ground) {
+    look.told.drop_all();
+    let mut space = AddressSpace::direct(windows.to_vec()).with_intercepts(look.intercepts.to_vec());
+    let mut teller = Teller { told: look.told, most: look.most, next: 0, anew: false };
+    let shown = space.walk(look.memory, &ground.map, Span::ALL, look.budget, &mut teller);
+    let next = teller.next;
+    if shown.is_err() {
+        look.changes.block(Span { first: next, last: u64::MAX }, Reason::Leaves);
+    }
+}

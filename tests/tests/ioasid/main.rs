@@ -1,0 +1,9 @@
+//! I/O address spaces as a VMM uses them, on the simulated kernel and hardware: every promise is looked at through DMA.
+#![allow(clippy::unwrap_used)]
+
+#[path = "../configs/mod.rs"]
+mod configs;
+mod converted;
+mod guests;
+mod managed;
+mod rig;

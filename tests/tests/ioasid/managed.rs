@@ -1,0 +1,112 @@
+//! Mappings of the VMM, mirrored in all units.
+
+use stagecraft::ioasid::{Error, Property, Request, Target};
+use stagecraft::kernel::Errno;
+use stagecraft::kernel::sim::UnitConfig;
+use stagecraft::{Access, Gpa, Span};
+
+use crate::rig::{DATA, Rig};
+
+const BOTH: Access = Access { read: true, write: true };
+const READ: Access = Access { read: true, write: false };
+
+fn span(first: u64, bytes: u64) -> Span {
+    Span { first, last: first + bytes - 1 }
+}
+
+fn two_units() -> Rig {
+    Rig::new(&[UnitConfig::vtd("one"), UnitConfig::smmuv3("other").without_nesting()], &[("nic", &[0]), ("disk", &[1])])
+}
+
+#[test]
+fn two_units_have_the_same() {
+    let rig = two_units();
+    {
+        let context = rig.context();
+        let (nic, disk) = (context.connect("nic").unwrap(), context.connect("disk").unwrap());
+        let ioasid = context.allocate(Request::managed()).unwrap();
+        ioasid.map(span(0x10_0000, 0x4000), Target::Guest(Gpa(DATA)), BOTH).unwrap();
+        ioasid.attach(&nic, None).unwrap();
+        ioasid.attach(&disk, None).unwrap();
+        ioasid.map(span(0x20_0000, 0x1000), Target::Guest(Gpa(DATA + 0x8000)), READ).unwrap();
+        for label in ["nic", "disk"] {
+            assert_eq!((rig.dma(label, 0x10_3000), rig.dma(label, 0x20_0008)), (Some(DATA + 0x3000), Some(DATA + 0x8008)));
+            assert!(rig.writes(label, 0x10_0000) && !rig.writes(label, 0x20_0000));
+        }
+        assert!(matches!(ioasid.unmap(span(0x10_0000, 0x1000)), Err(Error::NotMapped(_))), "a mapping is not cut");
+        assert!(matches!(ioasid.unmap(span(0x30_0000, 0x1000)), Err(Error::NotMapped(_))));
+        assert!(matches!(ioasid.map(span(0x10_3000, 0x2000), Target::Guest(Gpa(DATA)), BOTH), Err(Error::Mapped(_))));
+        assert!(matches!(ioasid.map(span(0x50_0000, 0x2000), Target::Guest(Gpa(1 << 40)), BOTH), Err(Error::NotMemory(_))));
+        assert_eq!(ioasid.unmap(span(0, 0x100_0000)).unwrap(), 2);
+        for label in ["nic", "disk"] {
+            assert_eq!((rig.dma(label, 0x10_3000), rig.dma(label, 0x20_0008)), (None, None));
+        }
+    }
+    rig.assert_clean();
+}
+
+/// Whatever step inside the kernel fails, both units have it or none has.
+#[test]
+fn mappings_are_made_in_both_units_or_in_none() {
+    let rig = two_units();
+    let context = rig.context();
+    let (nic, disk) = (context.connect("nic").unwrap(), context.connect("disk").unwrap());
+    let ioasid = context.allocate(Request::managed()).unwrap();
+    ioasid.attach(&nic, None).unwrap();
+    ioasid.attach(&disk, None).unwrap();
+    let mut failures = 0;
+    for call in [true, false] {
+        for n in 1.. {
+            if call {
+                rig.sim.fail_nth(n, Errno::ENOMEM);
+            } else {
+                rig.sim.fail_step_nth(n, Errno::ENOMEM);
+            }
+            let mapped = ioasid.map(span(0x10_0000, 0x4000), Target::Guest(Gpa(DATA)), BOTH);
+            let untouched = rig.sim.disarm();
+            let wanted = mapped.is_ok().then_some(DATA + 0x3000);
+            assert_eq!((rig.dma("nic", 0x10_3000), rig.dma("disk", 0x10_3000)), (wanted, wanted), "step {n}: {mapped:?}");
+            if mapped.is_ok() {
+                assert!(untouched, "nothing was left to fail");
+                assert_eq!(ioasid.unmap(span(0x10_0000, 0x4000)).unwrap(), 1);
+                break;
+            }
+            failures += 1;
+            assert!(matches!(mapped, Err(Error::Kernel { errno: Errno::ENOMEM, .. })));
+        }
+    }
+    assert!(failures >= 4, "{failures}");
+}
+
+#[test]
+fn what_does_not_fit_is_refused_with_the_property() {
+    let rig = Rig::new(&[UnitConfig::vtd("one"), UnitConfig::smmuv3("other")], &[("nic", &[0]), ("disk", &[1])]);
+    let context = rig.context();
+    let (nic, disk) = (context.connect("nic").unwrap(), context.connect("disk").unwrap());
+    let property = |result: Result<(), Error>| match result {
+        Err(Error::Refused(refusal)) => refusal.property,
+        other => panic!("{other:?}"),
+    };
+    let ioasid = context.allocate(Request::managed()).unwrap();
+    // Where x86 units have their interrupts an SMMU has nothing, and the reverse.
+    ioasid.map(span(0xfee0_0000, 0x1000), Target::Guest(Gpa(DATA)), BOTH).unwrap();
+    assert_eq!(ioasid.serves(&nic).unwrap_err().property, Property::Iova);
+    assert_eq!(property(ioasid.attach(&nic, None)), Property::Iova);
+    ioasid.serves(&disk).unwrap();
+    ioasid.attach(&disk, None).unwrap();
+    assert_eq!(rig.dma("disk", 0xfee0_0000), Some(DATA));
+    assert_eq!(property(ioasid.attach(&disk, None)), Property::Attachment);
+    assert_eq!(property(ioasid.replace(&nic, None)), Property::Attachment);
+    assert_eq!(property(ioasid.detach(&nic, None)), Property::Attachment);
+    assert_eq!(property(ioasid.invalidate(&[]).map(drop).and(ioasid.change(&[]))), Property::Kind);
+    let other = rig_of_another();
+    assert_eq!(property(ioasid.attach(&other.1, None)), Property::Context);
+    ioasid.detach(&disk, None).unwrap();
+    assert_eq!(rig.dma("disk", 0xfee0_0000), None);
+}
+
+fn rig_of_another() -> (Rig, stagecraft::ioasid::Device) {
+    let rig = Rig::new(&[UnitConfig::vtd("one")], &[("nic", &[0])]);
+    let device = rig.context().connect("nic").unwrap();
+    (rig, device)
+}

@@ -1,0 +1,109 @@
+//! A machine, a guest's memory, and a context over both.
+
+use std::sync::{Arc, OnceLock};
+
+use stagecraft::ioasid::{Context, GuestMemory, Setup, TableSupply};
+use stagecraft::kernel::sim::{DeviceConfig, Sim, SimBuilder, UnitConfig, UnitIndex};
+use stagecraft::kernel::{Kernel, Pasid};
+use stagecraft::plugin::queue::{Effect, Invalidation, Scope};
+use stagecraft::plugin::{Config, Engine, Plugins};
+use stagecraft::{Iova, Span};
+use vm_memory::{GuestAddress, GuestMemoryMmap, MmapRegion};
+
+/// Guest memory is from 0 up to here.
+pub const MEMORY: u64 = 32 << 20;
+/// Where pages for DMA begin.
+pub const DATA: u64 = 0x80_0000;
+
+/// The plugins, compiled once.
+pub fn plugins() -> Arc<Plugins> {
+    static PLUGINS: OnceLock<Arc<Plugins>> = OnceLock::new();
+    Arc::clone(PLUGINS.get_or_init(|| Arc::new(Plugins::builtin(&Engine::new(Config::default()).unwrap()).unwrap())))
+}
+
+/// Memory for tables that the simulated kernel knows.
+#[derive(Debug)]
+pub struct SimTables(pub Arc<Sim>);
+
+impl TableSupply for SimTables {
+    fn region(&self, bytes: usize) -> Option<Arc<MmapRegion>> {
+        let region = Arc::new(MmapRegion::new(bytes).ok()?);
+        self.0.register_region(Arc::clone(&region)).ok()?;
+        Some(region)
+    }
+
+    fn release(&self, region: Arc<MmapRegion>) {
+        self.0.unregister_region(region.as_ptr() as u64).unwrap();
+    }
+}
+
+/// A machine with a guest.
+pub struct Rig {
+    pub sim: Arc<Sim>,
+    pub memory: Arc<GuestMemoryMmap>,
+}
+
+impl Rig {
+    /// Units, and for each device the numbers of the units on its path.
+    pub fn new(units: &[UnitConfig], devices: &[(&str, &[usize])]) -> Self {
+        let mut builder = SimBuilder::new();
+        let units: Vec<UnitIndex> = units.iter().map(|unit| builder.unit(unit.clone())).collect();
+        for (requester, (label, path)) in (1..).zip(devices) {
+            let path: Vec<UnitIndex> = path.iter().map(|unit| units[*unit]).collect();
+            builder.device(DeviceConfig::new(label, requester), &path);
+        }
+        let sim = builder.build().unwrap();
+        let memory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY as usize)]).unwrap());
+        sim.register_memory(&memory).unwrap();
+        sim.set_patience(50);
+        Self { sim, memory }
+    }
+
+    pub fn kernel(&self) -> Arc<dyn Kernel> {
+        Arc::clone(&self.sim) as Arc<dyn Kernel>
+    }
+
+    pub fn setup(&self) -> Setup {
+        let memory = GuestMemory::of_mmap(&self.memory).unwrap();
+        Setup { tables: Arc::new(SimTables(Arc::clone(&self.sim))), ..Setup::new(self.kernel(), plugins(), memory) }
+    }
+
+    pub fn context(&self) -> Context {
+        Context::with(self.setup()).unwrap()
+    }
+
+    /// Whether a device writes and reads back at an IOVA, and where it got to: the address in guest memory.
+    pub fn dma(&self, label: &str, iova: u64) -> Option<u64> {
+        self.dma_of(label, None, iova)
+    }
+
+    pub fn dma_of(&self, label: &str, pasid: Option<Pasid>, iova: u64) -> Option<u64> {
+        use stagecraft::kernel::sim::DmaAccess;
+        let device = self.sim.device(label).unwrap();
+        let found = device.translate(pasid, Iova(iova), DmaAccess::Read).ok()?;
+        let region = vm_memory::GuestMemoryBackend::iter(&*self.memory).next().unwrap();
+        found.user_address.checked_sub(vm_memory::GuestMemoryRegion::get_host_address(region, vm_memory::MemoryRegionAddress(0)).unwrap() as u64)
+    }
+
+    /// Whether a device may write there.
+    pub fn writes(&self, label: &str, iova: u64) -> bool {
+        self.sim.device(label).unwrap().write(None, Iova(iova), &[1]).is_ok()
+    }
+
+    /// Nothing is left in the kernel.
+    pub fn assert_clean(&self) {
+        assert_eq!((self.sim.objects(), self.sim.pinned_pages(), self.sim.areas()), (0, 0, 0));
+    }
+}
+
+/// A command for a range of IOVAs of everybody.
+pub fn range(first: u64, last: u64, leaf: bool) -> Invalidation {
+    let scope = Scope { leaf, second_stage: false, domain: None, space: None, id: None };
+    Invalidation { index: 0, effect: Effect::Range { scope, iova: Span { first, last } } }
+}
+
+pub fn page(iova: u64) -> Invalidation {
+    range(iova, iova | 0xfff, true)
+}
+
+pub const EVERYTHING: Invalidation = Invalidation { index: 0, effect: Effect::Everything };
