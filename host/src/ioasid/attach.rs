@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::commit::KernelCommitter;
 use super::device::{Connected, Held, Slot, Who, outside};
+use super::metrics::Counter;
 use super::nested::{Bound, For};
 use super::parent::Under;
 use super::part::{Engine, Host, Part};
@@ -333,6 +334,7 @@ impl Space {
             match self.make(state, device, pasid.is_some(), candidate) {
                 Ok(host) => {
                     tracing::debug!(%strategy, what, "chosen");
+                    self.context().count(Counter::of(strategy), 1);
                     explanation.chosen = Some(Chosen { strategy, what });
                     explanation.notes = notes;
                     return Ok(Part { unit: device.unit(), host, explanation, users: Vec::new(), blocked: Vec::new() });

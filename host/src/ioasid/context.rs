@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 
 use super::device::Connected;
+use super::metrics::{Counter, Counters};
 use super::parent::{Parent, Under};
 use super::space::Space;
 use super::watch::Watched;
@@ -14,8 +15,18 @@ use crate::Gpa;
 use crate::kernel::handle::{Device as Bound, Hwpt, Ioas, PageTable};
 use crate::kernel::{Errno, HwInfo, HwptFlags, IovaRanges, Kernel};
 use crate::pins::{Backing, Pins, Region};
-use crate::plugin::{Offer, Plugins};
+use crate::plugin::{CallError, Offer, Plugins, TableConfig};
 use crate::sync::{Report, Watcher};
+use crate::table::Format;
+
+/// Opens formats of guests' tables, for embedders that supervise plugins.
+pub trait Formats: Send + Sync + fmt::Debug {
+    /// A format for one table.
+    ///
+    /// # Errors
+    /// The plugin refuses the configuration, or fails, or may not be asked.
+    fn open(&self, config: &TableConfig) -> Result<Box<dyn Format>, CallError>;
+}
 
 /// What a [`Context`] is made of.
 pub struct Setup {
@@ -25,6 +36,8 @@ pub struct Setup {
     pub plugins: Arc<Plugins>,
     /// The guest's memory.
     pub memory: GuestMemory,
+    /// Opens the formats of guests' tables; none: the plugins do, each table in an instance of its own.
+    pub formats: Option<Arc<dyn Formats>>,
     /// Memory for host tables.
     pub tables: Arc<dyn TableSupply>,
     /// Hears which guest pages hold tables, each once, whoever uses it.
@@ -43,7 +56,7 @@ impl Setup {
     /// With host tables in anonymous memory, nobody who watches, and default limits.
     #[must_use]
     pub fn new(kernel: Arc<dyn Kernel>, plugins: Arc<Plugins>, memory: GuestMemory) -> Self {
-        Self { kernel, plugins, memory, tables: Arc::new(PlainTables), watcher: None, limits: ContextLimits::default() }
+        Self { kernel, plugins, memory, formats: None, tables: Arc::new(PlainTables), watcher: None, limits: ContextLimits::default() }
     }
 }
 
@@ -66,6 +79,8 @@ pub(super) struct Inner {
     pins: Arc<Pins>,
     watched: Option<Arc<Watched>>,
     supply: Arc<dyn TableSupply>,
+    formats: Option<Arc<dyn Formats>>,
+    counters: Arc<Counters>,
     plugins: Arc<Plugins>,
     kernel: Arc<dyn Kernel>,
     limits: ContextLimits,
@@ -91,6 +106,27 @@ impl Inner {
 
     pub(super) fn plugins(&self) -> &Plugins {
         &self.plugins
+    }
+
+    /// A format of a guest's table.
+    pub(super) fn open(&self, config: &TableConfig) -> Result<Box<dyn Format>, Error> {
+        match &self.formats {
+            Some(formats) => Ok(formats.open(config)?),
+            None => Ok(Box::new(self.plugins.by_format(&config.format)?.open(config)?)),
+        }
+    }
+
+    pub(super) fn counters(&self) -> Arc<Counters> {
+        Arc::clone(&self.counters)
+    }
+
+    pub(super) fn count_report(&self, report: &Report) {
+        self.count(Counter::Changes, report.changes);
+        self.count(Counter::Blocked, report.blocked_count);
+    }
+
+    pub(super) fn count(&self, counter: Counter, by: u64) {
+        self.counters.add(counter, by);
     }
 
     pub(super) fn supply(&self) -> Arc<dyn TableSupply> {
@@ -205,7 +241,8 @@ impl Context {
     /// # Errors
     /// [`Error::Kernel`]; [`Error::TableWindow`]; [`Error::Pins`], also for [`ContextLimits::pinned_bytes`].
     pub fn with(setup: Setup) -> Result<Self, Error> {
-        let Setup { kernel, plugins, memory, tables, watcher, limits } = setup;
+        let Setup { kernel, plugins, memory, formats, tables, watcher, limits } = setup;
+        let (kernel, counters) = Counters::watch(kernel);
         check_window(&memory)?;
         let pins = Pins::new(&kernel, limits.pinned_bytes).map_err(Error::kernel("making an address space"))?;
         memory.regions().iter().try_for_each(|region| add(&pins, region))?;
@@ -218,6 +255,8 @@ impl Context {
             pins,
             watched: watcher.map(|watcher| Arc::new(Watched::new(watcher))),
             supply: tables,
+            formats,
+            counters,
             plugins,
             kernel,
             limits,
@@ -288,7 +327,12 @@ impl Context {
     /// # Errors
     /// [`Error::Refused`] by [`ContextLimits::spaces`]; [`Error::Plugins`], [`Error::Call`] and [`Error::Open`] for tables; [`Error::Kernel`].
     pub fn allocate(&self, request: Request) -> Result<Ioasid, Error> {
-        let id = SpaceId(self.0.next_space.fetch_add(1, Ordering::Relaxed));
+        self.allocate_as(SpaceId(self.0.next_space.fetch_add(1, Ordering::Relaxed)), request)
+    }
+
+    /// The same under a number that an earlier context gave.
+    pub(super) fn allocate_as(&self, id: SpaceId, request: Request) -> Result<Ioasid, Error> {
+        self.0.next_space.fetch_max(id.0.saturating_add(1), Ordering::Relaxed);
         if lock(&self.0.spaces).len() >= self.0.limits.spaces {
             return Err(Refusal::new(Property::Limit, format!("the context has {} IOASIDs already", self.0.limits.spaces)).into());
         }
@@ -383,6 +427,15 @@ impl Context {
             result = result.and(ioasid.0.memory_changed(&memory));
         }
         result
+    }
+
+    /// What has been counted since the context was made.
+    #[cfg(feature = "metrics")]
+    #[must_use]
+    pub fn metrics(&self) -> super::Metrics {
+        let figures = self.0.pins.figures();
+        let stats: Vec<super::Stats> = self.ioasids().iter().map(Ioasid::stats).collect();
+        self.0.counters.metrics(&stats, (figures.bytes, figures.limit), self.0.table_bytes.load(Ordering::Relaxed))
     }
 
     /// The guest's memory, as the context knows it.

@@ -38,22 +38,27 @@ mod error;
 mod limits;
 mod managed;
 mod memory;
+mod metrics;
 mod nested;
 mod parent;
 mod part;
 mod request;
 mod software;
 mod space;
+mod state;
 mod strategy;
 mod tables;
 mod watch;
 
-pub use context::{Context, ContextCapabilities, FormatOffer, Setup};
+pub use context::{Context, ContextCapabilities, FormatOffer, Formats, Setup};
 pub use device::{Capabilities, Device};
 pub use error::{Error, Property, Refusal};
 pub use limits::{ContextLimits, SpaceLimits};
 pub use managed::Target;
 pub use memory::{GuestMemory, MemoryRegion, PlainTables, Shared, TableSupply};
+#[cfg(feature = "metrics")]
+pub use metrics::Metrics;
 pub use request::{GuestView, Kind, Request, Strategies, Strategy};
 pub use space::{Ioasid, Response, SpaceId, Stats};
+pub use state::{Restored, Saved};
 pub use strategy::{Chosen, Explanation, Rejected};

@@ -12,7 +12,6 @@ use crate::kernel::handle::{Attachment, Hwpt, PageTable, Viommu};
 use crate::kernel::{Errno, Pasid};
 use crate::plugin::queue::{Effect, Invalidation};
 use crate::sync::{Areas, CommitError, Live, LiveError, Nested, Report, Sink, Space, Unwatched, Watcher, Way};
-use crate::table::Format;
 use crate::{Change, Gpa, Span};
 
 /// A sink, and who tells it what changes: a guest's tables, or whoever has a batch.
@@ -109,10 +108,7 @@ impl<S: Sink> Engine<S> {
 
 /// What a guest's structures give, with its formats opened.
 pub(super) fn way(context: &Inner, view: &GuestView) -> Result<Way, Error> {
-    Way::of(&view.outcome, |config| {
-        let format: Box<dyn Format> = Box::new(context.plugins().by_format(&config.format)?.open(config)?);
-        Ok(format)
-    })
+    Way::of(&view.outcome, |config| context.open(config))
 }
 
 /// The host's side, by strategy.

@@ -120,9 +120,11 @@ impl Chunk {
 impl Drop for Chunk {
     fn drop(&mut self) {
         let kernel = self.pool.ioas.kernel();
-        // What the kernel does not let go of is neither given back nor used again: a device could still get there.
-        if kernel.ioas_unmap(self.pool.ioas.id(), Iova(self.base), self.bytes).is_err() {
-            tracing::warn!(address = self.base, bytes = self.bytes, "the kernel keeps memory of host tables");
+        let unmap = || kernel.ioas_unmap(self.pool.ioas.id(), Iova(self.base), self.bytes);
+        // What the kernel does not let go of is neither given back nor used again: hardware could still get there.
+        if let Err(errno) = unmap().or_else(|_| unmap()) {
+            tracing::warn!(%errno, address = self.base, bytes = self.bytes, "the kernel keeps memory of host tables");
+            std::mem::forget(self.region.take());
             return;
         }
         if let Some(region) = self.region.take() {

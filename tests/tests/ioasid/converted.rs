@@ -5,16 +5,7 @@ use stagecraft::kernel::sim::{Call, UnitConfig};
 use stagecraft::{Access, Gpa, Iova};
 
 use crate::guests::{Arch, Guest};
-use crate::rig::{DATA, EVERYTHING, Rig, page, range};
-
-fn unit(arch: Arch) -> UnitConfig {
-    match arch {
-        Arch::Arm => UnitConfig::smmuv3("host"),
-        Arch::Vtd => UnitConfig::vtd("host"),
-        Arch::Amd => UnitConfig::amd("host"),
-        Arch::Riscv => UnitConfig::riscv("host"),
-    }
-}
+use crate::rig::{DATA, EVERYTHING, Rig, page, range, unit};
 
 /// How the guest's table reaches the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -127,15 +118,15 @@ fn a_batch_is_one_call_of_the_kernel() {
         let guest = Guest::new(Arch::Arm, &rig.memory);
         let context = rig.context();
         let device = context.connect("nic").unwrap();
-        (0..256).for_each(|index| drop(guest.map(index << 14, DATA + (index << 12), true)));
+        (0..256).for_each(|index| guest.put(index << 14, DATA + (index << 12), true));
         let ioasid = context.allocate(Request::guest(guest.view()).with_strategies(&[Strategy::Nested])).unwrap();
         ioasid.attach(&device, None).unwrap();
         for pages in [1, 2, 17, 256] {
-            (0..pages).for_each(|index| drop(guest.map(index << 14, DATA + (index << 12), true)));
+            (0..pages).for_each(|index| guest.put(index << 14, DATA + (index << 12), true));
             ioasid.synchronise().unwrap();
             (0..pages).for_each(|index| assert_eq!(rig.dma("nic", index << 14), Some(DATA + (index << 12))));
             let before = rig.sim.calls_total();
-            (0..pages).for_each(|index| drop(guest.unmap(index << 14)));
+            (0..pages).for_each(|index| guest.remove(index << 14));
             let commands: Vec<_> = (0..pages).map(|index| page(index << 14)).collect();
             ioasid.invalidate(&commands).unwrap();
             assert_eq!(rig.sim.calls_total() - before, 1, "{host:?}: {pages} pages");

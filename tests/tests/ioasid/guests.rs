@@ -95,11 +95,6 @@ impl Guest {
         self.root.load(Ordering::Relaxed)
     }
 
-    /// Another table, empty.
-    pub fn new_root(&self) {
-        self.root.store(self.table(), Ordering::Relaxed);
-    }
-
     pub fn view(&self) -> GuestView {
         GuestView::table(self.arch.config(self.root()))
     }
@@ -134,6 +129,15 @@ impl Guest {
         let slot = self.slot(iova, 0);
         self.store(slot, self.arch.leaf(address, 0, writes));
         slot
+    }
+
+    /// The same, for whom it does not matter where.
+    pub fn put(&self, iova: u64, address: u64, writes: bool) {
+        self.map(iova, address, writes);
+    }
+
+    pub fn remove(&self, iova: u64) {
+        self.unmap(iova);
     }
 
     /// A page of 2 MiB, in the place of what was there.

@@ -4,6 +4,13 @@
 #[path = "../configs/mod.rs"]
 mod configs;
 mod converted;
+mod explain;
+mod failures;
 mod guests;
+mod idle;
 mod managed;
+mod moves;
+mod paths;
+mod requests;
 mod rig;
+mod state;
