@@ -17,6 +17,7 @@ pub mod plugin;
 pub mod snapshot;
 pub mod sync;
 pub mod table;
+pub mod viommu;
 pub mod virtio_iommu;
 pub mod watch;
 

@@ -1,31 +1,58 @@
 //! Guest memory, lent to a plugin while it follows device structures.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use vm_memory::GuestMemory;
 
-use crate::memory::{Budget, Exhausted, Limits, MemoryMap, VmMemory, read_bytes};
-use crate::plugin::{DetectMemory, Plugin, TableConfig};
-use crate::table::{AddressSpace, Table};
+use crate::device::Opener;
+use crate::device::trace::{Read, Trace};
+use crate::memory::{Budget, EntryLayout, EntryMemory, Exhausted, Limits, MemoryMap, ReadError, VmMemory, read_bytes};
+use crate::plugin::{DetectMemory, TableConfig};
+use crate::table::{AddressSpace, Table, WalkError};
 use crate::{Access, Gpa, Iova};
 
 /// Most different tables that one lookup may read through.
 const MAX_THROUGH: usize = 4;
 
 pub(super) struct Reader<M> {
-    plugin: Plugin,
+    open: Opener,
     memory: M,
     map: Arc<MemoryMap>,
     budget: Budget,
     through: HashMap<TableConfig, AddressSpace>,
     pub(super) missing: Option<Gpa>,
     pub(super) exhausted: Option<Exhausted>,
+    /// A format that was needed on the way failed.
+    pub(super) failed: bool,
+    pub(super) trace: Trace,
 }
 
-impl<M: GuestMemory> Reader<M> {
-    pub(super) fn new(plugin: Plugin, memory: M, map: Arc<MemoryMap>, limits: Limits) -> Self {
-        Self { plugin, memory, map, budget: Budget::new(limits), through: HashMap::new(), missing: None, exhausted: None }
+/// Memory that tells which of its pages are read.
+struct Traced<'a, M>(VmMemory<'a, M>, RefCell<&'a mut Trace>);
+
+impl<M: GuestMemory> EntryMemory for Traced<'_, M> {
+    fn read_entries(&self, address: Gpa, layout: EntryLayout, entries: &mut [u64]) -> Result<(), ReadError> {
+        self.1.borrow_mut().page(address.0);
+        self.0.read_entries(address, layout, entries)
+    }
+}
+
+impl<M: GuestMemory + Send> Reader<M> {
+    pub(super) fn new(open: Opener, memory: M, map: Arc<MemoryMap>, limits: Limits) -> Self {
+        let budget = Budget::new(limits);
+        Self { open, memory, map, budget, through: HashMap::new(), missing: None, exhausted: None, failed: false, trace: Trace::default() }
+    }
+
+    /// Reads again what `trace` says.
+    pub(super) fn replay(&mut self, trace: &Trace) {
+        for Read { through, address, length } in &trace.reads {
+            match through.and_then(|index| trace.tables.get(index)) {
+                Some(table) => drop(self.read_through(table, *address, *length)),
+                None => drop(self.read(*address, *length)),
+            }
+        }
     }
 
     fn read_physical(&mut self, address: u64, length: u32) -> Option<Vec<u8>> {
@@ -38,6 +65,8 @@ impl<M: GuestMemory> Reader<M> {
         if !known {
             return None;
         }
+        self.trace.page(address);
+        self.trace.page(last);
         let bytes = read_bytes(&self.memory, Gpa(address), length as usize).ok();
         if bytes.is_none() {
             self.missing.get_or_insert(Gpa(address));
@@ -52,11 +81,11 @@ impl<M: GuestMemory> Reader<M> {
                 return None;
             }
             // An instance of its own: the one that asks is busy asking.
-            let opened = Table::open(Box::new(self.plugin.open(table).ok()?)).ok()?;
-            self.through.insert(table.clone(), AddressSpace::single(opened));
+            let opened = (self.open)(table, &mut self.failed)?;
+            self.through.insert(table.clone(), AddressSpace::single(Table::open(opened).ok()?));
         }
         let space = self.through.get_mut(table)?;
-        let memory = VmMemory(&self.memory);
+        let memory = Traced(VmMemory(&self.memory), RefCell::new(&mut self.trace));
         match space.translate(&memory, &self.map, Iova(address), Access::READ, &self.budget) {
             Ok(Ok(translation)) => Some(translation.address.0),
             Ok(Err(fault)) => {
@@ -65,21 +94,18 @@ impl<M: GuestMemory> Reader<M> {
                 }
                 None
             }
-            Err(crate::table::WalkError::Exhausted(exhausted)) => {
+            Err(WalkError::Exhausted(exhausted)) => {
                 self.exhausted = Some(exhausted);
                 None
             }
-            Err(_) => None,
+            Err(_) => {
+                self.failed = true;
+                None
+            }
         }
     }
-}
 
-impl<M: GuestMemory + Send> DetectMemory for Reader<M> {
-    fn read(&mut self, address: u64, length: u32) -> Option<Vec<u8>> {
-        self.read_physical(address, length)
-    }
-
-    fn read_through(&mut self, table: &TableConfig, address: u64, length: u32) -> Option<Vec<u8>> {
+    fn read_translated(&mut self, table: &TableConfig, address: u64, length: u32) -> Option<Vec<u8>> {
         let mut bytes = Vec::with_capacity(length as usize);
         let mut at = address;
         let end = address.checked_add(u64::from(length))?;
@@ -91,5 +117,19 @@ impl<M: GuestMemory + Send> DetectMemory for Reader<M> {
             at += part;
         }
         Some(bytes)
+    }
+}
+
+impl<M: GuestMemory + Send> DetectMemory for Reader<M> {
+    fn read(&mut self, address: u64, length: u32) -> Option<Vec<u8>> {
+        let bytes = self.read_physical(address, length);
+        self.trace.read(None, address, length, bytes.as_deref());
+        bytes
+    }
+
+    fn read_through(&mut self, table: &TableConfig, address: u64, length: u32) -> Option<Vec<u8>> {
+        let bytes = self.read_translated(table, address, length);
+        self.trace.read(Some(table), address, length, bytes.as_deref());
+        bytes
     }
 }

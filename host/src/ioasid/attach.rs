@@ -105,6 +105,7 @@ impl Space {
             geometry: state.geometry.as_ref(),
             capabilities: device.capabilities(),
             plugins: self.context().plugins(),
+            supervisors: self.context().supervisors(),
             memory,
         }
     }
@@ -374,6 +375,11 @@ impl Space {
                 let sink = Nested::new(table, committer(&mut bound)?);
                 let mut engine = Engine::new(context, self.id(), &state.kind, limits, sink)?;
                 engine.fill(&context.memory(), &state.told())?;
+                // A device is not attached to half of a table, unless its guest asks for more than it may have.
+                let table = engine.sink().table();
+                if let Some(errno) = table.memory().failure().filter(|_| table.figures().without_memory > 0) {
+                    return Err(Error::kernel("memory for host tables")(errno));
+                }
                 Ok(Host::Table(Box::new(bound), Box::new(engine)))
             }
             Candidate::Areas => self.areas(state, device),
@@ -398,6 +404,13 @@ impl Space {
         let areas = Areas::new(self.context().pins(), AreaLimits { flags, ..limits.areas }).map_err(Error::kernel("making an address space"))?;
         let mut engine = Engine::new(self.context(), self.id(), &state.kind, limits, areas)?;
         engine.fill(&self.context().memory(), &state.told())?;
+        if engine.sink().figures().pending > 0 {
+            // What was refused once is tried again, and then given up.
+            engine.commit().map_err(Error::Blocked)?;
+            if engine.sink().figures().pending > 0 {
+                return Err(Error::kernel("mapping guest memory for the device")(Errno::ENOMEM));
+            }
+        }
         Ok(Host::Areas(Box::new(engine)))
     }
 }

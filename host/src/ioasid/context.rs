@@ -15,18 +15,9 @@ use crate::Gpa;
 use crate::kernel::handle::{Device as Bound, Hwpt, Ioas, PageTable};
 use crate::kernel::{Errno, HwInfo, HwptFlags, IovaRanges, Kernel};
 use crate::pins::{Backing, Pins, Region};
-use crate::plugin::{CallError, Offer, Plugins, TableConfig};
+use crate::plugin::{Offer, Plugins, Policy, Supervisors, TableConfig};
 use crate::sync::{Report, Watcher};
 use crate::table::Format;
-
-/// Opens formats of guests' tables, for embedders that supervise plugins.
-pub trait Formats: Send + Sync + fmt::Debug {
-    /// A format for one table.
-    ///
-    /// # Errors
-    /// The plugin refuses the configuration, or fails, or may not be asked.
-    fn open(&self, config: &TableConfig) -> Result<Box<dyn Format>, CallError>;
-}
 
 /// What a [`Context`] is made of.
 pub struct Setup {
@@ -36,14 +27,14 @@ pub struct Setup {
     pub plugins: Arc<Plugins>,
     /// The guest's memory.
     pub memory: GuestMemory,
-    /// Opens the formats of guests' tables; none: the plugins do, each table in an instance of its own.
-    pub formats: Option<Arc<dyn Formats>>,
     /// Memory for host tables.
     pub tables: Arc<dyn TableSupply>,
     /// Hears which guest pages hold tables, each once, whoever uses it.
     pub watcher: Option<Box<dyn Watcher>>,
     /// How much all of it may take.
     pub limits: ContextLimits,
+    /// The same plugins under supervision; none: with the default policy.
+    pub supervisors: Option<Supervisors>,
 }
 
 impl fmt::Debug for Setup {
@@ -56,7 +47,7 @@ impl Setup {
     /// With host tables in anonymous memory, nobody who watches, and default limits.
     #[must_use]
     pub fn new(kernel: Arc<dyn Kernel>, plugins: Arc<Plugins>, memory: GuestMemory) -> Self {
-        Self { kernel, plugins, memory, formats: None, tables: Arc::new(PlainTables), watcher: None, limits: ContextLimits::default() }
+        Self { kernel, plugins, memory, tables: Arc::new(PlainTables), watcher: None, limits: ContextLimits::default(), supervisors: None }
     }
 }
 
@@ -79,9 +70,8 @@ pub(super) struct Inner {
     pins: Arc<Pins>,
     watched: Option<Arc<Watched>>,
     supply: Arc<dyn TableSupply>,
-    formats: Option<Arc<dyn Formats>>,
     counters: Arc<Counters>,
-    plugins: Arc<Plugins>,
+    supervisors: Supervisors,
     kernel: Arc<dyn Kernel>,
     limits: ContextLimits,
     table_bytes: Arc<AtomicU64>,
@@ -104,16 +94,18 @@ impl Inner {
         &self.kernel
     }
 
+    /// All formats are opened by them: a plugin that fails in the middle of a guest's life is made anew.
+    pub(super) const fn supervisors(&self) -> &Supervisors {
+        &self.supervisors
+    }
+
     pub(super) fn plugins(&self) -> &Plugins {
-        &self.plugins
+        self.supervisors.plugins()
     }
 
     /// A format of a guest's table.
     pub(super) fn open(&self, config: &TableConfig) -> Result<Box<dyn Format>, Error> {
-        match &self.formats {
-            Some(formats) => Ok(formats.open(config)?),
-            None => Ok(Box::new(self.plugins.by_format(&config.format)?.open(config)?)),
-        }
+        Ok(Box::new(self.supervisors.open(config)?))
     }
 
     pub(super) fn counters(&self) -> Arc<Counters> {
@@ -241,7 +233,7 @@ impl Context {
     /// # Errors
     /// [`Error::Kernel`]; [`Error::TableWindow`]; [`Error::Pins`], also for [`ContextLimits::pinned_bytes`].
     pub fn with(setup: Setup) -> Result<Self, Error> {
-        let Setup { kernel, plugins, memory, formats, tables, watcher, limits } = setup;
+        let Setup { kernel, plugins, memory, tables, watcher, limits, supervisors } = setup;
         let (kernel, counters) = Counters::watch(kernel);
         check_window(&memory)?;
         let pins = Pins::new(&kernel, limits.pinned_bytes).map_err(Error::kernel("making an address space"))?;
@@ -255,9 +247,8 @@ impl Context {
             pins,
             watched: watcher.map(|watcher| Arc::new(Watched::new(watcher))),
             supply: tables,
-            formats,
             counters,
-            plugins,
+            supervisors: supervisors.unwrap_or_else(|| Supervisors::new(plugins, Policy::default())),
             kernel,
             limits,
             table_bytes: Arc::new(AtomicU64::new(0)),
@@ -450,10 +441,16 @@ impl Context {
         &self.0.kernel
     }
 
+    /// The plugins under supervision: their health, and another version of one.
+    #[must_use]
+    pub fn supervisors(&self) -> &Supervisors {
+        &self.0.supervisors
+    }
+
     /// The plugins.
     #[must_use]
     pub fn plugins(&self) -> &Arc<Plugins> {
-        &self.0.plugins
+        self.0.supervisors.plugins()
     }
 }
 

@@ -8,7 +8,7 @@ use crate::lookup::LookupError;
 use crate::memory::MemoryMapError;
 use crate::offers::OffersError;
 use crate::pins::PinError;
-use crate::plugin::{CallError, PluginsError};
+use crate::plugin::{CallError, OpenFormatError, PluginsError, SuperviseError};
 use crate::sync::{CommitError, LiveError};
 use crate::table::{BuildError, OpenError, WalkError};
 
@@ -106,6 +106,9 @@ pub enum Error {
     /// A plugin refused or failed.
     #[error(transparent)]
     Call(#[from] CallError),
+    /// A plugin failed before, and is not asked at the moment.
+    #[error(transparent)]
+    Supervised(SuperviseError),
     /// A unit's hardware information is not understood.
     #[error(transparent)]
     Offers(#[from] OffersError),
@@ -153,6 +156,16 @@ pub enum Error {
 impl Error {
     pub(super) fn kernel(what: &'static str) -> impl FnOnce(Errno) -> Self {
         move |errno| Self::Kernel { what, errno }
+    }
+}
+
+impl From<OpenFormatError> for Error {
+    fn from(error: OpenFormatError) -> Self {
+        match error {
+            OpenFormatError::Plugins(error) => Self::Plugins(error),
+            OpenFormatError::Supervised(SuperviseError::Call(error)) => Self::Call(error),
+            OpenFormatError::Supervised(error) => Self::Supervised(error),
+        }
     }
 }
 

@@ -50,7 +50,7 @@ mod strategy;
 mod tables;
 mod watch;
 
-pub use context::{Context, ContextCapabilities, FormatOffer, Formats, Setup};
+pub use context::{Context, ContextCapabilities, FormatOffer, Setup};
 pub use device::{Capabilities, Device};
 pub use error::{Error, Property, Refusal};
 pub use limits::{ContextLimits, SpaceLimits};

@@ -80,6 +80,18 @@ impl<S: Sink> Engine<S> {
         self.live(|live| live.synchronise(memory.entries()))
     }
 
+    /// Guest memory came or went.
+    pub(super) fn memory_changed(&mut self, memory: &GuestMemory) -> Result<Report, LiveError> {
+        match self {
+            Self::Live(live) => live.memory_changed(memory.entries(), memory.map().clone()),
+            // Areas of what went go with a commit; elsewhere mappings lead to addresses that nobody serves.
+            Self::Told(sink) => {
+                sink.commit()?;
+                Ok(Report::default())
+            }
+        }
+    }
+
     /// The guest's structures say something else.
     pub(super) fn switch(&mut self, memory: &GuestMemory, way: Way, view: &GuestView) -> Result<Report, LiveError> {
         self.live(|live| {
@@ -216,6 +228,15 @@ impl Part {
             Host::Kernel(_) | Host::Own(..) => Ok(Report::default()),
             Host::Table(_, engine) => engine.switch(memory, way, view),
             Host::Areas(engine) => engine.switch(memory, way, view),
+        }
+    }
+
+    /// Guest memory came or went. The kernel's own tables follow by themselves.
+    pub(super) fn memory_changed(&mut self, memory: &GuestMemory) -> Result<Report, LiveError> {
+        match &mut self.host {
+            Host::Kernel(_) | Host::Own(..) => Ok(Report::default()),
+            Host::Table(_, engine) => engine.memory_changed(memory),
+            Host::Areas(engine) => engine.memory_changed(memory),
         }
     }
 

@@ -205,7 +205,7 @@ impl Space {
         if let Content::Managed(managed) = content {
             managed.memory_changed(memory.map())?;
         }
-        self.each(&mut state, &mut detached, |part| part.synchronise(memory), |software| software.synchronise(memory)).map(drop)
+        self.each(&mut state, &mut detached, |part| part.memory_changed(memory), |software| software.memory_changed(memory)).map(drop)
     }
 }
 

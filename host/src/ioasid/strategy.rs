@@ -5,7 +5,7 @@ use std::fmt;
 use super::device::Capabilities;
 use super::{Error, GuestMemory, Kind, Request, Strategy};
 use crate::offers::{beyond, is_within, wishes};
-use crate::plugin::{FormatManifest, Offer, Outcome, PluginFormat, Plugins, TableConfig, Translated};
+use crate::plugin::{FormatManifest, Offer, Outcome, Plugins, Supervised, Supervisors, TableConfig, Translated};
 use crate::table::{Geometry, Need};
 
 /// What was chosen.
@@ -78,7 +78,7 @@ pub(super) enum Candidate {
     /// The guest's table.
     Own(TableConfig),
     /// A host table of this format.
-    Table(TableConfig, Box<PluginFormat>),
+    Table(TableConfig, Box<Supervised>),
     /// An address space of the kernel's.
     Areas,
 }
@@ -106,6 +106,7 @@ pub(super) struct Choice<'a> {
     pub(super) geometry: Option<&'a Geometry>,
     pub(super) capabilities: &'a Capabilities,
     pub(super) plugins: &'a Plugins,
+    pub(super) supervisors: &'a Supervisors,
     pub(super) memory: &'a GuestMemory,
 }
 
@@ -199,7 +200,7 @@ impl Choice<'_> {
         if !reasons.is_empty() {
             return Ok(Err(reasons));
         }
-        let format = plugin.open(&config)?;
+        let format = self.supervisors.open(&config)?;
         let mut notes = offer.conditions.clone();
         let host = format.geometry_ref();
         notes.extend(self.geometry.into_iter().flat_map(|guest| uncovered(guest, host)));

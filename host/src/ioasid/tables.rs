@@ -146,17 +146,24 @@ pub(super) struct PoolTables {
     bytes: u64,
     limit: u64,
     next: u64,
+    /// Why the kernel, or the context, last gave no memory.
+    failure: Option<Errno>,
 }
 
 impl PoolTables {
     /// None yet, and at most `limit` bytes.
     pub(super) const fn new(pool: Arc<TablePool>, limit: u64) -> Self {
-        Self { pool, chunks: Vec::new(), recent: 0, bytes: 0, limit, next: SMALLEST }
+        Self { pool, chunks: Vec::new(), recent: 0, bytes: 0, limit, next: SMALLEST, failure: None }
     }
 
     /// Bytes of all chunks.
     pub(super) const fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    /// Why there was no memory although the limit was not reached, if that has happened.
+    pub(super) const fn failure(&self) -> Option<Errno> {
+        self.failure
     }
 
     fn grow(&mut self, least: u64) -> Option<()> {
@@ -168,6 +175,7 @@ impl PoolTables {
             Ok(chunk) => chunk,
             Err(errno) => {
                 tracing::warn!(%errno, bytes, "no memory for host tables");
+                self.failure = Some(errno);
                 return None;
             }
         };
@@ -180,11 +188,10 @@ impl PoolTables {
     }
 
     fn of(&mut self, address: Gpa) -> Option<&mut RegionTables> {
-        let within = |(chunk, _): &(Chunk, RegionTables)| address.0.checked_sub(chunk.base).is_some_and(|offset| offset < chunk.bytes);
-        if !self.chunks.get(self.recent).is_some_and(within) {
+        if !self.chunks.get(self.recent).is_some_and(|chunk| is_within(chunk, address)) {
             self.recent = self.chunks.partition_point(|(chunk, _)| chunk.base <= address.0).checked_sub(1)?;
         }
-        self.chunks.get_mut(self.recent).filter(|chunk| within(chunk)).map(|(_, tables)| tables)
+        self.chunks.get_mut(self.recent).filter(|chunk| is_within(chunk, address)).map(|(_, tables)| tables)
     }
 }
 
@@ -215,4 +222,18 @@ impl TableMemory for PoolTables {
             tables.store(table, layout, index, entry);
         }
     }
+
+    fn load(&self, table: Gpa, layout: EntryLayout, index: u64) -> u64 {
+        let chunk = self.chunks.partition_point(|(chunk, _)| chunk.base <= table.0).checked_sub(1).and_then(|index| self.chunks.get(index));
+        chunk.filter(|chunk| is_within(chunk, table)).map_or(0, |(_, tables)| tables.load(table, layout, index))
+    }
+
+    fn compare_exchange(&mut self, table: Gpa, layout: EntryLayout, index: u64, old: u64, new: u64) -> u64 {
+        self.of(table).map_or(0, |tables| tables.compare_exchange(table, layout, index, old, new))
+    }
+}
+
+/// Whether a chunk has this address.
+fn is_within((chunk, _): &(Chunk, RegionTables), address: Gpa) -> bool {
+    address.0.checked_sub(chunk.base).is_some_and(|offset| offset < chunk.bytes)
 }

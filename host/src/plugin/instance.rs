@@ -33,7 +33,7 @@ impl<M: DetectMemory + ?Sized> DetectMemory for Arc<Mutex<M>> {
 }
 
 /// Who asks: a requester id, StreamID or device id, and a PASID if the request has one.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Requester {
     /// Requester id, StreamID or device id.
     pub id: u64,

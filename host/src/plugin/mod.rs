@@ -44,6 +44,7 @@ pub mod queue;
 pub mod recipe;
 mod registry;
 mod store;
+mod supervise;
 mod ticker;
 mod words;
 
@@ -61,6 +62,10 @@ pub use manifest::{FormatManifest, Manifest, SettingManifest};
 pub use notes::{Note, Notes};
 pub use outcome::{BlockKind, Blocked, Direct, Outcome, Tag, Translated};
 pub use registry::{Origin, Plugins, PluginsError};
+pub use supervise::{
+    Answer, Difference, Health, OpenFormatError, Policy, Question, ReplaceError, SuperviseError, Supervised, Supervisor, SupervisorFigures,
+    Supervisors,
+};
 pub use ticker::Ticker;
 
 /// Version of the contract, `stagecraft:format`, that this host speaks.

@@ -29,7 +29,7 @@ pub struct Blocked {
 }
 
 /// By which numbers invalidation commands name an address space; none where the architecture has no such number for it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Tag {
     /// VMID, domain id, GSCID.
     pub domain: Option<u32>,
@@ -38,7 +38,7 @@ pub struct Tag {
 }
 
 /// DMA of some addresses goes to guest-physical memory without any table.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Direct {
     /// Sorted and not overlapping; IOVAs in none of them fault.
     pub windows: Vec<Window>,

@@ -107,8 +107,9 @@ impl Visitor for Collector {
         }
         if self.faults.len() < self.keep_faults {
             let level = fault.path.last().map(|step| step.number);
-            let kept =
-                Fault { stage: fault.stage, cause: fault.cause, level, input: fault.span.first, address: fault.address, path: fault.path.to_vec() };
+            let (input, path) = (fault.span.first, fault.path.to_vec());
+            let FaultAt { stage, cause, address, reading_table, .. } = *fault;
+            let kept = Fault { stage, cause, level, input, address, reading_table, path };
             self.faults.push((fault.span, kept));
         }
         Ok(())

@@ -46,7 +46,7 @@ fn show(window: &Window, part: Span, map: &MemoryMap, budget: &Budget, visitor: 
     let wanted = Span { first: address(part.first), last: address(part.last) };
     let outside = |first: u64, last: u64, visitor: &mut dyn Visitor| {
         let span = Span { first: iova(first), last: iova(last) };
-        visitor.fault(&FaultAt { stage: 1, cause: Cause::OutsideMemory, span, address: Some(first), path: &[] })
+        visitor.fault(&FaultAt { stage: 1, cause: Cause::OutsideMemory, span, address: Some(first), reading_table: false, path: &[] })
     };
     let mut next = Some(wanted.first);
     for target in map.targets_within(wanted) {

@@ -89,7 +89,7 @@ impl<V: Visitor + ?Sized> Visitor for Intercepted<'_, V> {
                 self.budget.charge_leaves(1)?;
             }
             if let Some(stage) = caught {
-                self.visitor.fault(&FaultAt { stage, cause: Cause::Intercepted, span, address: Some(address), path })?;
+                self.visitor.fault(&FaultAt { stage, cause: Cause::Intercepted, span, address: Some(address), reading_table: false, path })?;
             } else {
                 self.visitor.piece(&Piece { iova: span, address, ..*piece }, path)?;
             }

@@ -51,6 +51,8 @@ pub struct Fault {
     pub input: u64,
     /// The address that is at fault, if one is.
     pub address: Option<u64>,
+    /// The second stage failed while a table of the first was read.
+    pub reading_table: bool,
     /// From the root of the failing stage to the entry.
     pub path: Vec<Step>,
 }
@@ -257,11 +259,11 @@ fn flatten<M: EntryMemory + ?Sized, V: Visitor>(
 
 /// The fault of an address that something else serves.
 fn intercepted(stage: u8, address: u64) -> Fault {
-    Fault { stage, cause: Cause::Intercepted, level: None, input: address, address: Some(address), path: Vec::new() }
+    Fault { stage, cause: Cause::Intercepted, level: None, input: address, address: Some(address), reading_table: false, path: Vec::new() }
 }
 
 fn no_translation(stage: u8, input: u64) -> Fault {
-    Fault { stage, cause: Cause::Entry(FaultKind::Translation), level: None, input, address: None, path: Vec::new() }
+    Fault { stage, cause: Cause::Entry(FaultKind::Translation), level: None, input, address: None, reading_table: false, path: Vec::new() }
 }
 
 /// Output address, what the leaf allows, and the way to it.
@@ -280,7 +282,8 @@ impl Probe {
     }
 
     fn failed(&self, cause: Cause, address: Option<u64>, path: &[Step]) -> Fault {
-        Fault { stage: self.stage, cause, level: path.last().map(|step| step.number), input: self.input, address, path: path.to_vec() }
+        let level = path.last().map(|step| step.number);
+        Fault { stage: self.stage, cause, level, input: self.input, address, reading_table: false, path: path.to_vec() }
     }
 
     /// The output address and what the leaf allows, if it allows `access`.
@@ -348,7 +351,7 @@ impl<M: EntryMemory + ?Sized> EntryMemory for Outer<'_, M> {
             return Err(ReadError(address));
         }
         let fail = |fault: Fault| {
-            self.failed.replace(Some(fault));
+            self.failed.replace(Some(Fault { reading_table: true, ..fault }));
             ReadError(address)
         };
         if let Some(fault) = found.failed {
@@ -360,7 +363,15 @@ impl<M: EntryMemory + ?Sized> EntryMemory for Outer<'_, M> {
             let part = entries.get_mut(done..done + count).ok_or(ReadError(address))?;
             self.memory.read_entries(Gpa(piece.address), layout, part).map_err(|_| {
                 let input = piece.iova.first;
-                fail(Fault { stage: 2, cause: Cause::Missing, level: None, input, address: Some(piece.address), path: Vec::new() })
+                fail(Fault {
+                    stage: 2,
+                    cause: Cause::Missing,
+                    level: None,
+                    input,
+                    address: Some(piece.address),
+                    reading_table: true,
+                    path: Vec::new(),
+                })
             })?;
             done += count;
         }
@@ -377,7 +388,7 @@ struct Targets {
 impl Targets {
     fn fail(&mut self, cause: Cause, input: u64, address: Option<u64>, path: &[Step]) -> Result<(), WalkError> {
         let level = path.last().map(|step| step.number);
-        self.failed.get_or_insert(Fault { stage: 2, cause, level, input, address, path: path.to_vec() });
+        self.failed.get_or_insert(Fault { stage: 2, cause, level, input, address, reading_table: true, path: path.to_vec() });
         Ok(())
     }
 }
@@ -425,7 +436,8 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Visitor for Flatten<'_, '_, M, V> {
         match self.outer.failed.take() {
             // Reading a table of the first stage failed in the second: that is the fault to report, for the IOVAs below that table.
             Some(Fault { cause, address, path, .. }) => {
-                self.visitor.fault(&FaultAt { stage: 2, cause, span: fault.span, address: address.or(fault.address), path: &path })
+                let address = address.or(fault.address);
+                self.visitor.fault(&FaultAt { stage: 2, cause, span: fault.span, address, reading_table: true, path: &path })
             }
             None => self.visitor.fault(fault),
         }
@@ -454,7 +466,7 @@ impl<V: Visitor> Visitor for Second<'_, V> {
 
     fn absent(&mut self, span: Span, path: &[Step]) -> Result<(), WalkError> {
         let cause = Cause::Entry(FaultKind::Translation);
-        self.visitor.fault(&FaultAt { stage: 2, cause, span: self.iova(span), address: Some(span.first), path })
+        self.visitor.fault(&FaultAt { stage: 2, cause, span: self.iova(span), address: Some(span.first), reading_table: false, path })
     }
 
     fn fault(&mut self, fault: &FaultAt<'_>) -> Result<(), WalkError> {

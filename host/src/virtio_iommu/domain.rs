@@ -114,7 +114,14 @@ impl Domain {
     /// A part of a mapping: what of it is in guest memory, and faults for what is not.
     fn part(piece: &Piece, part: Span, map: &MemoryMap, budget: &Budget, visitor: &mut dyn Visitor) -> Result<(), WalkError> {
         let iova_of = |address: u64| piece.iova.first + (address - piece.address);
-        let fault = |first: u64, last: u64| FaultAt { stage: 1, cause: Cause::OutsideMemory, span: Span { first, last }, address: None, path: &[] };
+        let fault = |first: u64, last: u64| FaultAt {
+            stage: 1,
+            cause: Cause::OutsideMemory,
+            span: Span { first, last },
+            address: None,
+            reading_table: false,
+            path: &[],
+        };
         let address_of = |iova: u64| piece.address + (iova - piece.iova.first);
         let wanted = Span { first: address_of(part.first), last: address_of(part.last) };
         let mut next = Some(wanted.first);

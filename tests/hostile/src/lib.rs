@@ -108,6 +108,35 @@ pub mod mode {
     pub const NOTE_FLOOD: u64 = 33;
     /// `lookup` notes one thing as an error, with a text of 64 KiB.
     pub const NOTE: u64 = 34;
+    /// An instance panics at its fourth `decode`.
+    pub const WEARS_OUT: u64 = 35;
+    /// Panics in `decode` of patterns with bit 9, in `lookup` where the word has bit 9, and in `decode_commands` of the byte 0xde.
+    pub const ALLERGIC: u64 = 36;
+}
+
+/// Which version of this plugin: what tests change in the built file.
+pub mod version {
+    /// In front of the version, one byte.
+    pub const MARK: &[u8; 15] = b"hostile version";
+    /// The first one.
+    pub const FIRST: u8 = b'0';
+    /// Says of a leaf with bit 10 that it cannot be written.
+    pub const DECODES_OTHERWISE: u8 = b'1';
+    /// Makes leaves of 2 MiB with bit 10 set.
+    pub const ENCODES_OTHERWISE: u8 = b'2';
+    /// Has output addresses of 50 bits.
+    pub const OTHER_GEOMETRY: u8 = b'3';
+    /// Calls a device without a word unused, not refused.
+    pub const LOOKS_UP_OTHERWISE: u8 = b'4';
+    /// Panics in `open`.
+    pub const PANICS: u8 = b'5';
+}
+
+/// The version, where it can be found and changed.
+static VERSION: [u8; 16] = *b"hostile version0";
+
+fn is_version(version: u8) -> bool {
+    std::hint::black_box(&VERSION)[15] == version
 }
 
 const PRESENT: u64 = bit(0);
@@ -116,6 +145,7 @@ const LEAF: u64 = bit(2);
 const WHOLE: u64 = bit(3);
 const ADDRESS: (u8, u8) = (51, 12);
 const RESERVED: u64 = mask(63, 52);
+const ALLERGEN: u64 = bit(9);
 
 /// Three levels of 512 entries; bit 0 present, bit 1 writable, bit 2 leaf, bit 3 "look at the whole entry".
 #[derive(Debug)]
@@ -136,6 +166,8 @@ impl Radix {
             }
             mode::LONG_PANIC => panic!("{}", "long ".repeat(1 << 16)),
             mode::LOG_FLOOD => flood(),
+            mode::WEARS_OUT if self.calls.get() > 3 => panic!("worn out"),
+            mode::ALLERGIC if pattern & ALLERGEN != 0 => panic!("told to panic at pattern {pattern:#x}"),
             _ => {}
         }
     }
@@ -184,6 +216,7 @@ impl Format for Radix {
         let format = Self { root: settings.get("root"), mode: settings.or("mode", 0), calls: Cell::new(0) };
         match format.mode {
             mode::PANIC_IN_OPEN => panic!("told to panic in open"),
+            _ if is_version(version::PANICS) => panic!("this version panics in open"),
             mode::LOOP_IN_OPEN => spin(),
             mode::UNSUPPORTED => return Err(Error::Unsupported("told not to support this".to_owned())),
             _ => {}
@@ -226,7 +259,7 @@ impl Format for Radix {
     }
 
     fn output_bits(&self) -> u8 {
-        52
+        if is_version(version::OTHER_GEOMETRY) { 50 } else { 52 }
     }
 
     fn kind(&self, level: u8, pattern: u64) -> Kind {
@@ -269,7 +302,8 @@ impl Format for Radix {
     }
 
     fn attributes(&self, _: u8, inherited: u64, pattern: u64) -> Attributes {
-        let write = pattern & WRITE != 0 && inherited & 1 == 0;
+        let differs = is_version(version::DECODES_OTHERWISE) && pattern & bit(10) != 0;
+        let write = pattern & WRITE != 0 && inherited & 1 == 0 && !differs;
         Attributes {
             read: true,
             write: write && self.mode != mode::NO_MEANING,
@@ -299,7 +333,8 @@ impl Format for Radix {
         let wide = self.mode == mode::WIDEN;
         let write = attributes.write || wide;
         let granted = Attributes { read: true, write, execute: wide, coherent: true, ..Attributes::default() };
-        Some(Encoded { pattern: PRESENT | LEAF | if write { WRITE } else { 0 }, attributes: granted })
+        let differs = if is_version(version::ENCODES_OTHERWISE) && level == 1 { bit(10) } else { 0 };
+        Some(Encoded { pattern: PRESENT | LEAF | differs | if write { WRITE } else { 0 }, attributes: granted })
     }
 
     fn encode_table(&self, level: u8, next: u8) -> Option<u64> {
@@ -341,14 +376,17 @@ fn read_anything() -> bool {
     false
 }
 
-/// A unit whose one structure is the word at `ROOT`: 0 blocked, 1 bypass, anything else the root of a [`Radix`].
+/// A unit whose structures are words from `ROOT` on, one for each device: 0 blocked, 1 bypass, anything else the root of a [`Radix`], whose mode is in `EXTRA2`.
 #[derive(Debug)]
 pub struct Hostile;
 
 impl Unit for Hostile {
     fn lookup(registers: &Registers, requester: Requester, memory: &mut dyn GuestMemory) -> Result<Outcome, Error> {
         let root = registers.need("ROOT")?;
-        let table = |root| TableConfig::new(Radix::NAME, &[("root", root)]);
+        let table = |root| match registers.get("EXTRA2") {
+            Some(mode) => TableConfig::new(Radix::NAME, &[("root", root), ("mode", mode)]),
+            None => TableConfig::new(Radix::NAME, &[("root", root)]),
+        };
         let tables = |tables| Ok(Outcome::Tables(Translated::new(tables, Tag::default())));
         match registers.get("MODE").unwrap_or(0) {
             mode::PANIC => panic!("told to panic for device {:#x}", requester.id),
@@ -383,6 +421,10 @@ impl Unit for Hostile {
             _ => {}
         }
         match word_of(&memory.read(root + 8 * requester.id, 8)?)? {
+            0 if is_version(version::LOOKS_UP_OTHERWISE) => {
+                Ok(Outcome::Blocked(Blocked::unused("H_BLOCKED", "hostile section 3", "the word is zero")))
+            }
+            word if word & ALLERGEN != 0 && registers.get("MODE") == Some(mode::ALLERGIC) => panic!("told to panic at word {word:#x}"),
             0 => Ok(Outcome::Blocked(Blocked::refused("H_BLOCKED", "hostile section 3", "the word is zero"))),
             1 => Ok(Outcome::Bypass),
             root => tables(vec![table(root)]),
@@ -421,6 +463,7 @@ impl Unit for Hostile {
         let mut all: Vec<Command> = (0..).zip(commands).map(|(index, command)| Command { index, effect: decode(*command) }).collect();
         match registers.get("MODE").unwrap_or(0) {
             mode::PANIC => panic!("told to panic for {} commands", commands.len()),
+            mode::ALLERGIC if commands.contains(&0xde) => panic!("told to panic for {} commands", commands.len()),
             mode::LOOP => spin(),
             mode::BOMB => explode(),
             mode::WRONG_ORDER => all.reverse(),

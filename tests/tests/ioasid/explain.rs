@@ -28,7 +28,7 @@ fn it_says_what_was_chosen_and_why_nothing_better() {
     assert_eq!(said(Arch::Vtd, unit(Arch::Vtd), all), "device nic: bound as it is: the guest's intel-vtd/first-stage levels=0x4 root=0x100000");
     assert_eq!(
         said(Arch::Arm, unit(Arch::Vtd), all),
-        "device nic: converted, nested: intel-vtd/first-stage levels=0x4 output-bits=0x34\n  \
+        "device nic: converted, nested: intel-vtd/first-stage levels=0x5\n  \
          not bound as it is: the guest's format is arm-smmuv3/stage1, and the unit takes intel-vtd/first-stage"
     );
     assert_eq!(
@@ -64,7 +64,7 @@ fn it_says_what_was_chosen_and_why_nothing_better() {
     let ioasid = context.allocate(Request::guest(view)).unwrap();
     assert_eq!(
         ioasid.explain_for(&device).unwrap().to_string(),
-        "device nic: converted, nested: intel-vtd/first-stage levels=0x4 output-bits=0x34\n  \
+        "device nic: converted, nested: intel-vtd/first-stage levels=0x5\n  \
          not bound as it is: levels is 5, and the unit has 4\n  \
          note: IOVAs 0x800000000000..=0xffffffffffffff are not translated\n  \
          note: IOVAs 0xff00000000000000..=0xffff7fffffffffff are not translated"

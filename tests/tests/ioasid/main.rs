@@ -9,6 +9,7 @@ mod failures;
 mod guests;
 mod idle;
 mod managed;
+mod memory;
 mod moves;
 mod paths;
 mod requests;

@@ -144,7 +144,7 @@ fn pasids_have_address_spaces_of_their_own() {
 fn faults_are_answered_by_the_guests_tables() {
     for (guest, host) in [(Arch::Arm, Arch::Vtd), (Arch::Vtd, Arch::Vtd), (Arch::Riscv, Arch::Arm)] {
         let rig = Rig::new(&[unit(host)], &[("nic", &[0])]);
-        rig.sim.set_patience(60_000);
+        rig.sim.set_patience(5000);
         let guest = Guest::new(guest, &rig.memory);
         guest.map(0x5000, DATA, false);
         let context = rig.context();

@@ -72,8 +72,8 @@ fn a_table_for_one_unit_is_refused_for_another_or_made_twice() {
         assert_eq!(rig.sim.objects(), before, "devices behind one unit share what there is");
         assert_eq!(rig.dma("second", 0x1000), Some(DATA));
         let refused = once.serves(&disk).unwrap_err();
-        let expected = "device disk is behind another unit than device nic, for which a table was made (converted, nested: intel-vtd/first-stage levels=0x4 \
-                        output-bits=0x34); the request does not allow a second one";
+        let expected = "device disk is behind another unit than device nic, for which a table was made (converted, nested: intel-vtd/first-stage levels=0x5); \
+                        the request does not allow a second one";
         assert_eq!((refused.property, refused.reason.as_str()), (Property::Unit, expected));
         assert!(matches!(once.attach(&disk, None), Err(Error::Refused(refusal)) if refusal == refused));
         second.detach(None).unwrap();

@@ -146,7 +146,7 @@ impl Visitor for Examine {
             self.more += 1;
             return Ok(());
         }
-        let FaultAt { stage, cause, span, address, path } = *fault;
+        let FaultAt { stage, cause, span, address, path, .. } = *fault;
         self.faults.push(FaultSeen { stage, cause, span, address, path: path.to_vec() });
         Ok(())
     }

@@ -1,0 +1,143 @@
+//! Address spaces of a [`Context`]: the host's side of a vIOMMU over a kernel.
+
+use std::collections::BTreeMap;
+
+use super::host::{AddressSpaces, HostError, Way, Written};
+use crate::Gpa;
+use crate::ioasid::{Context, Device, Error, GuestView, Ioasid, Kind, Request, SpaceId};
+use crate::kernel::Pasid;
+use crate::plugin::queue::Invalidation;
+use crate::plugin::{Outcome, Requester, Tag, Translated};
+use crate::sync::{self, Report, Watcher};
+
+/// IOASIDs of a context, for one vIOMMU.
+///
+/// The context watches tables itself: its watcher is to be the same as the vIOMMU's, such as another handle of [`Watching`](super::Watching). Formats are opened by
+/// the context's own supervisors; the vIOMMU's supervisor is to be one of them, so that the plugin is one for both.
+#[derive(Debug)]
+pub struct ContextSpaces {
+    context: Context,
+    /// What IOASIDs are made like.
+    template: Request,
+    devices: BTreeMap<u64, Device>,
+    spaces: BTreeMap<SpaceId, Ioasid>,
+}
+
+impl ContextSpaces {
+    /// IOASIDs with the strategies, limits and other wishes of `template`; what is in them is the guest's to say.
+    #[must_use]
+    pub const fn new(context: Context, template: Request) -> Self {
+        Self { context, template, devices: BTreeMap::new(), spaces: BTreeMap::new() }
+    }
+
+    /// The context.
+    #[must_use]
+    pub const fn context(&self) -> &Context {
+        &self.context
+    }
+
+    /// Connects the device with this label, which the guest knows by `id`: before [`Viommu::connect`](super::Viommu::connect).
+    ///
+    /// # Errors
+    /// As [`Context::connect_as`].
+    pub fn connect(&mut self, id: u64, label: &str) -> Result<Device, Error> {
+        let device = self.context.connect_as(label, id)?;
+        self.devices.insert(id, device.clone());
+        Ok(device)
+    }
+
+    /// Lets go of a device: after [`Viommu::disconnect`](super::Viommu::disconnect).
+    pub fn disconnect(&mut self, id: u64) {
+        self.devices.remove(&id);
+    }
+
+    /// An IOASID of this vIOMMU.
+    #[must_use]
+    pub fn ioasid(&self, id: SpaceId) -> Option<&Ioasid> {
+        self.spaces.get(&id)
+    }
+
+    fn find(&self, id: SpaceId) -> Result<&Ioasid, HostError> {
+        self.spaces.get(&id).ok_or_else(|| HostError::Refused(format!("{id} is gone").into()))
+    }
+}
+
+/// All commands that reach a space concern it: it needs no name.
+fn view(way: &Way) -> GuestView {
+    let outcome = match way {
+        Way::Bypass => Outcome::Bypass,
+        Way::Direct(direct) => Outcome::Direct(direct.clone()),
+        Way::Tables { tables, intercepts } => {
+            Outcome::Tables(Translated { tables: tables.clone(), intercepts: intercepts.clone(), tag: Tag::default() })
+        }
+    };
+    GuestView { outcome, id: 0 }
+}
+
+fn host_error(error: Error) -> HostError {
+    match error {
+        Error::Blocked(_) => HostError::Stale(Box::new(error)),
+        error => HostError::Refused(Box::new(error)),
+    }
+}
+
+impl AddressSpaces for ContextSpaces {
+    type Id = SpaceId;
+
+    /// Tables are read when the first device is attached.
+    fn allocate(&mut self, way: &Way, _: sync::Way, _: Box<dyn Watcher>) -> Result<(SpaceId, Report), HostError> {
+        let request = Request { kind: Kind::Guest(view(way)), ..self.template.clone() };
+        let ioasid = self.context.allocate(request).map_err(host_error)?;
+        let id = ioasid.id();
+        self.spaces.insert(id, ioasid);
+        Ok((id, Report::default()))
+    }
+
+    fn release(&mut self, space: SpaceId) {
+        self.spaces.remove(&space);
+    }
+
+    fn attach(&mut self, requester: Requester, space: SpaceId) -> Result<Report, HostError> {
+        let ioasid = self.find(space)?;
+        let missing = || HostError::Refused(format!("nobody connected device {:#x}", requester.id).into());
+        let device = self.devices.get(&requester.id).ok_or_else(missing)?;
+        let pasid = requester.pasid.map(Pasid);
+        let is_first = ioasid.stats().attached == 0;
+        let attached = device.attached().iter().any(|(of, _)| *of == pasid);
+        let joined = if attached { ioasid.replace(device, pasid) } else { ioasid.attach(device, pasid) };
+        joined.map_err(host_error)?;
+        // What was blocked when it was read for the first time is told by a second look.
+        if is_first { ioasid.synchronise().map_err(host_error) } else { Ok(Report::default()) }
+    }
+
+    fn detach(&mut self, requester: Requester) -> Result<(), HostError> {
+        let Some(device) = self.devices.get(&requester.id) else { return Ok(()) };
+        let pasid = requester.pasid.map(Pasid);
+        // Those that a failed invalidation concerned were detached by the context.
+        if device.attached().iter().any(|(of, _)| *of == pasid) { device.detach(pasid).map_err(host_error) } else { Ok(()) }
+    }
+
+    fn switch(&mut self, space: SpaceId, way: &Way, _: sync::Way) -> Result<Report, HostError> {
+        self.find(space)?.switch(view(way)).map_err(host_error)
+    }
+
+    fn invalidate(&mut self, space: SpaceId, invalidations: &[Invalidation]) -> Result<Report, HostError> {
+        self.find(space)?.invalidate(invalidations).map_err(host_error)
+    }
+
+    fn table_written(&mut self, space: SpaceId, address: Gpa, length: u64) -> Result<Report, HostError> {
+        self.find(space)?.table_written(address, length).map_err(host_error)
+    }
+
+    fn written(&mut self, address: Gpa, length: u64) -> Option<Vec<Written<SpaceId>>> {
+        let told = match self.context.table_written(address, length) {
+            Ok(reports) => reports.into_iter().map(|(id, report)| (id, Ok(report))).collect(),
+            // Whose devices were detached is out of step; of the others there is nothing to tell.
+            Err(error) => {
+                let blocked = self.spaces.values().filter(|ioasid| ioasid.stats().blocked > 0);
+                blocked.map(|ioasid| (ioasid.id(), Err(HostError::Stale(error.to_string().into())))).collect()
+            }
+        };
+        Some(told)
+    }
+}

@@ -1,0 +1,139 @@
+//! The host's side: what a vIOMMU needs of whoever owns the address spaces.
+
+use std::fmt;
+
+use crate::Gpa;
+use crate::plugin::queue::Invalidation;
+use crate::plugin::{Direct, Requester, TableConfig};
+use crate::sync::{self, Report, Watcher};
+use crate::table::{Format, Intercept};
+
+/// Where the DMA of a stream goes: streams for which this is equal share one address space.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Way {
+    /// To guest-physical memory as it is.
+    Bypass,
+    /// The same for some addresses, at an offset or with less access.
+    Direct(Direct),
+    /// Where tables say.
+    Tables {
+        /// One table, or two of which the second translates the outputs of the first.
+        tables: Vec<TableConfig>,
+        /// Addresses that something else serves.
+        intercepts: Vec<Intercept>,
+    },
+}
+
+impl Way {
+    /// The same with its formats open, for an address space that follows it.
+    ///
+    /// # Errors
+    /// Those of `open`.
+    pub fn open<E>(&self, mut open: impl FnMut(&TableConfig) -> Result<Box<dyn Format>, E>) -> Result<sync::Way, E> {
+        Ok(match self {
+            Self::Bypass => sync::Way::bypass(),
+            Self::Direct(direct) => sync::Way::direct(direct.windows.clone()).with_intercepts(direct.intercepts.clone()),
+            Self::Tables { tables, intercepts } => {
+                let way = match tables.as_slice() {
+                    [] => sync::Way::blocked(),
+                    [table] => sync::Way::table(open(table)?),
+                    [first, second, ..] => sync::Way::tables(open(first)?, open(second)?),
+                };
+                way.with_intercepts(intercepts.clone())
+            }
+        })
+    }
+
+    /// The tables; none if there are none.
+    #[must_use]
+    pub fn tables(&self) -> &[TableConfig] {
+        match self {
+            Self::Tables { tables, .. } => tables,
+            Self::Bypass | Self::Direct(_) => &[],
+        }
+    }
+}
+
+/// Whatever the host's side has to say.
+type Source = Box<dyn std::error::Error + Send + Sync>;
+
+/// The host's side refused or failed.
+#[derive(Debug, thiserror::Error)]
+pub enum HostError {
+    /// It refused, and nothing changed.
+    #[error(transparent)]
+    Refused(Source),
+    /// The space may be out of step: nobody may use it.
+    #[error("an address space may be out of step: {0}")]
+    Stale(#[source] Source),
+}
+
+/// What one space was told of a write, or why it is out of step.
+pub type Written<I> = (I, Result<Report, HostError>);
+
+/// Makes address spaces, keeps them in step, and attaches devices to them.
+///
+/// # Who calls
+///
+/// One vIOMMU, one call at a time. A requester is attached to at most one space; one that is attached to none is blocked.
+///
+/// # What an implementation promises
+///
+/// * A space that was allocated or switched is in step with the guest's tables as they were read during the call.
+/// * [`AddressSpaces::attach`] replaces an attachment without a moment in which a page that translates alike in both does not translate.
+/// * When [`AddressSpaces::switch`], [`AddressSpaces::invalidate`] or [`AddressSpaces::table_written`] return, no DMA uses what the guest took away in what they
+///   mean, and the kernel was called at most once to invalidate.
+/// * When [`AddressSpaces::attach`] or [`AddressSpaces::detach`] return without an error, no DMA of the requester uses the space before.
+/// * After an error of [`AddressSpaces::invalidate`] or [`AddressSpaces::table_written`], and after [`HostError::Stale`] of any call, the vIOMMU detaches everybody
+///   from the space and releases it. After any other error nothing changed.
+/// * A page is watched, by the watcher that the space was given, before a table in it is read.
+pub trait AddressSpaces {
+    /// Names an address space.
+    type Id: Copy + Ord + fmt::Debug;
+
+    /// Makes an address space, with nothing attached; `opened` is `way` with its formats open.
+    ///
+    /// # Errors
+    /// It cannot be had: a format that cannot be converted, no room.
+    fn allocate(&mut self, way: &Way, opened: sync::Way, watcher: Box<dyn Watcher>) -> Result<(Self::Id, Report), HostError>;
+
+    /// Drops an address space that nobody is attached to.
+    fn release(&mut self, space: Self::Id);
+
+    /// Attaches a requester, instead of whatever it was attached to. What was read for the first time because of that is reported.
+    ///
+    /// # Errors
+    /// The requester's path cannot have it.
+    fn attach(&mut self, requester: Requester, space: Self::Id) -> Result<Report, HostError>;
+
+    /// Blocks a requester.
+    ///
+    /// # Errors
+    /// It is still attached: somebody must stop the device.
+    fn detach(&mut self, requester: Requester) -> Result<(), HostError>;
+
+    /// The tables of all that are attached are these from now on. What translates alike before and after translates all the while.
+    ///
+    /// # Errors
+    /// The new tables cannot be had, or the kernel refused.
+    fn switch(&mut self, space: Self::Id, way: &Way, opened: sync::Way) -> Result<Report, HostError>;
+
+    /// The guest's commands, of which all concern this space: their scopes name nobody.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    fn invalidate(&mut self, space: Self::Id, invalidations: &[Invalidation]) -> Result<Report, HostError>;
+
+    /// Guest memory was written that may hold tables of this space: `length` bytes from `address` on.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    fn table_written(&mut self, space: Self::Id, address: Gpa, length: u64) -> Result<Report, HostError>;
+
+    /// For a host that watches tables itself and does not use the watchers that spaces are given: tells all spaces with tables in these bytes. None for any other
+    /// host, which is called for each space with [`AddressSpaces::table_written`].
+    fn written(&mut self, address: Gpa, length: u64) -> Option<Vec<Written<Self::Id>>> {
+        let _ = (address, length);
+        None
+    }
+}

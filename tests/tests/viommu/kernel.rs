@@ -1,0 +1,173 @@
+//! The same over a context and its IOASIDs: every guest on every kind of unit, by whatever strategy is chosen.
+
+use std::sync::Arc;
+
+use stagecraft::ioasid::{Context, GuestMemory, Request, Setup, Strategy, TableSupply};
+use stagecraft::kernel::Kernel;
+use stagecraft::kernel::sim::{DeviceConfig, Sim, SimBuilder, UnitConfig};
+use stagecraft::plugin::{Config, Engine, Plugins, Policy, Supervisors};
+use stagecraft::viommu::{ContextSpaces, Handled, Limits, StreamState, UnitConfig as ViommuConfig, Viommu};
+use stagecraft::{Gpa, Iova};
+use vm_memory::{GuestMemoryMmap, MmapRegion};
+
+use super::behaviour::{ONE, TWO, Watched, without_pasid};
+use super::guests::{Arch, DATA, Guest};
+
+const IOVA: u64 = 0x12_3456_7000;
+
+/// Memory for tables that the simulated kernel knows.
+#[derive(Debug)]
+struct SimTables(Arc<Sim>);
+
+impl TableSupply for SimTables {
+    fn region(&self, bytes: usize) -> Option<Arc<MmapRegion>> {
+        let region = Arc::new(MmapRegion::new(bytes).ok()?);
+        self.0.register_region(Arc::clone(&region)).ok()?;
+        Some(region)
+    }
+
+    fn release(&self, region: Arc<MmapRegion>) {
+        self.0.unregister_region(region.as_ptr() as u64).unwrap();
+    }
+}
+
+struct Rig {
+    viommu: Viommu<GuestMemoryMmap, ContextSpaces>,
+    guest: Guest,
+    sim: Arc<Sim>,
+    supervisors: Supervisors,
+    watched: [Watched; 2],
+}
+
+impl Rig {
+    fn new(arch: Arch, host: UnitConfig) -> Self {
+        let guest = Guest::new(arch);
+        for page in 0..64 {
+            guest.store(DATA + (page << 12), DATA + (page << 12));
+        }
+        let mut builder = SimBuilder::new();
+        let unit = builder.unit(host);
+        for (requester, label) in [(1, "one"), (2, "two")] {
+            builder.device(DeviceConfig::new(label, requester), &[unit]);
+        }
+        let sim = builder.build().unwrap();
+        sim.register_memory(&Arc::new(guest.memory.clone())).unwrap();
+        let kernel: Arc<dyn Kernel> = Arc::clone(&sim) as Arc<dyn Kernel>;
+        let plugins = Arc::new(Plugins::builtin(&Engine::new(Config::default()).unwrap()).unwrap());
+        let supervisors = Supervisors::new(Arc::clone(&plugins), Policy::default());
+        // The context watches tables, the vIOMMU structures.
+        let watched = [Watched::default(), Watched::default()];
+        let setup = Setup {
+            tables: Arc::new(SimTables(Arc::clone(&sim))),
+            watcher: Some(Box::new(watched[0].clone())),
+            supervisors: Some(supervisors.clone()),
+            ..Setup::new(kernel, plugins, GuestMemory::of_mmap(&guest.memory).unwrap())
+        };
+        let template = Request::guest(stagecraft::ioasid::GuestView { outcome: stagecraft::plugin::Outcome::Bypass, id: 0 });
+        let mut spaces = ContextSpaces::new(Context::with(setup).unwrap(), template);
+        spaces.connect(ONE, "one").unwrap();
+        spaces.connect(TWO, "two").unwrap();
+        let unit = ViommuConfig { kind: arch.kind().to_owned(), registers: arch.registers(), map: Guest::map(), limits: Limits::default() };
+        let supervisor = supervisors.by_unit(arch.kind()).unwrap();
+        let viommu = Viommu::new(supervisor, unit, guest.memory.clone(), spaces, Box::new(watched[1].clone()));
+        Self { viommu, guest, sim, supervisors, watched }
+    }
+
+    fn reads(&self, id: u64, iova: u64) -> Option<u64> {
+        let mut bytes = [0; 8];
+        self.sim.device(if id == ONE { "one" } else { "two" }).unwrap().read(None, Iova(iova), &mut bytes).ok()?;
+        Some(u64::from_le_bytes(bytes))
+    }
+
+    fn commands(&mut self, commands: &[Vec<u8>]) -> Handled {
+        let batch = [commands.concat(), self.guest.arch.wait()].concat();
+        self.viommu.commands(&batch).unwrap()
+    }
+
+    fn strategy(&self, id: u64) -> Strategy {
+        let Some(StreamState::Space(number)) = self.viommu.stream(without_pasid(id)) else { panic!("no space") };
+        let (id, _) = self.viommu.space(*number).unwrap();
+        self.viommu.host().ioasid(id).unwrap().strategies()[0]
+    }
+}
+
+fn follow(arch: Arch, host: UnitConfig) -> Strategy {
+    let what = format!("{arch:?} on {}", host.name);
+    let mut rig = Rig::new(arch, host);
+    let (first, second) = (rig.guest.new_table(), rig.guest.new_table());
+    for (root, target) in [(first, DATA), (second, DATA + 0x1_0000)] {
+        rig.guest.map_page(root, IOVA, target, true);
+        rig.guest.map_page(root, IOVA + 0x5000, DATA + 0x5000, true);
+    }
+    for id in [ONE, TWO] {
+        rig.guest.translate(id, first, 7);
+        let handled = rig.viommu.connect(id, false);
+        assert_eq!((handled.loose.len(), handled.blocked), (0, 0), "{what}");
+        assert!(matches!(rig.viommu.stream(without_pasid(id)), Some(StreamState::Space(_))), "{what}: {:?}", rig.viommu.stream(without_pasid(id)));
+    }
+    let strategy = rig.strategy(ONE);
+    assert_eq!(rig.viommu.figures().spaces, 1, "{what}");
+    assert_eq!(
+        (rig.reads(ONE, IOVA), rig.reads(TWO, IOVA + 0x5000), rig.reads(ONE, IOVA + 0x1000)),
+        (Some(DATA), Some(DATA + 0x5000), None),
+        "{what}"
+    );
+    // A mapping that is written and not announced, and one that is taken away by command.
+    let slot = rig.guest.map_page(first, IOVA + 0x2000, DATA + 0x2000, true);
+    rig.viommu.table_written(slot, 8);
+    assert_eq!(rig.reads(TWO, IOVA + 0x2000), Some(DATA + 0x2000), "{what}");
+    rig.guest.unmap_page(first, IOVA);
+    rig.commands(&[arch.forget_page(7, IOVA)]);
+    assert_eq!((rig.reads(ONE, IOVA), rig.reads(TWO, IOVA), rig.reads(ONE, IOVA + 0x5000)), (None, None, Some(DATA + 0x5000)), "{what}");
+    // One device moves to other tables, both do, and one is set to bypass.
+    rig.guest.translate(ONE, second, 8);
+    rig.commands(&[arch.forget_device(ONE, 7)]);
+    assert_eq!(
+        (rig.reads(ONE, IOVA), rig.reads(TWO, IOVA), rig.reads(TWO, IOVA + 0x5000)),
+        (Some(DATA + 0x1_0000), None, Some(DATA + 0x5000)),
+        "{what}"
+    );
+    rig.guest.translate(TWO, second, 8);
+    rig.commands(&[arch.forget_device(TWO, 7)]);
+    assert_eq!((rig.reads(TWO, IOVA), rig.viommu.figures().spaces), (Some(DATA + 0x1_0000), 1), "{what}");
+    rig.guest.map_page(first, IOVA, DATA + 0x3000, true);
+    for id in [ONE, TWO] {
+        rig.guest.translate(id, first, 9);
+    }
+    rig.commands(&[arch.forget_device(ONE, 8), arch.forget_device(TWO, 8)]);
+    assert_eq!((rig.reads(ONE, IOVA), rig.reads(TWO, IOVA), rig.viommu.figures().switches), (Some(DATA + 0x3000), Some(DATA + 0x3000), 1), "{what}");
+    rig.guest.unmap_page(first, IOVA);
+    rig.commands(&[arch.forget_page(9, IOVA)]);
+    assert_eq!((rig.reads(ONE, IOVA), rig.reads(ONE, IOVA + 0x2000)), (None, Some(DATA + 0x2000)), "{what}");
+    rig.guest.bypass(TWO);
+    rig.commands(&[arch.forget_device(TWO, 9)]);
+    assert_eq!((rig.reads(TWO, DATA + 0x4000), rig.reads(TWO, IOVA + 0x2000)), (Some(DATA + 0x4000), None), "{what}");
+    rig.guest.abort(ONE);
+    let at = rig.guest.structure(ONE);
+    rig.viommu.table_written(Gpa(at), 32);
+    assert_eq!((rig.reads(ONE, IOVA + 0x2000), rig.reads(TWO, DATA)), (None, Some(DATA)), "{what}");
+    for id in [ONE, TWO] {
+        rig.viommu.disconnect(id);
+        rig.viommu.host_mut().disconnect(id);
+    }
+    assert!(rig.watched.iter().all(|watched| watched.0.lock().unwrap().is_empty()), "{what}");
+    assert!(rig.supervisors.known().iter().all(|supervisor| supervisor.figures().failures == 0), "{what}");
+    assert_eq!(rig.viommu.figures().host_errors, 0, "{what}");
+    let Rig { viommu, sim, .. } = rig;
+    drop(viommu);
+    assert_eq!((sim.objects(), sim.pinned_pages(), sim.areas()), (0, 0, 0), "{what}: nothing is left in the kernel");
+    strategy
+}
+
+#[test]
+fn every_guest_is_followed_on_every_unit() {
+    let mut strategies = std::collections::BTreeSet::new();
+    for arch in Arch::ALL {
+        for host in [UnitConfig::vtd("VT-d"), UnitConfig::smmuv3("SMMUv3"), UnitConfig::amd("AMD"), UnitConfig::riscv("RISC-V")] {
+            strategies.insert(follow(arch, host));
+        }
+        // Units without nesting.
+        strategies.insert(follow(arch, UnitConfig { nesting: false, ..UnitConfig::vtd("VT-d without nesting") }));
+    }
+    assert!(strategies.contains(&Strategy::Nested) && strategies.contains(&Strategy::Areas), "{strategies:?}");
+}

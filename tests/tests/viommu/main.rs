@@ -1,0 +1,12 @@
+//! The guest's IOMMU as a VMM drives it, end to end: real plugins, guests in memory, raw commands, and DMA through simulated hardware.
+#![allow(clippy::unwrap_used)]
+
+mod behaviour;
+mod failures;
+mod guests;
+mod host;
+mod kernel;
+mod nested;
+mod plain;
+mod real;
+mod watching;
