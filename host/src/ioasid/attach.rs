@@ -131,7 +131,7 @@ impl Space {
     /// Whether a further unit may have a part of its own.
     fn check_unit(&self, state: &State, device: &Connected) -> Result<(), Refusal> {
         let Some(first) = state.parts.first() else { return Ok(()) };
-        if matches!(state.content, Content::Managed(_)) || self.request().second_table || matches!(first.host, Host::Kernel(_)) {
+        if matches!(state.content, Content::Managed(_)) || self.request().second_table || matches!(first.host, Host::Kernel { .. }) {
             return Ok(());
         }
         let what = first.explanation.chosen.as_ref().map_or_else(String::new, |chosen| format!(" ({}: {})", chosen.strategy, chosen.what));
@@ -352,12 +352,14 @@ impl Space {
         let whom = For { context, device, faults: state.faults.as_ref(), with_pasid };
         match candidate {
             Candidate::Memory => {
-                let direct = context.parent(Under::Guest)?.direct(device);
-                direct.map(Host::Kernel).map_err(Error::kernel("making a page table of guest memory"))
+                // The parent is kept: it hears when memory comes or goes.
+                let parent = context.parent(Under::Guest)?;
+                let direct = parent.direct(device).map_err(Error::kernel("making a page table of guest memory"))?;
+                Ok(Host::Kernel { hwpt: direct, _parent: Some(parent) })
             }
             Candidate::Nothing => {
                 let empty = context.empty(device.unit());
-                empty.map(Host::Kernel).ok_or_else(|| Refusal::new(Property::Unit, "the unit is not known").into())
+                empty.map(|hwpt| Host::Kernel { hwpt, _parent: None }).ok_or_else(|| Refusal::new(Property::Unit, "the unit is not known").into())
             }
             Candidate::Own(config) => {
                 let mut bound = Bound::new(whom, context.parent(Under::Guest)?, &config, Under::Guest)?;
@@ -392,7 +394,7 @@ impl Space {
         let flags = device.pasid_flag() | dirty;
         if let Content::Managed(managed) = &state.content {
             let made = managed.ioas().hwpt(device.bound(), flags, state.faults.as_ref());
-            return made.map(Host::Kernel).map_err(|errno| match errno {
+            return made.map(|hwpt| Host::Kernel { hwpt, _parent: None }).map_err(|errno| match errno {
                 Errno::EADDRINUSE => Refusal::new(Property::Iova, "areas lie where the unit cannot translate").into(),
                 errno => Error::kernel("making a page table for the device's unit")(errno),
             });

@@ -382,7 +382,9 @@ impl Context {
             one.regions().iter().filter(|region| !other.regions().contains(region)).copied().collect()
         };
         let (gone, come) = (differ(&before, &memory), differ(&memory, &before));
-        let parents: Vec<Arc<Parent>> = lock(&self.0.parents).iter().filter_map(Weak::upgrade).collect();
+        // Nobody makes a parent meanwhile, which would have what is going.
+        let known = lock(&self.0.parents);
+        let parents: Vec<Arc<Parent>> = known.iter().filter_map(Weak::upgrade).collect();
         // What goes is first out of all tables, and only then unknown to the kernel.
         if !gone.is_empty() {
             let between: Vec<MemoryRegion> = before.regions().iter().filter(|region| !gone.contains(region)).copied().collect();

@@ -6,6 +6,7 @@ use super::commit::KernelCommitter;
 use super::context::Inner;
 use super::device::{Connected, Held, Slot};
 use super::nested::Bound;
+use super::parent::Parent;
 use super::tables::PoolTables;
 use super::{Error, Explanation, GuestMemory, GuestView, Kind, SpaceId, SpaceLimits};
 use crate::kernel::handle::{Attachment, Hwpt, PageTable, Viommu};
@@ -126,8 +127,11 @@ pub(super) fn way(context: &Inner, view: &GuestView) -> Result<Way, Error> {
 /// The host's side, by strategy.
 #[derive(Debug)]
 pub(super) enum Host {
-    /// A page table that the kernel keeps.
-    Kernel(Hwpt),
+    /// A page table that the kernel keeps, and what keeps it in step with guest memory if that is in it.
+    Kernel {
+        hwpt: Hwpt,
+        _parent: Option<Arc<Parent>>,
+    },
     /// The guest's own table.
     Own(Box<Bound>, Box<KernelCommitter>),
     /// A host table. The page table goes before the memory of what it leads to.
@@ -151,7 +155,7 @@ pub(super) struct Part {
 impl Part {
     const fn bound(&self) -> Option<&Bound> {
         match &self.host {
-            Host::Kernel(_) | Host::Areas(_) => None,
+            Host::Kernel { .. } | Host::Areas(_) => None,
             Host::Own(bound, _) | Host::Table(bound, _) => Some(bound),
         }
     }
@@ -192,7 +196,7 @@ impl Part {
 
     fn hwpt(&self) -> Result<&Hwpt, Errno> {
         match &self.host {
-            Host::Kernel(hwpt) => Some(hwpt),
+            Host::Kernel { hwpt, .. } => Some(hwpt),
             Host::Own(bound, _) | Host::Table(bound, _) => bound.hwpt(),
             Host::Areas(_) => None,
         }
@@ -201,7 +205,7 @@ impl Part {
 
     pub(super) fn invalidate(&mut self, memory: &GuestMemory, view: &GuestView, invalidations: &[Invalidation]) -> Result<Report, LiveError> {
         match &mut self.host {
-            Host::Kernel(_) => Ok(structures(view, invalidations)),
+            Host::Kernel { .. } => Ok(structures(view, invalidations)),
             Host::Own(_, committer) => own(committer, view, invalidations),
             Host::Table(_, engine) => engine.invalidate(memory, invalidations),
             Host::Areas(engine) => engine.invalidate(memory, invalidations),
@@ -211,7 +215,7 @@ impl Part {
     pub(super) fn table_written(&mut self, memory: &GuestMemory, address: Gpa, length: u64) -> Result<Report, LiveError> {
         match &mut self.host {
             // Hardware reads the guest's table by itself.
-            Host::Kernel(_) | Host::Own(..) => Ok(Report::default()),
+            Host::Kernel { .. } | Host::Own(..) => Ok(Report::default()),
             Host::Table(_, engine) => engine.table_written(memory, address, length),
             Host::Areas(engine) => engine.table_written(memory, address, length),
         }
@@ -225,7 +229,7 @@ impl Part {
     /// The guest's structures say something else.
     pub(super) fn switch(&mut self, memory: &GuestMemory, way: Way, view: &GuestView) -> Result<Report, LiveError> {
         match &mut self.host {
-            Host::Kernel(_) | Host::Own(..) => Ok(Report::default()),
+            Host::Kernel { .. } | Host::Own(..) => Ok(Report::default()),
             Host::Table(_, engine) => engine.switch(memory, way, view),
             Host::Areas(engine) => engine.switch(memory, way, view),
         }
@@ -234,7 +238,7 @@ impl Part {
     /// Guest memory came or went. The kernel's own tables follow by themselves.
     pub(super) fn memory_changed(&mut self, memory: &GuestMemory) -> Result<Report, LiveError> {
         match &mut self.host {
-            Host::Kernel(_) | Host::Own(..) => Ok(Report::default()),
+            Host::Kernel { .. } | Host::Own(..) => Ok(Report::default()),
             Host::Table(_, engine) => engine.memory_changed(memory),
             Host::Areas(engine) => engine.memory_changed(memory),
         }
@@ -242,7 +246,7 @@ impl Part {
 
     pub(super) fn synchronise(&mut self, memory: &GuestMemory) -> Result<Report, LiveError> {
         match &mut self.host {
-            Host::Kernel(_) => Ok(Report::default()),
+            Host::Kernel { .. } => Ok(Report::default()),
             Host::Own(_, committer) => {
                 committer.forget_everything()?;
                 Ok(Report::default())
@@ -255,7 +259,7 @@ impl Part {
     /// A batch of changes that nobody follows.
     pub(super) fn tell(&mut self, batch: &[Change]) -> Result<(), CommitError> {
         match &mut self.host {
-            Host::Kernel(_) | Host::Own(..) => Ok(()),
+            Host::Kernel { .. } | Host::Own(..) => Ok(()),
             Host::Table(_, engine) => engine.tell(batch),
             Host::Areas(engine) => engine.tell(batch),
         }
@@ -264,7 +268,7 @@ impl Part {
     /// What failed is tried again.
     pub(super) fn commit(&mut self) -> Result<(), CommitError> {
         match &mut self.host {
-            Host::Kernel(_) => Ok(()),
+            Host::Kernel { .. } => Ok(()),
             Host::Own(_, committer) => committer.forget_everything(),
             Host::Table(_, engine) => engine.commit(),
             Host::Areas(engine) => engine.commit(),

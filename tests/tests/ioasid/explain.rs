@@ -64,7 +64,7 @@ fn it_says_what_was_chosen_and_why_nothing_better() {
     let ioasid = context.allocate(Request::guest(view)).unwrap();
     assert_eq!(
         ioasid.explain_for(&device).unwrap().to_string(),
-        "device nic: converted, nested: intel-vtd/first-stage levels=0x5\n  \
+        "device nic: converted, nested: intel-vtd/first-stage levels=0x4\n  \
          not bound as it is: levels is 5, and the unit has 4\n  \
          note: IOVAs 0x800000000000..=0xffffffffffffff are not translated\n  \
          note: IOVAs 0xff00000000000000..=0xffff7fffffffffff are not translated"

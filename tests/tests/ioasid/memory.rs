@@ -25,7 +25,7 @@ fn memory(rig: &Rig, more: Option<&Arc<MmapRegion>>) -> GuestMemory {
     let ram = rig.memory.iter().next().unwrap();
     let mut regions = vec![region(0, ram.len(), ram.get_mmap().as_ptr() as u64)];
     regions.extend(more.map(|more| region(HOTPLUGGED, BYTES, more.as_ptr() as u64)));
-    GuestMemory::new(Arc::new(stagecraft::ioasid::Shared(Arc::clone(&rig.memory))), regions).unwrap()
+    GuestMemory::new(Arc::new(stagecraft::ioasid::Shared((*rig.memory).clone())), regions).unwrap()
 }
 
 fn reaches(rig: &Rig, iova: u64, region: &MmapRegion) -> bool {
