@@ -152,9 +152,10 @@ pub(super) fn pass_u64<B: BitmapSlice>(slice: &VolatileSlice<'_, B>, entries: &m
     if !first.addr().is_multiple_of(16) || slice.len() != size_of_val(entries) {
         return false;
     }
+    let pass: unsafe fn(_, &mut _, &mut Passage<'_>) = if passage.has_gaps() { pass_lines::<true> } else { pass_lines::<false> };
     // SAFETY: as for `load_u64`: the page is within the slice, the loads are aligned. A passage is only made where the processor has what this needs, for an
     // aligned target.
-    unsafe { if passage.has_gaps() { pass_lines::<true>(first, entries, passage) } else { pass_lines::<false>(first, entries, passage) } };
+    unsafe { pass(first, entries, passage) };
     true
 }
 
