@@ -159,6 +159,7 @@ impl Space {
 
     fn join(self: &Arc<Self>, device: &Arc<Connected>, pasid: Option<Pasid>, replace: bool) -> Result<(), Error> {
         self.check(device, pasid)?;
+        let _memory = self.context().hold_memory();
         let not_attached = || Refusal::new(Property::Attachment, format!("{} is not attached", Who(device.label(), pasid)));
         loop {
             let before = device.slots().get(&pasid).map(|slot| Arc::clone(&slot.space));

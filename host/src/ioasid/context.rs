@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Weak};
 
 use super::device::Connected;
 use super::metrics::{Counter, Counters};
@@ -67,6 +67,8 @@ pub(super) struct Inner {
     units: Mutex<Vec<Unit>>,
     parents: Mutex<[Weak<Parent>; 2]>,
     memory: RwLock<GuestMemory>,
+    /// Held for reading while page tables are made, which have all of guest memory at first, and for writing while that changes. Taken before all other locks.
+    gate: RwLock<()>,
     pins: Arc<Pins>,
     watched: Option<Arc<Watched>>,
     supply: Arc<dyn TableSupply>,
@@ -123,6 +125,11 @@ impl Inner {
 
     pub(super) fn supply(&self) -> Arc<dyn TableSupply> {
         Arc::clone(&self.supply)
+    }
+
+    /// While it is held, guest memory stays what it is.
+    pub(super) fn hold_memory(&self) -> RwLockReadGuard<'_, ()> {
+        self.gate.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The guest's memory at this moment: a handle.
@@ -244,6 +251,7 @@ impl Context {
             units: Mutex::default(),
             parents: Mutex::default(),
             memory: RwLock::new(memory),
+            gate: RwLock::new(()),
             pins,
             watched: watcher.map(|watcher| Arc::new(Watched::new(watcher))),
             supply: tables,
@@ -377,14 +385,13 @@ impl Context {
     /// should have gone are there. [`Error::Blocked`]: devices that might reach what went were detached.
     pub fn memory_changed(&self, memory: GuestMemory) -> Result<(), Error> {
         check_window(&memory)?;
+        let _gate = self.0.gate.write().unwrap_or_else(PoisonError::into_inner);
         let before = self.0.memory();
         let differ = |one: &GuestMemory, other: &GuestMemory| -> Vec<MemoryRegion> {
             one.regions().iter().filter(|region| !other.regions().contains(region)).copied().collect()
         };
         let (gone, come) = (differ(&before, &memory), differ(&memory, &before));
-        // Nobody makes a parent meanwhile, which would have what is going.
-        let known = lock(&self.0.parents);
-        let parents: Vec<Arc<Parent>> = known.iter().filter_map(Weak::upgrade).collect();
+        let parents: Vec<Arc<Parent>> = lock(&self.0.parents).iter().filter_map(Weak::upgrade).collect();
         // What goes is first out of all tables, and only then unknown to the kernel.
         if !gone.is_empty() {
             let between: Vec<MemoryRegion> = before.regions().iter().filter(|region| !gone.contains(region)).copied().collect();

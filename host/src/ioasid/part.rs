@@ -128,10 +128,7 @@ pub(super) fn way(context: &Inner, view: &GuestView) -> Result<Way, Error> {
 #[derive(Debug)]
 pub(super) enum Host {
     /// A page table that the kernel keeps, and what keeps it in step with guest memory if that is in it.
-    Kernel {
-        hwpt: Hwpt,
-        _parent: Option<Arc<Parent>>,
-    },
+    Kernel { hwpt: Hwpt, _parent: Option<Arc<Parent>> },
     /// The guest's own table.
     Own(Box<Bound>, Box<KernelCommitter>),
     /// A host table. The page table goes before the memory of what it leads to.

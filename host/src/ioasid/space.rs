@@ -375,6 +375,7 @@ impl Ioasid {
         }
         let kind = Kind::Guest(view.clone());
         let geometry = geometry(&self.0.context, &kind)?;
+        let _memory = self.0.context.hold_memory();
         let mut detached = Detached::new();
         let mut state = self.0.lock();
         let memory = self.0.context.memory();
