@@ -34,6 +34,7 @@ mod attach;
 mod commit;
 mod context;
 mod device;
+mod dirty;
 mod error;
 mod limits;
 mod managed;

@@ -12,7 +12,7 @@ use super::{Error, Explanation, GuestMemory, GuestView, Kind, SpaceId, SpaceLimi
 use crate::kernel::handle::{Attachment, Hwpt, PageTable, Viommu};
 use crate::kernel::{Errno, Pasid};
 use crate::plugin::queue::{Effect, Invalidation};
-use crate::sync::{Areas, CommitError, Live, LiveError, Nested, Report, Sink, Space, Unwatched, Watcher, Way};
+use crate::sync::{Areas, CommitError, Live, LiveError, MarksWritten, Nested, Report, Sink, Space, Unwatched, Watcher, Way};
 use crate::{Change, Gpa, Span};
 
 /// A sink, and who tells it what changes: a guest's tables, or whoever has a batch.
@@ -79,6 +79,14 @@ impl<S: Sink> Engine<S> {
 
     pub(super) fn synchronise(&mut self, memory: &GuestMemory) -> Result<Report, LiveError> {
         self.live(|live| live.synchronise(memory.entries()))
+    }
+
+    /// Marks of hardware go back into the guest's tables.
+    pub(super) fn write_marks(&mut self, memory: &GuestMemory, span: Span) -> MarksWritten {
+        match self {
+            Self::Live(live) => live.write_marks(memory.marks(), span),
+            Self::Told(_) => MarksWritten::default(),
+        }
     }
 
     /// Guest memory came or went.

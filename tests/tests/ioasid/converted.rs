@@ -71,7 +71,7 @@ fn every_guest_on_every_host_and_never_stale() {
 }
 
 /// Changes of every kind: caches are filled before each.
-fn check(rig: &Rig, guest: &Guest, ioasid: &Ioasid, what: &str) {
+pub fn check(rig: &Rig, guest: &Guest, ioasid: &Ioasid, what: &str) {
     let at = |iova: u64| rig.dma("nic", iova);
     assert_eq!((at(0x1010), at(0x2000), at(0x4012_3456)), (Some(DATA + 0x10), Some(DATA + 0x5000), Some(0x112_3456)), "{what}");
     assert_eq!((at(0x3000), at(0)), (None, None), "{what}");

@@ -103,6 +103,16 @@ impl Guest {
         self.next.fetch_add(4096, Ordering::Relaxed)
     }
 
+    /// An entry as it stands.
+    pub fn entry(&self, slot: u64) -> u64 {
+        self.load(slot)
+    }
+
+    /// Writes an entry.
+    pub fn set(&self, slot: u64, entry: u64) {
+        self.store(slot, entry);
+    }
+
     fn load(&self, address: u64) -> u64 {
         self.memory.load(GuestAddress(address), Ordering::Acquire).unwrap()
     }
