@@ -140,6 +140,12 @@ impl Context {
 }
 
 impl Saved {
+    /// How many IOASIDs are written down.
+    #[must_use]
+    pub const fn ioasids(&self) -> usize {
+        self.ioasids.len()
+    }
+
     /// Makes the context again from `setup`, whose guest memory has what it had; `user` says where memory of the process is now that a mapping leads to
     /// which was not made from guest memory.
     ///

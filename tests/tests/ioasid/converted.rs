@@ -102,6 +102,25 @@ pub fn check(rig: &Rig, guest: &Guest, ioasid: &Ioasid, what: &str) {
     guest.split(0x4000_0000, 0x140_0000, true);
     ioasid.invalidate(&[range(0x4000_0000, 0x401f_ffff, false)]).unwrap();
     assert_eq!((at(0x4000_3000), at(0x4012_3456)), (Some(0x140_3000), Some(0x152_3456)), "{what}: another table");
+    // The same, told with a command for one page of it: hardware looks at the table's entry again on the way to that page.
+    guest.split(0x4000_0000, 0x160_0000, true);
+    ioasid.invalidate(&[range(0x4000_5000, 0x4000_5fff, false)]).unwrap();
+    assert_eq!(at(0x4000_5678), Some(0x160_5678), "{what}: another table, by one page");
+    // A table that has one page goes with it, and its memory becomes another table: what was cached of tables must be gone, though only one page was unmapped.
+    let lonely = |iova: u64, address: u64| {
+        guest.map(iova, address, true);
+        ioasid.invalidate(&[range(iova, iova | 0xfff, false)]).unwrap();
+    };
+    lonely(0x8000_0000, DATA + 0xb000);
+    assert_eq!(at(0x8000_0000), Some(DATA + 0xb000), "{what}: alone");
+    guest.unmap(0x8000_0000);
+    ioasid.invalidate(&[range(0x8000_0000, 0x8000_0fff, false)]).unwrap();
+    assert_eq!(at(0x8000_0000), None, "{what}: alone, unmapped");
+    lonely(0x9000_0000, DATA + 0xc000);
+    lonely(0x8000_0000, DATA + 0xd000);
+    assert_eq!((at(0x8000_0000), at(0x9000_0000)), (Some(DATA + 0xd000), Some(DATA + 0xc000)), "{what}: in another table");
+    guest.unmap(0x8000_0000);
+    guest.unmap(0x9000_0000);
     // All goes.
     guest.unmap_large(0x4000_0000);
     guest.unmap(0x1000);

@@ -5,6 +5,7 @@ mod broken;
 #[path = "../configs/mod.rs"]
 mod configs;
 mod converted;
+mod counters;
 mod dirty;
 mod explain;
 mod failures;
@@ -17,3 +18,4 @@ mod paths;
 mod requests;
 mod rig;
 mod state;
+mod threads;
