@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::context::Inner;
 use super::device::{Connected, Held, Slot};
 use super::managed::{self, Managed, Target};
+use super::metrics::Counter;
 use super::part::{self, Engine, Host, Part};
 use super::software::Lookups;
 use super::{Error, Explanation, GuestMemory, GuestView, Kind, Property, Refusal, Request, Strategy};
@@ -16,7 +17,7 @@ use crate::memory::{Budget, Limits};
 use crate::plugin::queue::Invalidation;
 use crate::plugin::{Outcome, Tag, Translated};
 use crate::sync::{LiveError, Report};
-use crate::table::{AddressSpace, Fault, Geometry, Translation};
+use crate::table::{AddressSpace, Fault, Geometry, OpenError, Translation};
 use crate::virtio_iommu::Domain;
 use crate::{Access, Change, Gpa, Iova, Span};
 
@@ -172,7 +173,8 @@ impl Space {
     ) -> Result<Report, Error> {
         let mut all: Option<Report> = None;
         let mut failed: Option<Error> = None;
-        let mut take = |result: Result<Report, LiveError>| match (result, &mut all) {
+        let context = &self.context;
+        let mut take = |result: Result<Report, LiveError>| match (result.inspect(|report| context.count_report(report)), &mut all) {
             (Ok(report), None) => all = Some(report),
             (Ok(report), Some(all)) => {
                 all.structures |= report.structures;
@@ -183,7 +185,9 @@ impl Space {
         for one in &mut state.parts {
             let result = part(one);
             if matches!(result, Err(LiveError::Commit(_))) {
-                detached.append(&mut one.block(|slot| std::ptr::eq(Arc::as_ptr(&slot.space), self)));
+                let mut blocked = one.block(|slot| std::ptr::eq(Arc::as_ptr(&slot.space), self));
+                self.context.count(Counter::Detached, blocked.len() as u64);
+                detached.append(&mut blocked);
             }
             take(result);
         }
@@ -201,7 +205,7 @@ impl Space {
         if let Content::Managed(managed) = content {
             managed.memory_changed(memory.map())?;
         }
-        self.each(&mut state, &mut detached, |part| part.synchronise(memory), |software| software.synchronise(memory)).map(drop)
+        self.each(&mut state, &mut detached, |part| part.memory_changed(memory), |software| software.memory_changed(memory)).map(drop)
     }
 }
 
@@ -215,7 +219,7 @@ impl Drop for Space {
 fn geometry(context: &Inner, kind: &Kind) -> Result<Option<Geometry>, Error> {
     let Kind::Guest(GuestView { outcome: Outcome::Tables(Translated { tables, .. }), .. }) = kind else { return Ok(None) };
     let Some(first) = tables.first() else { return Ok(None) };
-    Ok(Some(context.supervisors().open(first)?.geometry_ref().clone()))
+    Ok(Some(context.open(first)?.geometry().map_err(OpenError::Format)?))
 }
 
 /// An I/O address space: see the [module](super). Clones are the same one.
@@ -331,6 +335,7 @@ impl Ioasid {
         let mut state = self.0.lock();
         let Kind::Guest(view) = state.kind.clone() else { return Ok(Report::default()) };
         let memory = self.0.context.memory();
+        self.0.context.count(Counter::Invalidations, invalidations.len() as u64);
         self.0.each(
             &mut state,
             &mut detached,
@@ -370,6 +375,7 @@ impl Ioasid {
         }
         let kind = Kind::Guest(view.clone());
         let geometry = geometry(&self.0.context, &kind)?;
+        let _memory = self.0.context.hold_memory();
         let mut detached = Detached::new();
         let mut state = self.0.lock();
         let memory = self.0.context.memory();
@@ -454,7 +460,7 @@ impl Ioasid {
         let Kind::Guest(view) = &state.kind else { return Ok(Err(None)) };
         let mut space = match state.translator.take() {
             Some(space) => space,
-            None => Box::new(view.open(self.0.context.supervisors())?),
+            None => Box::new(view.open(&self.0.context)?),
         };
         let budget = Budget::new(Limits { questions: self.0.request.limits.questions, ..Limits::default() });
         let result = space.translate(memory.entries(), memory.map(), iova, access, &budget);
@@ -504,6 +510,7 @@ impl Ioasid {
         let mut failed = Ok(());
         for fault in faults {
             let response = self.fault(fault.address, Access { read: fault.read, write: fault.write });
+            self.0.context.count(Counter::Faults, 1);
             let code = if matches!(response, Ok(Response::Mapped)) { ResponseCode::Success } else { ResponseCode::Invalid };
             let answer = PageResponse { cookie: fault.cookie, code };
             // EINVAL: the device has given up meanwhile.
@@ -597,6 +604,11 @@ impl Ioasid {
 }
 
 impl State {
+    /// Somebody looks things up in software.
+    pub(super) const fn has_lookups(&self) -> bool {
+        self.software.is_some()
+    }
+
     /// Maps of what is there, for a new host's side that does not follow tables.
     pub(super) fn told(&self) -> Vec<Change> {
         match &self.content {
