@@ -1,6 +1,6 @@
 //! The same over a context and its IOASIDs: every guest on every kind of unit, by whatever strategy is chosen.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use stagecraft::ioasid::{Context, GuestMemory, Request, Setup, Strategy, TableSupply};
 use stagecraft::kernel::Kernel;
@@ -31,6 +31,12 @@ impl TableSupply for SimTables {
     }
 }
 
+/// The plugins, compiled once.
+fn plugins() -> Arc<Plugins> {
+    static PLUGINS: OnceLock<Arc<Plugins>> = OnceLock::new();
+    Arc::clone(PLUGINS.get_or_init(|| Arc::new(Plugins::builtin(&Engine::new(Config::default()).unwrap()).unwrap())))
+}
+
 struct Rig {
     viommu: Viommu<GuestMemoryMmap, ContextSpaces>,
     guest: Guest,
@@ -53,7 +59,7 @@ impl Rig {
         let sim = builder.build().unwrap();
         sim.register_memory(&Arc::new(guest.memory.clone())).unwrap();
         let kernel: Arc<dyn Kernel> = Arc::clone(&sim) as Arc<dyn Kernel>;
-        let plugins = Arc::new(Plugins::builtin(&Engine::new(Config::default()).unwrap()).unwrap());
+        let plugins = plugins();
         let supervisors = Supervisors::new(Arc::clone(&plugins), Policy::default());
         // The context watches tables, the vIOMMU structures.
         let watched = [Watched::default(), Watched::default()];
