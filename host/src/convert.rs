@@ -10,7 +10,8 @@ use crate::memory::{Kind, MemoryMap, Region};
 use crate::plugin::{CallError, Plugin, Settings, TableConfig};
 use crate::snapshot::{Stream, StreamEntry};
 use crate::table::{
-    AddressSpace, Arena, BuildError, Builder, Built, Count, FaultAt, Loss, Losses, Need, Piece, Root, Run, Step, Visitor, WalkError, Window,
+    AddressSpace, Arena, BuildError, Builder, Built, Count, FaultAt, Loss, Losses, Need, Passed, Piece, Receiver, Root, Run, Step, Visitor,
+    WalkError, Window,
 };
 use crate::{Attributes, Gpa, Span};
 
@@ -200,8 +201,16 @@ impl<V: Visitor> Visitor for AllPrivileged<'_, V> {
         self.0.takes_gaps()
     }
 
+    fn receive(&mut self, run: &Run<'_>) -> Option<Receiver<'_>> {
+        self.0.receive(&for_all(run))
+    }
+
+    fn received(&mut self, run: &Run<'_>, passed: Passed) -> Result<bool, WalkError> {
+        self.0.received(&for_all(run), passed)
+    }
+
     fn leaves(&mut self, run: &Run<'_>, path: &[Step]) -> Result<(), WalkError> {
-        self.0.leaves(&Run { kinds: run.kinds.map(|attributes| attributes.without(Attributes::PRIVILEGED_ONLY)), ..*run }, path)
+        self.0.leaves(&for_all(run), path)
     }
 
     fn piece(&mut self, piece: &Piece, path: &[Step]) -> Result<(), WalkError> {
@@ -211,6 +220,11 @@ impl<V: Visitor> Visitor for AllPrivileged<'_, V> {
     fn fault(&mut self, fault: &FaultAt<'_>) -> Result<(), WalkError> {
         self.0.fault(fault)
     }
+}
+
+/// The same leaves, for requests with and without privileges.
+fn for_all<'a>(run: &Run<'a>) -> Run<'a> {
+    Run { kinds: run.kinds.map(|attributes| attributes.without(Attributes::PRIVILEGED_ONLY)), ..*run }
 }
 
 /// Converts the tables of all `streams` of `guest`. `progress` hears, before each table, how many are done and how many there are.

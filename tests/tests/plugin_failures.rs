@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use stagecraft::plugin::queue::{Effect, Event, EventAccess, MAX_COMMAND_BYTES, Scope};
 use stagecraft::plugin::{
-    Binding, BlockKind, Blocked, CallError, Config, DetectMemory, Direct, Engine, Instance, Limits, Notes, Outcome, Plugin, PluginFormat, Refusal,
-    Requester, Settings, TableConfig, Ticker, Translated,
+    BlockKind, Blocked, CallError, Config, DetectMemory, Direct, Engine, Instance, Limits, Notes, Outcome, PlaceToBind, Plugin, PluginFormat,
+    Refusal, Requester, Settings, TableConfig, Ticker, Translated,
 };
 use stagecraft::table::{FaultKind, Format as _, FormatError, Meaning, Missing, Need, Next, Severity, Window};
 use stagecraft::{Attributes, Span};
@@ -138,8 +138,11 @@ fn a_unit_that_behaves_well_is_understood() {
     assert_eq!(instance.pasids("hostile", &registers(0), 3, Words::of(0)).expect("pasids"), [1, 2, 3]);
     let offers = instance.offers(7, &[39]).expect("offers");
     assert_eq!((&*offers[0].format, &offers[0].limits[..]), ("hostile/radix", &[("width".to_owned(), 39)][..]));
-    let binding = Binding { kind: 7, data: 0x1000_u64.to_le_bytes().to_vec(), context: 64_u64.to_le_bytes().to_vec() };
-    assert_eq!(instance.bind_data(&config(0), 64).expect("binding"), binding);
+    let place = PlaceToBind { context_address: 4096, space: 5, ..PlaceToBind::default() };
+    let binding = instance.bind_data(&config(0), &place).expect("binding");
+    let (data, context) = (0x1000_u64.to_le_bytes().to_vec(), 4096_u64.to_le_bytes().to_vec());
+    assert_eq!((binding.kind, binding.data, binding.context), (7, data, context));
+    assert_eq!((binding.viommu, binding.pasids, binding.invalidation.is_some()), (Some(8), true, true));
     let need = Need { last_low: Some(0xffff), ..Need::default() };
     let settings = instance.suggest("hostile/radix", &Settings::new(), &need).expect("settings");
     assert_eq!(settings.get("mode"), Some(0));

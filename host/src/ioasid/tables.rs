@@ -178,11 +178,10 @@ impl PoolTables {
     }
 
     fn of(&mut self, address: Gpa) -> Option<&mut RegionTables> {
-        let within = |(chunk, _): &(Chunk, RegionTables)| address.0.checked_sub(chunk.base).is_some_and(|offset| offset < chunk.bytes);
-        if !self.chunks.get(self.recent).is_some_and(within) {
+        if !self.chunks.get(self.recent).is_some_and(|chunk| is_within(chunk, address)) {
             self.recent = self.chunks.partition_point(|(chunk, _)| chunk.base <= address.0).checked_sub(1)?;
         }
-        self.chunks.get_mut(self.recent).filter(|chunk| within(chunk)).map(|(_, tables)| tables)
+        self.chunks.get_mut(self.recent).filter(|chunk| is_within(chunk, address)).map(|(_, tables)| tables)
     }
 }
 
@@ -213,4 +212,18 @@ impl TableMemory for PoolTables {
             tables.store(table, layout, index, entry);
         }
     }
+
+    fn load(&self, table: Gpa, layout: EntryLayout, index: u64) -> u64 {
+        let chunk = self.chunks.partition_point(|(chunk, _)| chunk.base <= table.0).checked_sub(1).and_then(|index| self.chunks.get(index));
+        chunk.filter(|chunk| is_within(chunk, table)).map_or(0, |(_, tables)| tables.load(table, layout, index))
+    }
+
+    fn compare_exchange(&mut self, table: Gpa, layout: EntryLayout, index: u64, old: u64, new: u64) -> u64 {
+        self.of(table).map_or(0, |tables| tables.compare_exchange(table, layout, index, old, new))
+    }
+}
+
+/// Whether a chunk has this address.
+fn is_within((chunk, _): &(Chunk, RegionTables), address: Gpa) -> bool {
+    address.0.checked_sub(chunk.base).is_some_and(|offset| offset < chunk.bytes)
 }

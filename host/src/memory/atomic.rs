@@ -12,6 +12,8 @@ use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
 
 use crate::table::widen;
+#[cfg(all(target_arch = "x86_64", not(miri)))]
+use crate::table::{Passage, Registers};
 
 /// Where bytes of guest memory stand in this process. It can be used for one thing: to tell the processor which bytes near them will be read soon. Nothing is
 /// read through it, so it may outlive the memory, or point into the void.
@@ -35,6 +37,11 @@ impl Nearby {
             }
         }
         let _ = (self, distance, bytes);
+    }
+
+    /// The bytes at `distance` from these.
+    pub(crate) fn at(self, distance: u64) -> Self {
+        Self(self.0.map(|first| first.wrapping_add(distance as usize)))
     }
 }
 
@@ -135,6 +142,44 @@ unsafe fn load_lines_wide(from: *const u8, to: *mut u64, lines: usize) {
             options(nostack)
         );
     }
+}
+
+/// A whole page of words passes through `passage`, and is kept in `entries`; false if it cannot.
+#[cfg(all(target_arch = "x86_64", not(miri)))]
+pub(super) fn pass_u64<B: BitmapSlice>(slice: &VolatileSlice<'_, B>, entries: &mut [u64; 512], passage: &mut Passage<'_>) -> bool {
+    let guard = slice.ptr_guard();
+    let first = guard.as_ptr();
+    if !first.addr().is_multiple_of(16) || slice.len() != size_of_val(entries) {
+        return false;
+    }
+    let pass: unsafe fn(_, &mut _, &mut Passage<'_>) = if passage.has_gaps() { pass_lines::<true> } else { pass_lines::<false> };
+    // SAFETY: as for `load_u64`: the page is within the slice, the loads are aligned. A passage is only made where the processor has what this needs, for an
+    // aligned target.
+    unsafe { pass(first, entries, passage) };
+    true
+}
+
+/// See [`pass_u64`].
+///
+/// # Safety
+/// `from` is a multiple of 16, and a page may be read there; the passage's target is a multiple of 64. The processor has AVX-512F.
+#[cfg(all(target_arch = "x86_64", not(miri)))]
+#[target_feature(enable = "avx512f")]
+unsafe fn pass_lines<const GAPS: bool>(from: *const u8, entries: &mut [u64; 512], passage: &mut Passage<'_>) {
+    use std::arch::x86_64::{__m512i, _mm512_loadu_si512};
+    // All is loaded before any of it is written: loads, and stores past the cache, get in each other's way.
+    // SAFETY: the caller's promise: a page is there, and has room; a processor with AVX-512 has AVX.
+    unsafe { load_lines_wide(from, entries.as_mut_ptr(), entries.len() / LINE) };
+    passage.is_there();
+    let (registers, mut found) = Registers::new(passage);
+    let target = passage.target();
+    for (line, words) in entries.as_chunks::<LINE>().0.iter().enumerate() {
+        // SAFETY: eight words.
+        let words = unsafe { _mm512_loadu_si512(words.as_ptr().cast::<__m512i>()) };
+        // SAFETY: a line of the target, as the caller promises.
+        unsafe { registers.line::<GAPS>(words, &mut found, target.wrapping_add(line * LINE)) };
+    }
+    passage.end(found);
 }
 
 /// The same for words of 32 bits.

@@ -6,7 +6,7 @@ use vm_memory::{GuestAddress, GuestMemory, Permissions, VolatileMemory};
 
 use crate::Gpa;
 use crate::memory::atomic::{self, Nearby};
-use crate::table::{ByteOrder, swap_bytes};
+use crate::table::{ByteOrder, Passage, swap_bytes};
 
 /// The unit in which tables are read, and the smallest page of any guest: 4 KiB.
 pub const PAGE: u64 = 4096;
@@ -18,6 +18,18 @@ pub struct EntryLayout {
     pub bytes: u8,
     /// Order of the bytes.
     pub order: ByteOrder,
+}
+
+impl EntryLayout {
+    /// An entry as it stands in memory, or what stands in memory as an entry.
+    pub(crate) const fn word(self, entry: u64) -> u64 {
+        match (self.bytes, self.order) {
+            (8, ByteOrder::Little) => entry.to_le(),
+            (8, ByteOrder::Big) => entry.to_be(),
+            (_, ByteOrder::Little) => (entry as u32).to_le() as u64,
+            (_, ByteOrder::Big) => (entry as u32).to_be() as u64,
+        }
+    }
 }
 
 /// Guest memory at this address could not be read.
@@ -43,6 +55,13 @@ pub trait EntryMemory {
     /// As [`EntryMemory::read_entries`].
     fn read_entries_nearby(&self, address: Gpa, layout: EntryLayout, entries: &mut [u64]) -> Result<Nearby, ReadError> {
         self.read_entries(address, layout, entries).map(|()| Nearby::UNKNOWN)
+    }
+
+    /// A page of entries of eight bytes, the lowest byte first, is read into `entries` and passes through `passage` on its way. None: this memory cannot do
+    /// that, and nothing was read.
+    fn read_passing(&self, address: Gpa, entries: &mut [u64; 512], passage: &mut Passage<'_>) -> Option<Nearby> {
+        let _ = (address, entries, passage);
+        None
     }
 }
 
@@ -79,6 +98,13 @@ impl<M: GuestMemory + ?Sized> EntryMemory for VmMemory<'_, M> {
         }
         to_native(layout, entries);
         Ok(nearby)
+    }
+
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    fn read_passing(&self, address: Gpa, entries: &mut [u64; 512], passage: &mut Passage<'_>) -> Option<Nearby> {
+        let mut slices = self.0.get_slices(GuestAddress(address.0), size_of_val(entries), Permissions::Read).ok()?;
+        let slice = slices.next()?.ok()?;
+        atomic::pass_u64(&slice, entries, passage).then(|| atomic::nearby(&slice))
     }
 }
 

@@ -4,8 +4,10 @@ mod atomic;
 mod budget;
 mod entries;
 mod map;
+mod marks;
 
 pub use atomic::Nearby;
 pub use budget::{Budget, Exhausted, Limits};
 pub use entries::{EntryLayout, EntryMemory, PAGE, ReadError, VmMemory, read_bytes};
 pub use map::{Kind, MemoryMap, MemoryMapError, Region};
+pub use marks::{MarkMemory, WriteError};

@@ -1,13 +1,16 @@
 //! One address space of a running guest: what its DMA gets, and the sink that the changes go to.
 
-use crate::memory::{Budget, EntryMemory, Limits};
+use std::fmt;
+use std::ops::ControlFlow;
+
+use crate::memory::{Budget, EntryMemory, Limits, MemoryMap};
 use crate::plugin::Tag;
 use crate::plugin::queue::{Effect, Invalidation};
 use crate::sync::changes::{Blocked, Changes};
 use crate::sync::sink::{CommitError, Sink};
 use crate::sync::stages::{Space, Way};
 use crate::table::{Format, OpenError};
-use crate::{Gpa, Span};
+use crate::{Change, Gpa, Span};
 
 /// The host could not be brought in step.
 #[derive(Debug, thiserror::Error)]
@@ -20,11 +23,42 @@ pub enum LiveError {
     Commit(#[from] CommitError),
 }
 
+/// A sink could not take another one's place. The other one stays, and is in step.
+pub struct ReplaceError<S> {
+    /// The sink that was to be the new one. It may have everything; it is not kept in step.
+    pub sink: S,
+    /// Why.
+    pub error: CommitError,
+}
+
+impl<S> fmt::Debug for ReplaceError<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ReplaceError").field("error", &self.error).finish_non_exhaustive()
+    }
+}
+
+impl<S> fmt::Display for ReplaceError<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.error, f)
+    }
+}
+
+impl<S> std::error::Error for ReplaceError<S> {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&self.error)
+    }
+}
+
+/// Pieces that a sink is given at once, where there may be any number.
+const CHUNK: usize = 4096;
+
 /// What one call did.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Report {
     /// Changes that were handed to the sink.
     pub changes: u64,
+    /// Pieces that there had been no room for, and that were offered to the sink again.
+    pub offered: u64,
     /// The first few entries that were blocked.
     pub blocked: Vec<Blocked>,
     /// All that were.
@@ -38,13 +72,14 @@ pub struct Report {
 /// One address space that is kept in step.
 #[derive(Debug)]
 pub struct Live<S> {
-    space: Space,
-    sink: S,
+    pub(super) space: Space,
+    pub(super) sink: S,
     /// How commands name this address space.
     tag: Tag,
     id: u64,
     /// Questions that one call may ask.
-    questions: u64,
+    pub(super) questions: u64,
+    pub(super) tracks_dirty: bool,
     changes: Changes,
     spans: Vec<(Span, bool)>,
     /// Inputs of the second of two stages.
@@ -57,7 +92,8 @@ impl<S: Sink> Live<S> {
     ///
     /// Nothing is read yet: [`Live::synchronise`] does.
     pub fn new(space: impl Into<Space>, sink: S, tag: Tag, id: u64, questions: u64) -> Self {
-        Self { space: space.into(), sink, tag, id, questions, changes: Changes::new(), spans: Vec::new(), second: Vec::new() }
+        let space = space.into();
+        Self { space, sink, tag, id, questions, tracks_dirty: false, changes: Changes::new(), spans: Vec::new(), second: Vec::new() }
     }
 
     /// What the requester's DMA gets, as far as it was seen.
@@ -83,6 +119,39 @@ impl<S: Sink> Live<S> {
     /// The host's side.
     pub const fn sink_mut(&mut self) -> &mut S {
         &mut self.sink
+    }
+
+    /// Gives another sink all that is mapped, as batches of maps, in ascending order. The caller commits.
+    pub fn fill(&self, sink: &mut (impl Sink + ?Sized)) {
+        let mut batch = Vec::new();
+        self.space.pieces(Span::ALL, &mut |piece| {
+            batch.push(Change::Map(piece));
+            if batch.len() == CHUNK {
+                sink.apply(&batch);
+                batch.clear();
+            }
+        });
+        if !batch.is_empty() {
+            sink.apply(&batch);
+        }
+    }
+
+    /// Takes another sink, which has nothing yet, in place of the one that there is: gives it everything, commits it, and hands out the old one. Up to then the
+    /// old one is as it was, so that a device can be led from one to the other. While writes are recorded ([`Live::track_dirty`]), the new one records them from now on if it
+    /// can; those up to then are told by the old one's [`Sink::dirty`], once no device uses it any more.
+    ///
+    /// # Errors
+    /// The new one could not be committed. The old one stays.
+    pub fn replace_sink(&mut self, mut sink: S) -> Result<S, ReplaceError<S>> {
+        let tracks_dirty = self.tracks_dirty && sink.track_dirty(true);
+        self.fill(&mut sink);
+        match sink.commit() {
+            Ok(()) => {
+                self.tracks_dirty = tracks_dirty;
+                Ok(std::mem::replace(&mut self.sink, sink))
+            }
+            Err(error) => Err(ReplaceError { sink, error }),
+        }
     }
 
     /// Reads everything again.
@@ -144,6 +213,17 @@ impl<S: Sink> Live<S> {
         self.hand_over(Report::default())
     }
 
+    /// Guest memory came or went: it is what `map` says from now on. When this returns without an error, no DMA reaches what is gone. As
+    /// [`Space::memory_changed`] says, `memory` must have what came, and the cost is that of going through all leaves, and of reading the tables that came.
+    ///
+    /// # Errors
+    /// [`LiveError::Commit`].
+    pub fn memory_changed<M: EntryMemory + ?Sized>(&mut self, memory: &M, map: MemoryMap) -> Result<Report, LiveError> {
+        let budget = Budget::new(Limits { questions: self.questions, ..Limits::default() });
+        self.space.memory_changed(memory, map, &budget, &mut self.changes);
+        self.hand_over_to(Report::default(), S::remap)
+    }
+
     /// The format of the only table, or of the first, failed and was opened again: blocked entries are judged by the new instance.
     ///
     /// # Errors
@@ -160,12 +240,13 @@ impl<S: Sink> Live<S> {
         self.space.reopen(stage, format)
     }
 
-    /// Commits again after an error.
+    /// Commits again after an error; pieces that the sink has room for by then are offered to it.
     ///
     /// # Errors
     /// The kernel refused again.
     pub fn commit(&mut self) -> Result<(), CommitError> {
-        self.sink.commit()
+        self.sink.commit()?;
+        self.offer_again().map(|_| ())
     }
 
     /// Looks at the spans that were collected.
@@ -183,17 +264,42 @@ impl<S: Sink> Live<S> {
         self.hand_over(report)
     }
 
-    fn hand_over(&mut self, mut report: Report) -> Result<Report, LiveError> {
+    fn hand_over(&mut self, report: Report) -> Result<Report, LiveError> {
+        self.hand_over_to(report, S::apply)
+    }
+
+    fn hand_over_to(&mut self, mut report: Report, apply: fn(&mut S, &[Change])) -> Result<Report, LiveError> {
         report.blocked.extend(self.changes.blocked());
         report.blocked_count = self.changes.blocked_count();
         if !self.changes.is_empty() {
             let batch = self.changes.batch();
             report.changes = batch.len() as u64;
-            self.sink.apply(batch);
+            apply(&mut self.sink, batch);
         }
         self.changes.clear();
         self.sink.commit()?;
+        report.offered = self.offer_again()?;
         Ok(report)
+    }
+
+    /// Offers the sink what it wants, as long as it wants something else each time; how many pieces these were.
+    fn offer_again(&mut self) -> Result<u64, CommitError> {
+        let (mut offered, mut before) = (0, None);
+        while let Some(wanted) = self.sink.wants().filter(|wanted| before != Some(*wanted)) {
+            before = Some(wanted);
+            let mut batch = Vec::new();
+            let more = self.space.pieces_until(wanted, &mut |piece| {
+                batch.push(Change::Map(piece));
+                if batch.len() < CHUNK { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+            });
+            let end = batch.last().filter(|_| more.is_break()).map_or(wanted.last, |change| change.span().last.min(wanted.last));
+            offered += batch.len() as u64;
+            self.sink.offer(Span { last: end, ..wanted }, &batch);
+        }
+        if before.is_some() {
+            self.sink.commit()?;
+        }
+        Ok(offered)
     }
 }
 

@@ -12,23 +12,29 @@
 //! at any moment. A [`Shadow`] is what was seen of one table. [`Live`] joins a space and a sink. When one of its calls returns, no translation that the guest
 //! removed is in the host's table, and none is in the hardware's caches if the committer kept its promise.
 //!
+//! What the host has no memory for is remembered, and offered again when there is some ([`Sink::wants`]). What hardware marks in the host's entries is written
+//! back into the guest's, or told as a log of writes ([`Live::write_marks`], [`Live::dirty`]). Guest memory may come and go ([`Live::memory_changed`]).
+//!
 //! # What is missing
 //!
-//! There is no committer for a real kernel. Memory that comes and goes while an address space lives is not covered. What is refused
-//! because the host's table memory is full comes back only when the guest maps it anew. `tests/tests/live/equality.rs` names guests for which the live table
-//! differs from a naive walk.
+//! Entries that are blocked are judged again only when they are read; nobody reads them because
+//! a limit is not reached any longer. Marks are not written into entries that point to tables, and not at the moment of the access but when
+//! [`Live::write_marks`] is called.
 
 mod areas;
 mod changes;
 mod live;
+mod marks;
 mod nested;
 mod shadow;
 mod sink;
+mod spans;
 mod stages;
 
 pub use areas::{AreaLimits, Areas, AreasError, AreasFigures, Managed, MapError, Mirror, UnmapError};
 pub use changes::{Blocked, Changes, Reason};
-pub use live::{Live, LiveError, Report};
+pub use live::{Live, LiveError, ReplaceError, Report};
+pub use marks::{DirtyError, Marked, MarksWritten};
 pub use nested::{Needed, Nested, NestedFigures, NestedTable, RegionTables, TableMemory};
 pub use shadow::{ReopenError, Shadow, ShadowFigures, ShadowLimits, Unwatched, Watcher};
 pub use sink::{CommitError, Committer, Sink};

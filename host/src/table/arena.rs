@@ -164,6 +164,18 @@ impl Arena {
         self.live[page] = bytes.trailing_zeros() as u8;
     }
 
+    /// The offset and the words of the page that [`Arena::allocate`] would hand out next, if that is known.
+    pub(crate) fn upcoming(&mut self) -> Option<(u64, &mut [u64; (PAGE / 8) as usize])> {
+        if self.free.get(&PAGE).is_some_and(|free| !free.is_empty()) {
+            return None;
+        }
+        let offset = self.used.next_multiple_of(PAGE);
+        let chunk = self.chunks.get_mut((offset / 8) as usize / CHUNK)?;
+        let word = (offset / 8) as usize % CHUNK;
+        let words = chunk.words_mut(word).first_chunk_mut()?;
+        (offset + PAGE <= self.limit).then_some((offset, words))
+    }
+
     /// Tells the processor that the table after the last one will be written soon.
     pub(crate) fn prefetch(&mut self) {
         let word = (self.used / 8) as usize;

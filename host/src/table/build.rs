@@ -11,12 +11,13 @@ use std::sync::Arc;
 use crate::memory::{EntryLayout, EntryMemory};
 use crate::table::arena::{Arena, Full, write_entry};
 use crate::table::build::runs::Prepared;
-use crate::table::format::{Format, FormatError, Meaning};
-use crate::table::geometry::{AddressField, ByteOrder, Geometry, Nonsense};
+use crate::table::format::{Format, FormatError};
+use crate::table::geometry::{ByteOrder, Geometry, Nonsense};
 use crate::table::lanes;
-use crate::table::loss::{Loss, Losses, narrowed};
-use crate::table::remember::Plan;
+use crate::table::loss::{Loss, Losses};
+use crate::table::passage::{Passed, Receiver};
 use crate::table::stage::{Page, Stage};
+use crate::table::target::{Leaf, Rung, Target, low_bits};
 use crate::table::walk::{FaultAt, Piece, Run, Step, Visitor, WalkError};
 use crate::{Attributes, Gpa, Span};
 
@@ -47,24 +48,6 @@ pub struct Built {
     pub questions: u64,
 }
 
-/// A level on the way from a root to the smallest pages.
-#[derive(Debug)]
-struct Rung {
-    kind: u8,
-    lsb: u8,
-    entries: u64,
-    bytes: u64,
-    /// What is taken for a table: its bytes, or as many as the addresses of such tables are apart that the rung above can say.
-    room: u64,
-    absent: u64,
-    leaf_sizes: u64,
-    /// The entry that points to a table of the next rung, and where its address goes.
-    table_pattern: u64,
-    table_field: AddressField,
-    /// The format's word for entries of this rung in a table that restricts nothing.
-    inherited: u64,
-}
-
 /// A root and the levels below it.
 #[derive(Debug)]
 struct Chain {
@@ -89,16 +72,6 @@ impl Window {
     const fn holds(&self, span: Span) -> bool {
         self.span.first <= span.first && span.last <= self.span.last
     }
-}
-
-/// How a leaf of one size with given attributes is written.
-#[derive(Clone, Debug)]
-struct Leaf {
-    pattern: u64,
-    field: AddressField,
-    /// Highest address byte that can be expressed.
-    last_address: u64,
-    narrowed: Vec<Loss>,
 }
 
 /// The leaves of all sizes of one chain for given attributes.
@@ -132,8 +105,7 @@ struct Open {
 
 /// Builds one table. Mappings come through [`Visitor`] or [`Builder::map`] in ascending order of IOVA; [`Builder::finish`] ends it.
 pub struct Builder<'a> {
-    format: Box<dyn Format>,
-    plan: Plan,
+    target: Target,
     arena: &'a mut Arena,
     layout: EntryLayout,
     chains: Vec<Chain>,
@@ -150,11 +122,12 @@ pub struct Builder<'a> {
     encodings: Vec<Encoding>,
     /// For runs like the last one.
     prepared: Option<Prepared>,
+    /// Where the next table will be, to which entries were written in advance.
+    upcoming: Option<u64>,
     /// The first leaves of pages that several make up.
     merged: Vec<u64>,
     losses: Losses,
     leaves: u64,
-    questions: u64,
     failed: Option<BuildError>,
 }
 
@@ -169,13 +142,12 @@ impl<'a> Builder<'a> {
     ///
     /// # Errors
     /// The format failed, describes a table that cannot be, or has no way from its root to a page.
-    pub fn new(mut format: Box<dyn Format>, arena: &'a mut Arena) -> Result<Self, BuildError> {
-        let plan = Plan::new(format.geometry().map_err(BuildError::Format)?)?;
-        let layout = EntryLayout { bytes: plan.geometry.entry_bytes, order: plan.geometry.order };
+    pub fn new(format: Box<dyn Format>, arena: &'a mut Arena) -> Result<Self, BuildError> {
+        let target = Target::new(format)?;
+        let layout = EntryLayout { bytes: target.plan.geometry.entry_bytes, order: target.plan.geometry.order };
         let before = arena.bytes();
         let mut builder = Self {
-            format,
-            plan,
+            target,
             arena,
             layout,
             chains: Vec::new(),
@@ -188,10 +160,10 @@ impl<'a> Builder<'a> {
             pending: None,
             encodings: Vec::new(),
             prepared: None,
+            upcoming: None,
             merged: Vec::new(),
             losses: Losses::default(),
             leaves: 0,
-            questions: 0,
             failed: None,
         };
         builder.plan_chains()?;
@@ -201,7 +173,7 @@ impl<'a> Builder<'a> {
     /// The target's geometry.
     #[must_use]
     pub fn geometry(&self) -> &Geometry {
-        &self.plan.geometry
+        &self.target.plan.geometry
     }
 
     /// Tables must stand below `2^table_bits` so that entries, and everything that holds a root's address, can point to them.
@@ -213,11 +185,11 @@ impl<'a> Builder<'a> {
             let field = rung.table_field.address_mask;
             (!(field | field.wrapping_sub(1) & !field)).trailing_zeros() as u8
         });
-        fields.chain([self.plan.geometry.output_bits]).min().unwrap_or(0)
+        fields.chain([self.target.plan.geometry.output_bits]).min().unwrap_or(0)
     }
 
     fn plan_chains(&mut self) -> Result<(), BuildError> {
-        for root in self.plan.geometry.roots.clone() {
+        for root in self.target.plan.geometry.roots.clone() {
             let chain = match self.chains.iter().position(|chain| chain.setting == root.setting && chain.rungs[0].kind == root.level) {
                 Some(chain) => chain,
                 None => {
@@ -226,52 +198,14 @@ impl<'a> Builder<'a> {
                     self.chains.len() - 1
                 }
             };
-            let level = &self.plan.levels[usize::from(root.level)];
-            let base = root.first & u64::MAX.checked_shl(u32::from(level.index_lsb + level.index_bits)).unwrap_or(0);
+            let base = self.target.base(root.level, root.first);
             self.windows.push(Window { span: Span { first: root.first, last: root.last }, chain, base });
         }
         Ok(())
     }
 
-    /// Follows the format from a root down: at each level the first kind of table that it can point to and that fits without a gap.
-    fn plan_chain(&mut self, setting: String, root: u8, mut inherited: u64) -> Result<Chain, BuildError> {
-        let mut rungs: Vec<Rung> = Vec::new();
-        let (mut next, mut apart) = (Some(root), 1);
-        while let Some(kind) = next {
-            let level = self.plan.geometry.levels[usize::from(kind)].clone();
-            let mut rung = Rung {
-                kind,
-                lsb: level.index_lsb,
-                entries: level.entries(),
-                bytes: self.plan.geometry.table_bytes(kind),
-                room: self.plan.geometry.table_bytes(kind).max(apart),
-                absent: level.absent,
-                leaf_sizes: level.leaf_sizes,
-                table_pattern: 0,
-                table_field: AddressField::default(),
-                inherited,
-            };
-            next = None;
-            for (below, candidate) in self.plan.geometry.levels.iter().enumerate() {
-                if candidate.top_bit() != level.index_lsb {
-                    continue;
-                }
-                self.questions += 1;
-                let Some(pattern) = self.format.encode_table(kind, below as u8).map_err(BuildError::Format)? else { continue };
-                let plan = &self.plan.levels[usize::from(kind)];
-                rung.table_field = plan.field(plan.shape_of(pattern)).clone();
-                rung.table_pattern = pattern;
-                apart = 1 << rung.table_field.address_mask.trailing_zeros().min(63);
-                self.questions += 1;
-                match self.format.decode(kind, inherited, pattern).map_err(BuildError::Format)? {
-                    Meaning::Table { next, inherited: below_inherited } if usize::from(next.level) == below => inherited = below_inherited,
-                    other => return Err(Nonsense(format!("a table entry {pattern:#x} was encoded and decodes as {other:?}")).into()),
-                }
-                next = Some(below as u8);
-                break;
-            }
-            rungs.push(rung);
-        }
+    fn plan_chain(&mut self, setting: String, root: u8, inherited: u64) -> Result<Chain, BuildError> {
+        let rungs = self.target.rungs(root, inherited)?;
         let mut sizes: Vec<(u8, usize)> = Vec::new();
         for (depth, rung) in rungs.iter().enumerate() {
             let top = u32::from(rung.lsb) + rung.entries.trailing_zeros();
@@ -434,50 +368,11 @@ impl<'a> Builder<'a> {
         let sizes = self.chains[chain].sizes.clone();
         let mut leaves = Vec::with_capacity(sizes.len());
         for (size, depth) in &sizes {
-            leaves.push(self.encode(chain, *depth, *size, attributes)?.map(Arc::new));
+            leaves.push(self.target.leaf(&self.chains[chain].rungs[*depth], *size, attributes)?.map(Arc::new));
         }
         let usable = sizes.iter().zip(&leaves).filter_map(|(&(size, depth), leaf)| leaf.clone().map(|leaf| (size, depth, leaf))).collect();
         self.encodings.push(Encoding { chain, attributes, leaves, usable });
         Ok(self.encodings.len() - 1)
-    }
-
-    fn encode(&mut self, chain: usize, depth: usize, size: u8, attributes: Attributes) -> Result<Option<Leaf>, BuildError> {
-        let rung = &self.chains[chain].rungs[depth];
-        let (kind, lsb, inherited) = (rung.kind, rung.lsb, rung.inherited);
-        self.questions += 1;
-        let Some(encoded) = self.format.encode_leaf(kind, size, attributes).map_err(BuildError::Format)? else { return Ok(None) };
-        let Some(narrowed) = narrowed(attributes, encoded.attributes) else {
-            return if encoded.attributes.within(attributes) {
-                Ok(None)
-            } else {
-                Err(Nonsense(format!("asked for `{attributes}`, a leaf was encoded that grants `{}`", encoded.attributes)).into())
-            };
-        };
-        let plan = &self.plan.levels[usize::from(kind)];
-        let shape = plan.shape_of(encoded.pattern);
-        let field = plan.field(shape).clone();
-        if field.extract(encoded.pattern) > low_bits(size) || size == lsb && encoded.pattern & field.entry_mask != 0 {
-            return Err(Nonsense(format!("the pattern {:#x} of a leaf of 2^{size} bytes has address bits", encoded.pattern)).into());
-        }
-        // What was encoded must mean what was granted: a format that contradicts itself is caught here, before a device could be.
-        self.questions += 1;
-        let mut meaning = self.format.decode(kind, inherited, encoded.pattern & !field.entry_mask).map_err(BuildError::Format)?;
-        if meaning == Meaning::WholeEntry {
-            self.questions += 1;
-            meaning = self.format.decode_entry(kind, inherited, encoded.pattern).map_err(BuildError::Format)?;
-        }
-        match meaning {
-            Meaning::Leaf { size_log2, attributes: decoded } if size_log2 == size && decoded.within(encoded.attributes) => {}
-            other => {
-                return Err(Nonsense(format!(
-                    "a leaf {:#x} of 2^{size} bytes was encoded as `{}` and decodes as {other:?}",
-                    encoded.pattern, encoded.attributes
-                ))
-                .into());
-            }
-        }
-        let bits = (!(field.address_mask | low_bits(size))).trailing_zeros().min(u32::from(self.plan.geometry.output_bits));
-        Ok(Some(Leaf { pattern: encoded.pattern, field, last_address: low_bits(bits as u8), narrowed }))
     }
 
     /// The words of an open table.
@@ -644,7 +539,7 @@ impl<'a> Builder<'a> {
             }
             roots.push((chain.setting.clone(), Gpa(self.arena.base() + offset)));
         }
-        Ok(Built { roots, losses: self.losses, leaves: self.leaves, questions: self.questions })
+        Ok(Built { roots, losses: self.losses, leaves: self.leaves, questions: self.target.questions })
     }
 
     fn keep(&mut self, result: Result<(), BuildError>) -> Result<(), WalkError> {
@@ -659,6 +554,18 @@ impl Visitor for Builder<'_> {
     fn leaves(&mut self, run: &Run<'_>, _: &[Step]) -> Result<(), WalkError> {
         let result = self.map_run(run);
         self.keep(result)
+    }
+
+    fn receive(&mut self, run: &Run<'_>) -> Option<Receiver<'_>> {
+        self.ready_for(run)
+    }
+
+    fn received(&mut self, run: &Run<'_>, passed: Passed) -> Result<bool, WalkError> {
+        let result = self.map_passed(run, passed);
+        result.map_err(|error| {
+            self.failed = Some(error);
+            WalkError::Stopped
+        })
     }
 
     fn table(&mut self) {
@@ -682,11 +589,6 @@ impl Visitor for Builder<'_> {
     fn fault(&mut self, _: &FaultAt<'_>) -> Result<(), WalkError> {
         Ok(()) // what faults for the guest's IOMMU is not mapped, and faults for the host's
     }
-}
-
-/// Bits below a page of `2^size` bytes.
-const fn low_bits(size: u8) -> u64 {
-    if size >= 64 { u64::MAX } else { (1 << size) - 1 }
 }
 
 /// Remembers that `count` slots from `index` map from `address` to below `next`; `pattern` none: not one contiguous range.

@@ -33,6 +33,32 @@ pub struct Mark {
     pub value: u64,
 }
 
+impl Mark {
+    /// Whether there is such a mark at all.
+    #[must_use]
+    pub const fn exists(self) -> bool {
+        self.mask != 0
+    }
+
+    /// Whether hardware, or somebody else, has marked the entry.
+    #[must_use]
+    pub const fn is_set(self, entry: u64) -> bool {
+        self.mask != 0 && entry & self.mask == self.value
+    }
+
+    /// The entry, marked.
+    #[must_use]
+    pub const fn set(self, entry: u64) -> u64 {
+        entry & !self.mask | self.value
+    }
+
+    /// The entry, not marked.
+    #[must_use]
+    pub const fn taken(self, entry: u64) -> u64 {
+        entry & !self.mask | !self.value & self.mask
+    }
+}
+
 /// One kind of table.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Level {

@@ -81,7 +81,7 @@ const FIRST_BLOCK: usize = 64;
 /// How many of the first `entries` are of these kinds, and whether all addresses in them are in `first..=first + room`.
 pub(super) fn scan(entries: &[u64], pattern: Pattern, first: u64, room: u64) -> Scanned {
     #[cfg(all(target_arch = "x86_64", not(miri)))]
-    if pattern.kinds.has_gaps() && pattern.moved.mask == 0 && entries.len() > FIRST_BLOCK && is_x86_feature_detected!("avx512f") {
+    if pattern.kinds.has_gaps() && pattern.moved.mask == 0 && entries.len() > FIRST_BLOCK && has_wide_registers() {
         // Where tables are full nothing needs to be known about gaps.
         let start = scan_anywhere(&entries[..FIRST_BLOCK], pattern, first, room);
         let rest = &entries[FIRST_BLOCK..];
@@ -101,7 +101,7 @@ pub(super) fn scan(entries: &[u64], pattern: Pattern, first: u64, room: u64) -> 
 
 /// [`scan`] for a processor with wide registers, where there are gaps and addresses stand in place.
 #[cfg(all(target_arch = "x86_64", not(miri)))]
-#[target_feature(enable = "avx512f")]
+#[target_feature(enable = "avx512f,popcnt")]
 fn scan_with_gaps(entries: &[u64], pattern: Pattern, first: u64, room: u64) -> Scanned {
     use std::arch::x86_64::{
         __m512i, _mm512_and_si512, _mm512_cmpeq_epi64_mask, _mm512_loadu_si512, _mm512_mask_max_epu64, _mm512_mask_xor_epi64,
@@ -232,10 +232,16 @@ pub(super) struct Target {
     pub(super) address: u64,
 }
 
+/// Registers of 64 bytes, and an instruction that counts what a mask selects.
+#[cfg(all(target_arch = "x86_64", not(miri)))]
+fn has_wide_registers() -> bool {
+    is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("popcnt")
+}
+
 /// Writes `source` to `target`, addresses kept and patterns replaced; how many leaves are of the second kind, and how many entries are gaps.
 pub(super) fn transcode(source: &[u64], kinds: Kinds, target: &mut [u64], entries: Target) -> (u64, u64) {
     #[cfg(all(target_arch = "x86_64", not(miri)))]
-    if !kinds.is_one() && is_x86_feature_detected!("avx512f") {
+    if !kinds.is_one() && has_wide_registers() {
         let whole = source.len().min(target.len()) / 8 * 8;
         let (source, rest) = source.split_at(whole);
         let (target, target_rest) = target.split_at_mut(whole);
@@ -278,7 +284,7 @@ for_all_lanes! {
 
 /// [`transcode`] for a processor with wide registers. Both slices have the same length, a multiple of 8.
 #[cfg(all(target_arch = "x86_64", not(miri)))]
-#[target_feature(enable = "avx512f")]
+#[target_feature(enable = "avx512f,popcnt")]
 fn transcode_wide(source: &[u64], kinds: Kinds, target: &mut [u64], entries: Target) -> (u64, u64) {
     use std::arch::x86_64::{
         __m512i, _mm512_cmpeq_epi64_mask, _mm512_loadu_si512, _mm512_mask_mov_epi64, _mm512_mask_xor_epi64, _mm512_set1_epi64, _mm512_storeu_si512,
@@ -318,7 +324,7 @@ pub(super) fn recode_past_cache(source: &[u64], kinds: Kinds, target: &mut [u64]
         let (step, words) = if form.narrow { (16, source.len() / 2) } else { (8, source.len() * form.parts.len()) };
         let whole = source.len().is_multiple_of(step) && words == target.len() && target.as_ptr().addr().is_multiple_of(64);
         let plain = !kinds.has_gaps() && (form.parts.len() == 1 || !form.narrow && !form.big);
-        if whole && plain && is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") {
+        if whole && plain && has_wide_registers() && is_x86_feature_detected!("avx512bw") {
             let recode: unsafe fn(&[u64], Kinds, &mut [u64], Move, Form<'_>) -> u64 = match (one.turn != 0, form.big) {
                 (false, false) => recode_streaming::<false, false>,
                 (false, true) => recode_streaming::<false, true>,
@@ -336,7 +342,7 @@ pub(super) fn recode_past_cache(source: &[u64], kinds: Kinds, target: &mut [u64]
 /// The same for a processor with wide registers. `source` has a multiple of 8 entries, of 16 for narrow ones; `target` has just the words for them, and begins
 /// at a multiple of 64 bytes.
 #[cfg(all(target_arch = "x86_64", not(miri)))]
-#[target_feature(enable = "avx512f,avx512bw")]
+#[target_feature(enable = "avx512f,avx512bw,popcnt")]
 fn recode_streaming<const MOVED: bool, const BIG: bool>(source: &[u64], kinds: Kinds, target: &mut [u64], one: Move, form: Form<'_>) -> u64 {
     use std::arch::x86_64::{
         __m512i, _mm512_castsi256_si512, _mm512_cvtepi64_epi32, _mm512_inserti64x4, _mm512_loadu_si512, _mm512_mask_xor_epi64, _mm512_or_si512,
@@ -356,32 +362,35 @@ fn recode_streaming<const MOVED: bool, const BIG: bool>(source: &[u64], kinds: K
     // Within each 16 bytes: every eight of them back to front, or every four.
     let swap_8 = _mm512_set4_epi32(0x0809_0a0b, 0x0c0d_0e0f, 0x0001_0203, 0x0405_0607);
     let swap_4 = _mm512_set4_epi32(0x0c0d_0e0f, 0x0809_0a0b, 0x0405_0607, 0x0001_0203);
-    let mut others = 0;
-    let mut leaves_of = |source: &[u64; 8]| {
+    // By value, so that all of it stays in registers.
+    let leaves_of = move |source: &[u64; 8]| {
         let words = load(source);
         let second = _mm512_test_epi64_mask(_mm512_xor_si512(words, pattern), test);
-        others += u64::from(second.count_ones());
         let turned = if MOVED { _mm512_rolv_epi64(words, turn) } else { words };
         let leaves = _mm512_ternarylogic_epi64::<AND_OR>(turned, address, first);
-        _mm512_mask_xor_epi64(leaves, second, leaves, difference)
+        (_mm512_mask_xor_epi64(leaves, second, leaves, difference), u64::from(second.count_ones()))
     };
     let sources = source.as_chunks::<8>().0;
     let targets = target.as_chunks_mut::<8>().0;
+    let mut others = 0;
     if form.narrow {
         for (two, target) in sources.as_chunks::<2>().0.iter().zip(targets) {
-            let [low, high] = two.each_ref().map(|source| _mm512_cvtepi64_epi32(leaves_of(source)));
-            let packed = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high);
+            let [(low, of_low), (high, of_high)] = two.each_ref().map(leaves_of);
+            let packed = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(_mm512_cvtepi64_epi32(low)), _mm512_cvtepi64_epi32(high));
+            others += of_low + of_high;
             store(target, if BIG { _mm512_shuffle_epi8(packed, swap_4) } else { packed });
         }
     } else if form.parts.len() == 1 {
         for (source, target) in sources.iter().zip(targets) {
-            let leaves = leaves_of(source);
+            let (leaves, seconds) = leaves_of(source);
+            others += seconds;
             store(target, if BIG { _mm512_shuffle_epi8(leaves, swap_8) } else { leaves });
         }
     } else {
         let count = form.parts.len();
         for (source, targets) in sources.iter().zip(targets.chunks_exact_mut(count)) {
-            let leaves = leaves_of(source);
+            let (leaves, seconds) = leaves_of(source);
+            others += seconds;
             for (target, (leaf, part)) in targets.iter_mut().zip(form.lines) {
                 store(target, _mm512_or_si512(_mm512_permutexvar_epi64(load(leaf), leaves), load(part)));
             }

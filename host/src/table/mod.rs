@@ -11,10 +11,12 @@ mod geometry;
 mod intercept;
 mod lanes;
 mod loss;
+mod passage;
 mod remember;
 mod source;
 mod stage;
 mod stages;
+mod target;
 mod walk;
 
 pub use arena::{Arena, Full};
@@ -29,7 +31,11 @@ pub(crate) use intercept::{Compared, Intercepted};
 pub(crate) use lanes::{swap_bytes, widen};
 pub(crate) use loss::narrowed;
 pub use loss::{Count, Loss, Losses};
+#[cfg(all(target_arch = "x86_64", not(miri)))]
+pub(crate) use passage::wide::Registers;
+pub use passage::{Passage, Passed, Receiver};
 pub(crate) use remember::{Judge, JudgeError, LevelPlan, MAX_REMEMBERED, Plan};
 pub use source::Source;
 pub use stages::{AddressSpace, Fault, Translation};
+pub(crate) use target::{Leaf, Rung, Target, low_bits};
 pub use walk::{Cause, FaultAt, Kinds, OpenError, Piece, Run, Step, Table, Visitor, WalkError};

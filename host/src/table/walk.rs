@@ -7,8 +7,9 @@ use std::fmt;
 
 use crate::memory::{Budget, EntryLayout, EntryMemory, Exhausted, MemoryMap, Nearby, PAGE};
 use crate::table::format::{FaultKind, Finding, Format, FormatError, Meaning, Missing};
-use crate::table::geometry::{AddressField, Geometry, Nonsense, Root};
+use crate::table::geometry::{AddressField, ByteOrder, Geometry, Nonsense, Root};
 use crate::table::lanes::{Pattern, Scanned, all_in_place_within, all_within, run_length, scan};
+use crate::table::passage::{ENTRIES, Passage, Passed, Receiver};
 use crate::table::remember::{Judge, JudgeError, LevelPlan, Plan, Remembered};
 use crate::{Attributes, Gpa, Iova, Span};
 
@@ -330,6 +331,23 @@ pub trait Visitor {
         Ok(())
     }
 
+    /// A table with leaves like those of `run` will be read, whose entries are not known yet: how they can be written while they are read, and where. None:
+    /// they are told when they are there.
+    fn receive(&mut self, run: &Run<'_>) -> Option<Receiver<'_>> {
+        let _ = run;
+        None
+    }
+
+    /// The entries that the last [`Visitor::receive`] was about were written: all of a table, gaps at both ends included, and `passed` says what they are.
+    /// False: that is of no use, and they are told as always.
+    ///
+    /// # Errors
+    /// [`WalkError::Stopped`] ends the walk.
+    fn received(&mut self, run: &Run<'_>, passed: Passed) -> Result<bool, WalkError> {
+        let _ = (run, passed);
+        Ok(false)
+    }
+
     /// Entries are about to be read: a moment to get ready for them, and nothing more.
     fn table(&mut self) {}
 
@@ -441,6 +459,8 @@ impl Table {
             buffers: &mut self.scratch.buffers,
             path: &mut self.scratch.path,
             last_read: None,
+            usual: None,
+            misses: Misses::default(),
         };
         walker.path.clear();
         let mut next = Some(span.first);
@@ -472,7 +492,7 @@ struct Place {
 }
 
 /// So many bytes of the next table are asked for early. The processor sees by itself how a table goes on; what it does not see is where it starts.
-const START: u64 = 512;
+pub(super) const START: u64 = 1024;
 
 /// Where the last entries were read from.
 #[derive(Clone, Copy)]
@@ -480,6 +500,50 @@ struct LastRead {
     address: u64,
     region: Span,
     nearby: Nearby,
+}
+
+/// What the leaves of a table were like.
+#[derive(Clone, Copy)]
+struct Usual {
+    level: u8,
+    inherited: u64,
+    shape: Option<u8>,
+    pattern: Pattern,
+    within: Span,
+    room: u64,
+}
+
+/// Tables that were not like the last: the more of them in a row, the more are not tried.
+#[derive(Clone, Copy, Default)]
+struct Misses {
+    in_a_row: u32,
+    skip: u32,
+}
+
+impl Misses {
+    fn miss(&mut self) {
+        self.in_a_row = (self.in_a_row + 1).min(6);
+        self.skip = (1 << self.in_a_row) - 2;
+    }
+
+    fn skips(&mut self) -> bool {
+        let skips = self.skip > 0;
+        self.skip = self.skip.saturating_sub(1);
+        skips
+    }
+}
+
+/// The only entries that are passed through a visitor's hands while they are read.
+const PASSING: EntryLayout = EntryLayout { bytes: 8, order: ByteOrder::Little };
+
+/// What became of a table that might be like the last.
+enum Read {
+    /// It was not read.
+    Not,
+    /// It was read, and nobody was told.
+    Untold,
+    /// It was read and told.
+    Told,
 }
 
 struct Walker<'a, M: ?Sized, V> {
@@ -495,6 +559,9 @@ struct Walker<'a, M: ?Sized, V> {
     buffers: &'a mut Vec<Box<Buffer>>,
     path: &'a mut Vec<Step>,
     last_read: Option<LastRead>,
+    /// What full tables were like lately.
+    usual: Option<Usual>,
+    misses: Misses,
 }
 
 impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
@@ -552,7 +619,16 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
                 last: span.last.min(Span::of_log2(place.base + ((index + count - 1) << lsb), lsb).last),
             };
             self.visitor.table();
-            match self.read(address, entries) {
+            let passed = match <&mut [u64; ENTRIES]>::try_from(&mut *entries) {
+                Ok(page) if index == 0 => self.pass(place, address, page, here)?,
+                _ => Read::Not,
+            };
+            let read = match passed {
+                Read::Told => break,
+                Read::Untold => Ok(()),
+                Read::Not => self.read(address, entries),
+            };
+            match read {
                 Ok(()) => {
                     let more = index + count <= last;
                     if let Some(ahead) = if more { Some(address.wrapping_add(PAGE)) } else { place.ahead } {
@@ -576,6 +652,39 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
         Ok(())
     }
 
+    /// Reads a table as one that is like the last, if the visitor can make use of that.
+    fn pass(&mut self, place: Place, address: u64, entries: &mut [u64; ENTRIES], span: Span) -> Result<Read, WalkError> {
+        let Some(usual) = self.usual.filter(|usual| (usual.level, usual.inherited) == (place.level, place.inherited)) else { return Ok(Read::Not) };
+        let level = &self.plan.levels[usize::from(place.level)];
+        let size_log2 = level.index_lsb;
+        let whole = level.entries() == ENTRIES as u64 && span == Span::of_log2(place.base, size_log2 + ENTRIES.trailing_zeros() as u8);
+        if !whole || self.layout != PASSING {
+            return Ok(Read::Not);
+        }
+        if self.misses.skips() {
+            return Ok(Read::Not);
+        }
+        let Some(region) = self.map.region(address) else { return Ok(Read::Not) };
+        let (field, kinds, within) = (level.field(usual.shape), usual.pattern.kinds, usual.within);
+        let run = Run { iova: Iova(place.base), size_log2, entries: &[], field, kinds, within };
+        let ahead = place.ahead.map_or(Nearby::UNKNOWN, |ahead| self.near(ahead));
+        let Some(receiver) = self.visitor.receive(&run) else { return Ok(Read::Not) };
+        let Some(mut passage) = Passage::new(usual.pattern, (within.first, usual.room), receiver, ahead) else { return Ok(Read::Not) };
+        let Some(nearby) = self.memory.read_passing(Gpa(address), entries, &mut passage) else { return Ok(Read::Not) };
+        let passed = passage.passed();
+        self.last_read = Some(LastRead { address, region: region.span, nearby });
+        if !passed.expected || passed.gaps == ENTRIES as u64 {
+            self.misses.miss();
+            return Ok(Read::Untold);
+        }
+        self.misses = Misses::default();
+        if !self.visitor.received(&Run { entries, ..run }, passed)? {
+            return Ok(Read::Untold);
+        }
+        self.budget.charge_leaves(ENTRIES as u64 - passed.gaps)?;
+        Ok(Read::Told)
+    }
+
     fn read(&mut self, address: u64, entries: &mut [u64]) -> Result<(), Cause> {
         let last = address.saturating_add(entries.len() as u64 * u64::from(self.layout.bytes) - 1);
         let (Some(region), Some(_)) = (self.map.region(address), self.map.region(last)) else { return Err(Cause::OutsideMemory) };
@@ -586,9 +695,13 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
 
     /// Tells the processor that entries at `address` will be read soon, if they are near those that were read last.
     fn expect(&self, address: u64) {
-        if let Some(last) = self.last_read.filter(|last| last.region.contains(address)) {
-            last.nearby.expect(address.wrapping_sub(last.address), START);
-        }
+        self.near(address).expect(0, START);
+    }
+
+    /// Where an address stands, if it is near what was read last.
+    fn near(&self, address: u64) -> Nearby {
+        let last = self.last_read.filter(|last| last.region.contains(address));
+        last.map_or(Nearby::UNKNOWN, |last| last.nearby.at(address.wrapping_sub(last.address)))
     }
 
     fn set_step(&mut self, index: u64, entry: Option<u64>) {
@@ -760,6 +873,10 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
             && let Some(absent) = self.judge.absent(place.level, place.inherited)
         {
             pattern.kinds = pattern.kinds.with_gaps(absent);
+        }
+        if plain.is_some() && field.is_in_place() && field.address_mask & size_mask == 0 {
+            let (level, inherited) = (place.level, place.inherited);
+            self.usual = within.map(|within| Usual { level, inherited, shape: known.shape, pattern, within, room });
         }
         let Scanned { count, gaps, outside, uniform } = scan(entries, pattern, first, room);
         if uniform {

@@ -690,7 +690,7 @@ fn place(context_address: u64, space: u32) -> PlaceToBind {
 #[test]
 fn invalidations_are_commands_that_the_kernel_takes() {
     let recipe = |idr0: u32, idr3: u32, space: u32, host_made: bool, settings: &[(&str, u64)]| {
-        let mut info = vec![0_u32; 10];
+        let mut info = [0_u32; 10];
         (info[2], info[5]) = (idr0, idr3);
         let info = info.iter().flat_map(|word| word.to_le_bytes()).collect();
         let to = PlaceToBind { kind: 2, info, context_address: CONTEXTS, space, host_made };

@@ -197,7 +197,7 @@ impl Format for Paging {
         let plv = PLV.of(pattern);
         // Levels 1 and 2 are in use nowhere: a leaf for exactly one of them is for nobody.
         let nobody = has(RPLV) && plv != 0 && plv != USER;
-        let write = has(if self.hardware_update { W | D } else { D }) && !nobody;
+        let write = has(if self.hardware_update { W } else { D }) && !nobody;
         let dirty = self.hardware_update && has(D);
         let memory_type = match MAT.of(pattern) {
             CACHED => MemoryType::WriteBack,
@@ -349,6 +349,7 @@ mod tests {
         assert_eq!(attributes(base | V), (false, true, false, false));
         assert_eq!(attributes(base | W), (true, false, false, true));
         assert_eq!(attributes(base | V | W | D), (true, true, true, false));
+        assert_eq!(attributes(base | V | D), (false, true, true, false), "D is a mark, and W the permission");
         assert_eq!((format.levels()[0].accessed.mask, format.levels()[0].dirty.mask), (V, D));
         assert_eq!(open(&[]).levels()[0].dirty.mask, 0);
         let asked = Attributes { writable_when_dirty: true, ..rwx() };

@@ -89,7 +89,8 @@ fn run() -> Result<()> {
 }
 
 fn workspace_root() -> Result<PathBuf> {
-    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    // Cargo says it at run time: target folders are copied from one clone to another.
+    let here = std::env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
     Ok(here.ancestors().nth(2).context("the xtask lies in plugins/xtask")?.to_owned())
 }
 

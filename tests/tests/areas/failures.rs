@@ -205,6 +205,29 @@ fn without_a_second_ioas_pages_are_gone_for_a_moment() {
     lab.assert_clean();
 }
 
+/// A swap that would take more copies than it may is none.
+#[test]
+fn swaps_are_bounded() {
+    let lab = Lab::filled();
+    let device = lab.bind("dev0");
+    for (swap, swaps) in [(9, 0), (10, 1)] {
+        let (mut areas, mut model) = (Areas::new(&lab.pins, AreaLimits { swap, ..AreaLimits::default() }).unwrap(), Model::default());
+        areas.attach(&device, None).unwrap();
+        let apart = (0..10).map(|index| map(piece((10 + 2 * index) * PAGE, PAGE, BASE, RW)));
+        let first: Vec<Change> = std::iter::once(map(piece(0, 4 * PAGE, BASE, RW))).chain(apart).collect();
+        let then = [unmap(0, 4 * PAGE), map(piece(PAGE, PAGE, BASE + PAGE, RW))];
+        for batch in [&first[..], &then[..]] {
+            areas.apply(batch);
+            areas.commit().unwrap();
+            model.apply(batch);
+        }
+        assert_eq!((areas.figures().swaps, areas.figures().interrupted), (swaps, 1 - swaps));
+        model.check(&lab, &["dev0"], (0..40).map(|page| page * PAGE), "cut");
+    }
+    drop(device);
+    lab.assert_clean();
+}
+
 /// The second of two devices cannot be moved: it is moved by the next commit, and until then the commit fails.
 #[test]
 fn a_device_that_stays_behind_is_brought_along() {

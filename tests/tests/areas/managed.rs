@@ -4,9 +4,12 @@ use stagecraft::Span;
 use stagecraft::kernel::Errno;
 use stagecraft::pins::PinError;
 use stagecraft::sync::{AreaLimits, Areas, Managed, MapError, Sink, UnmapError};
-use stagecraft::table::Loss;
+use stagecraft::table::{Loss, Piece};
 
 use super::support::{BASE, BLOCK, Lab, Model, PAGE, READ, ROM, RW, SIZE, map, piece};
+
+/// Whether an error is the right one.
+type Expected = Box<dyn Fn(MapError) -> bool>;
 
 #[test]
 fn single_mappings_are_exact_or_refused() {
@@ -22,7 +25,7 @@ fn single_mappings_are_exact_or_refused() {
     areas.map(&second).unwrap();
     model.apply(&[map(second)]);
     let lost = |loss| move |error: MapError| matches!(error, MapError::Lost { loss: other, .. } if other == loss);
-    let refused: [(_, Box<dyn Fn(MapError) -> bool>); 8] = [
+    let refused: [(Piece, Expected); 8] = [
         (
             piece(0x1_3000, 2 * PAGE, BASE, RW),
             Box::new(|error| {

@@ -78,12 +78,15 @@ fn the_budget_names_what_was_asked_and_what_is_left() {
     lab.assert_clean();
 }
 
+/// Whether an error is the right one.
+type Expected = fn(PinError) -> bool;
+
 #[test]
 fn what_makes_no_sense_is_refused_with_the_reason() {
     let lab = Lab::filled();
     let ram = lab.ram();
     let before = lab.pins.figures();
-    let cases: [(Region<'_>, fn(PinError) -> bool); 8] = [
+    let cases: [(Region<'_>, Expected); 8] = [
         (Region { gpa: Gpa(0), length: 0, ..ram }, |error| matches!(error, PinError::Pages { .. })),
         (Region { gpa: Gpa(0x800), length: PAGE, ..ram }, |error| matches!(error, PinError::Pages { .. })),
         (Region { gpa: Gpa(0), length: PAGE, backing: Backing::User(lab.user + 1), ..ram }, |error| matches!(error, PinError::Pages { .. })),

@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use stagecraft::memory::{Kind, MemoryMap, Region, VmMemory};
 use stagecraft::plugin::TableConfig;
 use stagecraft::{Gpa, Span};
+use stagecraft_tests::reference::snapshot::Memory;
+use stagecraft_tests::reference::tables::{self, VtdFirst};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 /// Guest memory is from 0 up to here.
@@ -97,6 +99,22 @@ impl Guest {
     /// The same, for whom it does not matter where.
     pub fn put(&self, iova: u64, height: u32, entry: u64) {
         self.set(iova, height, entry);
+    }
+
+    /// All of its memory, for the reference.
+    pub fn snapshot(&self) -> Memory {
+        let mut memory = Memory::default();
+        for address in (0..MEMORY).step_by(4096) {
+            let mut page = [0; 4096];
+            self.memory.read_slice(&mut page, GuestAddress(address)).unwrap();
+            memory.pages.insert(address, page);
+        }
+        memory
+    }
+
+    /// Its tables, for the reference.
+    pub fn reference(&self) -> tables::TableConfig {
+        tables::TableConfig::VtdFirst(VtdFirst { root: self.root(), levels: 4, output_bits: 48, large_1g: true, execute_disable: true })
     }
 
     /// A new table of 512 pages that say what the large page at `iova` says.

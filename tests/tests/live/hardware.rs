@@ -19,14 +19,14 @@ use super::support::{HOST_BASE, format};
 
 /// Which hardware.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Arch {
+pub enum Arch {
     Vtd,
     Smmu,
 }
 
 /// What is left out: each must be found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Forgotten {
+pub enum Forgotten {
     Nothing,
     Everything,
     FirstSpan,
@@ -35,7 +35,7 @@ enum Forgotten {
 }
 
 /// Tells the kernel what must be invalidated, with something forgotten.
-struct Teller {
+pub struct Teller {
     kernel: Arc<dyn Kernel>,
     target: InvalidateTarget,
     arch: Arch,
@@ -73,10 +73,10 @@ impl Committer for Teller {
 }
 
 /// A guest, its host table, and a device behind it.
-struct Rig {
-    guest: Guest,
-    live: Live<Nested<RegionTables, Teller>>,
-    device: stagecraft::kernel::sim::Device,
+pub struct Rig {
+    pub guest: Guest,
+    pub live: Live<Nested<RegionTables, Teller>>,
+    pub device: stagecraft::kernel::sim::Device,
     // Dropped in this order.
     _attachment: Attachment,
     _nested: Hwpt,
@@ -91,6 +91,11 @@ const TABLES: usize = 4 << 20;
 
 impl Rig {
     fn new(arch: Arch, forgotten: Forgotten) -> Self {
+        Self::with(arch, forgotten, false)
+    }
+
+    /// With `marks`, hardware sets accessed and dirty marks where it can, and entries are written so that it does.
+    pub fn with(arch: Arch, forgotten: Forgotten, marks: bool) -> Self {
         let guest = Guest::new();
         let mut builder = SimBuilder::new();
         let unit = builder.unit(if arch == Arch::Vtd { UnitConfig::vtd("unit") } else { UnitConfig::smmuv3("unit") });
@@ -113,15 +118,23 @@ impl Rig {
         // The last page of the region has the context descriptor, where there is one.
         let config = match arch {
             Arch::Vtd => TableConfig::new("intel-vtd/first-stage", &[("levels", 4)]),
-            Arch::Smmu => TableConfig::new("arm-smmuv3/stage1", &[("granule", 4096), ("input-bits", 48), ("output-bits", 48), ("mair", 0xff)]),
+            Arch::Smmu => {
+                let update = u64::from(marks);
+                let hardware = [("hardware-access", update), ("hardware-dirty", update)];
+                let plain = [("granule", 4096), ("input-bits", 48), ("output-bits", 48), ("mair", 0xff)];
+                TableConfig::new("arm-smmuv3/stage1", &[&plain[..], &hardware[..]].concat())
+            }
         };
-        let table = NestedTable::new(format(&config), RegionTables::new(Arc::clone(&region), Gpa(HOST_BASE))).unwrap();
+        let mut table = NestedTable::new(format(&config), RegionTables::new(Arc::clone(&region), Gpa(HOST_BASE))).unwrap();
+        if marks {
+            table.track_accessed();
+        }
         let root = table.roots().next().unwrap().1.0;
         let context = TABLES as u64 - 4096;
         let words = match arch {
             Arch::Vtd => vec![0, root, 48],
             Arch::Smmu => {
-                let cd = [16 | 1 << 30 | 1 << 31 | 5 << 32 | 1 << 41 | 1 << 45 | 1 << 46 | 7 << 48, root, 0, 0xff_u64];
+                let cd = [16 | (u64::from(marks) * 3) << 42 | 1 << 30 | 1 << 31 | 5 << 32 | 1 << 41 | 1 << 45 | 1 << 46 | 7 << 48, root, 0, 0xff_u64];
                 region.get_slice(context as usize, 32).unwrap().copy_from(&cd[..]);
                 vec![1 | 5 << 1 | (HOST_BASE + context), 0]
             }

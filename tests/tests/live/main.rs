@@ -7,9 +7,11 @@ mod configs;
 mod equality;
 mod guest;
 mod hardware;
+mod marks;
 #[path = "../hostile/mutate.rs"]
 #[allow(dead_code)]
 mod mutate;
+mod room;
 mod space;
 mod stages;
 mod support;

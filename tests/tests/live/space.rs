@@ -48,7 +48,9 @@ impl<'a> Second<'a> {
     /// All of memory where it is, in pages of 2 MiB.
     fn identity(guest: &'a Guest) -> Self {
         let second = Self { guest, root: guest.table() };
-        (0..MEMORY).step_by(2 << 20).for_each(|address| drop(second.set(address, 1, address | BOTH | PS)));
+        for address in (0..MEMORY).step_by(2 << 20) {
+            second.set(address, 1, address | BOTH | PS);
+        }
         second
     }
 
@@ -177,7 +179,7 @@ fn limits_hold_for_both_stages_together() {
     second.split(DATA);
     // Two large pages to what are 512 small ones.
     let large = [0, 2 << 20];
-    large.iter().for_each(|iova| drop(guest.set(*iova, 1, DATA | RW | PS)));
+    large.iter().for_each(|iova| guest.put(*iova, 1, DATA | RW | PS));
     let limits = ShadowLimits { table_pages: 16, leaves: 700 };
     let mut live = live(&guest, second.way(), limits, Box::new(Unwatched));
     assert_eq!(live.sink().0.pieces.len(), 700);
@@ -208,20 +210,90 @@ fn pages_of_tables_of_both_stages_count() {
     let second = Second::identity(&guest);
     (0..512).for_each(|index| guest.put((8 << 30) | index << 12, 0, (DATA + (index << 12)) | RO));
     let mut live = live(&guest, second.way(), ShadowLimits { table_pages: 16, leaves: 1 << 20 }, Box::new(Unwatched));
-    assert_eq!(live.space().figures().table_pages, 4 + 3);
+    // The root of the first stage counts twice: it has two halves.
+    assert_eq!(live.space().figures().table_pages, 5 + 3);
     (0..16).for_each(|index| second.split(index * (2 << 20)));
     let report = live.synchronise(&guest.view()).unwrap();
-    assert_eq!(report.blocked_count, 7, "nine of sixteen have room");
+    assert_eq!(report.blocked_count, 8, "eight of sixteen have room");
     assert!(report.blocked.iter().all(|blocked| (blocked.stage, blocked.reason) == (2, Reason::TablePages)), "{report:?}");
     assert_eq!(live.space().figures().table_pages, 16);
     // A table of the first stage waits for one of the second to go.
     guest.put(16 << 30, 0, DATA | RW);
     let report = live.invalidate(&guest.view(), &[range(16 << 30, 16 << 30, false)]).unwrap();
     assert_eq!((report.blocked[0].stage, report.blocked[0].reason), (1, Reason::TablePages));
-    (5..16).for_each(|index| drop(second.set(index * (2 << 20), 1, 0)));
+    for index in 5..16 {
+        second.set(index * (2 << 20), 1, 0);
+    }
     live.synchronise(&guest.view()).unwrap();
     assert_eq!(live.synchronise(&guest.view()).unwrap().blocked_count, 0);
     assert_eq!(goes(&live, 16 << 30), Some((DATA, READ_WRITE)));
+}
+
+/// Marks of the first stage's entries, and of the second's.
+const A: u64 = 1 << 5;
+const D: u64 = 1 << 6;
+const SECOND_A: u64 = 1 << 8;
+const SECOND_D: u64 = 1 << 9;
+
+#[test]
+fn marks_go_to_both_stages() {
+    let guest = Guest::new();
+    let second = Second::identity(&guest);
+    (0..2).for_each(|index| guest.put(index << 12, 0, (DATA + (index << 12)) | RW & !A & !D));
+    let marking = TableConfig::new("intel-vtd/second-stage", &[("levels", 4), ("root", second.root), ("accessed-dirty", 1)]);
+    let mut live = live(&guest, Way::tables(format(&guest.config()), format(&marking)), ShadowLimits::default(), Box::new(Unwatched));
+    let marks = |live: &mut Live<Heard>| {
+        let written = live.mark_all(&guest.view(), Span { first: 0x1000, last: 0x1fff });
+        (written.accessed, written.dirty, written.skipped)
+    };
+    let first = |index: u64| guest.load(guest.slot(index << 12, 0).0) & (A | D);
+    let outer = |address: u64| guest.load(second.slot(address, 1)) & (SECOND_A | SECOND_D);
+    // The page's entry, the second stage's for the page, and the second stage's for the page that the entry is in.
+    assert_eq!(marks(&mut live), (3, 3, 0));
+    assert_eq!((first(0), first(1)), (0, A | D));
+    assert_eq!([DATA, super::guest::ROOT, 0x100_0000].map(outer), [SECOND_A | SECOND_D, SECOND_A | SECOND_D, 0]);
+    assert_eq!(marks(&mut live), (0, 0, 0));
+    assert_eq!(live.synchronise(&guest.view()).unwrap().changes, 0, "the engine's own writes are no changes by the guest");
+    // Marks that the guest takes away are told, of either stage, so that whoever follows begins anew: one page, and both.
+    guest.put(0x1000, 0, (DATA + 0x1000) | RW & !D);
+    assert_eq!(live.invalidate(&guest.view(), &[range(0x1000, 0x1fff, true)]).unwrap().changes, 2);
+    second.set(DATA, 1, DATA | BOTH | PS);
+    assert_eq!(live.invalidate(&guest.view(), &[second_stage(DATA, 2 << 20)]).unwrap().changes, 4);
+    assert_eq!(marks(&mut live), (1, 2, 0));
+    // An entry that the second stage does not let hardware write is left alone.
+    let table = guest.slot(0, 0).0 & !0x1f_ffff;
+    second.set(table, 1, table | R | PS);
+    guest.put(0x1000, 0, (DATA + 0x1000) | RW & !A & !D);
+    live.synchronise(&guest.view()).unwrap();
+    assert_eq!(marks(&mut live), (0, 0, 1));
+}
+
+#[test]
+fn memory_that_goes_takes_targets_and_tables_of_both_stages_along() {
+    let guest = Guest::new();
+    let second = Second::identity(&guest);
+    (0..4).for_each(|index| guest.put(index << 12, 0, (DATA + (index << 12)) | RW));
+    let mut live = live(&guest, second.way(), ShadowLimits::default(), Box::new(Unwatched));
+    let without = |page: u64| {
+        let ram = |first, last| Region { kind: Kind::Ram, span: Span { first, last } };
+        MemoryMap::new(vec![ram(0, page - 1), ram(page + 0x1000, MEMORY - 1)]).unwrap()
+    };
+    let pieces = |live: &Live<Heard>| live.sink().0.pieces.len();
+    for (page, left) in [(DATA + 0x1000, 3), (guest.slot(0, 0).0, 0), (second.root, 0), (0x100_0000, 4)] {
+        live.memory_changed(&guest.view(), without(page)).unwrap();
+        assert_eq!(pieces(&live), left, "without {page:#x}");
+        live.memory_changed(&guest.view(), Guest::map()).unwrap();
+        assert_eq!(pieces(&live), 4, "{page:#x} is there again");
+    }
+    // Windows, and one table that something is cut out of.
+    live.switch(Way::bypass(), &guest.view()).unwrap();
+    live.memory_changed(&guest.view(), without(DATA)).unwrap();
+    assert_eq!((pieces(&live), goes(&live, DATA)), (2, None));
+    let cut = Way::table(format(&guest.config())).with_intercepts(vec![intercept(0, !0xfff, 0x2000)]);
+    live.switch(cut, &guest.view()).unwrap();
+    assert_eq!((pieces(&live), goes(&live, 0)), (2, None));
+    live.memory_changed(&guest.view(), Guest::map()).unwrap();
+    assert_eq!((pieces(&live), goes(&live, 0), goes(&live, 0x2000)), (3, Some((DATA, READ_WRITE)), None));
 }
 
 /// Windows as somebody would who looks at each page.
@@ -390,7 +462,7 @@ fn what_is_intercepted_between_stages_and_beyond_them_is_not_mapped() {
     let mut caught = 0;
     for (pair, seed) in [Pair::Smmu, Pair::Vtd, Pair::Amd, Pair::Riscv].into_iter().flat_map(|pair| (0..seeds()).map(move |seed| (pair, seed))) {
         let mut rng = Rng::new(seed ^ 0x1c);
-        let Both { first, second, memory, .. } = both(pair, seed, &mut rng);
+        let Both { first, second, memory, .. } = both(pair, seed, &mut rng, false);
         let outer = Walker::new(&memory, std::slice::from_ref(&second)).unwrap().mappings().unwrap();
         let all = pages_by_hand(&first.truth, &outer, &[]);
         let tables = [first.config, second].map(|config| plugin_config(&config));

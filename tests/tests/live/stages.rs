@@ -19,7 +19,7 @@ use stagecraft_tests::reference::walk::Walker;
 use stagecraft_tests::reference::{Access, Run};
 
 use super::behaviour::Watched;
-use super::equality::{ForAll, HOSTS, assert_same, clipped, seeds};
+use super::equality::{ForAll, HOSTS, assert_same, clipped, holes, seeds};
 use super::support::{Host, View, format, walk};
 use crate::configs::plugin_config;
 use crate::mutate::{Words, mutate};
@@ -82,19 +82,18 @@ fn outer_leaves(first: &Generated, second: &tables::TableConfig, rng: &mut Rng) 
     leaves
 }
 
-/// Both stages from a seed.
-pub fn both(pair: Pair, seed: u64, rng: &mut Rng) -> Both {
+/// Both stages from a seed; with `restrictions`, entries of the second that point to tables may forbid access, to the first one's tables as well.
+pub fn both(pair: Pair, seed: u64, rng: &mut Rng, restrictions: bool) -> Both {
     let (first, second) =
         (seed * 16..).find_map(|seed| stages(pair, seed).filter(|(first, _)| !first.truth.is_empty())).expect("some seeds give such a guest");
-    put_behind(first, second, rng)
+    put_behind(first, second, rng, restrictions)
 }
 
 /// A first stage's tables behind a second stage, in new memory.
-fn put_behind(first: Generated, second: tables::TableConfig, rng: &mut Rng) -> Both {
+fn put_behind(first: Generated, second: tables::TableConfig, rng: &mut Rng, restrictions: bool) -> Both {
     let leaves = outer_leaves(&first, &second, rng);
     let list: Vec<Run> = leaves.values().copied().collect();
-    let options = Options { restrictions: rng.percent(30), ..Options::default() };
-    let second = build(second, &list, rng, options);
+    let second = build(second, &list, rng, Options { restrictions, ..Options::default() });
     let mut memory = second.snapshot.memory;
     for (page, content) in &first.snapshot.memory.pages {
         memory.pages.insert(leaves[page].address, *content);
@@ -107,6 +106,8 @@ struct Case {
     stages: [tables::TableConfig; 2],
     /// The pages of both stages, and of nothing else.
     snapshot: Snapshot,
+    /// Where the second stage puts what is no table.
+    targets: Vec<Run>,
     map: MemoryMap,
     live: Live<Host>,
     compared: u64,
@@ -128,19 +129,37 @@ enum Told {
 impl Case {
     fn new(pair: Pair, seed: u64) -> Self {
         let mut rng = Rng::new(seed ^ 0x57a6);
-        let Both { first, second, memory, outer } = both(pair, seed, &mut rng);
+        let Both { first, second, memory, outer } = both(pair, seed, &mut rng, seed.is_multiple_of(3));
         let (name, settings) = rng.pick(HOSTS);
         let host = Host::new(&TableConfig::new(name, settings), 8 << 20);
         // Holes where targets are, and no tables.
         let targets: Vec<Run> = outer.iter().filter(|run| !memory.pages.contains_key(&run.address)).copied().collect();
-        let map = super::equality::holes(&targets, 52, &mut rng);
+        let map = holes(&targets, &[], 52, &mut rng);
         let what = format!("{pair:?} on {name} seed {seed}: {:?} behind {second:?}", first.config);
         let snapshot = Snapshot { memory, ..Snapshot::default() };
         let stages = [first.config, second];
         let limits = ShadowLimits { table_pages: 1 << 12, leaves: 1 << 20 };
         let space = Space::open(way(&stages), map.clone(), limits, Box::new(Watched::default())).unwrap();
         let live = Live::new(space, host, Tag { domain: Some(1), space: Some(2) }, 0, 1 << 14);
-        Self { what, stages, snapshot, map, live, compared: 0, exhausted: 0 }
+        Self { what, stages, snapshot, targets, map, live, compared: 0, exhausted: 0 }
+    }
+
+    /// Memory comes and goes, pages with tables of both stages among it.
+    fn change_map(&mut self, rng: &mut Rng) {
+        let gone: Vec<u64> = (0..rng.below(3)).filter_map(|_| self.some_page(rng)).collect();
+        self.map = holes(&self.targets, &gone, 52, rng);
+        self.live.memory_changed(&View(&self.snapshot.memory), self.map.clone()).unwrap();
+        assert!(self.live.sink().model.pieces.values().all(|piece| {
+            let last = piece.address + piece.iova.length_minus_one();
+            self.map.target(piece.address).is_some_and(|target| target.contains(last))
+        }));
+    }
+
+    /// What the map has of the guest's memory.
+    fn existing(&self, memory: &Memory) -> Memory {
+        let mut memory = memory.clone();
+        memory.pages.retain(|page, _| self.map.region(*page).is_some());
+        memory
     }
 
     /// Pages that hold tables of a stage, as guest addresses.
@@ -229,17 +248,13 @@ impl Case {
         match rng.below(3) {
             0 => Told::Writes,
             1 if !second => Told::FirstStage,
-            1 if !first => Told::SecondStage,
+            1 if !first && self.moved(before).is_some() => Told::SecondStage,
             _ => Told::Everything,
         }
     }
 
     fn tell(&mut self, told: Told, before: &Memory, rng: &mut Rng) -> u64 {
         let view = View(&self.snapshot.memory);
-        let range = |second_stage: bool, iova: Span| {
-            let scope = Scope { leaf: false, second_stage, domain: Some(1), space: (!second_stage).then_some(2), id: None };
-            Invalidation { index: 0, effect: Effect::Range { scope, iova } }
-        };
         match told {
             Told::Writes => {
                 let mut writes = self.differences(before);
@@ -259,20 +274,24 @@ impl Case {
                 let halves = [Span { first: 0, last: u64::MAX >> 1 }, Span { first: 1 << 63, last: u64::MAX }];
                 halves.iter().map(|half| self.live.invalidate(&view, &[range(false, *half)]).unwrap().blocked_count).sum()
             }
-            Told::SecondStage => {
-                let outer = [self.stages[1]];
-                let runs = |memory: &Memory| Walker::new(memory, &outer).unwrap().with_budget(1 << 20).walk().runs;
-                let (old, new) = (runs(before), runs(&self.snapshot.memory));
-                let different = old.iter().filter(|run| !new.contains(run)).chain(new.iter().filter(|run| !old.contains(run)));
-                let commands: Vec<Invalidation> =
-                    different.map(|run| range(true, Span { first: run.iova, last: run.iova + (run.size - 1) })).collect();
-                self.live.invalidate(&view, &commands).unwrap().blocked_count
-            }
+            Told::SecondStage => self.live.invalidate(&view, &self.moved(before).expect("it was counted")).unwrap().blocked_count,
         }
     }
 
+    /// Commands for the inputs that the second stage translates differently now; none if there are too many of them to be found by looking.
+    fn moved(&self, before: &Memory) -> Option<Vec<Invalidation>> {
+        let outer = [self.stages[1]];
+        let runs = |memory: &Memory| {
+            let walk = Walker::new(memory, &outer).unwrap().with_budget(1 << 20).walk();
+            let runs = walk.runs.iter().map(|run| (run.iova, run.size, run.address, run.access.read, run.access.write));
+            (!walk.exhausted).then(|| runs.collect::<BTreeSet<_>>())
+        };
+        let (old, new) = (runs(&self.existing(before))?, runs(&self.existing(&self.snapshot.memory))?);
+        Some(old.symmetric_difference(&new).map(|(iova, size, ..)| range(true, Span { first: *iova, last: iova + (size - 1) })).collect())
+    }
+
     fn check(&mut self, blocked: bool, when: &str) {
-        let memory = &self.snapshot.memory;
+        let memory = &self.existing(&self.snapshot.memory);
         let what = format!("{}, {when}", self.what);
         let naive = Walker::new(memory, &self.stages).unwrap().with_budget(1 << 20).walk();
         if naive.exhausted || blocked {
@@ -297,6 +316,11 @@ impl Case {
         assert_eq!(told, host.model.pieces.len(), "{what}");
         self.compared += 1 + expected.len() as u64;
     }
+}
+
+fn range(second_stage: bool, iova: Span) -> Invalidation {
+    let scope = Scope { leaf: false, second_stage, domain: Some(1), space: (!second_stage).then_some(2), id: None };
+    Invalidation { index: 0, effect: Effect::Range { scope, iova } }
 }
 
 fn way(stages: &[tables::TableConfig; 2]) -> Way {
@@ -329,11 +353,17 @@ fn run(pair: Pair, seed: u64) -> (u64, u64) {
     for round in 0..8 {
         if rng.percent(15) {
             // The same first stage behind another second one, or the one that it was.
-            let first = both(pair, seed, &mut rng.clone()).first;
-            let Both { second, memory, .. } = put_behind(first.clone(), case.stages[1], &mut rng);
+            let first = both(pair, seed, &mut rng.clone(), false).first;
+            let Both { second, memory, .. } = put_behind(first.clone(), case.stages[1], &mut rng, seed.is_multiple_of(3));
             (case.stages, case.snapshot.memory) = ([first.config, second], memory);
             let report = case.live.switch(way(&case.stages), &View(&case.snapshot.memory)).unwrap();
             case.check(report.blocked_count > 0, &format!("round {round}, switched"));
+            continue;
+        }
+        if rng.percent(15) {
+            case.change_map(&mut rng);
+            let blocked = case.live.space().figures().blocked > 0;
+            case.check(blocked, &format!("round {round}, memory came or went"));
             continue;
         }
         let before = case.snapshot.memory.clone();

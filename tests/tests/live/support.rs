@@ -55,6 +55,17 @@ impl Model {
         }
     }
 
+    /// What is offered again is what is mapped there, neither more nor less.
+    pub fn insist_on(&self, span: Span, offered: &[Change]) {
+        let here = self.pieces.values().filter(|piece| piece.iova.intersection(span).is_some());
+        let wanted: Vec<(Span, u64)> = here.map(|piece| (piece.iova, piece.address)).collect();
+        let offered = offered.iter().map(|change| match change {
+            Change::Map(piece) => (piece.iova, piece.address),
+            Change::Unmap(span) => panic!("{span} is unmapped by an offer"),
+        });
+        assert_eq!(offered.collect::<Vec<_>>(), wanted);
+    }
+
     /// Maximal runs for a request without privileges.
     pub fn mappings(&self) -> Vec<Mapping> {
         self.mappings_of(1)
@@ -175,6 +186,15 @@ impl Sink for Host {
         drop(self.walking.write().unwrap());
         self.table.completed();
         Ok(())
+    }
+
+    fn wants(&self) -> Option<Span> {
+        self.table.wants()
+    }
+
+    fn offer(&mut self, span: Span, pieces: &[Change]) {
+        self.model.insist_on(span, pieces);
+        self.table.offer(span, pieces);
     }
 }
 

@@ -84,10 +84,17 @@ impl Areas {
         }
         let mut all: Vec<u64> = doomed.gone.iter().chain(&doomed.cut).copied().collect();
         all.sort_unstable();
-        if self.rebuild(&all).is_err() {
-            self.figures.failures += 1;
-            self.unmap_areas(&doomed.gone);
-            self.stale.extend(&doomed.cut);
+        match self.rebuild(&all) {
+            Ok(()) => {}
+            Err(Errno::E2BIG) => {
+                self.figures.interrupted += doomed.cut.len() as u64;
+                self.interrupt(doomed);
+            }
+            Err(_) => {
+                self.figures.failures += 1;
+                self.unmap_areas(&doomed.gone);
+                self.stale.extend(&doomed.cut);
+            }
         }
     }
 

@@ -59,6 +59,9 @@ use book::{AreaMap, Scope, Verdict, Wanted, judge, overlapping};
 pub struct AreaLimits {
     /// Areas that it may have; in a swap there are twice as many for a moment.
     pub areas: usize,
+    /// Copies that a swap may take for what stays, one for each run of areas without a gap. Where it would take more, the area is cut without a swap, and
+    /// its pages are gone for a moment. This bounds what a guest can cause with one change.
+    pub swap: usize,
     /// Pieces that are remembered. What is told beyond them is not mapped until it is told anew.
     pub pieces: usize,
     /// Neighbouring pieces of one batch become one area of up to so many bytes; 0: never.
@@ -69,9 +72,9 @@ pub struct AreaLimits {
 }
 
 impl Default for AreaLimits {
-    /// A million areas and pieces; 2 MiB are joined.
+    /// A million areas and pieces, 65,536 copies in a swap; 2 MiB are joined.
     fn default() -> Self {
-        Self { areas: 1 << 20, pieces: 1 << 20, join: 2 << 20, flags: HwptFlags::NONE }
+        Self { areas: 1 << 20, swap: 1 << 16, pieces: 1 << 20, join: 2 << 20, flags: HwptFlags::NONE }
     }
 }
 

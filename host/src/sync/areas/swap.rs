@@ -7,7 +7,7 @@
 //!   the old IOAS goes, with its areas    unless an attachment could not be moved: that is tried again at each commit
 //! ```
 
-use super::book::{AreaMap, Part, Scope, Verdict, judge, overlapping, uncovered};
+use super::book::{Area, AreaMap, Part, Scope, Verdict, judge, overlapping, uncovered};
 use super::fill::{copy, copy_range, count_lost};
 use super::{Areas, AreasError, Attached, Replaced};
 use crate::Span;
@@ -16,11 +16,15 @@ use crate::kernel::{Errno, Pasid};
 use crate::pins::PAGE;
 
 impl Areas {
-    /// Makes an IOAS without the areas in `left_out` (ascending), but with what is wanted of them, and moves all attachments.
+    /// Makes an IOAS without the areas in `left_out` (ascending), but with what is wanted of them, and moves all attachments. E2BIG: a guest may not cause so
+    /// much work.
     pub(super) fn rebuild(&mut self, left_out: &[u64]) -> Result<(), Errno> {
         let mut all: Vec<u64> = left_out.iter().chain(&self.stale).copied().collect();
         all.sort_unstable();
         all.dedup();
+        if self.runs(&all).len() > self.limits.swap {
+            return Err(Errno::E2BIG);
+        }
         // Declared in this order, so that on an error memory is let go of after the kernel's copies are gone.
         let mut areas = AreaMap::new();
         let next = Ioas::alloc(self.pins.kernel())?;
@@ -77,19 +81,10 @@ impl Areas {
 
     /// Fills a new IOAS.
     fn prepare(&self, next: &Ioas, scope: &Scope, left_out: &[u64], areas: &mut AreaMap) -> Result<(), Errno> {
-        let mut run: Option<Part> = None;
-        let stay = |run: &Part| copy_range(&self.pins, (self.ioas.id(), run.iova.first), next.id(), run);
-        for (first, area) in self.areas.iter().filter(|(first, _)| left_out.binary_search(first).is_err()) {
-            match &mut run {
-                Some(run) if run.iova.last.checked_add(1) == Some(*first) && run.flags == area.flags => run.iova.last = area.last,
-                _ => {
-                    let part = Part { iova: area.span(*first), address: area.address, flags: area.flags, joined: false };
-                    run.replace(part).as_ref().map_or(Ok(()), stay)?;
-                }
-            }
-            areas.insert(*first, area.clone());
+        for run in &self.runs(left_out) {
+            copy_range(&self.pins, (self.ioas.id(), run.iova.first), next.id(), run)?;
         }
-        run.as_ref().map_or(Ok(()), stay)?;
+        areas.extend(self.staying(left_out).map(|(first, area)| (first, area.clone())));
         let mut last_piece = None;
         for first in left_out {
             let Some(area) = self.areas.get(first) else { continue };
@@ -110,6 +105,23 @@ impl Areas {
             }
         }
         Ok(())
+    }
+
+    /// Areas that stay.
+    fn staying<'a>(&'a self, left_out: &'a [u64]) -> impl Iterator<Item = (u64, &'a Area)> {
+        self.areas.iter().map(|(first, area)| (*first, area)).filter(|(first, _)| left_out.binary_search(first).is_err())
+    }
+
+    /// What one copy each takes from the old IOAS, area by area.
+    fn runs(&self, left_out: &[u64]) -> Vec<Part> {
+        let mut runs: Vec<Part> = Vec::new();
+        for (first, area) in self.staying(left_out) {
+            match runs.last_mut() {
+                Some(run) if run.iova.last.checked_add(1) == Some(first) && run.flags == area.flags => run.iova.last = area.last,
+                _ => runs.push(Part { iova: area.span(first), address: area.address, flags: area.flags, joined: false }),
+            }
+        }
+        runs
     }
 
     /// Moves all attachments to a new IOAS. Fails only if none was moved.

@@ -8,7 +8,6 @@ use vm_memory::{MmapRegion, VolatileMemory};
 
 use crate::Gpa;
 use crate::memory::{EntryLayout, EntryMemory, PAGE, ReadError};
-use crate::table::ByteOrder;
 
 /// Memory for tables that hardware walks.
 ///
@@ -25,16 +24,12 @@ pub trait TableMemory: Send {
 
     /// Writes one entry with one atomic store; whoever sees it sees everything that was written before.
     fn store(&mut self, table: Gpa, layout: EntryLayout, index: u64, entry: u64);
-}
 
-/// An entry as it stands in memory.
-const fn word(layout: EntryLayout, entry: u64) -> u64 {
-    match (layout.bytes, layout.order) {
-        (8, ByteOrder::Little) => entry.to_le(),
-        (8, ByteOrder::Big) => entry.to_be(),
-        (_, ByteOrder::Little) => (entry as u32).to_le() as u64,
-        (_, ByteOrder::Big) => (entry as u32).to_be() as u64,
-    }
+    /// The entry that stands there, loaded once and atomically; zero where there is no memory.
+    fn load(&self, table: Gpa, layout: EntryLayout, index: u64) -> u64;
+
+    /// As [`TableMemory::store`], if `old` stands there, which hardware may have marked meanwhile; what stood there.
+    fn compare_exchange(&mut self, table: Gpa, layout: EntryLayout, index: u64, old: u64, new: u64) -> u64;
 }
 
 /// Tables in a mapped region. Of the region no more than its pages is used by the tables; it is the caller's to map it where hardware finds it.
@@ -53,6 +48,12 @@ impl RegionTables {
     #[must_use]
     pub const fn new(region: Arc<MmapRegion>, base: Gpa) -> Self {
         Self { region, base: base.0, used: 0, free: BTreeMap::new() }
+    }
+
+    /// Where an entry of a table is.
+    fn entry(&self, table: Gpa, layout: EntryLayout, index: u64) -> Option<usize> {
+        let bytes = u64::from(layout.bytes);
+        self.offset(Gpa(table.0.checked_add(index * bytes)?), bytes)
     }
 
     fn offset(&self, table: Gpa, bytes: u64) -> Option<usize> {
@@ -84,15 +85,14 @@ impl TableMemory for RegionTables {
         let slice = self.offset(table, bytes as u64).and_then(|offset| self.region.get_slice(offset, bytes).ok());
         let Some(slice) = slice else { return };
         match layout.bytes {
-            8 => slice.copy_from(&entries.iter().map(|entry| word(layout, *entry)).collect::<Vec<u64>>()),
-            _ => slice.copy_from(&entries.iter().map(|entry| word(layout, *entry) as u32).collect::<Vec<u32>>()),
+            8 => slice.copy_from(&entries.iter().map(|entry| layout.word(*entry)).collect::<Vec<u64>>()),
+            _ => slice.copy_from(&entries.iter().map(|entry| layout.word(*entry) as u32).collect::<Vec<u32>>()),
         }
     }
 
     fn store(&mut self, table: Gpa, layout: EntryLayout, index: u64, entry: u64) {
-        let bytes = u64::from(layout.bytes);
-        let Some(offset) = table.0.checked_add(index * bytes).and_then(|address| self.offset(Gpa(address), bytes)) else { return };
-        let word = word(layout, entry);
+        let Some(offset) = self.entry(table, layout, index) else { return };
+        let word = layout.word(entry);
         if layout.bytes == 8 {
             if let Ok(slot) = self.region.get_atomic_ref::<AtomicU64>(offset) {
                 slot.store(word, Ordering::Release);
@@ -100,6 +100,29 @@ impl TableMemory for RegionTables {
         } else if let Ok(slot) = self.region.get_atomic_ref::<AtomicU32>(offset) {
             slot.store(word as u32, Ordering::Release);
         }
+    }
+
+    fn load(&self, table: Gpa, layout: EntryLayout, index: u64) -> u64 {
+        let Some(offset) = self.entry(table, layout, index) else { return 0 };
+        let word = match layout.bytes {
+            8 => self.region.get_atomic_ref::<AtomicU64>(offset).map(|slot| slot.load(Ordering::Acquire)),
+            _ => self.region.get_atomic_ref::<AtomicU32>(offset).map(|slot| slot.load(Ordering::Acquire).into()),
+        };
+        layout.word(word.unwrap_or(0))
+    }
+
+    fn compare_exchange(&mut self, table: Gpa, layout: EntryLayout, index: u64, old: u64, new: u64) -> u64 {
+        let Some(offset) = self.entry(table, layout, index) else { return 0 };
+        let (before, after) = (layout.word(old), layout.word(new));
+        let stood = if layout.bytes == 8 {
+            let slot = self.region.get_atomic_ref::<AtomicU64>(offset);
+            slot.map(|slot| slot.compare_exchange(before, after, Ordering::AcqRel, Ordering::Acquire).unwrap_or_else(|stood| stood))
+        } else {
+            let slot = self.region.get_atomic_ref::<AtomicU32>(offset);
+            let exchange = |slot: &AtomicU32| slot.compare_exchange(before as u32, after as u32, Ordering::AcqRel, Ordering::Acquire);
+            slot.map(|slot| exchange(slot).unwrap_or_else(|stood| stood).into())
+        };
+        layout.word(stood.unwrap_or(0))
     }
 }
 
@@ -114,7 +137,7 @@ impl EntryMemory for RegionTables {
             } else {
                 self.region.get_atomic_ref::<AtomicU32>(offset).map_err(|_| failed)?.load(Ordering::Acquire).into()
             };
-            *entry = word(layout, raw);
+            *entry = layout.word(raw);
         }
         Ok(())
     }

@@ -13,6 +13,7 @@
 //! Pages are the largest that the format has within each piece that is mapped, never across two of them, and always as large as one slot: a leaf that
 //! fills several slots could not be replaced with one store.
 
+mod marks;
 mod memory;
 mod plan;
 
@@ -21,10 +22,13 @@ pub use memory::{RegionTables, TableMemory};
 use std::sync::Arc;
 
 use crate::memory::EntryLayout;
+use crate::sync::marks::Marked;
 use crate::sync::sink::{CommitError, Committer, Sink};
-use crate::table::{BuildError, Geometry, Loss, Losses, Piece};
-use crate::{Change, Gpa, Span};
-use plan::{Chain, HostPlan, Leaves, low_bits};
+use crate::sync::spans::Spans;
+use crate::table::{BuildError, Geometry, Loss, Losses, Piece, low_bits};
+use crate::{Attributes, Change, Gpa, Span};
+use marks::{Retired, Tracks};
+use plan::{Chain, HostPlan, Leaves};
 
 /// What hardware may have cached and must forget.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -66,7 +70,7 @@ pub struct NestedFigures {
     pub retired: u64,
     /// Questions that the format was asked.
     pub questions: u64,
-    /// Pieces, or parts of pieces, that are not mapped because there was no memory for tables.
+    /// How often pieces, or parts of pieces, were not mapped because there was no memory for tables.
     pub without_memory: u64,
     /// Pieces that are not mapped because the format failed or contradicted itself.
     pub format_failures: u64,
@@ -76,7 +80,7 @@ pub struct NestedFigures {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Slot {
     Absent,
-    Leaf,
+    Leaf(Tracks),
     Table(u32),
 }
 
@@ -99,13 +103,23 @@ pub struct NestedTable<M> {
     free: Vec<u32>,
     /// The root of each chain.
     roots: Vec<u32>,
-    retired: Vec<(Gpa, u64)>,
+    retired: Vec<Retired>,
     needed: Needed,
     losses: Losses,
     without_memory: u64,
     format_failures: u64,
     /// No memory was left in this batch: nobody asks again.
     full: bool,
+    /// Where pieces are missing because there was no memory.
+    refused: Spans,
+    /// Memory was given back since one was refused.
+    released: bool,
+    /// The batch that is applied replaces leaves by the same, as far as the guest knows.
+    keeps_marks: bool,
+    /// Guest-physical addresses that were written through leaves that are gone, while somebody wants to know.
+    log: Option<Spans>,
+    /// It has just been begun: what is mapped anew was written before.
+    begins: bool,
 }
 
 impl<M> std::fmt::Debug for NestedTable<M> {
@@ -121,7 +135,7 @@ impl<M> NestedTable<M> {
         NestedFigures {
             tables: (self.tables.len() - self.free.len()) as u64,
             retired: self.retired.len() as u64,
-            questions: self.plan.questions,
+            questions: self.plan.target.questions,
             without_memory: self.without_memory,
             format_failures: self.format_failures,
         }
@@ -143,6 +157,12 @@ impl<M> NestedTable<M> {
     #[must_use]
     pub const fn memory(&self) -> &M {
         &self.memory
+    }
+
+    /// IOVAs at which mapped pieces may be missing because there was no memory for tables: ascending, and few. Where they would be many, more rather than less.
+    #[must_use]
+    pub fn refused(&self) -> &[Span] {
+        self.refused.as_slice()
     }
 
     /// For each root, the setting that holds its address, and the address. They stay what they are.
@@ -173,13 +193,18 @@ impl<M: TableMemory> NestedTable<M> {
             without_memory: 0,
             format_failures: 0,
             full: false,
+            refused: Spans::default(),
+            released: false,
+            keeps_marks: false,
+            log: None,
+            begins: false,
         };
         for chain in this.plan.chains.clone() {
-            let rung = &chain.rungs[0];
-            let address = this.memory.allocate(rung.bytes).ok_or(crate::table::Full { base: 0, limit: rung.bytes })?;
+            let (rung, bytes) = (&chain.rungs[0], chain.bytes(0));
+            let address = this.memory.allocate(bytes).ok_or(crate::table::Full { base: 0, limit: bytes })?;
             this.memory.fill(address, layout, &vec![rung.absent; rung.entries as usize]);
             let slots = vec![Slot::Absent; rung.entries as usize].into_boxed_slice();
-            let root = this.keep(HostTable { address, bytes: rung.bytes, slots, live: 0 });
+            let root = this.keep(HostTable { address, bytes, slots, live: 0 });
             this.roots.push(root);
         }
         Ok(this)
@@ -214,11 +239,36 @@ impl<M: TableMemory> NestedTable<M> {
 
     /// What was needed has been invalidated: no walk is in retired tables any more.
     pub fn completed(&mut self) {
-        for (address, bytes) in self.retired.drain(..) {
-            self.memory.release(address, bytes);
+        self.released |= !self.retired.is_empty();
+        for retired in std::mem::take(&mut self.retired) {
+            self.note_retired(&retired);
+            self.memory.release(retired.table.address, retired.table.bytes);
         }
         self.needed.spans.clear();
         self.needed.tables = false;
+    }
+
+    /// As [`Sink::wants`] says.
+    #[must_use]
+    pub fn wants(&self) -> Option<Span> {
+        self.refused.as_slice().first().copied().filter(|_| self.released)
+    }
+
+    /// There is memory again that was not given back by this table: what was refused is wanted.
+    pub const fn memory_added(&mut self) {
+        self.released = true;
+    }
+
+    /// As [`Sink::offer`] says.
+    pub fn offer(&mut self, span: Span, pieces: &[Change]) {
+        self.refused.remove(span);
+        // What stands at the ends of refused spans is the border of a slot or of a piece: cut there, no page becomes smaller.
+        let cut = |piece: &Piece| {
+            let iova = piece.iova.intersection(span)?;
+            Some(Change::Map(Piece { iova, address: piece.address + (iova.first - piece.iova.first), ..*piece }))
+        };
+        let pieces: Vec<Change> = pieces.iter().filter_map(piece_of).filter_map(cut).collect();
+        self.apply(&pieces);
     }
 
     fn lose_outside(&mut self, maps: &[Change]) {
@@ -268,52 +318,62 @@ impl<M: TableMemory> NestedTable<M> {
     /// Makes the changes in one slot; `slot` has the part of it that can be mapped.
     fn change(&mut self, table: &mut HostTable, index: u64, slot: Place<'_>, unmaps: &[Change], maps: &[Change]) {
         let old = table.slots[index as usize];
+        if unmaps.is_empty() && matches!(old, Slot::Leaf(_)) {
+            return; // offered again, and there
+        }
         if let [Change::Map(piece)] = maps
             && let Some(entry) = self.leaf(slot, piece)
         {
-            return self.set(table, index, Slot::Leaf, entry);
+            return self.set(table, slot, index, entry.0, entry.1);
         }
         let absent = slot.chain.rungs[slot.depth].absent;
         match old {
             Slot::Table(below) if !(maps.is_empty() && covers(unmaps, slot.whole())) => {
                 self.update(below, slot.below(), unmaps, maps);
                 if self.tables[below as usize].as_ref().is_none_or(|below| below.live == 0) {
-                    self.set(table, index, Slot::Absent, absent);
+                    self.set(table, slot, index, Slot::Absent, absent);
                 }
             }
             _ => match self.build(slot, maps) {
-                Some((below, entry)) => self.set(table, index, Slot::Table(below), entry),
-                None if old != Slot::Absent => self.set(table, index, Slot::Absent, absent),
+                Some((below, entry)) => self.set(table, slot, index, Slot::Table(below), entry),
+                None if old != Slot::Absent => self.set(table, slot, index, Slot::Absent, absent),
                 None => {}
             },
         }
     }
 
     /// One store, and what it took away.
-    fn set(&mut self, table: &mut HostTable, index: u64, slot: Slot, entry: u64) {
-        self.memory.store(table.address, self.layout, index, entry);
-        let old = std::mem::replace(&mut table.slots[index as usize], slot);
+    fn set(&mut self, table: &mut HostTable, place: Place<'_>, index: u64, mut slot: Slot, entry: u64) {
+        let old = table.slots[index as usize];
+        if matches!(old, Slot::Leaf(_)) && self.log.is_some() || old != Slot::Absent && self.keeps_marks {
+            if self.replace(table, place, index, entry) && self.keeps_marks {
+                self.soil(&mut slot);
+            }
+        } else {
+            self.memory.store(table.address, self.layout, index, entry);
+        }
+        table.slots[index as usize] = slot;
         table.live = table.live + u64::from(slot != Slot::Absent) - u64::from(old != Slot::Absent);
         if let Slot::Table(below) = old {
-            self.retire(below);
+            self.retire(below, place.number, place.depth + 1);
         }
     }
 
     /// Nothing leads to a table any more, nor to what is below it.
-    fn retire(&mut self, id: u32) {
+    fn retire(&mut self, id: u32, chain: usize, depth: usize) {
         let Some(table) = self.tables.get_mut(id as usize).and_then(Option::take) else { return };
         self.free.push(id);
-        self.retired.push((table.address, table.bytes));
         self.needed.tables = true;
         for slot in &table.slots {
             if let Slot::Table(below) = slot {
-                self.retire(*below);
+                self.retire(*below, chain, depth + 1);
             }
         }
+        self.retired.push(Retired { table, chain, depth });
     }
 
     /// The entry of a leaf that fills a slot, if the piece has one there.
-    fn leaf(&mut self, slot: Place<'_>, piece: &Piece) -> Option<u64> {
+    fn leaf(&mut self, slot: Place<'_>, piece: &Piece) -> Option<(Slot, u64)> {
         let size = slot.chain.rungs[slot.depth].lsb;
         let whole = slot.whole();
         if whole != slot.span || piece.iova.first > whole.first || piece.iova.last < whole.last {
@@ -324,13 +384,14 @@ impl<M: TableMemory> NestedTable<M> {
             return None;
         }
         let leaves = self.leaves(slot.number, piece)?;
-        let leaf = leaves[slot.depth].as_ref()?;
+        let (leaf, tracks) = leaves[slot.depth].as_ref()?;
         let entry = leaf.entry(address, size)?;
-        for loss in &leaf.narrowed {
+        let wanted = |loss: &&Loss| **loss != Loss::DirtyTracking || piece.attributes.contains(Attributes::WRITABLE_WHEN_DIRTY);
+        for loss in leaf.narrowed.iter().filter(wanted) {
             let part = Piece { iova: whole, address, attributes: piece.attributes };
             self.losses.add(*loss, || part, 1, u128::from(low_bits(size)) + 1);
         }
-        Some(entry)
+        Some((Slot::Leaf(*tracks), entry))
     }
 
     fn leaves(&mut self, chain: usize, piece: &Piece) -> Option<Leaves> {
@@ -353,7 +414,7 @@ impl<M: TableMemory> NestedTable<M> {
             return None;
         }
         if self.full {
-            self.without_memory += maps.len() as u64;
+            self.refuse(slot, maps);
             return None;
         }
         let place = slot.below();
@@ -366,7 +427,7 @@ impl<M: TableMemory> NestedTable<M> {
             let inner = place.at(span);
             let leaf = if let [Change::Map(piece)] = maps { self.leaf(inner, piece) } else { None };
             let (new, entry) = match leaf {
-                Some(entry) => (Slot::Leaf, entry),
+                Some(leaf) => leaf,
                 None => match self.build(inner, maps) {
                     Some((below, entry)) => (Slot::Table(below), entry),
                     None => continue,
@@ -378,21 +439,33 @@ impl<M: TableMemory> NestedTable<M> {
         if live == 0 {
             return None;
         }
-        let address = self.memory.allocate(rung.bytes);
+        let bytes = slot.chain.bytes(place.depth);
+        let address = self.memory.allocate(bytes);
         let linked = address.and_then(|address| Some((address, slot.chain.rungs[slot.depth].link(address.0)?)));
         let Some((address, entry)) = linked else {
             // Nobody saw what is below: it can be used again at once.
             self.full = true;
-            self.without_memory += maps.len() as u64;
+            self.refuse(slot, maps);
             if let Some(address) = address {
-                self.memory.release(address, rung.bytes);
+                self.memory.release(address, bytes);
             }
             kept.iter().for_each(|slot| self.give_back(*slot));
             return None;
         };
         self.memory.fill(address, self.layout, &entries);
-        let table = HostTable { address, bytes: rung.bytes, slots: kept.into_boxed_slice(), live };
+        let table = HostTable { address, bytes, slots: kept.into_boxed_slice(), live };
         Some((self.keep(table), entry))
+    }
+
+    /// There is no memory for a table that shows `maps` in a slot.
+    fn refuse(&mut self, slot: Place<'_>, maps: &[Change]) {
+        self.without_memory += maps.len() as u64;
+        self.released = false;
+        if let (Some(first), Some(last)) = (maps.first(), maps.last())
+            && let Some(part) = (Span { first: first.span().first, last: last.span().last }).intersection(slot.span)
+        {
+            self.refused.add(part);
+        }
     }
 
     /// Frees a table that was never linked.
@@ -411,7 +484,7 @@ impl<M: TableMemory> NestedTable<M> {
             self.format_failures += 1;
             return true;
         };
-        let smallest = leaves.iter().zip(&slot.chain.rungs).filter_map(|(leaf, rung)| Some((leaf.as_ref()?, rung.lsb))).next_back();
+        let smallest = leaves.iter().zip(&slot.chain.rungs).filter_map(|(leaf, rung)| Some((&leaf.as_ref()?.0, rung.lsb))).next_back();
         let address = piece.address + (part.first - piece.iova.first);
         let loss = match smallest {
             None => Loss::Permission,
@@ -548,10 +621,35 @@ impl<M: TableMemory, C: Committer> Sink for Nested<M, C> {
     }
 
     fn commit(&mut self) -> Result<(), CommitError> {
+        self.table.begins = false;
         if !self.table.needed.is_empty() {
             self.committer.invalidate(&self.table.needed)?;
         }
         self.table.completed();
         Ok(())
+    }
+
+    fn wants(&self) -> Option<Span> {
+        self.table.wants()
+    }
+
+    fn offer(&mut self, span: Span, pieces: &[Change]) {
+        self.table.offer(span, pieces);
+    }
+
+    fn remap(&mut self, batch: &[Change]) {
+        self.table.remap(batch);
+    }
+
+    fn marks(&self, span: Span, each: &mut dyn FnMut(Marked)) {
+        self.table.marks(span, each);
+    }
+
+    fn track_dirty(&mut self, on: bool) -> bool {
+        self.table.track_dirty(on)
+    }
+
+    fn dirty(&mut self, targets: Span, clear: bool, each: &mut dyn FnMut(Span)) {
+        self.table.dirty(targets, clear, each);
     }
 }

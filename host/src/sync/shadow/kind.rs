@@ -2,7 +2,10 @@
 
 use std::collections::HashMap;
 
-use crate::table::{LevelPlan, Missing, Piece};
+use crate::memory::Budget;
+use crate::sync::changes::Reason;
+use crate::sync::shadow::Shadow;
+use crate::table::{JudgeError, LevelPlan, Meaning, Missing, Piece};
 use crate::{Attributes, Span};
 
 /// All that must be known about a leaf besides its entry.
@@ -21,6 +24,41 @@ pub(super) struct Kind {
 pub(super) const NOTHING_MISSING: Missing = Missing { front: 0, back: 0 };
 
 const MARKS: Attributes = Attributes::ACCESSED;
+
+/// What a format said about an entry.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Asked {
+    pub(super) meaning: Meaning,
+    pub(super) shape: Option<u8>,
+    /// The entry was looked at as a whole.
+    whole: bool,
+}
+
+impl Shadow {
+    /// What the format says, or said, about an entry.
+    pub(super) fn meaning(&mut self, level: u8, inherited: u64, entry: u64, budget: &Budget) -> Result<Asked, Reason> {
+        let reason = |error: JudgeError| match error {
+            JudgeError::Exhausted(_) => Reason::Questions,
+            JudgeError::Format(_) => Reason::Format,
+        };
+        let known = self.judge.judge(&self.plan.levels[usize::from(level)], level, inherited, entry, budget).map_err(reason)?;
+        let whole = known.meaning == Meaning::WholeEntry;
+        let meaning = if whole { self.judge.judge_whole(level, inherited, entry, budget).map_err(reason)? } else { known.meaning };
+        Ok(Asked { meaning, shape: known.shape, whole })
+    }
+
+    /// The number of the kind of leaf that an entry is; none if it is none, or there are too many kinds.
+    pub(super) fn leaf(&mut self, asked: Asked) -> Option<u32> {
+        let (size_log2, attributes, missing) = match asked.meaning {
+            Meaning::Leaf { size_log2, attributes } => (size_log2, attributes, NOTHING_MISSING),
+            Meaning::Part { size_log2, attributes, missing } => (size_log2, attributes, missing),
+            _ => return None,
+        };
+        // Where all requests count as privileged, pages for privileged requests are for all.
+        let attributes = if self.plan.geometry.privileged { attributes.without(Attributes::PRIVILEGED_ONLY) } else { attributes };
+        self.kinds.number(Kind { shape: asked.shape, whole: asked.whole, size_log2, attributes, missing })
+    }
+}
 
 impl Kind {
     /// What the part of a slot shows of the leaf in it, before anybody asked which of that exists. None: requests fault.
@@ -44,10 +82,11 @@ impl Kind {
     }
 }
 
-/// Whether a device could not tell the two apart. Whether somebody looked at a page is the guest's business.
-pub(in crate::sync) fn alike(one: Option<Piece>, other: Option<Piece>) -> bool {
+/// Whether it makes no difference to a device that the one became the other. That somebody looked at a page does not; that the guest wants to know of the next time does.
+pub(in crate::sync) fn alike(before: Option<Piece>, after: Option<Piece>) -> bool {
     let plain = |piece: Piece| Piece { attributes: piece.attributes.without(MARKS), ..piece };
-    one.map(plain) == other.map(plain)
+    let taken = |piece: Piece, after: Piece| piece.attributes.contains(MARKS) && !after.attributes.contains(MARKS);
+    before.map(plain) == after.map(plain) && !before.zip(after).is_some_and(|(before, after)| taken(before, after))
 }
 
 /// The kinds that were met.

@@ -15,9 +15,12 @@
 //! whenever it is read.
 
 mod hooks;
+mod hotplug;
 mod kind;
+mod mark;
 mod node;
 mod pass;
+mod replay;
 
 pub(in crate::sync) use hooks::Prepared;
 pub(in crate::sync) use kind::alike;
@@ -58,6 +61,8 @@ pub struct ShadowFigures {
     pub table_pages: u64,
     /// Entries that are leaves.
     pub leaves: u64,
+    /// Entries that count as absent because a limit was reached or the format failed.
+    pub blocked: u64,
     /// Questions that the format was asked.
     pub questions: u64,
 }
@@ -85,6 +90,7 @@ pub struct Shadow {
     map: MemoryMap,
     limits: ShadowLimits,
     leaves: u64,
+    blocked: u64,
     scratch: Scratch,
 }
 
@@ -114,6 +120,7 @@ impl Shadow {
             map,
             limits,
             leaves: 0,
+            blocked: 0,
             scratch: Scratch::default(),
         })
     }
@@ -127,7 +134,13 @@ impl Shadow {
     /// What is held.
     #[must_use]
     pub fn figures(&self) -> ShadowFigures {
-        ShadowFigures { tables: self.nodes.len() as u64, table_pages: self.pages.count(), leaves: self.leaves, questions: self.judge.asked() }
+        ShadowFigures {
+            tables: self.nodes.len() as u64,
+            table_pages: self.pages.count(),
+            leaves: self.leaves,
+            blocked: self.blocked,
+            questions: self.judge.asked(),
+        }
     }
 
     /// The guest pages that hold tables, in no order.

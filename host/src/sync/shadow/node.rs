@@ -30,6 +30,8 @@ pub(super) enum What {
 impl State {
     pub(super) const NOTHING: Self = Self(0);
     pub(super) const UNKNOWN: Self = Self(1);
+    /// Unknown because a limit was reached or the format failed.
+    pub(super) const BLOCKED: Self = Self(1 << 2 | 1);
     /// Kinds of leaves and nodes are numbered below this.
     pub(super) const MOST: u32 = 1 << 30;
 
@@ -135,6 +137,11 @@ impl Nodes {
     /// The id of a node that was taken out and will not come back.
     pub(super) fn forget(&mut self, id: NodeId) {
         self.free.push(id.0);
+    }
+
+    /// Those that are not taken out, in no order.
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Node> {
+        self.slots.iter().filter_map(|slot| slot.as_deref())
     }
 
     pub(super) fn len(&self) -> usize {

@@ -3,10 +3,11 @@
 use crate::memory::{Budget, EntryMemory, PAGE};
 use crate::sync::changes::{Changes, Reason};
 use crate::sync::shadow::Shadow;
-use crate::sync::shadow::kind::{Kind, NOTHING_MISSING, alike};
+use crate::sync::shadow::kind::alike;
 use crate::sync::shadow::node::{Node, NodeId, Pages, State, What};
-use crate::table::{JudgeError, Meaning, Next, Piece};
-use crate::{Attributes, Gpa, Span};
+use crate::sync::shadow::replay::parts;
+use crate::table::{Meaning, Next, Piece};
+use crate::{Gpa, Span};
 
 /// Entries that are read at once: a page of the smallest entries.
 const BUFFER: usize = (PAGE / 4) as usize;
@@ -198,7 +199,7 @@ impl<'a, M: EntryMemory + ?Sized> Pass<'a, M> {
                 if state == State::NOTHING && node.entries[at] == *entry && mode != Mode::Judge {
                     continue;
                 }
-                let slot = self.slot(node, at).intersection(part).unwrap_or(part);
+                let slot = self.shadow.slot(node, at).intersection(part).unwrap_or(part);
                 match state.what() {
                     What::Table(child) if mode == Mode::LeafOnly => self.visit(child, slot, mode),
                     _ => self.entry(node, at, *entry, slot, mode, deep),
@@ -215,16 +216,15 @@ impl<'a, M: EntryMemory + ?Sized> Pass<'a, M> {
         exists && self.memory.read_entries(Gpa(address), layout, entries).is_ok()
     }
 
-    /// The IOVAs of an entry, as far as the node serves them.
-    fn slot(&self, node: &Node, at: usize) -> Span {
-        let lsb = self.shadow.plan.levels[usize::from(node.level)].index_lsb;
-        let slot = Span::of_log2(node.base + ((node.first + at as u64) << lsb), lsb);
-        slot.intersection(node.span).unwrap_or(slot)
+    fn set(&mut self, node: &mut Node, at: usize, state: State) {
+        self.shadow.blocked += u64::from(state == State::BLOCKED);
+        self.shadow.blocked -= u64::from(node.states[at] == State::BLOCKED);
+        node.set(at, state);
     }
 
     fn unreadable(&mut self, node: &mut Node, at: usize) {
         self.drop_entry(node, at);
-        node.set(at, State::UNKNOWN);
+        self.set(node, at, State::UNKNOWN);
     }
 
     /// An entry was read: makes the copy equal, and follows it. `part` is what is wanted of its slot.
@@ -236,7 +236,7 @@ impl<'a, M: EntryMemory + ?Sized> Pass<'a, M> {
             }
             return;
         }
-        let slot = self.slot(node, at);
+        let slot = self.shadow.slot(node, at);
         let judged = self.judge(node, entry, slot);
         match (old, judged) {
             (What::Leaf(old), Judged::Leaf(new)) => self.replace_leaf(node, at, entry, slot, old, new),
@@ -260,14 +260,14 @@ impl<'a, M: EntryMemory + ?Sized> Pass<'a, M> {
     }
 
     fn replace_leaf(&mut self, node: &mut Node, at: usize, entry: u64, slot: Span, old: u32, new: u32) {
-        let (before, after) = (self.piece(node.level, slot, node.entries[at], old), self.piece(node.level, slot, entry, new));
+        let (before, after) = (self.shadow.piece(node.level, slot, node.entries[at], old), self.shadow.piece(node.level, slot, entry, new));
         // The word that a kind stood for may be another's after a switch, and then this is still what was told.
         if !alike(before, after) {
             self.unmap(before);
             self.map(after);
         }
         node.entries[at] = entry;
-        node.set(at, State::leaf(new));
+        self.set(node, at, State::leaf(new));
     }
 
     /// What a new entry stands for comes to life.
@@ -278,16 +278,16 @@ impl<'a, M: EntryMemory + ?Sized> Pass<'a, M> {
             Judged::Leaf(_) if self.shadow.leaves >= self.shadow.limits.leaves => Err(Reason::Leaves),
             Judged::Leaf(kind) => {
                 self.shadow.leaves += 1;
-                self.map(self.piece(node.level, slot, node.entries[at], kind));
+                self.map(self.shadow.piece(node.level, slot, node.entries[at], kind));
                 Ok(State::leaf(kind))
             }
             Judged::Table(below) => self.create(&below).map(|child| child.map_or(State::NOTHING, State::table)),
         };
         match state {
-            Ok(state) => node.set(at, state),
+            Ok(state) => self.set(node, at, state),
             Err(reason) => {
                 self.changes.block(slot, reason);
-                node.set(at, State::UNKNOWN);
+                self.set(node, at, State::BLOCKED);
             }
         }
     }
@@ -298,11 +298,11 @@ impl<'a, M: EntryMemory + ?Sized> Pass<'a, M> {
             What::Nothing | What::Unknown => {}
             What::Leaf(kind) => {
                 self.shadow.leaves -= 1;
-                self.unmap(self.piece(node.level, self.slot(node, at), node.entries[at], kind));
+                self.unmap(self.shadow.piece(node.level, self.shadow.slot(node, at), node.entries[at], kind));
             }
             What::Table(child) => self.remove(child),
         }
-        node.set(at, State::NOTHING);
+        self.set(node, at, State::NOTHING);
     }
 
     /// Makes and reads a table that was not there before. No node: no entry of it is in reach.
@@ -371,39 +371,18 @@ impl<'a, M: EntryMemory + ?Sized> Pass<'a, M> {
     }
 
     fn judge(&mut self, node: &Node, entry: u64, slot: Span) -> Judged {
-        let shadow = &mut *self.shadow;
-        let level = &shadow.plan.levels[usize::from(node.level)];
-        let reason = |error: JudgeError| match error {
-            JudgeError::Exhausted(_) => Judged::Blocked(Reason::Questions),
-            JudgeError::Format(_) => Judged::Blocked(Reason::Format),
+        let asked = match self.shadow.meaning(node.level, node.inherited, entry, self.budget) {
+            Ok(asked) => asked,
+            Err(reason) => return Judged::Blocked(reason),
         };
-        let known = match shadow.judge.judge(level, node.level, node.inherited, entry, self.budget) {
-            Ok(known) => known,
-            Err(error) => return reason(error),
-        };
-        let whole = known.meaning == Meaning::WholeEntry;
-        let meaning = match whole {
-            true => match shadow.judge.judge_whole(node.level, node.inherited, entry, self.budget) {
-                Ok(meaning) => meaning,
-                Err(error) => return reason(error),
-            },
-            false => known.meaning,
-        };
-        let (size_log2, attributes, missing) = match meaning {
-            Meaning::Absent | Meaning::Fault(_) => return Judged::Nothing,
-            Meaning::WholeEntry => return Judged::Blocked(Reason::Nonsense),
+        match asked.meaning {
+            Meaning::Absent | Meaning::Fault(_) => Judged::Nothing,
+            Meaning::WholeEntry => Judged::Blocked(Reason::Nonsense),
             Meaning::Table { next, inherited } => {
-                let table = level.field(known.shape).extract(entry);
-                return self.judge_table(node, next, table, inherited, slot);
+                let table = self.shadow.plan.levels[usize::from(node.level)].field(asked.shape).extract(entry);
+                self.judge_table(node, next, table, inherited, slot)
             }
-            Meaning::Leaf { size_log2, attributes } => (size_log2, attributes, NOTHING_MISSING),
-            Meaning::Part { size_log2, attributes, missing } => (size_log2, attributes, missing),
-        };
-        // Where all requests count as privileged, pages for privileged requests are for all.
-        let attributes = if shadow.plan.geometry.privileged { attributes.without(Attributes::PRIVILEGED_ONLY) } else { attributes };
-        match shadow.kinds.number(Kind { shape: known.shape, whole, size_log2, attributes, missing }) {
-            Some(kind) => Judged::Leaf(kind),
-            None => Judged::Blocked(Reason::Questions),
+            Meaning::Leaf { .. } | Meaning::Part { .. } => self.shadow.leaf(asked).map_or(Judged::Blocked(Reason::Questions), Judged::Leaf),
         }
     }
 
@@ -427,19 +406,12 @@ impl<'a, M: EntryMemory + ?Sized> Pass<'a, M> {
         Judged::Table(Below { level: next.level, table, base, inherited, within, exists: (next.first.into(), last) })
     }
 
-    /// What an entry of a kind shows.
-    fn piece(&self, level: u8, slot: Span, entry: u64, kind: u32) -> Option<Piece> {
-        let output = Span::of_log2(0, self.shadow.plan.geometry.output_bits);
-        let kind = self.shadow.kinds.get(kind)?;
-        kind.piece(&self.shadow.plan.levels[usize::from(level)], slot, entry, output).filter(|piece| !piece.attributes.grants_nothing())
-    }
-
     fn map(&mut self, piece: Option<Piece>) {
-        each_part(&self.shadow.map, piece, |part| self.changes.map(part));
+        parts(&self.shadow.map, piece).for_each(|part| self.changes.map(part));
     }
 
     fn unmap(&mut self, piece: Option<Piece>) {
-        each_part(&self.shadow.map, piece, |part| self.changes.unmap(part.iova));
+        parts(&self.shadow.map, piece).for_each(|part| self.changes.unmap(part.iova));
     }
 }
 
@@ -450,14 +422,4 @@ enum Moved {
     Elsewhere,
     /// Entries have another meaning now.
     OtherWord,
-}
-
-/// The parts of a piece that are in guest memory.
-fn each_part(map: &crate::memory::MemoryMap, piece: Option<Piece>, mut each: impl FnMut(Piece)) {
-    let Some(piece) = piece else { return };
-    let targets = Span { first: piece.address, last: piece.address + piece.iova.length_minus_one() };
-    for target in map.targets_within(targets) {
-        let first = piece.iova.first + (target.first - targets.first);
-        each(Piece { iova: Span { first, last: first + target.length_minus_one() }, address: target.first, attributes: piece.attributes });
-    }
 }

@@ -1,9 +1,10 @@
 //! The second of two stages, as the tables of the first see it: where they are, and which guest pages that is.
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 
-use crate::memory::{EntryLayout, EntryMemory, PAGE, ReadError};
+use crate::memory::{EntryLayout, EntryMemory, MarkMemory, PAGE, ReadError, WriteError};
 use crate::sync::shadow::Watcher;
 use crate::sync::stages::told::overlapping;
 use crate::sync::stages::watch::{Shared, lock};
@@ -147,6 +148,29 @@ pub(super) struct Through<'a, M: ?Sized> {
 impl<M: EntryMemory + ?Sized> EntryMemory for Through<'_, M> {
     fn read_entries(&self, address: Gpa, layout: EntryLayout, entries: &mut [u64]) -> Result<(), ReadError> {
         lock(self.behind).read(self.memory, address, layout, entries)
+    }
+}
+
+/// The same for marks, and which intermediate addresses were marked.
+pub(super) struct Marks<'a, M: ?Sized> {
+    pub(super) behind: &'a Mutex<Behind>,
+    pub(super) memory: &'a M,
+    pub(super) tables: RefCell<Vec<Span>>,
+}
+
+impl<M: MarkMemory + ?Sized> MarkMemory for Marks<'_, M> {
+    fn compare_exchange_entry(&self, address: Gpa, layout: EntryLayout, old: u64, new: u64) -> Result<bool, WriteError> {
+        let entry = Span { first: address.0, last: address.0.saturating_add(u64::from(layout.bytes) - 1) };
+        let behind = lock(self.behind);
+        let found = behind.pieces(entry).next().filter(|piece| piece.iova.contains(entry.first) && piece.iova.contains(entry.last));
+        // Hardware marks with the second stage's permission to write.
+        let piece = found.filter(|piece| piece.attributes.access(true).write).ok_or(WriteError(address))?;
+        let guest = Gpa(piece.address + (entry.first - piece.iova.first));
+        let written = self.memory.compare_exchange_entry(guest, layout, old, new).map_err(|_| WriteError(address))?;
+        if written {
+            self.tables.borrow_mut().push(entry);
+        }
+        Ok(written)
     }
 }
 

@@ -28,8 +28,9 @@ pub use way::Way;
 use std::fmt;
 use std::ops::ControlFlow;
 
-use crate::memory::{Budget, EntryMemory, MemoryMap};
+use crate::memory::{Budget, EntryMemory, MarkMemory, MemoryMap};
 use crate::sync::changes::{Changes, Reason};
+use crate::sync::marks::{Marked, MarksWritten};
 use crate::sync::shadow::{Prepared, ReopenError, Shadow, ShadowFigures, ShadowLimits, Watcher};
 use crate::table::{AddressSpace, Format, Intercept, OpenError, Piece, Window};
 use crate::{Gpa, Span};
@@ -138,6 +139,28 @@ impl Space {
             Kind::One(one) => one.table_written(look, address, length),
             Kind::Two(two) => two.table_written(look, address, length),
         });
+    }
+
+    /// The guest's memory is what `map` says from now on. What is mapped of memory that is gone is unmapped, and what came is mapped where tables or windows say
+    /// so; tables in memory that is gone are dropped with everything below them, and tables in memory that came are read: `memory` must have what came.
+    pub fn memory_changed<M: EntryMemory + ?Sized>(&mut self, memory: &M, map: MemoryMap, budget: &Budget, changes: &mut Changes) {
+        self.ground.map = map;
+        self.look(memory, budget, changes, |kind, look, ground| match kind {
+            Kind::Blocked => {}
+            Kind::Direct(windows) => show_windows(windows, look, ground),
+            Kind::One(one) => one.memory_changed(look, &ground.map),
+            Kind::Two(two) => two.memory_changed(look, &ground.map),
+        });
+    }
+
+    /// Marks the guest's leaves for the IOVAs of `marked` that are not marked yet, of all tables, where a format says that hardware does, and adds what was done
+    /// to `written`. Of two stages, entries of the first are written with the second one's permission, and the second's leaves for them are marked as well.
+    pub fn mark<M: MarkMemory + ?Sized>(&mut self, memory: &M, marked: Marked, budget: &Budget, written: &mut MarksWritten) {
+        match &mut self.kind {
+            Kind::Blocked | Kind::Direct(_) => {}
+            Kind::One(one) => one.shadow.mark(memory, marked, budget, written),
+            Kind::Two(two) => two.mark(memory, marked, budget, written),
+        }
     }
 
     /// The guest's registers or structures say something else: `way` is what its DMA gets from now on. All tables are read again; `changes` has what differs,
@@ -292,7 +315,8 @@ impl Space {
         act: impl FnOnce(&mut Kind, &mut Look<'_, M>, &Ground),
     ) {
         let (straight, most) = (self.is_straight(), self.ground.limits.leaves);
-        let mut look = Look { memory, budget, changes: &mut *changes, told: &mut self.told, intercepts: &self.intercepts, most, straight };
+        let mut look =
+            Look { memory, budget, changes: &mut *changes, told: &mut self.told, intercepts: &self.intercepts, most, straight, switching: false };
         act(&mut self.kind, &mut look, &self.ground);
         self.told.settle(changes);
     }
@@ -308,7 +332,16 @@ impl Space {
         let straight = self.is_straight();
         // The shadow of a single table counts what it holds.
         let most = if straight { u64::MAX } else { self.ground.limits.leaves };
-        let mut look = Look { memory, budget, changes: &mut *changes, told: &mut self.told, intercepts: &self.intercepts, most, straight: false };
+        let mut look = Look {
+            memory,
+            budget,
+            changes: &mut *changes,
+            told: &mut self.told,
+            intercepts: &self.intercepts,
+            most,
+            straight: false,
+            switching: true,
+        };
         act(&mut self.kind, &mut look, &self.ground);
         self.told.settle(changes);
         if straight {
@@ -333,7 +366,7 @@ impl Kind {
 fn show_windows<M: EntryMemory + ?Sized>(windows: &[Window], look: &mut Look<'_, M>, ground: &Ground) {
     look.told.drop_all();
     let mut space = AddressSpace::direct(windows.to_vec()).with_intercepts(look.intercepts.to_vec());
-    let mut teller = Teller { told: look.told, most: look.most, next: 0 };
+    let mut teller = Teller { told: look.told, most: look.most, next: 0, anew: false };
     let shown = space.walk(look.memory, &ground.map, Span::ALL, look.budget, &mut teller);
     let next = teller.next;
     if shown.is_err() {

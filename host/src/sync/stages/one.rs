@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::fmt;
 
-use crate::memory::{Budget, EntryMemory};
+use crate::memory::{Budget, EntryMemory, MemoryMap};
 use crate::sync::changes::Changes;
 use crate::sync::shadow::{Prepared, Shadow};
 use crate::sync::stages::look::{Look, Rules};
@@ -45,6 +45,10 @@ impl One {
         self.with(look, |shadow, memory, budget, changes| shadow.switch_to(prepared, memory, budget, changes));
     }
 
+    pub(super) fn memory_changed<M: EntryMemory + ?Sized>(&mut self, look: &mut Look<'_, M>, map: &MemoryMap) {
+        self.with(look, |shadow, memory, budget, changes| shadow.memory_changed(memory, map.clone(), budget, changes));
+    }
+
     /// Does something to the shadow, and tells what changed.
     fn with<M: ?Sized>(&mut self, look: &mut Look<'_, M>, act: impl FnOnce(&mut Shadow, &M, &Budget, &mut Changes)) {
         if look.straight {
@@ -52,14 +56,16 @@ impl One {
         }
         act(&mut self.shadow, look.memory, look.budget, &mut self.found);
         look.changes.absorb_blocked(&self.found, 1);
-        for change in self.found.batch() {
+        let batch = self.found.batch();
+        for change in batch {
             match change {
                 Change::Unmap(span) => {
                     look.told.drop_within(*span);
                     self.wanting.remove(&span.first);
                 }
                 Change::Map(piece) => {
-                    if !look.tell(piece, RULES) {
+                    let anew = look.is_anew(batch, piece);
+                    if !look.tell(piece, RULES, anew) {
                         self.wanting.insert(piece.iova.first);
                     }
                 }
@@ -73,7 +79,7 @@ impl One {
         let wanting = &mut self.wanting;
         wanting.clear();
         self.shadow.pieces(Span::ALL, &mut |piece| {
-            if !look.tell(&piece, RULES) {
+            if !look.tell(&piece, RULES, false) {
                 wanting.insert(piece.iova.first);
             }
         });
@@ -86,7 +92,7 @@ impl One {
             let mut wanted: Option<Piece> = None;
             self.shadow.pieces(Span { first, last: first }, &mut |piece| wanted = Some(piece));
             let Some(piece) = wanted.filter(|piece| piece.iova.intersection(span).is_some()) else { continue };
-            if look.tell(&piece, RULES) {
+            if look.tell(&piece, RULES, false) {
                 self.wanting.remove(&first);
             }
         }

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::Span;
+use crate::sync::stages::told::overlapping;
 use crate::table::Piece;
 
 /// Sizes: a piece of class `n` has more than `2^(n-1)` bytes and at most `2^n`.
@@ -61,6 +62,11 @@ impl Passing {
     /// The piece that begins at an IOVA.
     pub(super) fn get(&self, first: u64) -> Option<&Piece> {
         self.pieces.get(&first)
+    }
+
+    /// Pieces that have an IOVA of `span`, ascending.
+    pub(super) fn pieces(&self, span: Span) -> impl Iterator<Item = Piece> + '_ {
+        overlapping(&self.pieces, span)
     }
 
     /// All pieces, ascending.

@@ -28,11 +28,12 @@ impl Told {
         self.mapped.contains_key(&first)
     }
 
-    /// Maps a piece where nothing is mapped.
-    pub(super) fn add(&mut self, piece: Piece) {
+    /// Maps a piece where nothing is mapped. With `anew` it is told even if it is as it was when the look began.
+    pub(super) fn add(&mut self, piece: Piece, anew: bool) {
         let first = piece.iova.first;
         // The same as before is no news, also if somebody looked at the page meanwhile: then what was told stays.
-        if let Some(before) = self.dropped.get(&first).copied().filter(|before| alike(Some(*before), Some(piece))) {
+        let same = |before: &Piece| !anew && alike(Some(*before), Some(piece));
+        if let Some(before) = self.dropped.get(&first).copied().filter(same) {
             self.dropped.remove(&first);
             self.mapped.insert(first, before);
             return;
@@ -105,21 +106,27 @@ mod tests {
     #[test]
     fn only_what_differs_between_the_ends_of_a_look_is_told() {
         let (mut told, mut changes) = (Told::default(), Changes::new());
-        [0x1000, 0x2000, 0x3000].iter().for_each(|first| told.add(piece(*first, 0x9000)));
+        [0x1000, 0x2000, 0x3000].iter().for_each(|first| told.add(piece(*first, 0x9000), false));
         told.settle(&mut changes);
         assert_eq!(changes.batch().len(), 3);
         changes.clear();
         told.drop_all();
-        told.add(piece(0x1000, 0x9000));
-        told.add(piece(0x2000, 0xa000));
+        told.add(piece(0x1000, 0x9000), false);
+        told.add(piece(0x2000, 0xa000), false);
         told.drop_within(piece(0x2000, 0).iova);
-        told.add(piece(0x2000, 0xb000));
-        told.add(piece(0x4000, 0x9000));
+        told.add(piece(0x2000, 0xb000), false);
+        told.add(piece(0x4000, 0x9000), false);
         told.drop_within(piece(0x4000, 0).iova);
         let marked = Piece { attributes: Attributes::READ.with(Attributes::ACCESSED), ..piece(0x3000, 0x9000) };
-        told.add(marked);
+        told.add(marked, false);
         told.settle(&mut changes);
         assert_eq!(changes.batch(), [Change::Unmap(piece(0x2000, 0).iova), Change::Map(piece(0x2000, 0xb000))]);
         assert_eq!(told.pieces(Span { first: 0x1fff, last: 0x2000 }).count(), 2);
+        // What was marked and is not, is told although nothing else is different.
+        changes.clear();
+        told.drop_within(piece(0x1000, 0).iova);
+        told.add(piece(0x1000, 0x9000), true);
+        told.settle(&mut changes);
+        assert_eq!(changes.batch().len(), 2);
     }
 }

@@ -11,15 +11,17 @@
 //! A change of the second stage costs what passes through it: the parts of first-stage pieces there, and the first-stage tables there, which are read
 //! again if they are somewhere else now. A change of the first stage costs the second-stage pieces that it passes through.
 
+use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::{Arc, Mutex};
 
-use crate::memory::{Budget, EntryMemory, MemoryMap, PAGE};
+use crate::memory::{Budget, EntryMemory, MarkMemory, MemoryMap, PAGE};
 use crate::sync::changes::{Changes, Reason};
+use crate::sync::marks::{Marked, MarksWritten};
 use crate::sync::shadow::{Prepared, Shadow, ShadowFigures, ShadowLimits};
 use crate::sync::stages::Ground;
-use crate::sync::stages::behind::{Behind, TablePages, Through};
+use crate::sync::stages::behind::{Behind, Marks, TablePages, Through};
 use crate::sync::stages::look::{Look, Rules};
 use crate::sync::stages::passing::{Passing, outputs, part};
 use crate::sync::stages::watch::lock;
@@ -73,6 +75,7 @@ impl Two {
             tables: first.tables + second.tables,
             table_pages: first.table_pages + second.table_pages,
             leaves: first.leaves + second.leaves,
+            blocked: first.blocked + second.blocked,
             questions: first.questions + second.questions,
         }
     }
@@ -118,6 +121,30 @@ impl Two {
         self.with_first(look, |shadow, through, budget, changes| shadow.switch_to(first, through, budget, changes));
     }
 
+    /// Guest memory came or went.
+    pub(super) fn memory_changed<M: EntryMemory + ?Sized>(&mut self, look: &mut Look<'_, M>, map: &MemoryMap) {
+        self.with_second(look, |shadow, memory, budget, changes| shadow.memory_changed(memory, map.clone(), budget, changes));
+        // Where a table of the first stage is, the same page may be there again with something else in it.
+        let pages: Vec<u64> = lock(&self.behind).tables(Span::ALL).collect();
+        self.read_again(look, &pages);
+    }
+
+    /// Marks leaves of the first stage, of the second for what passes through them, and of the second for the first one's tables that are marked by this.
+    pub(super) fn mark<M: MarkMemory + ?Sized>(&mut self, memory: &M, marked: Marked, budget: &Budget, written: &mut MarksWritten) {
+        let through = Marks { behind: &self.behind, memory, tables: RefCell::default() };
+        self.first.mark(&through, marked, budget, written);
+        for table in through.tables.into_inner() {
+            self.second.mark(memory, Marked { iova: table, accessed: true, dirty: true }, budget, written);
+        }
+        let second = &mut self.second;
+        for piece in self.passing.pieces(marked.iova) {
+            let Some(iova) = piece.iova.intersection(marked.iova) else { continue };
+            let first = piece.address + (iova.first - piece.iova.first);
+            let inputs = Span { first, last: first + iova.length_minus_one() };
+            second.mark(memory, Marked { iova: inputs, ..marked }, budget, written);
+        }
+    }
+
     /// Does something to the second stage's shadow, and follows what changed through the first.
     fn with_second<M: EntryMemory + ?Sized>(&mut self, look: &mut Look<'_, M>, act: impl FnOnce(&mut Shadow, &M, &Budget, &mut Changes)) {
         let moved = self.follow_second(look, act);
@@ -132,7 +159,8 @@ impl Two {
         let privileged = self.first.geometry().privileged;
         let mut behind = lock(&self.behind);
         let mut pages = BTreeSet::new();
-        for change in self.found.batch() {
+        let batch = self.found.batch();
+        for change in batch {
             pages.extend(behind.tables(change.span()));
             match change {
                 Change::Unmap(span) => {
@@ -141,9 +169,9 @@ impl Two {
                 }
                 Change::Map(outer) => {
                     behind.map(*outer);
-                    let wanting = &mut self.wanting;
+                    let (wanting, anew) = (&mut self.wanting, look.is_anew(batch, outer));
                     self.passing.through(outer.iova, |piece, _| {
-                        if !tell(look, piece, outer, privileged) {
+                        if !tell(look, piece, outer, privileged, anew) {
                             wanting.insert(piece.iova.first);
                         }
                     });
@@ -162,7 +190,8 @@ impl Two {
         look.changes.absorb_blocked(&self.found, 1);
         let privileged = self.first.geometry().privileged;
         let behind = lock(&self.behind);
-        for change in self.found.batch() {
+        let batch = self.found.batch();
+        for change in batch {
             match change {
                 Change::Unmap(span) => {
                     look.told.drop_within(*span);
@@ -171,7 +200,8 @@ impl Two {
                 }
                 Change::Map(piece) => {
                     self.passing.insert(*piece);
-                    if !tell_through(look, &behind, piece, privileged) {
+                    let anew = look.is_anew(batch, piece);
+                    if !tell_through(look, &behind, piece, privileged, anew) {
                         self.wanting.insert(piece.iova.first);
                     }
                 }
@@ -193,7 +223,8 @@ impl Two {
     /// All parts of all pieces, after the intercepts changed.
     pub(super) fn tell_all<M: ?Sized>(&mut self, look: &mut Look<'_, M>) {
         let (privileged, behind) = (self.first.geometry().privileged, lock(&self.behind));
-        self.wanting = self.passing.all().filter(|piece| !tell_through(look, &behind, piece, privileged)).map(|piece| piece.iova.first).collect();
+        self.wanting =
+            self.passing.all().filter(|piece| !tell_through(look, &behind, piece, privileged, false)).map(|piece| piece.iova.first).collect();
     }
 
     /// What there was no room for, where it is looked at anyway.
@@ -204,7 +235,7 @@ impl Two {
             let Some(piece) = passing.get(*first) else { return false };
             let Some(here) = piece.iova.intersection(span) else { return true };
             let inputs = Span { first: piece.address + (here.first - piece.iova.first), last: piece.address + (here.last - piece.iova.first) };
-            let all = behind.pieces(inputs).all(|outer| tell(look, piece, &outer, privileged));
+            let all = behind.pieces(inputs).all(|outer| tell(look, piece, &outer, privileged, false));
             !all || here != piece.iova
         });
     }
@@ -216,19 +247,19 @@ const fn left(limits: ShadowLimits, other: ShadowFigures) -> ShadowLimits {
 }
 
 /// Tells what a piece of the first stage is behind all of the second. False: not all of it, there is no room.
-fn tell_through<M: ?Sized>(look: &mut Look<'_, M>, behind: &Behind, piece: &Piece, privileged: bool) -> bool {
-    behind.pieces(outputs(piece)).all(|outer| tell(look, piece, &outer, privileged))
+fn tell_through<M: ?Sized>(look: &mut Look<'_, M>, behind: &Behind, piece: &Piece, privileged: bool, anew: bool) -> bool {
+    behind.pieces(outputs(piece)).all(|outer| tell(look, piece, &outer, privileged, anew))
 }
 
 /// Tells what a piece of the first stage is behind one of the second: what both allow, where nothing intercepts it.
-fn tell<M: ?Sized>(look: &mut Look<'_, M>, inner: &Piece, outer: &Piece, privileged: bool) -> bool {
+fn tell<M: ?Sized>(look: &mut Look<'_, M>, inner: &Piece, outer: &Piece, privileged: bool, anew: bool) -> bool {
     let Some(inner) = part(inner, outer.iova) else { return true };
     if look.budget.charge_leaves(1).is_err() {
         look.changes.block(inner.iova, Reason::Leaves);
         return false;
     }
     let (intercepts, budget) = (look.intercepts, look.budget);
-    let mut second = Second { look, outer, privileged };
+    let mut second = Second { look, outer, privileged, anew };
     if intercepts.is_empty() {
         return second.piece(&inner, &[]).is_ok();
     }
@@ -240,6 +271,7 @@ struct Second<'a, 'b, M: ?Sized> {
     look: &'a mut Look<'b, M>,
     outer: &'a Piece,
     privileged: bool,
+    anew: bool,
 }
 
 impl<M: ?Sized> Visitor for Second<'_, '_, M> {
@@ -252,7 +284,7 @@ impl<M: ?Sized> Visitor for Second<'_, '_, M> {
         }
         let address = self.outer.address + (inner.address - self.outer.iova.first);
         let piece = Piece { iova: inner.iova, address, attributes };
-        if self.look.tell(&piece, BOTH_ENDS) { Ok(()) } else { Err(WalkError::Stopped) }
+        if self.look.tell(&piece, BOTH_ENDS, self.anew) { Ok(()) } else { Err(WalkError::Stopped) }
     }
 
     fn fault(&mut self, _: &FaultAt<'_>) -> Result<(), WalkError> {

@@ -9,6 +9,7 @@ use crate::memory::PAGE;
 use crate::table::build::{BuildError, Builder, Leaf, low_bits, note};
 use crate::table::geometry::{AddressField, ByteOrder, Move};
 use crate::table::lanes;
+use crate::table::passage::{ENTRIES, Passed, Receiver};
 use crate::table::walk::{Piece, Run};
 use crate::{Attributes, Iova, Span};
 
@@ -214,8 +215,7 @@ impl Builder<'_> {
     }
 
     fn map_slots(&mut self, run: &Run<'_>, prepared: &Prepared) -> Result<(), BuildError> {
-        let Prepared { from: (_, [attributes, other_attributes]), window, depth, slot, split_log2, table_entries, .. } = *prepared;
-        let [leaf, other] = &prepared.leaves;
+        let Prepared { window, depth, slot, split_log2, table_entries, .. } = *prepared;
         self.flush()?;
         let (mut done, mut all_others, mut all_gaps) = (0, 0, 0);
         while done < run.entries.len() {
@@ -232,29 +232,92 @@ impl Builder<'_> {
             let index = self.fill_to(depth, iova)?;
             let slots = count << split_log2;
             let (others, gaps) = self.write_slots(part, run, prepared, index as usize, slots);
-            let second = run.kinds.is_second(part[0]);
-            let (kind, pattern) = if second { (other_attributes, other.pattern) } else { (attributes, leaf.pattern) };
-            let same = |entry: &u64| leaf.pattern == other.pattern || run.kinds.is_second(*entry) == second;
-            // Pages above their slots are never promoted: a larger page would have been seen before.
-            let plain = run.size_log2 == slot || prepared.parts.get(1) != Some(&0);
-            let contiguous = plain && gaps == 0 && is_contiguous(part, run.field, run.size_log2) && part.iter().all(same);
-            let first = run.field.extract(part[0]);
-            let next = first.wrapping_add((count as u64) << run.size_log2);
-            note(&mut self.open[depth], index, slots as u64, kind, contiguous.then_some(pattern), first, next);
+            self.note_slots(run, part, prepared, index, slots as u64, gaps);
             self.leaves += (count as u64 - gaps) << split_log2;
             all_others += others;
             all_gaps += gaps;
         }
+        let narrowing = run.entries.len() as u64 - all_others - all_gaps;
+        self.note_run(run, prepared, narrowing, all_others);
+        Ok(())
+    }
+
+    /// Remembers what `slots` slots of the open table, from `index` on, were filled with.
+    fn note_slots(&mut self, run: &Run<'_>, part: &[u64], prepared: &Prepared, index: u64, slots: u64, gaps: u64) {
+        let [leaf, other] = &prepared.leaves;
+        let [attributes, other_attributes] = prepared.from.1;
+        let second = run.kinds.is_second(part[0]);
+        let (kind, pattern) = if second { (other_attributes, other.pattern) } else { (attributes, leaf.pattern) };
+        let same = |entry: &u64| leaf.pattern == other.pattern || run.kinds.is_second(*entry) == second;
+        // Pages above their slots are never promoted: a larger page would have been seen before.
+        let plain = run.size_log2 == prepared.slot || prepared.parts.get(1) != Some(&0);
+        let contiguous = plain && gaps == 0 && is_contiguous(part, run.field, run.size_log2) && part.iter().all(same);
+        let first = run.field.extract(part[0]);
+        let next = first.wrapping_add((part.len() as u64) << run.size_log2);
+        note(&mut self.open[prepared.depth], index, slots, kind, contiguous.then_some(pattern), first, next);
+    }
+
+    /// Notes what the leaves of a run lose, of which so many are of the first and of the second kind.
+    fn note_run(&mut self, run: &Run<'_>, prepared: &Prepared, firsts: u64, others: u64) {
+        let [leaf, other] = &prepared.leaves;
         if run.kinds.is_one() {
             if !leaf.narrowed.is_empty() {
                 let bytes = (run.entries.len() as u128) << run.size_log2;
-                self.note_narrowed(leaf, attributes, (run.iova.0, run.field.extract(run.entries[0])), run.entries.len() as u64, bytes);
+                self.note_narrowed(leaf, prepared.from.1[0], (run.iova.0, run.field.extract(run.entries[0])), run.entries.len() as u64, bytes);
             }
         } else {
-            self.note_kind(run, false, leaf, run.entries.len() as u64 - all_others - all_gaps);
-            self.note_kind(run, true, other, all_others);
+            self.note_kind(run, false, leaf, firsts);
+            self.note_kind(run, true, other, others);
         }
-        Ok(())
+    }
+
+    /// Where a table that is expected to be of leaves like those of `run` can be written while it is read: whole tables, past the cache, whose leaves are not
+    /// larger than the target's slots, and of which the target cannot make larger pages before they are whole.
+    pub(super) fn ready_for(&mut self, run: &Run<'_>) -> Option<Receiver<'_>> {
+        let prepared = self.prepared.as_ref().filter(|prepared| prepared.serves(run))?;
+        let window = &self.windows[prepared.window];
+        let span = Span { first: run.iova.0, last: run.iova.0.checked_add((prepared.table_entries << run.size_log2) - 1)? };
+        let plain = prepared.in_place && prepared.larger.is_none() && prepared.table_entries == ENTRIES as u64;
+        let whole = window.holds(span) && (span.first - window.base) & (span.last - span.first) == 0;
+        let bytes = ENTRIES as u64 * 8;
+        let far = goes_past_the_stage(bytes, self.arena.bytes().saturating_sub(self.before));
+        let room = self.chains[window.chain].rungs[prepared.depth].room;
+        if !plain || !whole || !far || room != bytes || run.within.last > prepared.last_address {
+            return None;
+        }
+        let [leaf, other] = &prepared.leaves;
+        let entries = lanes::Target {
+            patterns: [leaf.pattern, other.pattern],
+            absent: prepared.absent.to_le(),
+            address: run.field.in_place & leaf.field.in_place,
+        };
+        let (offset, table) = self.arena.upcoming()?;
+        self.upcoming = Some(offset);
+        Some(Receiver { entries, table })
+    }
+
+    /// A table of leaves was written where [`Builder::ready_for`] said; false if it is needed elsewhere.
+    pub(super) fn map_passed(&mut self, run: &Run<'_>, passed: Passed) -> Result<bool, BuildError> {
+        let (Some(prepared), Some(upcoming)) = (self.prepared.take(), self.upcoming.take()) else { return Ok(false) };
+        let result = self.take_passed(run, &prepared, upcoming, passed);
+        self.prepared = Some(prepared);
+        result
+    }
+
+    fn take_passed(&mut self, run: &Run<'_>, prepared: &Prepared, upcoming: u64, passed: Passed) -> Result<bool, BuildError> {
+        let depth = prepared.depth;
+        self.flush()?;
+        self.open_to(prepared.window, depth, run.iova.0)?;
+        let open = self.open[depth];
+        if (open.offset, open.filled, open.base) != (upcoming, 0, run.iova.0) || self.staged[depth].is_none() {
+            return Ok(false);
+        }
+        self.stage.skip(self.staged[depth].take());
+        self.note_slots(run, run.entries, prepared, 0, ENTRIES as u64, passed.gaps);
+        let leaves = ENTRIES as u64 - passed.gaps;
+        self.leaves += leaves;
+        self.note_run(run, prepared, leaves - passed.others, passed.others);
+        Ok(true)
     }
 
     /// Writes leaves into the open table from slot `index`; how many are of the second kind, and how many entries are gaps.
@@ -310,6 +373,11 @@ impl Builder<'_> {
 /// Whether parts of a table of `bytes` bytes are written past the cache as they come: tables of more than a page are not staged.
 pub(super) const fn goes_past_cache(bytes: u64, before: u64) -> bool {
     bytes > PAGE && before >= crate::table::stage::IN_PLACE && lanes::STREAMS
+}
+
+/// Whether tables of `bytes` bytes are filled in a page of their own, and then written past the cache.
+const fn goes_past_the_stage(bytes: u64, before: u64) -> bool {
+    bytes <= PAGE && before >= crate::table::stage::IN_PLACE && lanes::STREAMS
 }
 
 /// The bits of entries that are address bits below a page of `2^size` bytes.

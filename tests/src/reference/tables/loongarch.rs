@@ -88,8 +88,9 @@ impl LoongArch {
             }
             return Entry::table(address, Access::RW, 0);
         }
-        let valid = bit(entry, 0) || (self.hardware_update && bit(entry, 7));
-        if !valid {
+        // Where hardware walks, V and D are what it sets: whether the page is there and may be written is said by P and W (section 5.4.2). Of the access
+        // types, 3 is reserved (section 5.2).
+        if !bit(entry, if self.hardware_update { 7 } else { 0 }) || bits(entry, 5, 4) == 3 {
             return Entry::Fault;
         }
         let mut address = bits(entry, 47, 12) << 12;
@@ -101,7 +102,7 @@ impl LoongArch {
         }
         // An unprivileged request has privilege level 3.
         let reachable = bits(entry, 3, 2) == 3;
-        let dirty = bit(entry, 1) || (self.hardware_update && bit(entry, 8));
-        Entry::leaf(address, Access { read: reachable && !bit(entry, 61), write: reachable && dirty })
+        let writable = bit(entry, if self.hardware_update { 8 } else { 1 });
+        Entry::leaf(address, Access { read: reachable && !bit(entry, 61), write: reachable && writable })
     }
 }
