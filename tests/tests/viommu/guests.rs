@@ -145,7 +145,7 @@ impl Arch {
             // IO_PAGE_FAULT.
             Self::Amd => words(&[2 << 60 | id | u64::from(space) << 32, iova]),
             // Page fault 13 or 15, TTYP 2 or 3.
-            Self::Riscv => words(&[15 - 2 * read | (3 - read) << 34 | id << 40, 0, iova, 0]),
+            Self::Riscv => words(&[(15 - 2 * read) | (3 - read) << 34 | id << 40, 0, iova, 0]),
         }
     }
 }

@@ -165,6 +165,18 @@ fn follow(arch: Arch, host: UnitConfig) -> Strategy {
     strategy
 }
 
+/// What a VMM moves between its threads, and shares.
+#[test]
+fn types_can_be_sent_and_shared() {
+    fn sent<T: Send>() {}
+    fn shared<T: Send + Sync>() {}
+    sent::<Viommu<GuestMemoryMmap, ContextSpaces>>();
+    shared::<Supervisors>();
+    shared::<stagecraft::plugin::Supervisor>();
+    shared::<stagecraft::plugin::Supervised>();
+    shared::<stagecraft::viommu::Watching<stagecraft::watch::UffdWatcher<Arc<GuestMemoryMmap>>>>();
+}
+
 #[test]
 fn every_guest_is_followed_on_every_unit() {
     let mut strategies = std::collections::BTreeSet::new();
