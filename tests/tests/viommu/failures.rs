@@ -1,12 +1,14 @@
 //! A plugin that fails in the middle of a guest's life, and versions that take its place.
 
 use std::sync::OnceLock;
+use std::sync::atomic::Ordering;
 
 use stagecraft::Gpa;
 use stagecraft::plugin::{Config, Difference, Engine, Health, Plugin, Policy, ReplaceError, Supervisor};
+use stagecraft::sync::Watcher;
 use stagecraft::viommu::{self, Limits, StreamState, UnitConfig, Viommu};
 use stagecraft_plugin_hostile::{mode, version};
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::behaviour::{ONE, Rig, TWO, without_pasid};
 use super::guests::{Arch, DATA, Guest, STRUCTURES};
@@ -293,6 +295,37 @@ fn many(count: u64) -> (Guest, Viommu<GuestMemoryMmap, Recorder>) {
     }
     viommu.host_mut().take();
     (guest, viommu)
+}
+
+/// Writes a word when its page is to be watched: a guest that is quicker than the watcher, and not reported.
+struct Quick {
+    memory: GuestMemoryMmap,
+    address: u64,
+    word: u64,
+}
+
+impl Watcher for Quick {
+    fn watch(&mut self, page: Gpa) {
+        if page.0 == self.address & !0xfff {
+            self.memory.store(self.word, GuestAddress(self.address), Ordering::Release).unwrap();
+        }
+    }
+
+    fn unwatch(&mut self, _: Gpa) {}
+}
+
+#[test]
+fn a_structure_that_is_written_before_it_is_watched_is_seen() {
+    let guest = Guest::new(Arch::Riscv);
+    let supervisor = Supervisor::new(hostile(version::FIRST), Policy::default());
+    let unit = UnitConfig { kind: "hostile".to_owned(), registers: registers(mode::WELL, mode::WELL), map: Guest::map(), limits: Limits::default() };
+    // Bypass, when it was just read as a table.
+    let watcher = Quick { memory: guest.memory.clone(), address: STRUCTURES, word: 1 };
+    let mut viommu = Viommu::new(supervisor, unit, guest.memory.clone(), Recorder::default(), Box::new(watcher));
+    guest.store(STRUCTURES, 0x9000);
+    viommu.connect(0, false);
+    let Some(StreamState::Space(number)) = viommu.stream(without_pasid(0)) else { panic!() };
+    assert_eq!(viommu.space(*number).unwrap().1, &viommu::Way::Bypass);
 }
 
 #[test]
