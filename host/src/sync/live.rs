@@ -61,7 +61,7 @@ pub struct Report {
     pub offered: u64,
     /// The first few entries that were blocked.
     pub blocked: Vec<Blocked>,
-    /// All that were.
+    /// All that were, also those for which there was room before the call ended.
     pub blocked_count: u64,
     /// Device structures were changed: whoever knows what leads to these tables must look again.
     pub structures: bool,

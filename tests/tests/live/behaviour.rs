@@ -299,7 +299,7 @@ fn pages_that_stay_translate_at_every_moment() {
 }
 
 /// Ends the other thread also when this one fails.
-struct Stop<'a>(&'a AtomicBool);
+pub struct Stop<'a>(pub &'a AtomicBool);
 
 impl Drop for Stop<'_> {
     fn drop(&mut self) {

@@ -11,6 +11,7 @@ mod marks;
 #[path = "../hostile/mutate.rs"]
 #[allow(dead_code)]
 mod mutate;
+mod racing;
 mod room;
 mod space;
 mod stages;

@@ -35,18 +35,18 @@ impl Sink for Heard {
 }
 
 /// Read, and read and write, of a second stage.
-const R: u64 = 0b01;
-const BOTH: u64 = 0b11;
+pub const R: u64 = 0b01;
+pub const BOTH: u64 = 0b11;
 
 /// VT-d second-stage tables in the memory of a guest that has first-stage tables, too.
-struct Second<'a> {
+pub struct Second<'a> {
     guest: &'a Guest,
-    root: u64,
+    pub root: u64,
 }
 
 impl<'a> Second<'a> {
     /// All of memory where it is, in pages of 2 MiB.
-    fn identity(guest: &'a Guest) -> Self {
+    pub fn identity(guest: &'a Guest) -> Self {
         let second = Self { guest, root: guest.table() };
         for address in (0..MEMORY).step_by(2 << 20) {
             second.set(address, 1, address | BOTH | PS);
@@ -54,7 +54,7 @@ impl<'a> Second<'a> {
         second
     }
 
-    fn slot(&self, input: u64, height: u32) -> u64 {
+    pub fn slot(&self, input: u64, height: u32) -> u64 {
         let mut table = self.root;
         for above in (height + 1..4).rev() {
             let slot = table + (input >> (12 + 9 * above) & 0x1ff) * 8;
@@ -66,25 +66,25 @@ impl<'a> Second<'a> {
         table + (input >> (12 + 9 * height) & 0x1ff) * 8
     }
 
-    fn set(&self, input: u64, height: u32, entry: u64) -> Gpa {
+    pub fn set(&self, input: u64, height: u32, entry: u64) -> Gpa {
         let slot = self.slot(input, height);
         self.guest.store(slot, entry);
         Gpa(slot)
     }
 
     /// Small pages in place of a large one.
-    fn split(&self, input: u64) {
+    pub fn split(&self, input: u64) {
         let large = self.guest.load(self.slot(input, 1));
         let table = self.guest.table();
         (0..512).for_each(|index| self.guest.store(table + index * 8, (large & !PS) + (index << 12)));
         self.set(input, 1, table | BOTH);
     }
 
-    fn config(&self) -> TableConfig {
+    pub fn config(&self) -> TableConfig {
         TableConfig::new("intel-vtd/second-stage", &[("levels", 4), ("root", self.root)])
     }
 
-    fn way(&self) -> Way {
+    pub fn way(&self) -> Way {
         Way::tables(format(&self.guest.config()), format(&self.config()))
     }
 }
@@ -96,7 +96,7 @@ fn live(guest: &Guest, way: Way, limits: ShadowLimits, watcher: Box<dyn Watcher>
     live
 }
 
-fn second_stage(input: u64, bytes: u64) -> Invalidation {
+pub fn second_stage(input: u64, bytes: u64) -> Invalidation {
     let scope = Scope { leaf: false, second_stage: true, domain: None, space: None, id: None };
     Invalidation { index: 0, effect: Effect::Range { scope, iova: Span { first: input, last: input + (bytes - 1) } } }
 }
@@ -311,7 +311,7 @@ fn windows_by_page(windows: &[Window], intercepts: &[Intercept], map: &MemoryMap
     mappings
 }
 
-fn intercept(passed: u8, mask: u64, value: u64) -> Intercept {
+pub fn intercept(passed: u8, mask: u64, value: u64) -> Intercept {
     Intercept { passed, mask, value: value & mask, server: "something else".to_owned(), address: None, section: String::new() }
 }
 

@@ -83,11 +83,12 @@ impl Two {
 
     /// Looks at IOVAs; at all of them only after all inputs of the second stage.
     pub(super) fn synchronise<M: EntryMemory + ?Sized>(&mut self, look: &mut Look<'_, M>, span: Span, leaf_only: bool) {
+        // The first stage may give room back as soon as its tables are somewhere else.
+        let before = self.first.figures();
         if !self.begun || (span == Span::ALL && !leaf_only) {
             self.begun = true;
             self.with_second(look, |shadow, memory, budget, changes| shadow.synchronise(memory, Span::ALL, false, budget, changes));
         }
-        let before = self.first.figures();
         self.with_first(look, |shadow, through, budget, changes| shadow.synchronise(through, span, leaf_only, budget, changes));
         if span == Span::ALL && !leaf_only {
             self.use_room(look, before);
