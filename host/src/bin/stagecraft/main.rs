@@ -1,4 +1,4 @@
-//! The `stagecraft` command: looks into a guest's I/O page tables, converts, validates, compares and draws them.
+//! The `stagecraft` command: looks into a guest's I/O page tables, converts, validates, compares and draws them; and plays guests that run.
 //!
 //! One file per subcommand; what they share stands beside them:
 //!
@@ -12,6 +12,7 @@
 //! | `output` | colours, columns, sizes |
 //! | `json` | the parts that the JSON forms have in common |
 //! | `progress` | a bar on stderr |
+//! | `svg` | elements of a picture |
 
 mod completions;
 mod convert;
@@ -28,7 +29,9 @@ mod offers;
 mod options;
 mod output;
 mod progress;
+mod run;
 mod session;
+mod svg;
 mod translate;
 mod validate;
 mod view;
@@ -46,13 +49,13 @@ fn main() -> ExitCode {
         Err(error) => return usage(&error),
     };
     cli.global.color.choose();
-    match run(&cli) {
+    match obey(&cli) {
         Ok(status) => status.into(),
         Err(error) => failure::report(&error).into(),
     }
 }
 
-fn run(cli: &Cli) -> anyhow::Result<Status> {
+fn obey(cli: &Cli) -> anyhow::Result<Status> {
     let global = &cli.global;
     match &cli.command {
         Command::Formats(arguments) => formats::run(global, arguments),
@@ -64,6 +67,7 @@ fn run(cli: &Cli) -> anyhow::Result<Status> {
         Command::Draw(arguments) => draw::run(global, arguments),
         Command::Guess(arguments) => guess::run(global, arguments),
         Command::Offers(arguments) => offers::run(global, arguments),
+        Command::Run(arguments) => run::run(global, arguments),
         Command::Completions(arguments) => completions::run(arguments),
         Command::Man(arguments) => man::run(arguments),
     }

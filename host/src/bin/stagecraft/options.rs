@@ -4,14 +4,14 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::{completions, convert, diff, draw, formats, guess, inspect, man, offers, translate, validate};
+use crate::{completions, convert, diff, draw, formats, guess, inspect, man, offers, run, translate, validate};
 
 /// Page tables for any vIOMMU, on any IOMMU.
 ///
 /// Looks into the I/O page tables of a guest (a snapshot: a folder with the registers of its vIOMMU and the pages that hold its tables) through sandboxed
 /// format plugins: what maps where, what is wrong with it, and the same in another format.
 ///
-/// Exit status: 0 when all went well; 1 when `validate` found violations, `diff` found differences, `convert --strict` refused, `guess` or `offers` found nothing that fits, or a budget was spent; 2
+/// Exit status: 0 when all went well; 1 when `validate` found violations, `diff` found differences, `convert --strict` refused, `guess` or `offers` found nothing that fits, a DMA of `run` went wrong, or a budget was spent; 2
 /// for everything that is wrong with the command line, the plugins or the snapshot, with one line on stderr that names it.
 #[derive(Debug, Parser)]
 #[command(name = "stagecraft", version, propagate_version = true, max_term_width = 110, disable_help_subcommand = true)]
@@ -97,6 +97,7 @@ pub enum Command {
     Draw(draw::Arguments),
     Guess(guess::Arguments),
     Offers(offers::Arguments),
+    Run(run::Arguments),
     Completions(completions::Arguments),
     Man(man::Arguments),
 }

@@ -3,7 +3,6 @@
 mod areas;
 mod picture;
 mod rows;
-mod svg;
 
 use std::collections::HashMap;
 use std::fs;
@@ -137,7 +136,7 @@ fn look(guest: &Guest<'_>, streams: Vec<(StreamState, Option<String>)>) -> Resul
 }
 
 /// Refuses, before any work, a place that the picture cannot go to.
-fn check_out(out: &Path, force: bool) -> Result<()> {
+pub fn check_out(out: &Path, force: bool) -> Result<()> {
     if out.is_dir() {
         bail!("{}: a folder; give the name of a file, such as {}", out.display(), out.join("map.svg").display());
     }
@@ -157,7 +156,7 @@ fn check_out(out: &Path, force: bool) -> Result<()> {
 }
 
 /// The picture appears under its name once it is whole.
-fn write_whole(out: &Path, svg: &str) -> Result<()> {
+pub fn write_whole(out: &Path, svg: &str) -> Result<()> {
     let name = out.file_name().with_context(|| format!("{}: not a name for a file", out.display()))?;
     let staged = out.with_file_name(format!(".{}.stagecraft-{}", name.to_string_lossy(), std::process::id()));
     let written = fs::write(&staged, svg).and_then(|()| fs::rename(&staged, out));

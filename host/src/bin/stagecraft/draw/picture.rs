@@ -18,9 +18,9 @@ use stagecraft::plugin::Plugins;
 
 use super::Section;
 use super::rows::{Block, Row, blocks, rows};
-use super::svg::Svg;
 use crate::inspect::{describe, describe_windows};
 use crate::output::{count, counted, printable, size};
+use crate::svg::Svg;
 
 const WIDTH: u32 = 1200;
 const LEFT: f64 = 24.0;

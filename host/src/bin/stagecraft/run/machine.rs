@@ -1,0 +1,212 @@
+//! The machine that a scenario describes: a simulated host, a guest's memory on it, and for each device an address space and a driver.
+
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result};
+use stagecraft::ioasid::{Context, Device, GuestMemory, GuestView, Ioasid, Request, Setup, Stats, TableSupply};
+use stagecraft::kernel::Kernel;
+use stagecraft::kernel::sim::{self, DeviceConfig, DmaAccess, Sim, SimBuilder, UnitIndex};
+use stagecraft::lookup::Lookup;
+use stagecraft::plugin::{Plugins, TableConfig};
+use stagecraft::{Gpa, Iova, Span};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MmapRegion};
+
+use super::guest::{Driver, Requests, Tables, Watched, settings};
+use super::scenario::{Announces, Scenario};
+use super::workload::{Layout, Workload};
+
+/// Where guest memory begins: above the windows that real units keep for themselves there, and never where an IOVA would be the same.
+const BASE: u64 = 0x4000_0000;
+
+/// Host tables in memory that the simulated kernel knows.
+#[derive(Debug)]
+struct SimTables(Arc<Sim>);
+
+impl TableSupply for SimTables {
+    fn region(&self, bytes: usize) -> Option<Arc<MmapRegion>> {
+        let region = Arc::new(MmapRegion::new(bytes).ok()?);
+        self.0.register_region(Arc::clone(&region)).ok()?;
+        Some(region)
+    }
+
+    fn release(&self, region: Arc<MmapRegion>) {
+        // It was registered, or was never handed out.
+        let _ = self.0.unregister_region(region.as_ptr() as u64);
+    }
+}
+
+/// How a device's DMA can be looked at.
+#[derive(Debug)]
+enum Reach {
+    /// Through the simulated hardware.
+    Hardware { device: sim::Device, _connected: Device },
+    /// As a device model does.
+    Software(Lookup),
+}
+
+/// A device with its driver.
+#[derive(Debug)]
+pub struct Seat {
+    /// The device's name.
+    pub label: String,
+    /// Its address space.
+    pub ioasid: Ioasid,
+    /// The guest's side.
+    pub driver: Driver,
+    /// What the driver does.
+    pub workload: Workload,
+    /// The host's tables and how it was chosen, in words.
+    pub explanation: String,
+    reach: Reach,
+}
+
+impl Seat {
+    /// Where an access of the device goes: a guest-physical address; none if it is refused.
+    pub fn dma(&self, machine: &Machine, iova: u64, writes: bool) -> Option<u64> {
+        match &self.reach {
+            Reach::Hardware { device, .. } => {
+                let access = if writes { DmaAccess::Write } else { DmaAccess::Read };
+                let found = device.translate(None, Iova(iova), access).ok()?;
+                // What is no guest memory at all is worse than any wrong address.
+                Some(machine.guest_address(found.user_address).unwrap_or(u64::MAX))
+            }
+            Reach::Software(lookup) => {
+                let target = lookup.find(Iova(iova))?;
+                let access = target.attributes.access(false);
+                (if writes { access.write } else { access.read }).then_some(target.address.0)
+            }
+        }
+    }
+}
+
+/// The machine.
+#[derive(Debug)]
+pub struct Machine {
+    /// The simulated host.
+    pub sim: Arc<Sim>,
+    /// Devices and drivers.
+    pub seats: Vec<Seat>,
+    /// What owns the address spaces.
+    pub context: Context,
+    /// The guest's tables, in words.
+    pub tables: String,
+    memory: GuestMemoryMmap,
+}
+
+impl Machine {
+    /// Builds it: every device has an empty address space in the end.
+    pub fn new(scenario: &Scenario, plugins: &Arc<Plugins>) -> Result<Self> {
+        let sim = host(scenario)?;
+        let (memory, data) = guest_memory(scenario)?;
+        sim.register_memory(&memory).map_err(|errno| anyhow::anyhow!("the simulated kernel cannot be told of guest memory: {errno}"))?;
+        let announces = scenario.guest.announces.unwrap_or(Announces::Changes);
+        let watched = Watched::default();
+        let kernel: Arc<dyn Kernel> = Arc::clone(&sim) as Arc<dyn Kernel>;
+        let mut setup = Setup::new(kernel, Arc::clone(plugins), GuestMemory::of_mmap(&memory)?);
+        setup.tables = Arc::new(SimTables(Arc::clone(&sim)));
+        if announces.is_watched() {
+            setup.watcher = Some(Box::new(watched.clone()));
+        }
+        let context = Context::with(setup)?;
+        let mut machine = Self { sim, seats: Vec::new(), context, tables: String::new(), memory };
+        for index in 0..scenario.devices.len() {
+            let seat = machine.seat(scenario, index, data, (announces, &watched))?;
+            machine.seats.push(seat);
+        }
+        Ok(machine)
+    }
+
+    fn seat(&mut self, scenario: &Scenario, index: usize, data: Span, (announces, watched): (Announces, &Watched)) -> Result<Seat> {
+        let place = || format!("device {}", scenario.devices[index].label);
+        let (driver, request, layout) = if scenario.is_requests() {
+            let driver = Requests::new(Arc::new(self.context.memory().map().clone()))?;
+            self.tables = format!("{}: requests", scenario.guest.format);
+            (Driver::Requests(Box::new(driver)), Request::requests(), Layout::new(None, data))
+        } else {
+            let (tables, config) = self.tables(scenario, index, announces, watched)?;
+            let layout = Layout::new(Some(tables.geometry()), data);
+            (Driver::Tables(Box::new(tables)), Request::guest(GuestView::table(config)), layout)
+        };
+        let workload = Workload::new(&scenario.workload, layout)?;
+        let ioasid = self.context.allocate(Request { strategies: scenario.host.strategies(), ..request }).with_context(place)?;
+        let label = scenario.devices[index].label.clone();
+        let (reach, explanation) = self.attach(&label, scenario.devices[index].emulated, &ioasid).with_context(place)?;
+        Ok(Seat { label, ioasid, driver, workload, explanation, reach })
+    }
+
+    /// The guest's empty tables for a device, in the guest's memory.
+    fn tables(&mut self, scenario: &Scenario, index: usize, announces: Announces, watched: &Watched) -> Result<(Tables, TableConfig)> {
+        let format = &scenario.guest.format;
+        let plugin = self.context.plugins().by_format(format)?;
+        let given: Vec<(String, u64)> = scenario.guest.settings.iter().map(|(name, value)| (name.clone(), value.0)).collect();
+        let last_address = self.memory.last_addr().0;
+        let config = TableConfig { format: format.clone(), settings: settings(&plugin, format, &given, last_address)? };
+        let region = self.memory.iter().nth(index).context("no guest memory for tables")?;
+        let place = (region.get_mmap(), Gpa(region.start_addr().0));
+        self.tables = config.to_string();
+        Tables::new(&plugin, &config, place, announces, watched.clone())
+    }
+
+    fn attach(&self, label: &str, emulated: bool, ioasid: &Ioasid) -> Result<(Reach, String)> {
+        if emulated {
+            let lookup = ioasid.lookup()?;
+            return Ok((Reach::Software(lookup), format!("device {label}: in software: lookups for the VMM's device model")));
+        }
+        let device = self.context.connect(label)?;
+        ioasid.attach(&device, None)?;
+        let explanation: Vec<String> = ioasid.explain().iter().map(ToString::to_string).collect();
+        let hardware = self.sim.device(label).context("the simulated host does not have it")?;
+        Ok((Reach::Hardware { device: hardware, _connected: device }, explanation.join("\n")))
+    }
+
+    /// The guest-physical address of what is at an address of this process; none if it is no guest memory.
+    fn guest_address(&self, user_address: u64) -> Option<u64> {
+        self.memory.iter().find_map(|region| {
+            let offset = user_address.checked_sub(region.get_mmap().as_ptr() as u64)?;
+            (offset < region.len()).then(|| region.start_addr().0 + offset)
+        })
+    }
+
+    /// What all address spaces hold together.
+    pub fn stats(&self) -> Stats {
+        let mut all = Stats::default();
+        for stats in self.seats.iter().map(|seat| seat.ioasid.stats()) {
+            all.areas += stats.areas;
+            all.host_tables += stats.host_tables;
+            all.table_bytes += stats.table_bytes;
+            all.questions += stats.questions;
+        }
+        all
+    }
+
+    /// Takes everything down; how many objects, pinned pages and areas are left in the kernel: none should be.
+    pub fn end(self) -> (usize, u64, usize) {
+        let Self { sim, seats, context, .. } = self;
+        drop(seats);
+        drop(context);
+        (sim.objects(), sim.pinned_pages(), sim.areas())
+    }
+}
+
+/// The simulated host.
+fn host(scenario: &Scenario) -> Result<Arc<Sim>> {
+    let mut builder = SimBuilder::new();
+    let units: Vec<(&str, UnitIndex)> = scenario.units.iter().map(|unit| (unit.name.as_str(), builder.unit(unit.config()))).collect();
+    for (device, requester) in scenario.devices.iter().zip(8..) {
+        if let Some((_, unit)) = units.iter().find(|(name, _)| device.unit.as_deref() == Some(name)) {
+            builder.device(DeviceConfig::new(&device.label, requester), &[*unit]);
+        }
+    }
+    Ok(builder.build()?)
+}
+
+/// The guest's memory: for each device a region for tables, and the rest for buffers, whose addresses are returned.
+fn guest_memory(scenario: &Scenario) -> Result<(GuestMemoryMmap, Span)> {
+    let bytes = scenario.guest.memory.0;
+    let devices = scenario.devices.len() as u64;
+    let tables = (bytes / (4 * devices)).next_power_of_two() / 2;
+    let regions = (0..devices).map(|index| (GuestAddress(BASE + index * tables), tables as usize));
+    let data = Span { first: BASE + devices * tables, last: BASE + (bytes - 1) };
+    let all: Vec<_> = regions.chain([(GuestAddress(data.first), (data.length_minus_one() + 1) as usize)]).collect();
+    Ok((GuestMemoryMmap::from_ranges(&all).context("memory for the guest")?, data))
+}
