@@ -55,11 +55,8 @@ struct Strip {
 
 impl Strip {
     fn y(&self, value: f64) -> f64 {
-        let (least, most, value) = if self.logarithmic {
-            (self.least.log10(), self.most.log10(), value.max(self.least).log10())
-        } else {
-            (self.least, self.most, value)
-        };
+        let (least, most, value) =
+            if self.logarithmic { (self.least.log10(), self.most.log10(), value.max(self.least).log10()) } else { (self.least, self.most, value) };
         self.top + HEIGHT * (1.0 - (value - least) / (most - least))
     }
 }
@@ -71,7 +68,11 @@ pub fn draw(scenario: &Scenario, report: &Report) -> String {
     let title = printable(&scenario.title);
     svg.text((24.0, 34.0), "title", &title);
     let strategies = report.strategies().join("; ");
-    svg.text((24.0, 54.0), "small", &printable(&format!("{}, {} workload, seed {}", scenario.guest.format, scenario.workload.as_str(), scenario.seed)));
+    svg.text(
+        (24.0, 54.0),
+        "small",
+        &printable(&format!("{}, {} workload, seed {}", scenario.guest.format, scenario.workload.as_str(), scenario.seed)),
+    );
     svg.text((24.0, 70.0), "small", &printable(&strategies));
     let stretches = &played.course.stretches;
     let length = played.course.length.as_secs_f64();
@@ -96,7 +97,9 @@ pub fn draw(scenario: &Scenario, report: &Report) -> String {
     paper.frame(&strip, "kernel calls per operation", &|value| format!("{value:.2}"));
     paper.curve(&strip, stretches.iter().map(per_operation), PLAIN);
     let mapped = |stretch: &Stretch| (stretch.operations > 0).then_some(stretch.mapped as f64);
-    let strip = linear(3, stretches.iter().filter_map(mapped));
+    let most = stretches.iter().filter_map(mapped).fold(1.0, f64::max);
+    // Bytes are counted in powers of two.
+    let strip = Strip { top: top(3), least: 0.0, most: most.log2().ceil().exp2().max(4096.0), logarithmic: false };
     paper.frame(&strip, "mapped memory", &|bytes| size(bytes as u128));
     paper.curve(&strip, stretches.iter().map(mapped), PLAIN);
     paper.times(strip.top + HEIGHT);
@@ -164,11 +167,16 @@ impl Paper {
 
     /// A value for each stretch, in its middle; none where nothing happened.
     fn curve(&mut self, strip: &Strip, values: impl Iterator<Item = Option<f64>>, colour: &str) {
-        let mut points = String::new();
-        for (index, value) in values.enumerate() {
-            let Some(value) = value else { continue };
-            let _ = write!(points, "{:.1},{:.1} ", self.x((index as f64 + 0.5) * self.length), strip.y(value));
+        let places = values.enumerate().filter_map(|(index, value)| Some((self.x((index as f64 + 0.5) * self.length), strip.y(value?))));
+        let places: Vec<(f64, f64)> = places.collect();
+        if let [(x, y)] = places[..] {
+            // A line of one point would not be seen.
+            self.svg.rect((x - 2.0, y - 2.0), (4.0, 4.0), format!("fill=\"{colour}\""), "");
         }
+        let mut points = String::new();
+        places.iter().for_each(|(x, y)| {
+            let _ = write!(points, "{x:.1},{y:.1} ");
+        });
         self.svg.polyline(points.trim_end(), colour);
     }
 
@@ -185,7 +193,9 @@ impl Paper {
 
     /// The axis of time, below everything.
     fn times(&mut self, bottom: f64) {
-        let step = round_up(self.seconds / 8.0);
+        let rough = self.seconds / 8.0;
+        let power = 10_f64.powf(rough.log10().floor());
+        let step = [1.0, 2.0, 5.0, 10.0].map(|times| times * power).into_iter().find(|step| *step >= rough).unwrap_or(rough);
         let (unit, name) = if self.seconds < 0.002 {
             (1e6, "us")
         } else if self.seconds < 2.0 {
