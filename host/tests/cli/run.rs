@@ -71,9 +71,10 @@ fn guests_of_every_format_are_followed() {
     for (index, format) in formats.iter().enumerate() {
         // Where nothing is announced, no unit can walk the guest's own table.
         let nothing = "announces = \"nothing\"\n[host]\nstrategies = [\"nested\", \"areas\", \"software\"]";
-        let announces = ["announces = \"removals\"", nothing, "announces = \"changes\""][index % 3];
-        let announces = if format == "virtio-iommu" { "" } else { announces };
-        for workload in ["kind = \"network\"\nring = 8", "kind = \"storage\"\nburst = 5", "kind = \"churn\"\nregions = 2"] {
+        let workloads = ["kind = \"network\"\nring = 8", "kind = \"storage\"\nburst = 5", "kind = \"churn\"\nregions = 2"];
+        for (offset, workload) in workloads.iter().enumerate() {
+            let announces = ["announces = \"removals\"", nothing, "announces = \"changes\""][(index + offset) % 3];
+            let announces = if format == "virtio-iommu" { "" } else { announces };
             let text = format!(
                 "title = \"t\"\noperations = 60\nseed = {index}\n[guest]\nformat = \"{format}\"\n{announces}\n[workload]\n{workload}\n\
                  [[unit]]\nname = \"a\"\nkind = \"vtd\"\n[[unit]]\nname = \"b\"\nkind = \"smmuv3\"\n[[unit]]\nname = \"c\"\nkind = \"amd\"\n[[unit]]\nname = \"d\"\n\
