@@ -17,7 +17,7 @@ use crate::memory::{Budget, Limits};
 use crate::plugin::queue::Invalidation;
 use crate::plugin::{Outcome, Tag, Translated};
 use crate::sync::{LiveError, Report};
-use crate::table::{AddressSpace, Fault, Geometry, OpenError, Translation};
+use crate::table::{AddressSpace, Fault, Geometry, OpenError, Piece, Translation};
 use crate::virtio_iommu::Domain;
 use crate::{Access, Change, Gpa, Iova, Span};
 
@@ -215,6 +215,37 @@ impl Drop for Space {
     }
 }
 
+/// Makes all changes of a batch in a domain, or none.
+fn take_all(domain: &mut Domain, batch: &[Change], most: u64) -> Result<(), Error> {
+    let mut unmapped = Vec::new();
+    for (index, change) in batch.iter().enumerate() {
+        let Err(error) = take(domain, change, most, &mut unmapped) else { continue };
+        for change in batch[..index].iter().rev() {
+            // What was just mapped can be unmapped, and the reverse.
+            match change {
+                Change::Map(piece) => drop(domain.unmap(piece.iova, |_| {})),
+                Change::Unmap(_) => drop(unmapped.pop().map(|piece| domain.map(piece))),
+            }
+        }
+        return Err(error);
+    }
+    Ok(())
+}
+
+/// Makes one change; a mapping that goes is added to `unmapped`.
+fn take(domain: &mut Domain, change: &Change, most: u64, unmapped: &mut Vec<Piece>) -> Result<(), Error> {
+    match change {
+        Change::Map(_) if domain.len() >= most => Err(Refusal::new(Property::Limit, format!("the address space has {most} mappings already")).into()),
+        Change::Map(piece) => domain.map(*piece).map_err(|_| Error::Mapped(piece.iova)),
+        Change::Unmap(span) => {
+            let known = domain.find(span.first).copied().filter(|piece| piece.iova == *span).ok_or(Error::NotMapped(*span))?;
+            domain.unmap(*span, |_| {}).map_err(|_| Error::NotMapped(*span))?;
+            unmapped.push(known);
+            Ok(())
+        }
+    }
+}
+
 /// Opens the guest's first table to see what it is; an error if that cannot be.
 fn geometry(context: &Inner, kind: &Kind) -> Result<Option<Geometry>, Error> {
     let Kind::Guest(GuestView { outcome: Outcome::Tables(Translated { tables, .. }), .. }) = kind else { return Ok(None) };
@@ -301,26 +332,7 @@ impl Ioasid {
         let mut detached = Detached::new();
         let mut state = self.0.lock();
         let Content::Requests(domain) = &mut state.content else { return Err(self.wrong_kind("change")) };
-        let mut after = domain.clone();
-        for change in batch {
-            match change {
-                Change::Map(piece) => {
-                    if after.len() >= self.0.request.limits.mappings as u64 {
-                        let reason = format!("the address space has {} mappings already", self.0.request.limits.mappings);
-                        return Err(Refusal::new(Property::Limit, reason).into());
-                    }
-                    after.map(*piece).map_err(|_| Error::Mapped(piece.iova))?;
-                }
-                Change::Unmap(span) => {
-                    let mut found = 0;
-                    after.unmap(*span, |_| found += 1).map_err(|_| Error::NotMapped(*span))?;
-                    if found != 1 {
-                        return Err(Error::NotMapped(*span));
-                    }
-                }
-            }
-        }
-        *domain = after;
+        take_all(domain, batch, self.0.request.limits.mappings as u64)?;
         let tell = |result: Result<(), crate::sync::CommitError>| result.map(|()| Report::default()).map_err(LiveError::Commit);
         self.0.each(&mut state, &mut detached, |part| tell(part.tell(batch)), |software| tell(software.tell(batch))).map(drop)
     }
@@ -333,15 +345,24 @@ impl Ioasid {
     pub fn invalidate(&self, invalidations: &[Invalidation]) -> Result<Report, Error> {
         let mut detached = Detached::new();
         let mut state = self.0.lock();
-        let Kind::Guest(view) = state.kind.clone() else { return Ok(Report::default()) };
+        if !matches!(state.kind, Kind::Guest(_)) {
+            return Ok(Report::default());
+        }
         let memory = self.0.context.memory();
         self.0.context.count(Counter::Invalidations, invalidations.len() as u64);
-        self.0.each(
+        // Lent out for the time being: to copy it would cost more than a small invalidation.
+        let kind = std::mem::replace(&mut state.kind, Kind::Managed);
+        let result = self.0.each(
             &mut state,
             &mut detached,
-            |part| part.invalidate(&memory, &view, invalidations),
+            |part| match &kind {
+                Kind::Guest(view) => part.invalidate(&memory, view, invalidations),
+                _ => Ok(Report::default()),
+            },
             |software| software.invalidate(&memory, invalidations),
-        )
+        );
+        state.kind = kind;
+        result
     }
 
     /// `length` bytes of guest memory from `address` on were written, and may hold tables. The same promise as for [`Ioasid::invalidate`].
@@ -625,4 +646,30 @@ fn again(view: &GuestView, iova: Span) -> Invalidation {
     let Tag { domain, space } = view.tag();
     let domain = domain.and_then(|domain| u16::try_from(domain).ok());
     Invalidation { index: 0, effect: Effect::Range { scope: Scope { leaf: false, second_stage: false, domain, space, id: None }, iova } }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Attributes;
+
+    fn piece(first: u64, address: u64) -> Piece {
+        Piece { iova: Span { first, last: first + 0xfff }, address, attributes: Attributes::READ }
+    }
+
+    #[test]
+    fn a_batch_is_taken_whole_or_not_at_all() {
+        let mut domain = Domain::new();
+        let (one, two, three) = (piece(0x1000, 0x8000), piece(0x2000, 0x4000), piece(0x1000, 0x5000));
+        take_all(&mut domain, &[Change::Map(one), Change::Map(two)], 3).expect("two mappings");
+        let before: Vec<Piece> = domain.iter().copied().collect();
+        let half = Span { first: 0x2000, last: 0x27ff };
+        let batch = [Change::Unmap(one.iova), Change::Map(three), Change::Unmap(half)];
+        assert!(matches!(take_all(&mut domain, &batch, 3), Err(Error::NotMapped(span)) if span == half));
+        assert_eq!(domain.iter().copied().collect::<Vec<_>>(), before);
+        assert!(matches!(take_all(&mut domain, &[Change::Map(piece(0x3000, 0)), Change::Map(piece(0x4000, 0))], 3), Err(Error::Refused(_))));
+        assert_eq!(domain.iter().copied().collect::<Vec<_>>(), before);
+        take_all(&mut domain, &batch[..2], 3).expect("one for another");
+        assert_eq!(domain.find(0x1000), Some(&three));
+    }
 }

@@ -4,12 +4,14 @@
 mod changes;
 mod damage;
 mod errors;
+mod examples;
 mod golden;
 mod guess;
 mod hostile;
 mod outcomes;
 mod reports;
 mod requests;
+mod run;
 mod streams;
 mod structures;
 mod support;

@@ -17,7 +17,7 @@ fn said(arch: Arch, host: UnitConfig, only: &[Strategy]) -> String {
     let before = ioasid.explain_for(&device).unwrap();
     assert!(ioasid.explain().is_empty());
     ioasid.attach(&device, None).unwrap();
-    assert_eq!(ioasid.explain(), [before.clone()], "what was said before is what was done");
+    assert_eq!(ioasid.explain(), std::slice::from_ref(&before), "what was said before is what was done");
     assert_eq!(ioasid.explain_for(&device).unwrap(), before);
     before.to_string()
 }

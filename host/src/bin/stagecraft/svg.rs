@@ -39,6 +39,12 @@ impl Svg {
         let _ = writeln!(self.body, "<line x1=\"{x1:.1}\" y1=\"{y1:.1}\" x2=\"{x2:.1}\" y2=\"{y2:.1}\" class=\"{class}\"/>");
     }
 
+    /// A line through points `x,y`, separated by blanks.
+    pub fn polyline(&mut self, points: &str, colour: &str) {
+        self.elements += 1;
+        let _ = writeln!(self.body, "<polyline points=\"{points}\" stroke=\"{colour}\"/>");
+    }
+
     /// The document, `height` high, with these definitions in front.
     pub fn finish(self, height: f64, title: &str, definitions: &str) -> String {
         let (width, body) = (self.width, self.body);

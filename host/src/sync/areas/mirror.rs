@@ -71,7 +71,10 @@ impl<S: Sink> Sink for Mirror<S> {
 
     /// All of them, or none.
     fn track_dirty(&mut self, on: bool) -> bool {
-        let all = self.sinks.iter_mut().fold(true, |all, sink| sink.track_dirty(on) && all);
+        let mut all = true;
+        for sink in &mut self.sinks {
+            all &= sink.track_dirty(on);
+        }
         if on && !all {
             for sink in &mut self.sinks {
                 sink.track_dirty(false);

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use anyhow::{Context as _, Result};
-use stagecraft::ioasid::{Context, Device, GuestMemory, GuestView, Ioasid, Request, Setup, Stats, TableSupply};
+use anyhow::{Context as _, Result, bail};
+use stagecraft::ioasid::{Context, Device, GuestMemory, GuestView, Ioasid, Request, Setup, Stats, Strategy, TableSupply};
 use stagecraft::kernel::Kernel;
 use stagecraft::kernel::sim::{self, DeviceConfig, DmaAccess, Sim, SimBuilder, UnitIndex};
 use stagecraft::lookup::Lookup;
@@ -131,6 +131,11 @@ impl Machine {
         let ioasid = self.context.allocate(Request { strategies: scenario.host.strategies(), ..request }).with_context(place)?;
         let label = scenario.devices[index].label.clone();
         let (reach, explanation) = self.attach(&label, scenario.devices[index].emulated, &ioasid).with_context(place)?;
+        if announces == Announces::Nothing && ioasid.strategies().contains(&Strategy::Native) {
+            bail!(
+                "device {label}: its unit walks the guest's own table and is not told what goes: a guest that announces nothing needs strategies without `native`"
+            );
+        }
         Ok(Seat { label, ioasid, driver, workload, explanation, reach })
     }
 

@@ -47,6 +47,11 @@ impl Report {
         }
     }
 
+    /// How each device gets the guest's mappings: the first line of each explanation.
+    pub fn strategies(&self) -> Vec<&str> {
+        self.strategies.iter().filter_map(|(_, _, explanation)| explanation.lines().next()).collect()
+    }
+
     /// Time that the host's part took, of all operations.
     fn host_time(&self) -> Duration {
         self.played.latencies.values().map(super::figures::Latencies::total).sum()
