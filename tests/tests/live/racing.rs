@@ -70,9 +70,9 @@ fn what_stays_translates_while_stages_come_and_go() {
                 0 => {
                     // The same outputs in one block, and in pages.
                     if large {
-                        second.split(DATA)
+                        second.split(DATA);
                     } else {
-                        drop_split(&second)
+                        drop_split(&second);
                     }
                     large = !large;
                     live.invalidate(&guest.view(), &[second_stage(DATA, 2 << 20)]).unwrap();
