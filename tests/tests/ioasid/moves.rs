@@ -9,7 +9,7 @@ use stagecraft::plugin::Outcome;
 use stagecraft::{Access, Gpa, Iova, Span};
 
 use crate::guests::{Arch, Guest};
-use crate::rig::{DATA, Rig, page, unit};
+use crate::rig::{DATA, Rig, Stop, page, unit};
 
 const BOTH: Access = Access { read: true, write: true };
 
@@ -24,12 +24,13 @@ fn without_a_miss(rig: &Rig, iova: u64, mut act: impl FnMut(u64)) {
                 done.fetch_add(1, Ordering::Relaxed);
             }
         });
+        let end = Stop(&stop);
         let mut round = 0;
         while (round < 24 || done.load(Ordering::Relaxed) < 200) && !dma.is_finished() {
             act(round);
             round += 1;
         }
-        stop.store(true, Ordering::Relaxed);
+        drop(end);
         dma.join().unwrap();
     });
 }

@@ -1,5 +1,6 @@
 //! A machine, a guest's memory, and a context over both.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use crate::guests::Arch;
@@ -94,6 +95,15 @@ impl Rig {
     /// Nothing is left in the kernel.
     pub fn assert_clean(&self) {
         assert_eq!((self.sim.objects(), self.sim.pinned_pages(), self.sim.areas()), (0, 0, 0));
+    }
+}
+
+/// Tells others to stop, also when a test fails meanwhile.
+pub struct Stop<'a>(pub &'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
 }
 

@@ -7,7 +7,7 @@ use stagecraft::kernel::sim::UnitConfig;
 use stagecraft::{Access, Gpa, Span};
 
 use crate::guests::{Arch, Guest};
-use crate::rig::{DATA, Rig, page};
+use crate::rig::{DATA, Rig, Stop, page};
 
 #[test]
 fn calls_from_many_threads_end_and_are_right() {
@@ -34,6 +34,7 @@ fn calls_from_many_threads_end_and_are_right() {
         own.iter().zip(&devices).for_each(|(ioasid, device)| ioasid.attach(device, None).unwrap());
         let stop = AtomicBool::new(false);
         std::thread::scope(|scope| {
+            let _end = Stop(&stop);
             let workers: Vec<_> = (0..4)
                 .map(|index| {
                     let (own, managed, device, guest, rig) = (&own[index], &managed, &devices[index], &guests[index], &rig);
@@ -75,7 +76,6 @@ fn calls_from_many_threads_end_and_are_right() {
                 }
             });
             workers.into_iter().for_each(|worker| worker.join().unwrap());
-            stop.store(true, Ordering::Relaxed);
         });
     }
     rig.assert_clean();
