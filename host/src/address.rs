@@ -51,12 +51,14 @@ impl Span {
     pub const ALL: Self = Self { first: 0, last: u64::MAX };
 
     /// `first..=last`, unless that is empty.
+    #[inline]
     #[must_use]
     pub const fn new(first: u64, last: u64) -> Option<Self> {
         if first <= last { Some(Self { first, last }) } else { None }
     }
 
     /// `2^size_log2` bytes from `first`; cut at the end of the 64-bit space.
+    #[inline]
     #[must_use]
     pub const fn of_log2(first: u64, size_log2: u8) -> Self {
         let mask = if size_log2 >= 64 { u64::MAX } else { (1 << size_log2) - 1 };
@@ -64,12 +66,14 @@ impl Span {
     }
 
     /// Whether `address` lies within.
+    #[inline]
     #[must_use]
     pub const fn contains(self, address: u64) -> bool {
         self.first <= address && address <= self.last
     }
 
     /// What both have in common.
+    #[inline]
     #[must_use]
     pub const fn intersection(self, other: Self) -> Option<Self> {
         let first = if self.first > other.first { self.first } else { other.first };
@@ -78,6 +82,7 @@ impl Span {
     }
 
     /// Bytes, minus one: the whole 64-bit space is expressible.
+    #[inline]
     #[must_use]
     pub const fn length_minus_one(self) -> u64 {
         self.last - self.first

@@ -11,7 +11,7 @@ use stagecraft::plugin::{
 };
 use stagecraft::table::{FaultKind, Format as _, FormatError, Meaning, Missing, Need, Next, Severity, Window};
 use stagecraft::{Attributes, Span};
-use stagecraft_plugin_hostile::mode;
+use stagecraft_plugin_hostile::{bad, mode};
 
 const HOSTILE: &[u8] = include_bytes!("../hostile/built/hostile.wasm");
 const LEAF: u64 = 0b101;
@@ -147,6 +147,26 @@ fn a_unit_that_behaves_well_is_understood() {
     let settings = instance.suggest("hostile/radix", &Settings::new(), &need).expect("settings");
     assert_eq!(settings.get("mode"), Some(0));
     assert_eq!(instance.calls(), 4);
+}
+
+/// The kernel would be told something, and the host would not know what.
+#[test]
+fn recipes_that_make_no_sense_are_refused_with_the_reason() {
+    let cases = [
+        (bad::NO_WORDS, "invalidations of 0 words"),
+        (bad::OTHER_LENGTH, "invalidations of 2 and of 3 words"),
+        (bad::WORD, "of word 2 of an invalidation of 2 words"),
+        (bad::BITS, "52 bits of a number from 12 on at bit 13"),
+        (bad::NUMBER, "52 bits of a number from 13 on at bit 0"),
+        (bad::PAGE, "pages of 2^40 bytes"),
+        (bad::MOST, "at most 0 invalidations"),
+        (bad::SHORT, "without all bits of a page's address"),
+    ];
+    for (root, reason) in cases {
+        let mut instance = plugin().instantiate().expect("an instance");
+        let error = instance.bind_data(&TableConfig::new("hostile/radix", &[("root", root)]), &PlaceToBind::default()).expect_err(reason);
+        assert!(nonsense(&error).contains(reason), "{reason}: {error}");
+    }
 }
 
 #[test]

@@ -3,7 +3,7 @@
 mod reader;
 mod trace;
 
-pub use trace::Trace;
+pub use trace::{Behind, Denied, Trace};
 
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};

@@ -7,10 +7,10 @@ use std::sync::Arc;
 use vm_memory::GuestMemory;
 
 use crate::device::Opener;
-use crate::device::trace::{Read, Trace};
+use crate::device::trace::{Behind, Denied, Read, Trace};
 use crate::memory::{Budget, EntryLayout, EntryMemory, Exhausted, Limits, MemoryMap, ReadError, VmMemory, read_bytes};
 use crate::plugin::{DetectMemory, TableConfig};
-use crate::table::{AddressSpace, Table, WalkError};
+use crate::table::{AddressSpace, Cause, FaultKind, Table, WalkError};
 use crate::{Access, Gpa, Iova};
 
 /// Most different tables that one lookup may read through.
@@ -61,6 +61,7 @@ impl<M: GuestMemory + Send> Reader<M> {
             return None;
         }
         let last = address.checked_add(u64::from(length).checked_sub(1)?)?;
+        self.trace.denied = Some(Denied::Unreadable(address));
         let known = self.map.region(address).is_some() && self.map.region(last).is_some();
         if !known {
             return None;
@@ -68,8 +69,9 @@ impl<M: GuestMemory + Send> Reader<M> {
         self.trace.page(address);
         self.trace.page(last);
         let bytes = read_bytes(&self.memory, Gpa(address), length as usize).ok();
-        if bytes.is_none() {
-            self.missing.get_or_insert(Gpa(address));
+        match bytes {
+            None => drop(self.missing.get_or_insert(Gpa(address))),
+            Some(_) => self.trace.denied = None,
         }
         bytes
     }
@@ -86,12 +88,20 @@ impl<M: GuestMemory + Send> Reader<M> {
         }
         let space = self.through.get_mut(table)?;
         let memory = Traced(VmMemory(&self.memory), RefCell::new(&mut self.trace));
-        match space.translate(&memory, &self.map, Iova(address), Access::READ, &self.budget) {
+        let translated = space.translate(&memory, &self.map, Iova(address), Access::READ, &self.budget);
+        match translated {
             Ok(Ok(translation)) => Some(translation.address.0),
             Ok(Err(fault)) => {
-                if fault.cause == crate::table::Cause::Missing {
+                if fault.cause == Cause::Missing {
                     self.missing = self.missing.or(fault.address.map(Gpa));
                 }
+                let kind = match fault.cause {
+                    Cause::Entry(kind) => kind,
+                    Cause::OutsideMemory | Cause::Missing => FaultKind::Unreadable,
+                    Cause::Intercepted => FaultKind::Translation,
+                };
+                let behind = Behind { format: table.format.clone(), fault: kind, level: fault.level, address };
+                self.trace.denied = Some(Denied::Behind(behind));
                 None
             }
             Err(WalkError::Exhausted(exhausted)) => {

@@ -7,6 +7,7 @@ use sha2::{Digest as _, Sha256};
 use crate::Gpa;
 use crate::memory::PAGE;
 use crate::plugin::TableConfig;
+use crate::table::FaultKind;
 
 /// Most reads of one lookup that are kept.
 const MAX_READS: usize = 4096;
@@ -22,6 +23,28 @@ pub(super) struct Read {
     pub(super) length: u32,
 }
 
+/// A table on the way to a structure that failed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Behind {
+    /// Full name of its format.
+    pub format: String,
+    /// How it failed.
+    pub fault: FaultKind,
+    /// The level of the last entry that was looked at, as the architecture counts it.
+    pub level: Option<i8>,
+    /// The structure's address, before the table.
+    pub address: u64,
+}
+
+/// Why a plugin did not get what it asked for last.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Denied {
+    /// There is no memory at this address, or it cannot be read.
+    Unreadable(u64),
+    /// A table stood before it.
+    Behind(Behind),
+}
+
 /// What one lookup read of guest memory.
 #[derive(Clone, Debug, Default)]
 pub struct Trace {
@@ -31,6 +54,7 @@ pub struct Trace {
     /// There was more than is kept.
     cut: bool,
     digest: Sha256,
+    pub(super) denied: Option<Denied>,
 }
 
 impl Trace {
@@ -50,6 +74,12 @@ impl Trace {
     pub fn is_same(&self, other: &Self) -> bool {
         let digest = |trace: &Self| trace.digest.clone().finalize();
         self.is_complete() && other.is_complete() && self.reads == other.reads && digest(self) == digest(other)
+    }
+
+    /// Why the last read gave nothing, if it gave nothing: for the event of a requester that is blocked because of it.
+    #[must_use]
+    pub const fn denied(&self) -> Option<&Denied> {
+        self.denied.as_ref()
     }
 
     /// A guest page is about to be read.

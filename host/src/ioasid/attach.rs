@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::commit::KernelCommitter;
 use super::device::{Connected, Held, Slot, Who, outside};
+use super::metrics::Counter;
 use super::nested::{Bound, For};
 use super::parent::Under;
 use super::part::{Engine, Host, Part};
@@ -130,7 +131,7 @@ impl Space {
     /// Whether a further unit may have a part of its own.
     fn check_unit(&self, state: &State, device: &Connected) -> Result<(), Refusal> {
         let Some(first) = state.parts.first() else { return Ok(()) };
-        if matches!(state.content, Content::Managed(_)) || self.request().second_table || matches!(first.host, Host::Kernel(_)) {
+        if matches!(state.content, Content::Managed(_)) || self.request().second_table || matches!(first.host, Host::Kernel { .. }) {
             return Ok(());
         }
         let what = first.explanation.chosen.as_ref().map_or_else(String::new, |chosen| format!(" ({}: {})", chosen.strategy, chosen.what));
@@ -158,6 +159,7 @@ impl Space {
 
     fn join(self: &Arc<Self>, device: &Arc<Connected>, pasid: Option<Pasid>, replace: bool) -> Result<(), Error> {
         self.check(device, pasid)?;
+        let _memory = self.context().hold_memory();
         let not_attached = || Refusal::new(Property::Attachment, format!("{} is not attached", Who(device.label(), pasid)));
         loop {
             let before = device.slots().get(&pasid).map(|slot| Arc::clone(&slot.space));
@@ -334,6 +336,7 @@ impl Space {
             match self.make(state, device, pasid.is_some(), candidate) {
                 Ok(host) => {
                     tracing::debug!(%strategy, what, "chosen");
+                    self.context().count(Counter::of(strategy), 1);
                     explanation.chosen = Some(Chosen { strategy, what });
                     explanation.notes = notes;
                     return Ok(Part { unit: device.unit(), host, explanation, users: Vec::new(), blocked: Vec::new() });
@@ -350,12 +353,14 @@ impl Space {
         let whom = For { context, device, faults: state.faults.as_ref(), with_pasid };
         match candidate {
             Candidate::Memory => {
-                let direct = context.parent(Under::Guest)?.direct(device);
-                direct.map(Host::Kernel).map_err(Error::kernel("making a page table of guest memory"))
+                // The parent is kept: it hears when memory comes or goes.
+                let parent = context.parent(Under::Guest)?;
+                let direct = parent.direct(device).map_err(Error::kernel("making a page table of guest memory"))?;
+                Ok(Host::Kernel { hwpt: direct, _parent: Some(parent) })
             }
             Candidate::Nothing => {
                 let empty = context.empty(device.unit());
-                empty.map(Host::Kernel).ok_or_else(|| Refusal::new(Property::Unit, "the unit is not known").into())
+                empty.map(|hwpt| Host::Kernel { hwpt, _parent: None }).ok_or_else(|| Refusal::new(Property::Unit, "the unit is not known").into())
             }
             Candidate::Own(config) => {
                 let mut bound = Bound::new(whom, context.parent(Under::Guest)?, &config, Under::Guest)?;
@@ -373,6 +378,11 @@ impl Space {
                 let sink = Nested::new(table, committer(&mut bound)?);
                 let mut engine = Engine::new(context, self.id(), &state.kind, limits, sink)?;
                 engine.fill(&context.memory(), &state.told())?;
+                // A device is not attached to half of a table, unless its guest asks for more than it may have.
+                let table = engine.sink().table();
+                if let Some(errno) = table.memory().failure().filter(|_| table.figures().without_memory > 0) {
+                    return Err(Error::kernel("memory for host tables")(errno));
+                }
                 Ok(Host::Table(Box::new(bound), Box::new(engine)))
             }
             Candidate::Areas => self.areas(state, device),
@@ -385,7 +395,7 @@ impl Space {
         let flags = device.pasid_flag() | dirty;
         if let Content::Managed(managed) = &state.content {
             let made = managed.ioas().hwpt(device.bound(), flags, state.faults.as_ref());
-            return made.map(Host::Kernel).map_err(|errno| match errno {
+            return made.map(|hwpt| Host::Kernel { hwpt, _parent: None }).map_err(|errno| match errno {
                 Errno::EADDRINUSE => Refusal::new(Property::Iova, "areas lie where the unit cannot translate").into(),
                 errno => Error::kernel("making a page table for the device's unit")(errno),
             });
@@ -397,6 +407,13 @@ impl Space {
         let areas = Areas::new(self.context().pins(), AreaLimits { flags, ..limits.areas }).map_err(Error::kernel("making an address space"))?;
         let mut engine = Engine::new(self.context(), self.id(), &state.kind, limits, areas)?;
         engine.fill(&self.context().memory(), &state.told())?;
+        if engine.sink().figures().pending > 0 {
+            // What was refused once is tried again, and then given up.
+            engine.commit().map_err(Error::Blocked)?;
+            if engine.sink().figures().pending > 0 {
+                return Err(Error::kernel("mapping guest memory for the device")(Errno::ENOMEM));
+            }
+        }
         Ok(Host::Areas(Box::new(engine)))
     }
 }

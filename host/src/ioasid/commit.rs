@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use super::context::Inner;
+use super::metrics::{Counter, Counters};
 use crate::Span;
 use crate::kernel::{Invalidate, InvalidateError, InvalidateTarget, Kernel};
 use crate::plugin::recipe::Recipe;
@@ -14,6 +16,7 @@ pub(super) struct KernelCommitter {
     target: InvalidateTarget,
     recipe: Recipe,
     array: Vec<u8>,
+    counters: Arc<Counters>,
 }
 
 impl KernelCommitter {
@@ -21,8 +24,8 @@ impl KernelCommitter {
     ///
     /// # Errors
     /// It does not, or fails.
-    pub(super) fn new(kernel: &Arc<dyn Kernel>, target: InvalidateTarget, recipe: Recipe) -> Result<Self, InvalidateError> {
-        let this = Self { kernel: Arc::clone(kernel), target, recipe, array: Vec::new() };
+    pub(super) fn new(context: &Inner, target: InvalidateTarget, recipe: Recipe) -> Result<Self, InvalidateError> {
+        let this = Self { kernel: Arc::clone(context.kernel()), target, recipe, array: Vec::new(), counters: context.counters() };
         // No entry at all asks whether the type is known.
         this.call(&[])?;
         Ok(this)
@@ -32,9 +35,11 @@ impl KernelCommitter {
     pub(super) fn forget(&mut self, spans: &[Span], tables: bool) -> Result<(), CommitError> {
         let entries = self.recipe.write(spans, tables, &mut self.array);
         tracing::trace!(entries, tables, "invalidate");
+        self.counters.add(Counter::InvalidationEntries, entries.into());
         let Err(error) = self.call(&self.array) else { return Ok(()) };
         // Once more, and everything: entries in front of the one that failed are done, and doing them again is no harm.
         tracing::warn!(%error, "an invalidation failed; everything is tried");
+        self.counters.add(Counter::InvalidationFailures, 1);
         self.forget_everything()
     }
 

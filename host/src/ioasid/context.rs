@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Weak};
 
 use super::device::Connected;
+use super::metrics::{Counter, Counters};
 use super::parent::{Parent, Under};
 use super::space::Space;
 use super::watch::Watched;
@@ -14,8 +15,9 @@ use crate::Gpa;
 use crate::kernel::handle::{Device as Bound, Hwpt, Ioas, PageTable};
 use crate::kernel::{Errno, HwInfo, HwptFlags, IovaRanges, Kernel};
 use crate::pins::{Backing, Pins, Region};
-use crate::plugin::{Offer, Plugins, Policy, Supervisors};
+use crate::plugin::{Offer, Plugins, Policy, Supervisors, TableConfig};
 use crate::sync::{Report, Watcher};
+use crate::table::Format;
 
 /// What a [`Context`] is made of.
 pub struct Setup {
@@ -65,9 +67,12 @@ pub(super) struct Inner {
     units: Mutex<Vec<Unit>>,
     parents: Mutex<[Weak<Parent>; 2]>,
     memory: RwLock<GuestMemory>,
+    /// Held for reading while page tables are made, which have all of guest memory at first, and for writing while that changes. Taken before all other locks.
+    gate: RwLock<()>,
     pins: Arc<Pins>,
     watched: Option<Arc<Watched>>,
     supply: Arc<dyn TableSupply>,
+    counters: Arc<Counters>,
     supervisors: Supervisors,
     kernel: Arc<dyn Kernel>,
     limits: ContextLimits,
@@ -100,8 +105,31 @@ impl Inner {
         self.supervisors.plugins()
     }
 
+    /// A format of a guest's table.
+    pub(super) fn open(&self, config: &TableConfig) -> Result<Box<dyn Format>, Error> {
+        Ok(Box::new(self.supervisors.open(config)?))
+    }
+
+    pub(super) fn counters(&self) -> Arc<Counters> {
+        Arc::clone(&self.counters)
+    }
+
+    pub(super) fn count_report(&self, report: &Report) {
+        self.count(Counter::Changes, report.changes);
+        self.count(Counter::Blocked, report.blocked_count);
+    }
+
+    pub(super) fn count(&self, counter: Counter, by: u64) {
+        self.counters.add(counter, by);
+    }
+
     pub(super) fn supply(&self) -> Arc<dyn TableSupply> {
         Arc::clone(&self.supply)
+    }
+
+    /// While it is held, guest memory stays what it is.
+    pub(super) fn hold_memory(&self) -> RwLockReadGuard<'_, ()> {
+        self.gate.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The guest's memory at this moment: a handle.
@@ -213,6 +241,7 @@ impl Context {
     /// [`Error::Kernel`]; [`Error::TableWindow`]; [`Error::Pins`], also for [`ContextLimits::pinned_bytes`].
     pub fn with(setup: Setup) -> Result<Self, Error> {
         let Setup { kernel, plugins, memory, tables, watcher, limits, supervisors } = setup;
+        let (kernel, counters) = Counters::watch(kernel);
         check_window(&memory)?;
         let pins = Pins::new(&kernel, limits.pinned_bytes).map_err(Error::kernel("making an address space"))?;
         memory.regions().iter().try_for_each(|region| add(&pins, region))?;
@@ -222,9 +251,11 @@ impl Context {
             units: Mutex::default(),
             parents: Mutex::default(),
             memory: RwLock::new(memory),
+            gate: RwLock::new(()),
             pins,
             watched: watcher.map(|watcher| Arc::new(Watched::new(watcher))),
             supply: tables,
+            counters,
             supervisors: supervisors.unwrap_or_else(|| Supervisors::new(plugins, Policy::default())),
             kernel,
             limits,
@@ -295,7 +326,12 @@ impl Context {
     /// # Errors
     /// [`Error::Refused`] by [`ContextLimits::spaces`]; [`Error::Plugins`], [`Error::Call`] and [`Error::Open`] for tables; [`Error::Kernel`].
     pub fn allocate(&self, request: Request) -> Result<Ioasid, Error> {
-        let id = SpaceId(self.0.next_space.fetch_add(1, Ordering::Relaxed));
+        self.allocate_as(SpaceId(self.0.next_space.fetch_add(1, Ordering::Relaxed)), request)
+    }
+
+    /// The same under a number that an earlier context gave.
+    pub(super) fn allocate_as(&self, id: SpaceId, request: Request) -> Result<Ioasid, Error> {
+        self.0.next_space.fetch_max(id.0.saturating_add(1), Ordering::Relaxed);
         if lock(&self.0.spaces).len() >= self.0.limits.spaces {
             return Err(Refusal::new(Property::Limit, format!("the context has {} IOASIDs already", self.0.limits.spaces)).into());
         }
@@ -349,6 +385,7 @@ impl Context {
     /// should have gone are there. [`Error::Blocked`]: devices that might reach what went were detached.
     pub fn memory_changed(&self, memory: GuestMemory) -> Result<(), Error> {
         check_window(&memory)?;
+        let _gate = self.0.gate.write().unwrap_or_else(PoisonError::into_inner);
         let before = self.0.memory();
         let differ = |one: &GuestMemory, other: &GuestMemory| -> Vec<MemoryRegion> {
             one.regions().iter().filter(|region| !other.regions().contains(region)).copied().collect()
@@ -390,6 +427,15 @@ impl Context {
             result = result.and(ioasid.0.memory_changed(&memory));
         }
         result
+    }
+
+    /// What has been counted since the context was made.
+    #[cfg(feature = "metrics")]
+    #[must_use]
+    pub fn metrics(&self) -> super::Metrics {
+        let figures = self.0.pins.figures();
+        let stats: Vec<super::Stats> = self.ioasids().iter().map(Ioasid::stats).collect();
+        self.0.counters.metrics(&stats, (figures.bytes, figures.limit), self.0.table_bytes.load(Ordering::Relaxed))
     }
 
     /// The guest's memory, as the context knows it.

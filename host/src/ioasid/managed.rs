@@ -77,6 +77,10 @@ impl Managed {
             Target::Guest(gpa) => {
                 let beyond = gpa.0.checked_add(span.length_minus_one()).and_then(|last| Span::new(gpa.0, last));
                 let memory = beyond.ok_or(Error::NotMemory(Span { first: gpa.0, last: u64::MAX }))?;
+                // What is going may still be known to the kernel.
+                if context.memory().map().target(memory.first).is_none_or(|target| target.last < memory.last) {
+                    return Err(Error::NotMemory(memory));
+                }
                 let request = CopyRange {
                     flags: flags(access),
                     destination: self.ioas.id(),

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MmapRegion};
 
-use crate::memory::{EntryLayout, EntryMemory, Kind, MemoryMap, MemoryMapError, Nearby, ReadError, Region, VmMemory};
+use crate::memory::{EntryLayout, EntryMemory, Kind, MarkMemory, MemoryMap, MemoryMapError, Nearby, ReadError, Region, VmMemory, WriteError};
 use crate::{Gpa, Span};
 
 /// A region of guest memory, or of a device's that other devices may reach.
@@ -36,10 +36,17 @@ impl<M: vm_memory::GuestMemory> EntryMemory for Shared<M> {
     }
 }
 
+impl<M: vm_memory::GuestMemory> MarkMemory for Shared<M> {
+    fn compare_exchange_entry(&self, address: Gpa, layout: EntryLayout, old: u64, new: u64) -> Result<bool, WriteError> {
+        VmMemory(&self.0).compare_exchange_entry(address, layout, old, new)
+    }
+}
+
 /// A guest's memory at one moment. When regions come or go, make a new one and tell [`Context::memory_changed`](super::Context::memory_changed).
 #[derive(Clone)]
 pub struct GuestMemory {
     entries: Arc<dyn EntryMemory + Send + Sync>,
+    marks: Arc<dyn MarkMemory + Send + Sync>,
     map: Arc<MemoryMap>,
     regions: Arc<[MemoryRegion]>,
     tables: Span,
@@ -55,14 +62,23 @@ impl fmt::Debug for GuestMemory {
 const TABLES: Span = Span { first: 1 << 46, last: (1 << 47) - 1 };
 
 impl GuestMemory {
-    /// Memory of these regions, in any order; `entries` reads it.
+    /// Memory of these regions, in any order; `memory` reads it, and sets marks in tables.
     ///
     /// # Errors
     /// Two regions overlap.
-    pub fn new(entries: Arc<dyn EntryMemory + Send + Sync>, mut regions: Vec<MemoryRegion>) -> Result<Self, MemoryMapError> {
+    pub fn new<M: EntryMemory + MarkMemory + Send + Sync + 'static>(memory: Arc<M>, regions: Vec<MemoryRegion>) -> Result<Self, MemoryMapError> {
+        let marks = Arc::clone(&memory);
+        Self::of((memory, marks), TABLES, regions)
+    }
+
+    fn of(
+        (entries, marks): (Arc<dyn EntryMemory + Send + Sync>, Arc<dyn MarkMemory + Send + Sync>),
+        tables: Span,
+        mut regions: Vec<MemoryRegion>,
+    ) -> Result<Self, MemoryMapError> {
         regions.sort_by_key(|region| region.span);
         let map = MemoryMap::new(regions.iter().map(|region| Region { kind: region.kind, span: region.span }).collect())?;
-        Ok(Self { entries, map: Arc::new(map), regions: regions.into(), tables: TABLES })
+        Ok(Self { entries, marks, map: Arc::new(map), regions: regions.into(), tables })
     }
 
     /// All regions of a `GuestMemoryMmap`, as memory that devices may write.
@@ -91,13 +107,18 @@ impl GuestMemory {
 
     /// The same reader and window with other regions.
     pub(super) fn with_regions(&self, regions: Vec<MemoryRegion>) -> Result<Self, MemoryMapError> {
-        Ok(Self { tables: self.tables, ..Self::new(Arc::clone(&self.entries), regions)? })
+        Self::of((Arc::clone(&self.entries), Arc::clone(&self.marks)), self.tables, regions)
     }
 
     /// Reads it.
     #[must_use]
     pub fn entries(&self) -> &(dyn EntryMemory + Send + Sync) {
         &*self.entries
+    }
+
+    /// Sets marks in it.
+    pub(super) fn marks(&self) -> &(dyn MarkMemory + Send + Sync) {
+        &*self.marks
     }
 
     /// Which addresses exist.

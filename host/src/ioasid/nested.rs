@@ -87,7 +87,7 @@ impl Bound {
                 return Err(Refusal::new(Property::Invalidation, "what is cached is to be dropped from a vIOMMU, and there is none").into());
             }
         };
-        let probed = KernelCommitter::new(context.kernel(), target, recipe.clone());
+        let probed = KernelCommitter::new(context, target, recipe.clone());
         let committer = probed.map_err(|error| Error::kernel("asking whether invalidations are taken")(error.errno))?;
         // A page table that is destroyed takes what was cached of it along; a vIOMMU stays.
         let last_words = matches!(target, InvalidateTarget::Viommu(_)).then(|| committer.clone());

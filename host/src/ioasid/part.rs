@@ -6,13 +6,13 @@ use super::commit::KernelCommitter;
 use super::context::Inner;
 use super::device::{Connected, Held, Slot};
 use super::nested::Bound;
+use super::parent::Parent;
 use super::tables::PoolTables;
 use super::{Error, Explanation, GuestMemory, GuestView, Kind, SpaceId, SpaceLimits};
 use crate::kernel::handle::{Attachment, Hwpt, PageTable, Viommu};
 use crate::kernel::{Errno, Pasid};
 use crate::plugin::queue::{Effect, Invalidation};
-use crate::sync::{Areas, CommitError, Live, LiveError, Nested, Report, Sink, Space, Unwatched, Watcher, Way};
-use crate::table::Format;
+use crate::sync::{Areas, CommitError, Live, LiveError, MarksWritten, Nested, Report, Sink, Space, Unwatched, Watcher, Way};
 use crate::{Change, Gpa, Span};
 
 /// A sink, and who tells it what changes: a guest's tables, or whoever has a batch.
@@ -81,6 +81,26 @@ impl<S: Sink> Engine<S> {
         self.live(|live| live.synchronise(memory.entries()))
     }
 
+    /// Marks of hardware go back into the guest's tables.
+    pub(super) fn write_marks(&mut self, memory: &GuestMemory, span: Span) -> MarksWritten {
+        match self {
+            Self::Live(live) => live.write_marks(memory.marks(), span),
+            Self::Told(_) => MarksWritten::default(),
+        }
+    }
+
+    /// Guest memory came or went.
+    pub(super) fn memory_changed(&mut self, memory: &GuestMemory) -> Result<Report, LiveError> {
+        match self {
+            Self::Live(live) => live.memory_changed(memory.entries(), memory.map().clone()),
+            // Areas of what went go with a commit; elsewhere mappings lead to addresses that nobody serves.
+            Self::Told(sink) => {
+                sink.commit()?;
+                Ok(Report::default())
+            }
+        }
+    }
+
     /// The guest's structures say something else.
     pub(super) fn switch(&mut self, memory: &GuestMemory, way: Way, view: &GuestView) -> Result<Report, LiveError> {
         self.live(|live| {
@@ -109,17 +129,14 @@ impl<S: Sink> Engine<S> {
 
 /// What a guest's structures give, with its formats opened.
 pub(super) fn way(context: &Inner, view: &GuestView) -> Result<Way, Error> {
-    Way::of(&view.outcome, |config| {
-        let format: Box<dyn Format> = Box::new(context.supervisors().open(config)?);
-        Ok(format)
-    })
+    Way::of(&view.outcome, |config| context.open(config))
 }
 
 /// The host's side, by strategy.
 #[derive(Debug)]
 pub(super) enum Host {
-    /// A page table that the kernel keeps.
-    Kernel(Hwpt),
+    /// A page table that the kernel keeps, and what keeps it in step with guest memory if that is in it.
+    Kernel { hwpt: Hwpt, _parent: Option<Arc<Parent>> },
     /// The guest's own table.
     Own(Box<Bound>, Box<KernelCommitter>),
     /// A host table. The page table goes before the memory of what it leads to.
@@ -143,7 +160,7 @@ pub(super) struct Part {
 impl Part {
     const fn bound(&self) -> Option<&Bound> {
         match &self.host {
-            Host::Kernel(_) | Host::Areas(_) => None,
+            Host::Kernel { .. } | Host::Areas(_) => None,
             Host::Own(bound, _) | Host::Table(bound, _) => Some(bound),
         }
     }
@@ -184,7 +201,7 @@ impl Part {
 
     fn hwpt(&self) -> Result<&Hwpt, Errno> {
         match &self.host {
-            Host::Kernel(hwpt) => Some(hwpt),
+            Host::Kernel { hwpt, .. } => Some(hwpt),
             Host::Own(bound, _) | Host::Table(bound, _) => bound.hwpt(),
             Host::Areas(_) => None,
         }
@@ -193,7 +210,7 @@ impl Part {
 
     pub(super) fn invalidate(&mut self, memory: &GuestMemory, view: &GuestView, invalidations: &[Invalidation]) -> Result<Report, LiveError> {
         match &mut self.host {
-            Host::Kernel(_) => Ok(structures(view, invalidations)),
+            Host::Kernel { .. } => Ok(structures(view, invalidations)),
             Host::Own(_, committer) => own(committer, view, invalidations),
             Host::Table(_, engine) => engine.invalidate(memory, invalidations),
             Host::Areas(engine) => engine.invalidate(memory, invalidations),
@@ -203,7 +220,7 @@ impl Part {
     pub(super) fn table_written(&mut self, memory: &GuestMemory, address: Gpa, length: u64) -> Result<Report, LiveError> {
         match &mut self.host {
             // Hardware reads the guest's table by itself.
-            Host::Kernel(_) | Host::Own(..) => Ok(Report::default()),
+            Host::Kernel { .. } | Host::Own(..) => Ok(Report::default()),
             Host::Table(_, engine) => engine.table_written(memory, address, length),
             Host::Areas(engine) => engine.table_written(memory, address, length),
         }
@@ -217,15 +234,24 @@ impl Part {
     /// The guest's structures say something else.
     pub(super) fn switch(&mut self, memory: &GuestMemory, way: Way, view: &GuestView) -> Result<Report, LiveError> {
         match &mut self.host {
-            Host::Kernel(_) | Host::Own(..) => Ok(Report::default()),
+            Host::Kernel { .. } | Host::Own(..) => Ok(Report::default()),
             Host::Table(_, engine) => engine.switch(memory, way, view),
             Host::Areas(engine) => engine.switch(memory, way, view),
         }
     }
 
+    /// Guest memory came or went. The kernel's own tables follow by themselves.
+    pub(super) fn memory_changed(&mut self, memory: &GuestMemory) -> Result<Report, LiveError> {
+        match &mut self.host {
+            Host::Kernel { .. } | Host::Own(..) => Ok(Report::default()),
+            Host::Table(_, engine) => engine.memory_changed(memory),
+            Host::Areas(engine) => engine.memory_changed(memory),
+        }
+    }
+
     pub(super) fn synchronise(&mut self, memory: &GuestMemory) -> Result<Report, LiveError> {
         match &mut self.host {
-            Host::Kernel(_) => Ok(Report::default()),
+            Host::Kernel { .. } => Ok(Report::default()),
             Host::Own(_, committer) => {
                 committer.forget_everything()?;
                 Ok(Report::default())
@@ -238,7 +264,7 @@ impl Part {
     /// A batch of changes that nobody follows.
     pub(super) fn tell(&mut self, batch: &[Change]) -> Result<(), CommitError> {
         match &mut self.host {
-            Host::Kernel(_) | Host::Own(..) => Ok(()),
+            Host::Kernel { .. } | Host::Own(..) => Ok(()),
             Host::Table(_, engine) => engine.tell(batch),
             Host::Areas(engine) => engine.tell(batch),
         }
@@ -247,7 +273,7 @@ impl Part {
     /// What failed is tried again.
     pub(super) fn commit(&mut self) -> Result<(), CommitError> {
         match &mut self.host {
-            Host::Kernel(_) => Ok(()),
+            Host::Kernel { .. } => Ok(()),
             Host::Own(_, committer) => committer.forget_everything(),
             Host::Table(_, engine) => engine.commit(),
             Host::Areas(engine) => engine.commit(),

@@ -2,8 +2,9 @@
 
 use std::fmt;
 
+use super::context::Inner;
 use super::{Error, SpaceLimits};
-use crate::plugin::{Direct, Outcome, Supervisors, TableConfig, Tag, Translated};
+use crate::plugin::{Direct, Outcome, TableConfig, Tag, Translated};
 use crate::table::{AddressSpace, Table, Window};
 use crate::{Attributes, Span};
 
@@ -107,8 +108,8 @@ impl GuestView {
     }
 
     /// What it says, to be walked as it stands in memory.
-    pub(super) fn open(&self, supervisors: &Supervisors) -> Result<AddressSpace, Error> {
-        let table = |config: &TableConfig| -> Result<Table, Error> { Ok(Table::open(Box::new(supervisors.open(config)?))?) };
+    pub(super) fn open(&self, context: &Inner) -> Result<AddressSpace, Error> {
+        let table = |config: &TableConfig| -> Result<Table, Error> { Ok(Table::open(context.open(config)?)?) };
         let everything = Window { iova: Span::ALL, address: 0, attributes: Attributes::READ.with(Attributes::WRITE).with(Attributes::COHERENT) };
         Ok(match &self.outcome {
             Outcome::Bypass => AddressSpace::direct(vec![everything]),

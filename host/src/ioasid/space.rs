@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::context::Inner;
 use super::device::{Connected, Held, Slot};
 use super::managed::{self, Managed, Target};
+use super::metrics::Counter;
 use super::part::{self, Engine, Host, Part};
 use super::software::Lookups;
 use super::{Error, Explanation, GuestMemory, GuestView, Kind, Property, Refusal, Request, Strategy};
@@ -16,7 +17,7 @@ use crate::memory::{Budget, Limits};
 use crate::plugin::queue::Invalidation;
 use crate::plugin::{Outcome, Tag, Translated};
 use crate::sync::{LiveError, Report};
-use crate::table::{AddressSpace, Fault, Geometry, Translation};
+use crate::table::{AddressSpace, Fault, Geometry, OpenError, Piece, Translation};
 use crate::virtio_iommu::Domain;
 use crate::{Access, Change, Gpa, Iova, Span};
 
@@ -172,7 +173,8 @@ impl Space {
     ) -> Result<Report, Error> {
         let mut all: Option<Report> = None;
         let mut failed: Option<Error> = None;
-        let mut take = |result: Result<Report, LiveError>| match (result, &mut all) {
+        let context = &self.context;
+        let mut take = |result: Result<Report, LiveError>| match (result.inspect(|report| context.count_report(report)), &mut all) {
             (Ok(report), None) => all = Some(report),
             (Ok(report), Some(all)) => {
                 all.structures |= report.structures;
@@ -183,7 +185,9 @@ impl Space {
         for one in &mut state.parts {
             let result = part(one);
             if matches!(result, Err(LiveError::Commit(_))) {
-                detached.append(&mut one.block(|slot| std::ptr::eq(Arc::as_ptr(&slot.space), self)));
+                let mut blocked = one.block(|slot| std::ptr::eq(Arc::as_ptr(&slot.space), self));
+                self.context.count(Counter::Detached, blocked.len() as u64);
+                detached.append(&mut blocked);
             }
             take(result);
         }
@@ -201,7 +205,7 @@ impl Space {
         if let Content::Managed(managed) = content {
             managed.memory_changed(memory.map())?;
         }
-        self.each(&mut state, &mut detached, |part| part.synchronise(memory), |software| software.synchronise(memory)).map(drop)
+        self.each(&mut state, &mut detached, |part| part.memory_changed(memory), |software| software.memory_changed(memory)).map(drop)
     }
 }
 
@@ -211,11 +215,42 @@ impl Drop for Space {
     }
 }
 
+/// Makes all changes of a batch in a domain, or none.
+fn take_all(domain: &mut Domain, batch: &[Change], most: u64) -> Result<(), Error> {
+    let mut unmapped = Vec::new();
+    for (index, change) in batch.iter().enumerate() {
+        let Err(error) = take(domain, change, most, &mut unmapped) else { continue };
+        for change in batch[..index].iter().rev() {
+            // What was just mapped can be unmapped, and the reverse.
+            match change {
+                Change::Map(piece) => drop(domain.unmap(piece.iova, |_| {})),
+                Change::Unmap(_) => drop(unmapped.pop().map(|piece| domain.map(piece))),
+            }
+        }
+        return Err(error);
+    }
+    Ok(())
+}
+
+/// Makes one change; a mapping that goes is added to `unmapped`.
+fn take(domain: &mut Domain, change: &Change, most: u64, unmapped: &mut Vec<Piece>) -> Result<(), Error> {
+    match change {
+        Change::Map(_) if domain.len() >= most => Err(Refusal::new(Property::Limit, format!("the address space has {most} mappings already")).into()),
+        Change::Map(piece) => domain.map(*piece).map_err(|_| Error::Mapped(piece.iova)),
+        Change::Unmap(span) => {
+            let known = domain.find(span.first).copied().filter(|piece| piece.iova == *span).ok_or(Error::NotMapped(*span))?;
+            domain.unmap(*span, |_| {}).map_err(|_| Error::NotMapped(*span))?;
+            unmapped.push(known);
+            Ok(())
+        }
+    }
+}
+
 /// Opens the guest's first table to see what it is; an error if that cannot be.
 fn geometry(context: &Inner, kind: &Kind) -> Result<Option<Geometry>, Error> {
     let Kind::Guest(GuestView { outcome: Outcome::Tables(Translated { tables, .. }), .. }) = kind else { return Ok(None) };
     let Some(first) = tables.first() else { return Ok(None) };
-    Ok(Some(context.supervisors().open(first)?.geometry_ref().clone()))
+    Ok(Some(context.open(first)?.geometry().map_err(OpenError::Format)?))
 }
 
 /// An I/O address space: see the [module](super). Clones are the same one.
@@ -297,26 +332,7 @@ impl Ioasid {
         let mut detached = Detached::new();
         let mut state = self.0.lock();
         let Content::Requests(domain) = &mut state.content else { return Err(self.wrong_kind("change")) };
-        let mut after = domain.clone();
-        for change in batch {
-            match change {
-                Change::Map(piece) => {
-                    if after.len() >= self.0.request.limits.mappings as u64 {
-                        let reason = format!("the address space has {} mappings already", self.0.request.limits.mappings);
-                        return Err(Refusal::new(Property::Limit, reason).into());
-                    }
-                    after.map(*piece).map_err(|_| Error::Mapped(piece.iova))?;
-                }
-                Change::Unmap(span) => {
-                    let mut found = 0;
-                    after.unmap(*span, |_| found += 1).map_err(|_| Error::NotMapped(*span))?;
-                    if found != 1 {
-                        return Err(Error::NotMapped(*span));
-                    }
-                }
-            }
-        }
-        *domain = after;
+        take_all(domain, batch, self.0.request.limits.mappings as u64)?;
         let tell = |result: Result<(), crate::sync::CommitError>| result.map(|()| Report::default()).map_err(LiveError::Commit);
         self.0.each(&mut state, &mut detached, |part| tell(part.tell(batch)), |software| tell(software.tell(batch))).map(drop)
     }
@@ -329,14 +345,24 @@ impl Ioasid {
     pub fn invalidate(&self, invalidations: &[Invalidation]) -> Result<Report, Error> {
         let mut detached = Detached::new();
         let mut state = self.0.lock();
-        let Kind::Guest(view) = state.kind.clone() else { return Ok(Report::default()) };
+        if !matches!(state.kind, Kind::Guest(_)) {
+            return Ok(Report::default());
+        }
         let memory = self.0.context.memory();
-        self.0.each(
+        self.0.context.count(Counter::Invalidations, invalidations.len() as u64);
+        // Lent out for the time being: to copy it would cost more than a small invalidation.
+        let kind = std::mem::replace(&mut state.kind, Kind::Managed);
+        let result = self.0.each(
             &mut state,
             &mut detached,
-            |part| part.invalidate(&memory, &view, invalidations),
+            |part| match &kind {
+                Kind::Guest(view) => part.invalidate(&memory, view, invalidations),
+                _ => Ok(Report::default()),
+            },
             |software| software.invalidate(&memory, invalidations),
-        )
+        );
+        state.kind = kind;
+        result
     }
 
     /// `length` bytes of guest memory from `address` on were written, and may hold tables. The same promise as for [`Ioasid::invalidate`].
@@ -370,6 +396,7 @@ impl Ioasid {
         }
         let kind = Kind::Guest(view.clone());
         let geometry = geometry(&self.0.context, &kind)?;
+        let _memory = self.0.context.hold_memory();
         let mut detached = Detached::new();
         let mut state = self.0.lock();
         let memory = self.0.context.memory();
@@ -454,7 +481,7 @@ impl Ioasid {
         let Kind::Guest(view) = &state.kind else { return Ok(Err(None)) };
         let mut space = match state.translator.take() {
             Some(space) => space,
-            None => Box::new(view.open(self.0.context.supervisors())?),
+            None => Box::new(view.open(&self.0.context)?),
         };
         let budget = Budget::new(Limits { questions: self.0.request.limits.questions, ..Limits::default() });
         let result = space.translate(memory.entries(), memory.map(), iova, access, &budget);
@@ -504,6 +531,7 @@ impl Ioasid {
         let mut failed = Ok(());
         for fault in faults {
             let response = self.fault(fault.address, Access { read: fault.read, write: fault.write });
+            self.0.context.count(Counter::Faults, 1);
             let code = if matches!(response, Ok(Response::Mapped)) { ResponseCode::Success } else { ResponseCode::Invalid };
             let answer = PageResponse { cookie: fault.cookie, code };
             // EINVAL: the device has given up meanwhile.
@@ -597,6 +625,11 @@ impl Ioasid {
 }
 
 impl State {
+    /// Somebody looks things up in software.
+    pub(super) const fn has_lookups(&self) -> bool {
+        self.software.is_some()
+    }
+
     /// Maps of what is there, for a new host's side that does not follow tables.
     pub(super) fn told(&self) -> Vec<Change> {
         match &self.content {
@@ -613,4 +646,30 @@ fn again(view: &GuestView, iova: Span) -> Invalidation {
     let Tag { domain, space } = view.tag();
     let domain = domain.and_then(|domain| u16::try_from(domain).ok());
     Invalidation { index: 0, effect: Effect::Range { scope: Scope { leaf: false, second_stage: false, domain, space, id: None }, iova } }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Attributes;
+
+    fn piece(first: u64, address: u64) -> Piece {
+        Piece { iova: Span { first, last: first + 0xfff }, address, attributes: Attributes::READ }
+    }
+
+    #[test]
+    fn a_batch_is_taken_whole_or_not_at_all() {
+        let mut domain = Domain::new();
+        let (one, two, three) = (piece(0x1000, 0x8000), piece(0x2000, 0x4000), piece(0x1000, 0x5000));
+        take_all(&mut domain, &[Change::Map(one), Change::Map(two)], 3).expect("two mappings");
+        let before: Vec<Piece> = domain.iter().copied().collect();
+        let half = Span { first: 0x2000, last: 0x27ff };
+        let batch = [Change::Unmap(one.iova), Change::Map(three), Change::Unmap(half)];
+        assert!(matches!(take_all(&mut domain, &batch, 3), Err(Error::NotMapped(span)) if span == half));
+        assert_eq!(domain.iter().copied().collect::<Vec<_>>(), before);
+        assert!(matches!(take_all(&mut domain, &[Change::Map(piece(0x3000, 0)), Change::Map(piece(0x4000, 0))], 3), Err(Error::Refused(_))));
+        assert_eq!(domain.iter().copied().collect::<Vec<_>>(), before);
+        take_all(&mut domain, &batch[..2], 3).expect("one for another");
+        assert_eq!(domain.find(0x1000), Some(&three));
+    }
 }

@@ -120,9 +120,11 @@ impl Chunk {
 impl Drop for Chunk {
     fn drop(&mut self) {
         let kernel = self.pool.ioas.kernel();
-        // What the kernel does not let go of is neither given back nor used again: a device could still get there.
-        if kernel.ioas_unmap(self.pool.ioas.id(), Iova(self.base), self.bytes).is_err() {
-            tracing::warn!(address = self.base, bytes = self.bytes, "the kernel keeps memory of host tables");
+        let unmap = || kernel.ioas_unmap(self.pool.ioas.id(), Iova(self.base), self.bytes);
+        // What the kernel does not let go of is neither given back nor used again: hardware could still get there.
+        if let Err(errno) = unmap().or_else(|_| unmap()) {
+            tracing::warn!(%errno, address = self.base, bytes = self.bytes, "the kernel keeps memory of host tables");
+            std::mem::forget(self.region.take());
             return;
         }
         if let Some(region) = self.region.take() {
@@ -144,17 +146,24 @@ pub(super) struct PoolTables {
     bytes: u64,
     limit: u64,
     next: u64,
+    /// Why the kernel, or the context, last gave no memory.
+    failure: Option<Errno>,
 }
 
 impl PoolTables {
     /// None yet, and at most `limit` bytes.
     pub(super) const fn new(pool: Arc<TablePool>, limit: u64) -> Self {
-        Self { pool, chunks: Vec::new(), recent: 0, bytes: 0, limit, next: SMALLEST }
+        Self { pool, chunks: Vec::new(), recent: 0, bytes: 0, limit, next: SMALLEST, failure: None }
     }
 
     /// Bytes of all chunks.
     pub(super) const fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    /// Why there was no memory although the limit was not reached, if that has happened.
+    pub(super) const fn failure(&self) -> Option<Errno> {
+        self.failure
     }
 
     fn grow(&mut self, least: u64) -> Option<()> {
@@ -166,6 +175,7 @@ impl PoolTables {
             Ok(chunk) => chunk,
             Err(errno) => {
                 tracing::warn!(%errno, bytes, "no memory for host tables");
+                self.failure = Some(errno);
                 return None;
             }
         };

@@ -89,6 +89,7 @@ impl MemoryMap {
     }
 
     /// The region that `address` lies in.
+    #[inline]
     #[must_use]
     pub fn region(&self, address: u64) -> Option<Region> {
         let index = self.regions.partition_point(|region| region.span.last < address);

@@ -40,9 +40,9 @@ impl Reason {
 /// Entries that count as absent until they are looked at again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Blocked {
-    /// The IOVAs that they would serve; of the second of two stages, the inputs of that.
+    /// The IOVAs that they would serve.
     pub iova: Span,
-    /// 1, or 2 for the second of two stages.
+    /// The stage of the tables that they are in: 1, or 2 for the second of two.
     pub stage: u8,
     /// Why.
     pub reason: Reason,
@@ -91,6 +91,7 @@ impl Changes {
         self.blocked_count
     }
 
+    #[inline]
     pub(super) fn map(&mut self, piece: Piece) {
         if let Some(places) = &mut self.places {
             places.insert(piece.iova.first, self.maps.len());
@@ -100,6 +101,7 @@ impl Changes {
     }
 
     /// A piece that was mapped is gone. If this batch mapped it (a guest that writes while it is being read), the two are nothing.
+    #[inline]
     pub(super) fn unmap(&mut self, span: Span) {
         if !self.maps.is_empty() && self.highest >= span.first {
             let maps = &self.maps;
@@ -122,11 +124,16 @@ impl Changes {
         }
     }
 
-    /// Tells what was blocked while another batch was found, in tables of this stage.
-    pub(super) fn absorb_blocked(&mut self, other: &Self, stage: u8) {
+    /// Tells what was blocked while another batch was found, in tables of this stage. `iovas` tells IOVAs for the inputs of such tables, until it hears false.
+    pub(super) fn absorb_blocked(&mut self, other: &Self, stage: u8, mut iovas: impl FnMut(Span, &mut dyn FnMut(Span) -> bool)) {
         self.blocked_count += other.blocked_count;
-        let room = EXAMPLES.saturating_sub(self.blocked.len());
-        self.blocked.extend(other.blocked.iter().take(room).map(|blocked| Blocked { stage, ..*blocked }));
+        for blocked in &other.blocked {
+            iovas(blocked.iova, &mut |iova| {
+                let room = self.blocked.len() < EXAMPLES;
+                self.blocked.extend(room.then_some(Blocked { iova, stage, ..*blocked }));
+                room
+            });
+        }
     }
 
     /// The batch.

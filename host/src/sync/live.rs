@@ -308,7 +308,9 @@ fn join(spans: &mut Vec<(Span, bool)>) {
     if spans.len() < 2 {
         return;
     }
-    spans.sort_unstable();
+    if !spans.is_sorted_by_key(|(span, _)| span.first) {
+        spans.sort_unstable_by_key(|(span, _)| span.first);
+    }
     spans.dedup_by(|next, last| {
         let touches = last.0.last.saturating_add(1) >= next.0.first;
         // Two that only touch stay apart if one of them is for leaves only.

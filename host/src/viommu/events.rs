@@ -4,6 +4,7 @@ use vm_memory::GuestMemory;
 
 use super::host::{AddressSpaces, Way};
 use super::{Call, Handled, StreamState, Viommu};
+use crate::device::{Behind, Denied, Trace};
 use crate::memory::{self, Budget, VmMemory};
 use crate::plugin::queue::{Effect, Event, EventAccess, EventRecord, Invalidation, Scope};
 use crate::plugin::{Outcome, Requester, TableConfig};
@@ -146,7 +147,7 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
             _ => None,
         };
         let number = match &stream.state {
-            StreamState::Blocked(blocked) => return Told::Event(Box::new(refused(request, &blocked.event))),
+            StreamState::Blocked(blocked) => return Told::Event(Box::new(refused(request, &blocked.event, &stream.trace))),
             StreamState::Unknown(_) | StreamState::Refused(_) => return Told::Event(Box::new(self.nothing_there(request, way.as_ref()))),
             StreamState::Space(number) => *number,
         };
@@ -163,13 +164,14 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
     fn event_of_stranger(&mut self, request: &BlockedDma) -> Told {
         let unit = &self.unit;
         self.figures.lookups += 1;
-        let mut outcome = None;
+        let (mut outcome, mut trace) = (None, Trace::default());
         let asked = self.supervisor.ask(|instance| {
-            outcome = unit.lookup_in(instance, request.requester).0.ok().map(|found| found.value);
+            let (found, read) = unit.lookup_in(instance, request.requester);
+            (outcome, trace) = (found.ok().map(|found| found.value), read);
             instance.failed().cloned().map_or(Ok(()), Err)
         });
         match (asked, outcome) {
-            (Ok(()), Some(Outcome::Blocked(blocked))) => Told::Event(Box::new(refused(request, &blocked.event))),
+            (Ok(()), Some(Outcome::Blocked(blocked))) => Told::Event(Box::new(refused(request, &blocked.event, &trace))),
             _ => Told::Silent,
         }
     }
@@ -266,7 +268,14 @@ fn plain(request: &BlockedDma, fault: FaultKind) -> Event {
     }
 }
 
-/// The event of a stream that is blocked.
-fn refused(request: &BlockedDma, name: &str) -> Event {
-    Event { name: Some(name.to_owned()), ..plain(request, FaultKind::Configuration) }
+/// The event of a stream that is blocked, and of the structure that could not be read if that is why.
+fn refused(request: &BlockedDma, name: &str, trace: &Trace) -> Event {
+    let event = Event { name: Some(name.to_owned()), ..plain(request, FaultKind::Configuration) };
+    match trace.denied() {
+        None => event,
+        Some(Denied::Unreadable(address)) => Event { unreadable: Some(*address), ..event },
+        Some(Denied::Behind(Behind { format, fault, level, address })) => {
+            Event { fault: *fault, format: Some(format.clone()), level: *level, intermediate: Some(*address), reading_table: true, ..event }
+        }
+    }
 }

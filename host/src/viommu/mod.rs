@@ -165,6 +165,8 @@ struct Space<I> {
     dead: bool,
     /// Entries were blocked because the plugin did not answer, and for no other reason.
     for_plugin: bool,
+    /// The call that looked at it last: no call does so twice for what is tried again.
+    looked: u64,
     /// Entries are blocked.
     retry: Retry,
     /// For looking into the guest's tables when a device was refused.

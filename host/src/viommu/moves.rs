@@ -163,7 +163,8 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
         })?;
         self.next_space += 1;
         self.figures.allocations += 1;
-        let space = Space { id, way: way.clone(), members: [].into(), dead: false, for_plugin: false, retry: Retry::default(), walker: None };
+        let space =
+            Space { id, way: way.clone(), members: [].into(), dead: false, for_plugin: false, looked: 0, retry: Retry::default(), walker: None };
         self.spaces.insert(number, space);
         self.ways.insert(way.clone(), number);
         self.numbers.insert(id, number);
@@ -201,6 +202,9 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
     pub(super) fn told(&mut self, number: u64, told: Result<Report, HostError>, whole: bool, call: &mut Call) {
         call.handled.spaces += 1;
         self.figures.looks += 1;
+        if let Some(space) = self.spaces.get_mut(&number) {
+            space.looked = self.calls;
+        }
         match told {
             Ok(report) => {
                 call.handled.changes += report.changes;

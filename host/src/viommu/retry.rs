@@ -130,7 +130,7 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
     /// Reads all tables of a space that has blocked entries.
     fn read_again(&mut self, number: u64, call: &mut Call) {
         let Some(space) = self.spaces.get(&number).filter(|space| !space.dead) else { return };
-        if call.synchronised.contains(&number) || space.for_plugin && self.supervisor.health() != Health::Working {
+        if space.looked == self.calls || space.for_plugin && self.supervisor.health() != Health::Working {
             return self.schedule(Again::Space(number));
         }
         let everything = Invalidation { index: 0, effect: Effect::Everything };

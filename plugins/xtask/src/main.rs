@@ -7,6 +7,7 @@
 mod build;
 mod check;
 mod demo;
+mod mutations;
 mod section;
 mod sources;
 
@@ -55,7 +56,8 @@ const USAGE: &str = "usage: cargo xtask plugins [NAME ...]    build the plugins 
        cargo xtask check-plugins         refuse built plugins that do not match their sources
        cargo xtask test [--strict]       formatting, lints, documentation, plugins and all tests; says at the end what was skipped. --strict
                                          refuses to skip anything; with CI in the environment, missing tools are refused
-       cargo xtask demo                  inspect, convert, draw and guess the snapshot of a real guest";
+       cargo xtask demo                  inspect, convert, draw and guess the snapshot of a real guest
+       cargo xtask mutations [TEXT]      take pieces out of the code, those whose names have TEXT: some test must fail each time. Long";
 
 fn main() -> ExitCode {
     match run() {
@@ -83,6 +85,7 @@ fn run() -> Result<()> {
             check::run(&root, strict)
         }
         Some("demo") => demo::run(&root),
+        Some("mutations") => mutations::run(&root, arguments.next().as_deref()),
         Some(other) => bail!("no such task `{other}`\n{USAGE}"),
         None => bail!("which task?\n{USAGE}"),
     }

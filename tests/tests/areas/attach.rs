@@ -42,6 +42,33 @@ fn what_a_newcomer_reserves_goes_and_comes_back() {
     lab.assert_clean();
 }
 
+/// One piece around what both of two devices reserve.
+#[test]
+fn what_is_reserved_adds_up() {
+    let windows = [Span { first: 0x1_0000, last: 0x1_ffff }, Span { first: 0x3_0000, last: 0x3_ffff }];
+    let unit = |(name, window)| UnitConfig { reserved: vec![window], ..UnitConfig::riscv(name) }.without_nesting();
+    let lab = Lab::with(["one", "two"].into_iter().zip(windows).map(unit).collect(), u64::MAX);
+    lab.pins.add(&lab.ram()).unwrap();
+    let (mut areas, mut model) = (lab.areas(0), Model::default());
+    let devices = ["dev0", "dev1"].map(|label| lab.bind(label));
+    change(&mut areas, &mut model, &[map(piece(0, 0x5_0000, BASE, RW))]);
+    for (count, device) in (1..).zip(&devices) {
+        areas.attach(device, None).unwrap();
+        model.reserved = windows[..count].to_vec();
+        model.check(&lab, &["dev0", "dev1"][..count], (0..0x60).map(|page| page * PAGE), "reserved");
+    }
+    assert_eq!((areas.figures().areas, areas.figures().swaps), (3, 2));
+    for (count, device) in (1..).zip(&devices) {
+        areas.detach(device.id(), None);
+        areas.commit().unwrap();
+        model.reserved = windows[count..].to_vec();
+        model.check(&lab, &["dev0", "dev1"][count..], (0..0x60).map(|page| page * PAGE), "released");
+    }
+    assert_eq!(areas.figures().areas, 5);
+    drop((areas, devices));
+    lab.assert_clean();
+}
+
 /// Without an attachment nothing is reserved; the first device is told by the kernel what it must do without.
 #[test]
 fn the_first_device_finds_what_was_mapped_before() {

@@ -3,6 +3,7 @@
 
 use std::sync::{Arc, Mutex};
 
+use stagecraft::kernel::Errno;
 use stagecraft::kernel::sim::{self, Call, DmaAccess};
 use stagecraft::sync::{AreaLimits, Areas, Sink};
 use stagecraft::table::Piece;
@@ -98,13 +99,15 @@ fn batch(rng: &mut Rng, model: &Model) -> Vec<Change> {
         let odd = if rng.percent(4) { 0x400 } else { 0 };
         let Some(iova) = first.checked_add(pages * PAGE - 1 - odd).and_then(|last| Span::new(first, last)) else { continue };
         let whole = Piece { iova, address: address(rng), attributes: attributes(rng) };
-        if rng.percent(50) {
+        let kind = rng.below(3);
+        if kind == 0 {
             put(&after, &mut maps, whole);
         } else {
-            // The same in small pages: neighbours.
+            // In small pages: neighbours in memory, or in IOVAs alone.
             for offset in (0..=iova.length_minus_one()).step_by(PAGE as usize) {
                 let iova = Span { first: first + offset, last: (first + offset + (PAGE - 1)).min(iova.last) };
-                put(&after, &mut maps, Piece { iova, address: whole.address.saturating_add(offset), ..whole });
+                let address = if kind == 1 { whole.address.saturating_add(offset) } else { address(rng) };
+                put(&after, &mut maps, Piece { iova, address, ..whole });
             }
         }
     }
@@ -176,62 +179,104 @@ fn watched(lab: &Lab, (before, after): (&Model, &Model), labels: &[&str]) -> Vec
     watched
 }
 
+/// What happened to all guests.
+#[derive(Debug, Default)]
+struct Seen {
+    translated: usize,
+    swaps: u64,
+    interrupted: u64,
+    failures: u64,
+    watched: usize,
+}
+
+/// The kernel fails now and then: one call of the next few, or a step in one.
+fn arm(lab: &Lab, rng: &mut Rng) {
+    let errno = rng.pick(&[Errno::ENOMEM, Errno::EINTR, Errno::EINVAL, Errno::EBUSY]);
+    let n = 1 + rng.below(6);
+    match rng.below(3) {
+        0 => lab.sim.fail_nth(n, errno),
+        1 => lab.sim.fail_step_nth(n, Errno::ENOMEM),
+        _ => {}
+    }
+}
+
+fn play(seed: u64, fails: bool, seen: &mut Seen) {
+    let (lab, mut rng) = (Lab::filled(), Rng::new(seed));
+    let mut model = Model::default();
+    let limits = AreaLimits { join: rng.pick(&[0, 2 * PAGE, 2 << 20]), ..AreaLimits::default() };
+    let mut areas = Areas::new(&lab.pins, limits).unwrap();
+    // Devices come while much is mapped, and what they reserve goes.
+    let mut units = Vec::new();
+    let mut labels: Vec<&str> = Vec::new();
+    let (dev0, dev1, both) = (lab.bind("dev0"), lab.bind("dev1"), lab.bind("both"));
+    for round in 0..40 {
+        let what = format!("seed {seed}, round {round}");
+        let arrival = [(3, &dev0, "dev0", 0), (12, &dev1, "dev1", 1), (20, &both, "both", 1)].into_iter().find(|(when, ..)| *when == round);
+        if let Some((_, device, label, unit)) = arrival {
+            areas.attach(device, None).unwrap();
+            units.extend(if label == "both" { vec![0, 1] } else { vec![unit] });
+            labels.push(label);
+        }
+        if round == 30 {
+            assert!(areas.detach(dev0.id(), None) && areas.detach(both.id(), None) && !areas.detach(both.id(), None));
+            (units, labels) = (vec![1], vec!["dev1"]);
+            areas.commit().unwrap();
+        }
+        model.reserved = reserved(&lab, &units);
+        seen.translated += check(&lab, &model, &labels, &mut rng, &format!("{what}, attached"));
+        warm(&lab, &labels);
+        let batch = batch(&mut rng, &model);
+        let before = model.clone();
+        model.apply(&batch);
+        let (watched, wrong) = (watched(&lab, (&before, &model), &labels), Arc::new(Mutex::new(None)));
+        seen.watched += watched.len();
+        let first_wrong = Arc::clone(&wrong);
+        lab.sim.observe(Some(Arc::new(move |call| {
+            let mut wrong = first_wrong.lock().unwrap();
+            *wrong = wrong.take().or_else(|| watched.iter().find_map(|page| page.look(call)));
+        })));
+        if fails {
+            arm(&lab, &mut rng);
+        }
+        areas.apply(&batch);
+        let first = areas.commit();
+        lab.sim.observe(None);
+        // Pages are interrupted only where a swap failed twice.
+        let interrupted = std::mem::replace(&mut seen.interrupted, areas.figures().interrupted) != seen.interrupted;
+        assert!(interrupted || wrong.lock().unwrap().is_none(), "{what}: {wrong:?}");
+        if fails {
+            let waiting = lab.sim.disarm();
+            assert!(first.is_ok() || !waiting, "{what}: {first:?}");
+            areas.commit().unwrap();
+        } else {
+            first.unwrap();
+        }
+        seen.translated += check(&lab, &model, &labels, &mut rng, &what);
+        let figures = areas.figures();
+        let in_order = figures.pending == 0 && figures.stale == 0 && (fails || figures.failures == 0 && figures.interrupted == 0);
+        assert!(in_order && figures.pieces == model.pieces.len() as u64, "{what}: {figures:?}");
+    }
+    let figures = areas.figures();
+    (seen.swaps, seen.failures, seen.interrupted) = (seen.swaps + figures.swaps, seen.failures + figures.failures, 0);
+    assert!(!areas.losses().is_empty());
+    let everything: Vec<Change> = model.pieces.values().map(|piece| Change::Unmap(piece.iova)).collect();
+    areas.apply(&everything);
+    areas.commit().unwrap();
+    assert_eq!((areas.figures().areas, areas.figures().pieces), (0, 0), "seed {seed}");
+    drop((areas, dev0, dev1, both));
+    lab.assert_clean();
+}
+
 #[test]
 fn random_guests_with_every_limit_of_joining() {
-    let (mut translated, mut swaps, mut attached, mut pages_watched) = (0, 0, 0, 0);
-    for seed in 0..seeds() {
-        let (lab, mut rng) = (Lab::filled(), Rng::new(seed));
-        let mut model = Model::default();
-        let limits = AreaLimits { join: rng.pick(&[0, 2 * PAGE, 2 << 20]), ..AreaLimits::default() };
-        let mut areas = Areas::new(&lab.pins, limits).unwrap();
-        // Devices come while much is mapped, and what they reserve goes.
-        let mut units = Vec::new();
-        let mut labels: Vec<&str> = Vec::new();
-        let (dev0, dev1, both) = (lab.bind("dev0"), lab.bind("dev1"), lab.bind("both"));
-        for round in 0..40 {
-            let what = format!("seed {seed}, round {round}");
-            let arrival = [(3, &dev0, "dev0", 0), (12, &dev1, "dev1", 1), (20, &both, "both", 1)].into_iter().find(|(when, ..)| *when == round);
-            if let Some((_, device, label, unit)) = arrival {
-                areas.attach(device, None).unwrap();
-                units.extend(if label == "both" { vec![0, 1] } else { vec![unit] });
-                labels.push(label);
-                attached += 1;
-            }
-            if round == 30 {
-                assert!(areas.detach(dev0.id(), None) && areas.detach(both.id(), None) && !areas.detach(both.id(), None));
-                (units, labels) = (vec![1], vec!["dev1"]);
-                areas.commit().unwrap();
-            }
-            model.reserved = reserved(&lab, &units);
-            translated += check(&lab, &model, &labels, &mut rng, &format!("{what}, attached"));
-            warm(&lab, &labels);
-            let batch = batch(&mut rng, &model);
-            let before = model.clone();
-            model.apply(&batch);
-            let (watched, wrong) = (watched(&lab, (&before, &model), &labels), Arc::new(Mutex::new(None)));
-            pages_watched += watched.len();
-            let first_wrong = Arc::clone(&wrong);
-            lab.sim.observe(Some(Arc::new(move |call| {
-                let mut wrong = first_wrong.lock().unwrap();
-                *wrong = wrong.take().or_else(|| watched.iter().find_map(|page| page.look(call)));
-            })));
-            areas.apply(&batch);
-            areas.commit().unwrap();
-            lab.sim.observe(None);
-            assert_eq!(*wrong.lock().unwrap(), None, "{what}");
-            translated += check(&lab, &model, &labels, &mut rng, &what);
-            let figures = areas.figures();
-            let in_order = figures.pending == 0 && figures.stale == 0 && figures.failures == 0 && figures.interrupted == 0;
-            assert!(in_order && figures.pieces == model.pieces.len() as u64, "{what}: {figures:?}");
-        }
-        swaps += areas.figures().swaps;
-        assert!(!areas.losses().is_empty());
-        let everything: Vec<Change> = model.pieces.values().map(|piece| Change::Unmap(piece.iova)).collect();
-        areas.apply(&everything);
-        areas.commit().unwrap();
-        assert_eq!((areas.figures().areas, areas.figures().pieces), (0, 0), "seed {seed}");
-        drop((areas, dev0, dev1, both));
-        lab.assert_clean();
-    }
-    assert!(translated > 1000 && swaps > seeds() && attached == 3 * seeds(), "{translated} translated, {swaps} swaps, {pages_watched} watched");
+    let mut seen = Seen::default();
+    (0..seeds()).for_each(|seed| play(seed, false, &mut seen));
+    assert!(seen.translated > 1000 && seen.swaps > seeds() && seen.watched > 1000, "{seen:?}");
+}
+
+#[test]
+fn random_guests_on_a_kernel_that_fails() {
+    let mut seen = Seen::default();
+    (0..seeds()).for_each(|seed| play(1000 + seed, true, &mut seen));
+    assert!(seen.translated > 1000 && seen.swaps > seeds() && seen.failures > seeds(), "{seen:?}");
 }

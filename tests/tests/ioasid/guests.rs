@@ -95,17 +95,22 @@ impl Guest {
         self.root.load(Ordering::Relaxed)
     }
 
-    /// Another table, empty.
-    pub fn new_root(&self) {
-        self.root.store(self.table(), Ordering::Relaxed);
-    }
-
     pub fn view(&self) -> GuestView {
         GuestView::table(self.arch.config(self.root()))
     }
 
     fn table(&self) -> u64 {
         self.next.fetch_add(4096, Ordering::Relaxed)
+    }
+
+    /// An entry as it stands.
+    pub fn entry(&self, slot: u64) -> u64 {
+        self.load(slot)
+    }
+
+    /// Writes an entry.
+    pub fn set(&self, slot: u64, entry: u64) {
+        self.store(slot, entry);
     }
 
     fn load(&self, address: u64) -> u64 {
@@ -134,6 +139,15 @@ impl Guest {
         let slot = self.slot(iova, 0);
         self.store(slot, self.arch.leaf(address, 0, writes));
         slot
+    }
+
+    /// The same, for whom it does not matter where.
+    pub fn put(&self, iova: u64, address: u64, writes: bool) {
+        self.map(iova, address, writes);
+    }
+
+    pub fn remove(&self, iova: u64) {
+        self.unmap(iova);
     }
 
     /// A page of 2 MiB, in the place of what was there.

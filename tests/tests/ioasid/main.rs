@@ -1,9 +1,21 @@
 //! I/O address spaces as a VMM uses them, on the simulated kernel and hardware: every promise is looked at through DMA.
 #![allow(clippy::unwrap_used)]
 
+mod broken;
 #[path = "../configs/mod.rs"]
 mod configs;
 mod converted;
+mod counters;
+mod dirty;
+mod explain;
+mod failures;
 mod guests;
+mod idle;
 mod managed;
+mod memory;
+mod moves;
+mod paths;
+mod requests;
 mod rig;
+mod state;
+mod threads;

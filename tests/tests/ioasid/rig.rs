@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, OnceLock};
 
+use crate::guests::Arch;
 use stagecraft::ioasid::{Context, GuestMemory, Setup, TableSupply};
 use stagecraft::kernel::sim::{DeviceConfig, Sim, SimBuilder, UnitConfig, UnitIndex};
 use stagecraft::kernel::{Kernel, Pasid};
@@ -93,6 +94,16 @@ impl Rig {
     /// Nothing is left in the kernel.
     pub fn assert_clean(&self) {
         assert_eq!((self.sim.objects(), self.sim.pinned_pages(), self.sim.areas()), (0, 0, 0));
+    }
+}
+
+/// A host's unit with everything.
+pub fn unit(arch: Arch) -> UnitConfig {
+    match arch {
+        Arch::Arm => UnitConfig::smmuv3("host"),
+        Arch::Vtd => UnitConfig::vtd("host"),
+        Arch::Amd => UnitConfig::amd("host"),
+        Arch::Riscv => UnitConfig::riscv("host"),
     }
 }
 

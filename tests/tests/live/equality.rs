@@ -5,8 +5,8 @@
 
 use stagecraft::memory::{EntryMemory, Kind, MemoryMap, Region};
 use stagecraft::plugin::{TableConfig, Tag};
-use stagecraft::sync::{Live, Report, Shadow, ShadowLimits, Unwatched};
-use stagecraft::table::{Arena, Builder, Mapping, Piece, Step, Table, Visitor, WalkError};
+use stagecraft::sync::{Live, Report, ShadowLimits, Space, Unwatched, Way};
+use stagecraft::table::{Arena, Builder, Intercept, Mapping, Piece, Step, Table, Visitor, WalkError};
 use stagecraft::{Access, Attributes, Gpa, Span};
 use stagecraft_tests::reference::Run;
 use stagecraft_tests::reference::generate::{Format, Options, Rng, build, generate_with, random_leaves};
@@ -99,12 +99,17 @@ pub fn converted(guest: &mut Table, memory: &impl EntryMemory, map: &MemoryMap, 
     walk(&mut Table::open(format(&config)).unwrap(), &arena, &MemoryMap::everything(64))
 }
 
+fn beyond_all_tables() -> Intercept {
+    Intercept { passed: 1, mask: u64::MAX, value: u64::MAX, server: "nothing".to_owned(), address: None, section: String::new() }
+}
+
 struct Case {
     what: String,
     config: tables::TableConfig,
     snapshot: Snapshot,
     truth: Vec<Run>,
     map: MemoryMap,
+    intercepts: Vec<Intercept>,
     live: Live<Host>,
     table: Table,
     compared: u64,
@@ -124,11 +129,14 @@ impl Case {
         let truth = if cut { generated.truth } else { Vec::new() };
         let map = holes(&truth, &[], bits, &mut rng);
         let limits = ShadowLimits { table_pages: 1 << 12, leaves: 1 << 20 };
-        let shadow = Shadow::open(format(&plugin), map.clone(), limits, Box::new(Unwatched)).unwrap();
-        let live = Live::new(shadow, host, Tag::default(), 0, 1 << 14);
+        // Half of them with an intercept, at an address that no table has room for: pieces then take the way of those that are cut.
+        let intercepts = if seed.is_multiple_of(2) { Vec::new() } else { vec![beyond_all_tables()] };
+        let way = Way::table(format(&plugin)).with_intercepts(intercepts.clone());
+        let space = Space::open(way, map.clone(), limits, Box::new(Unwatched)).unwrap();
+        let live = Live::new(space, host, Tag::default(), 0, 1 << 14);
         let what = format!("{format_:?} on {name} seed {seed}: {:?}", generated.config);
         let table = Table::open(format(&plugin)).unwrap();
-        Self { what, config: generated.config, snapshot: generated.snapshot, truth, map, live, table, compared: 0, exhausted: 0 }
+        Self { what, config: generated.config, snapshot: generated.snapshot, truth, map, intercepts, live, table, compared: 0, exhausted: 0 }
     }
 
     /// Memory comes and goes, pages with tables among it.
@@ -246,7 +254,8 @@ fn run(format_: Format, seed: u64) -> (u64, u64) {
             (case.config, case.snapshot.memory) = (built.config, built.snapshot.memory);
             let plugin = configs::plugin_config(&case.config);
             case.table = Table::open(format(&plugin)).unwrap();
-            case.live.switch(format(&plugin), &View(&case.snapshot.memory)).unwrap();
+            let way = Way::table(format(&plugin)).with_intercepts(case.intercepts.clone());
+            case.live.switch(way, &View(&case.snapshot.memory)).unwrap();
             case.check(&format!("round {round}, roots switched"));
             continue;
         } else {

@@ -6,15 +6,16 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use stagecraft::kernel::handle::{Attachment, Device, Hwpt, Ioas, PageTable, Vdevice, Viommu};
 use stagecraft::kernel::sim::{DeviceConfig, DmaAccess, Sim, SimBuilder, UnitConfig};
 use stagecraft::kernel::{HwptFlags, Invalidate, InvalidateTarget, Kernel, Map, MapFlags, hwpt_data, invalidate_data, viommu_type};
+use stagecraft::memory::{Kind, MemoryMap, Region};
 use stagecraft::plugin::queue::{Effect, Invalidation};
 use stagecraft::plugin::{TableConfig, Tag};
 use stagecraft::sync::{CommitError, Committer, Live, Needed, Nested, NestedTable, RegionTables, Shadow, ShadowLimits, Unwatched};
-use stagecraft::{Gpa, Iova};
+use stagecraft::{Gpa, Iova, Span};
 use stagecraft_tests::reference::generate::Rng;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MmapRegion, VolatileMemory};
 
 use super::behaviour::range;
-use super::guest::{DATA, Guest, PS, RO, RW};
+use super::guest::{DATA, Guest, MEMORY, PS, RO, RW};
 use super::support::{HOST_BASE, format};
 
 /// Which hardware.
@@ -236,6 +237,29 @@ fn no_device_gets_what_the_guest_took_away() {
         for forgotten in [Forgotten::Everything, Forgotten::FirstSpan, Forgotten::LastPage, Forgotten::Tables] {
             assert!((0..6).any(|seed| is_stale(arch, forgotten, seed)), "{arch:?}: {forgotten:?} is not missed");
         }
+    }
+}
+
+#[test]
+fn memory_that_goes_is_out_of_reach() {
+    let map = |last| MemoryMap::new(vec![Region { kind: Kind::Ram, span: Span { first: 0, last } }]).unwrap();
+    for (arch, forgotten) in [(Arch::Vtd, Forgotten::Nothing), (Arch::Smmu, Forgotten::Nothing), (Arch::Vtd, Forgotten::Everything)] {
+        let mut rig = Rig::new(arch, forgotten);
+        // Its target is the lower half; the upper half; both, in one large page; and a table is in the upper half.
+        let half = MEMORY / 2;
+        rig.guest.put(0, 0, DATA | RW);
+        rig.guest.put(0x1000, 0, half | RW);
+        rig.guest.put(1 << 30, 2, RW | PS);
+        rig.guest.restart(half + 0x10_0000);
+        rig.guest.put(1 << 21, 0, DATA | RW);
+        rig.live.synchronise(&rig.guest.view()).unwrap();
+        let reached = |rig: &Rig| [0, 0x1000, 1 << 30, 1 << 30 | half, 1 << 21].map(|iova| rig.reaches(iova, DmaAccess::Write).is_some());
+        assert_eq!(reached(&rig), [true; 5], "{arch:?}");
+        rig.live.memory_changed(&rig.guest.view(), map(half - 1)).unwrap();
+        let cached = forgotten == Forgotten::Everything;
+        assert_eq!(reached(&rig), [true, cached, true, cached, cached], "{arch:?} {forgotten:?}");
+        rig.live.memory_changed(&rig.guest.view(), map(MEMORY - 1)).unwrap();
+        assert_eq!(reached(&rig), [true; 5], "{arch:?}");
     }
 }
 

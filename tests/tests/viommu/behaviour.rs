@@ -244,8 +244,10 @@ fn devices_of_one_domain_share_a_space() {
         assert_eq!((rig.reads(ONE, IOVA), rig.reads(TWO, IOVA)), (Some(DATA), Some(DATA)), "{arch:?}");
         // One moves: it gets another space, and the other one keeps its own.
         rig.guest.translate(ONE, second, 8);
+        let unchanged = rig.viommu.figures().unchanged;
         rig.commands(&[arch.forget_device(ONE, 7)]);
         assert_eq!((rig.reads(ONE, IOVA), rig.reads(TWO, IOVA)), (Some(DATA + 0x1000), Some(DATA)), "{arch:?}");
+        assert_eq!(rig.viommu.figures().unchanged, unchanged, "{arch:?}: nobody looks at the other one's structures");
         assert_eq!((rig.viommu.figures().spaces, rig.viommu.figures().switches), (2, 0), "{arch:?}");
         // It comes back, to the space that is there.
         rig.guest.translate(ONE, first, 7);

@@ -1,12 +1,14 @@
 //! A plugin that fails in the middle of a guest's life, and versions that take its place.
 
 use std::sync::OnceLock;
+use std::sync::atomic::Ordering;
 
 use stagecraft::Gpa;
 use stagecraft::plugin::{Config, Difference, Engine, Health, Plugin, Policy, ReplaceError, Supervisor};
+use stagecraft::sync::Watcher;
 use stagecraft::viommu::{self, Limits, StreamState, UnitConfig, Viommu};
 use stagecraft_plugin_hostile::{mode, version};
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::behaviour::{ONE, Rig, TWO, without_pasid};
 use super::guests::{Arch, DATA, Guest, STRUCTURES};
@@ -94,7 +96,7 @@ fn registers(lookups: u64, tables: u64) -> Vec<(String, u64)> {
 fn a_plugin_that_wears_out_is_made_anew_and_what_was_blocked_is_judged() {
     let mut guest = Hostile::new(mode::WELL, mode::WEARS_OUT, Policy::default());
     for page in 0..8 {
-        guest.set(page, DATA + (page << 12) | if page % 2 == 0 { RW } else { RO });
+        guest.set(page, (DATA + (page << 12)) | if page % 2 == 0 { RW } else { RO });
     }
     let handled = guest.rig.viommu.connect(ONE, false);
     // Three answers from each instance: not enough for all levels.
@@ -112,7 +114,7 @@ fn a_plugin_that_wears_out_is_made_anew_and_what_was_blocked_is_judged() {
     // Everything is known by now.
     let asked = figures.instances;
     for page in 8..40 {
-        assert_eq!(guest.write(page, DATA + (page << 12) | RW).blocked, 0);
+        assert_eq!(guest.write(page, (DATA + (page << 12)) | RW).blocked, 0);
         assert_eq!(guest.reads(page), Some(DATA + (page << 12)));
     }
     assert_eq!(guest.rig.viommu.supervisor().figures().instances, asked);
@@ -125,13 +127,13 @@ fn known_patterns_work_while_the_plugin_is_out_of_use() {
     guest.rig.viommu.connect(ONE, false);
     assert_eq!(guest.reads(0), Some(DATA));
     // One pattern makes it fail.
-    let handled = guest.write(1, DATA + 0x1000 | RW | ALLERGEN);
+    let handled = guest.write(1, (DATA + 0x1000) | RW | ALLERGEN);
     assert_eq!((handled.blocked, handled.events.len(), guest.reads(1)), (1, 1, None), "{handled:?}");
     assert!(matches!(guest.health(), Health::Waiting(_)), "{:?}", guest.health());
     // Known: mapped and unmapped as ever. Unknown: blocked and reported.
-    assert_eq!((guest.write(2, DATA + 0x2000 | RW).blocked, guest.reads(2)), (0, Some(DATA + 0x2000)));
+    assert_eq!((guest.write(2, (DATA + 0x2000) | RW).blocked, guest.reads(2)), (0, Some(DATA + 0x2000)));
     assert_eq!((guest.write(2, 0).blocked, guest.reads(2)), (0, None));
-    let handled = guest.write(3, DATA + 0x3000 | RW | OTHER);
+    let handled = guest.write(3, (DATA + 0x3000) | RW | OTHER);
     assert_eq!((handled.blocked, handled.events.len(), guest.reads(3)), (1, 1, None), "{handled:?}");
     // An entry that is made unknown is gone, and what it mapped with it.
     assert_eq!((guest.write(0, DATA | RW | OTHER).blocked, guest.reads(0)), (1, None));
@@ -156,7 +158,7 @@ fn one_deadly_pattern_does_not_take_the_plugin_from_the_others() {
     }
     let figures = guest.rig.viommu.supervisor().figures();
     assert_eq!((figures.failures, figures.quarantines), (u64::from(Policy::default().attempts), 0), "{figures:?}");
-    assert_eq!((guest.write(1, DATA + 0x1000 | RW | OTHER).blocked, guest.reads(1)), (0, Some(DATA + 0x1000)));
+    assert_eq!((guest.write(1, (DATA + 0x1000) | RW | OTHER).blocked, guest.reads(1)), (0, Some(DATA + 0x1000)));
 }
 
 #[test]
@@ -175,9 +177,9 @@ fn a_plugin_that_keeps_failing_is_put_into_quarantine_until_somebody_lifts_it() 
     assert_eq!((guest.health(), figures.failures, figures.quarantines), (Health::Quarantined, 4, 1), "{figures:?}");
     // Nobody makes instances any more; what is known works.
     for page in 1..8 {
-        assert_eq!((guest.write(page, DATA + (page << 12) | RW).blocked, guest.reads(page)), (0, Some(DATA + (page << 12))));
+        assert_eq!((guest.write(page, (DATA + (page << 12)) | RW).blocked, guest.reads(page)), (0, Some(DATA + (page << 12))));
     }
-    assert_eq!((guest.write(8, DATA + 0x8000 | RW | OTHER).blocked, guest.reads(8)), (1, None));
+    assert_eq!((guest.write(8, (DATA + 0x8000) | RW | OTHER).blocked, guest.reads(8)), (1, None));
     for _ in 0..5000 {
         guest.rig.viommu.idle();
     }
@@ -215,7 +217,7 @@ fn a_stream_whose_structures_kill_the_plugin_is_blocked_alone() {
 fn commands_that_cannot_be_decoded_count_as_everything() {
     let mut guest = Hostile::new(mode::ALLERGIC, mode::WELL, Policy::default());
     for page in 0..2 {
-        guest.set(page, DATA + (page << 12) | RW);
+        guest.set(page, (DATA + (page << 12)) | RW);
     }
     guest.rig.guest.store(STRUCTURES + 8 * TWO, guest.root);
     guest.rig.viommu.connect(ONE, false);
@@ -248,7 +250,7 @@ fn a_new_version_takes_over_if_it_says_the_same() {
     }
     assert_eq!(guest.rig.viommu.supervisor().figures().replacements, 3);
     // Now it is met, and remembered.
-    assert_eq!((guest.write(1, DATA + 0x1000 | RW | OTHER).blocked, guest.reads(1)), (0, Some(DATA + 0x1000)));
+    assert_eq!((guest.write(1, (DATA + 0x1000) | RW | OTHER).blocked, guest.reads(1)), (0, Some(DATA + 0x1000)));
     let hash = guest.rig.viommu.supervisor().plugin().content_hash();
     let refused = |guest: &mut Hostile, version: u8| guest.rig.viommu.replace_plugin(hostile(version)).unwrap_err();
     let viommu::ReplaceError::Plugin(ReplaceError::Differs(difference)) = refused(&mut guest, version::DECODES_OTHERWISE) else { panic!() };
@@ -264,7 +266,7 @@ fn a_new_version_takes_over_if_it_says_the_same() {
     assert!(matches!(error, viommu::ReplaceError::Plugin(ReplaceError::Name { .. })), "{error}");
     // The old one goes on.
     assert_eq!(guest.rig.viommu.supervisor().plugin().content_hash(), hash);
-    assert_eq!((guest.write(2, DATA + 0x2000 | RO | OTHER).blocked, guest.reads(2)), (0, Some(DATA + 0x2000)));
+    assert_eq!((guest.write(2, (DATA + 0x2000) | RO | OTHER).blocked, guest.reads(2)), (0, Some(DATA + 0x2000)));
 }
 
 #[test]
@@ -272,8 +274,8 @@ fn a_better_version_ends_a_quarantine() {
     let mut guest = Hostile::new(mode::WELL, mode::ALLERGIC, Policy { failures: 1, ..Policy::default() });
     guest.set(0, DATA | RW);
     guest.rig.viommu.connect(ONE, false);
-    guest.write(1, DATA + 0x1000 | RW | ALLERGEN);
-    guest.write(2, DATA + 0x2000 | RW | OTHER);
+    guest.write(1, (DATA + 0x1000) | RW | ALLERGEN);
+    guest.write(2, (DATA + 0x2000) | RW | OTHER);
     assert_eq!((guest.health(), guest.reads(1), guest.reads(2)), (Health::Quarantined, None, None));
     // This one has the same allergy, so that what is deadly stays blocked; the other pattern is judged.
     guest.write(1, 0);
@@ -293,6 +295,37 @@ fn many(count: u64) -> (Guest, Viommu<GuestMemoryMmap, Recorder>) {
     }
     viommu.host_mut().take();
     (guest, viommu)
+}
+
+/// Writes a word when its page is to be watched: a guest that is quicker than the watcher, and not reported.
+struct Quick {
+    memory: GuestMemoryMmap,
+    address: u64,
+    word: u64,
+}
+
+impl Watcher for Quick {
+    fn watch(&mut self, page: Gpa) {
+        if page.0 == self.address & !0xfff {
+            self.memory.store(self.word, GuestAddress(self.address), Ordering::Release).unwrap();
+        }
+    }
+
+    fn unwatch(&mut self, _: Gpa) {}
+}
+
+#[test]
+fn a_structure_that_is_written_before_it_is_watched_is_seen() {
+    let guest = Guest::new(Arch::Riscv);
+    let supervisor = Supervisor::new(hostile(version::FIRST), Policy::default());
+    let unit = UnitConfig { kind: "hostile".to_owned(), registers: registers(mode::WELL, mode::WELL), map: Guest::map(), limits: Limits::default() };
+    // Bypass, when it was just read as a table.
+    let watcher = Quick { memory: guest.memory.clone(), address: STRUCTURES, word: 1 };
+    let mut viommu = Viommu::new(supervisor, unit, guest.memory.clone(), Recorder::default(), Box::new(watcher));
+    guest.store(STRUCTURES, 0x9000);
+    viommu.connect(0, false);
+    let Some(StreamState::Space(number)) = viommu.stream(without_pasid(0)) else { panic!() };
+    assert_eq!(viommu.space(*number).unwrap().1, &viommu::Way::Bypass);
 }
 
 #[test]

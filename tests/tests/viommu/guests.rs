@@ -80,8 +80,8 @@ impl Arch {
     /// The entry of a page of 4 KiB.
     pub fn page(self, address: u64, writable: bool) -> u64 {
         match self {
-            // AttrIndx 0, AP[1], AP[2] for read-only, SH 3, AF.
-            Self::Smmu => address | 3 | 1 << 6 | u64::from(!writable) << 7 | 3 << 8 | 1 << 10,
+            // AttrIndx 0, AP[1], AP[2] for read-only, SH 3, AF, nG.
+            Self::Smmu => address | 3 | 1 << 6 | u64::from(!writable) << 7 | 3 << 8 | 3 << 10,
             Self::Vtd => address | 1 | u64::from(writable) << 1,
             Self::Amd => address | 1 | 1 << 61 | u64::from(writable) << 62,
             // V, R, W, U, A, D.
@@ -145,7 +145,7 @@ impl Arch {
             // IO_PAGE_FAULT.
             Self::Amd => words(&[2 << 60 | id | u64::from(space) << 32, iova]),
             // Page fault 13 or 15, TTYP 2 or 3.
-            Self::Riscv => words(&[15 - 2 * read | (3 - read) << 34 | id << 40, 0, iova, 0]),
+            Self::Riscv => words(&[(15 - 2 * read) | (3 - read) << 34 | id << 40, 0, iova, 0]),
         }
     }
 }

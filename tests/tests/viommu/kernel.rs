@@ -1,6 +1,6 @@
 //! The same over a context and its IOASIDs: every guest on every kind of unit, by whatever strategy is chosen.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use stagecraft::ioasid::{Context, GuestMemory, Request, Setup, Strategy, TableSupply};
 use stagecraft::kernel::Kernel;
@@ -31,6 +31,12 @@ impl TableSupply for SimTables {
     }
 }
 
+/// The plugins, compiled once.
+fn plugins() -> Arc<Plugins> {
+    static PLUGINS: OnceLock<Arc<Plugins>> = OnceLock::new();
+    Arc::clone(PLUGINS.get_or_init(|| Arc::new(Plugins::builtin(&Engine::new(Config::default()).unwrap()).unwrap())))
+}
+
 struct Rig {
     viommu: Viommu<GuestMemoryMmap, ContextSpaces>,
     guest: Guest,
@@ -53,7 +59,7 @@ impl Rig {
         let sim = builder.build().unwrap();
         sim.register_memory(&Arc::new(guest.memory.clone())).unwrap();
         let kernel: Arc<dyn Kernel> = Arc::clone(&sim) as Arc<dyn Kernel>;
-        let plugins = Arc::new(Plugins::builtin(&Engine::new(Config::default()).unwrap()).unwrap());
+        let plugins = plugins();
         let supervisors = Supervisors::new(Arc::clone(&plugins), Policy::default());
         // The context watches tables, the vIOMMU structures.
         let watched = [Watched::default(), Watched::default()];
@@ -157,6 +163,18 @@ fn follow(arch: Arch, host: UnitConfig) -> Strategy {
     drop(viommu);
     assert_eq!((sim.objects(), sim.pinned_pages(), sim.areas()), (0, 0, 0), "{what}: nothing is left in the kernel");
     strategy
+}
+
+/// What a VMM moves between its threads, and shares.
+#[test]
+fn types_can_be_sent_and_shared() {
+    fn sent<T: Send>() {}
+    fn shared<T: Send + Sync>() {}
+    sent::<Viommu<GuestMemoryMmap, ContextSpaces>>();
+    shared::<Supervisors>();
+    shared::<stagecraft::plugin::Supervisor>();
+    shared::<stagecraft::plugin::Supervised>();
+    shared::<stagecraft::viommu::Watching<stagecraft::watch::UffdWatcher<Arc<GuestMemoryMmap>>>>();
 }
 
 #[test]

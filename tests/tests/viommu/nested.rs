@@ -105,6 +105,18 @@ fn both_stages_and_what_leads_to_them_are_followed() {
     // Class TT, TTRnW.
     assert_eq!(events.records[0].bytes, words(&[0x10 | ONE << 32, 1 << 35 | 1 << 39 | 1 << 40 | 1 << 44, IOVA, second]));
     nested.rig.guest.store(low + block, was);
+    // So is the page with the context descriptor: class CD.
+    let entry = nested.put(5, 0);
+    nested.rig.guest.store(entry.0, 0);
+    nested.rig.viommu.table_written(entry, 8);
+    assert_eq!(nested.rig.reads(ONE, IOVA), None);
+    assert!(matches!(nested.rig.state(ONE), StreamState::Blocked(_)), "{:?}", nested.rig.state(ONE));
+    let events = nested.rig.viommu.faults(&[nested.request(IOVA, EventAccess::Write)]);
+    assert_eq!(events.records[0].bytes, words(&[0x10 | ONE << 32, 1 << 39, IOVA, BEHIND + 0x5000]));
+    // Back again, by the write alone.
+    nested.put(5, DATA + 0x6000);
+    nested.rig.viommu.table_written(entry, 8);
+    assert_eq!(nested.rig.reads(ONE, IOVA), Some(DATA + 0x7000));
     nested.rig.viommu.disconnect(ONE);
     assert!(nested.rig.watched.0.lock().unwrap().is_empty());
 }

@@ -18,11 +18,15 @@ use super::host::Host;
 
 #[test]
 fn devices_of_real_guests_reach_what_their_drivers_mapped() {
-    // Everything is to be forgotten: TLBI_NSNH_ALL; a global flush of the IOTLB, in 256-bit descriptors where the unit has them.
+    // Everything is to be forgotten: TLBI_NSNH_ALL; a global flush of the IOTLB.
     for (fixture, flush) in [("arm64-s1-4k", words(&[0x30, 0])), ("vtd-sm-fs", words(&[2 | 1 << 4, 0, 0, 0]))] {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(fixture);
         let snapshot = Snapshot::load(&folder).unwrap();
-        let Source::Unit { kind, registers } = snapshot.source.clone() else { panic!() };
+        let Source::Unit { kind, mut registers } = snapshot.source.clone() else { panic!() };
+        // In scalable mode the driver has descriptors of 256 bits (DW); the snapshot does not have the register.
+        if kind == "intel-vtd" {
+            registers.push(("IQA".to_owned(), 1 << 11));
+        }
         let ram = snapshot.map.regions().iter().filter(|region| region.kind == Kind::Ram);
         let ranges: Vec<_> = ram.map(|region| (GuestAddress(region.span.first), region.span.length_minus_one() as usize + 1)).collect();
         let memory = GuestMemoryMmap::from_ranges(&ranges).unwrap();
@@ -32,7 +36,6 @@ fn devices_of_real_guests_reach_what_their_drivers_mapped() {
         let streams = reference::snapshot::load_expected(&folder).unwrap();
         let ids: Vec<u64> = streams.iter().map(|stream| stream.id).collect();
         let host = Host::new(&memory, &snapshot.map, &ids, Supervisor::new(plugin("intel-vtd"), Policy::default()));
-        let wide = kind == "intel-vtd" && registers.iter().any(|(name, value)| name == "IQA" && value >> 11 & 1 == 1);
         let unit = UnitConfig { kind: kind.clone(), registers, map: Arc::new(snapshot.map.clone()), limits: Limits::default() };
         let supervisor = Supervisor::new(plugin(&kind), Policy::default());
         let mut viommu = Viommu::new(supervisor, unit, memory, host, Box::new(Watched::default()));
@@ -61,8 +64,7 @@ fn devices_of_real_guests_reach_what_their_drivers_mapped() {
                 }
             }
             if round == 0 {
-                let entry = if wide || kind != "intel-vtd" { &flush[..] } else { &flush[..16] };
-                let handled = viommu.commands(entry).unwrap();
+                let handled = viommu.commands(&flush).unwrap();
                 assert_eq!((handled.illegal, handled.changes), (None, 0), "{fixture}: nothing had changed");
                 assert!(handled.spaces > 0);
             }

@@ -272,3 +272,68 @@ pub(super) fn judge(first: u64, area: &Area, wanted: &BTreeMap<u64, Wanted>, ran
         (false, _) => Verdict::Drop,
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::Gpa;
+    use crate::kernel::Kernel;
+    use crate::kernel::sim::SimBuilder;
+    use crate::pins::{Backing, Pins, Region};
+
+    /// Memory at 1 MiB: blocks of 64 KiB, then some that is read-only; and at the very end.
+    fn view() -> Arc<View> {
+        let kernel: Arc<dyn Kernel> = SimBuilder::new().build().unwrap();
+        let pins = Pins::new(&kernel, u64::MAX).unwrap();
+        let region = |gpa, length, writable, block| Region { gpa: Gpa(gpa), length, backing: Backing::User(0x1000_0000), writable, block };
+        pins.add(&region(0x10_0000, 0x4_0000, true, Some(0x1_0000))).unwrap();
+        pins.add(&region(0x14_0000, 0x2_0000, false, None)).unwrap();
+        pins.add(&region(0u64.wrapping_sub(0x2_0000), 0x1_f000, true, None)).unwrap();
+        pins.view().1
+    }
+
+    /// Near 0, near the memory, near the end.
+    fn address() -> impl Strategy<Value = u64> {
+        let base = prop_oneof![Just(0), Just(0xf_8000), Just(0x13_8000), Just(0u64.wrapping_sub(0x3_0000))];
+        let offset = prop_oneof![3 => (0..0x20_u64).prop_map(|page| page * PAGE), 1 => 0..0x2_0000_u64];
+        (base, offset).prop_map(|(base, offset)| base + offset)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
+
+        /// Every byte of a piece is in one part or lost once; parts keep to ranges, pages and blocks, and allow no more than the piece.
+        #[test]
+        fn parts_and_losses_make_up_the_piece(
+            first in address(),
+            length in prop_oneof![(1..0x20_u64).prop_map(|pages| pages * PAGE), 1..0x2_0000_u64],
+            address in address(),
+            flags in 0..4_u32,
+            alignment in prop_oneof![Just(PAGE), Just(0x1_0000)],
+            gap in (0..0x40_u64).prop_map(|page| page * PAGE),
+        ) {
+            let wanted = Wanted { last: first.saturating_add(length - 1), address, flags: MapFlags(flags << 1) };
+            let ranges = vec![Span { first: 0, last: gap + 0xfff }, Span { first: gap + 0x3000, last: u64::MAX - 0x1000 }];
+            let scope = Scope { ranges, alignment, view: view() };
+            let (mut parts, mut lost) = (Vec::new(), Vec::new());
+            scope.parts(first, &wanted, &mut parts, &mut |_, span| lost.push(span));
+            let mut all: Vec<Span> = parts.iter().map(|part| part.iova).chain(lost).collect();
+            all.sort_unstable();
+            prop_assert_eq!((all[0].first, all[all.len() - 1].last), (first, wanted.last), "{:?}", all);
+            prop_assert!(all.windows(2).all(|pair| pair[0].last.checked_add(1) == Some(pair[1].first)), "{:?}", all);
+            for part in &parts {
+                prop_assert_eq!(part.address - wanted.address, part.iova.first - first);
+                prop_assert!((part.iova.first | part.address | part.iova.last.wrapping_add(1)) & (alignment - 1) == 0, "{:?}", part);
+                prop_assert!(scope.ranges.iter().any(|range| range.intersection(part.iova) == Some(part.iova)), "{:?}", part);
+                let memory = part.memory();
+                let blocks = scope.view.within(memory);
+                let there: u64 = blocks.iter().filter_map(|block| block.span.intersection(memory)).map(|span| span.length_minus_one() + 1).sum();
+                prop_assert_eq!(there, memory.length_minus_one() + 1);
+                prop_assert!(blocks.iter().all(|block| part.flags == narrow(wanted.flags, block.writable)) && part.flags != MapFlags::NONE);
+            }
+        }
+    }
+}

@@ -4,6 +4,7 @@
 //! device and a nested table for another, two kernels' containers, or two IOASes because one device reserves IOVAs that the other must not do without.
 
 use super::managed::{Managed, MapError, UnmapError};
+use crate::sync::marks::Marked;
 use crate::sync::sink::{CommitError, Sink};
 use crate::table::Piece;
 use crate::{Change, Span};
@@ -48,6 +49,42 @@ impl<S: Sink> Sink for Mirror<S> {
             result = result.and(committed);
         }
         result
+    }
+
+    fn wants(&self) -> Option<Span> {
+        self.sinks.iter().find_map(Sink::wants)
+    }
+
+    /// To all of them: those that have the pieces leave them as they are.
+    fn offer(&mut self, span: Span, pieces: &[Change]) {
+        self.sinks.iter_mut().for_each(|sink| sink.offer(span, pieces));
+    }
+
+    fn remap(&mut self, batch: &[Change]) {
+        self.sinks.iter_mut().for_each(|sink| sink.remap(batch));
+    }
+
+    /// What any of them tells, one after the other.
+    fn marks(&self, span: Span, each: &mut dyn FnMut(Marked)) {
+        self.sinks.iter().for_each(|sink| sink.marks(span, each));
+    }
+
+    /// All of them, or none.
+    fn track_dirty(&mut self, on: bool) -> bool {
+        let mut all = true;
+        for sink in &mut self.sinks {
+            all &= sink.track_dirty(on);
+        }
+        if on && !all {
+            for sink in &mut self.sinks {
+                sink.track_dirty(false);
+            }
+        }
+        all
+    }
+
+    fn dirty(&mut self, targets: Span, clear: bool, each: &mut dyn FnMut(Span)) {
+        self.sinks.iter_mut().for_each(|sink| sink.dirty(targets, clear, each));
     }
 }
 

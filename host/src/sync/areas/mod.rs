@@ -9,30 +9,7 @@
 //!
 //! The kernel removes areas only whole, and maps nothing where an area is. So areas follow the pieces that were told, and what is unmapped and mapped again
 //! with the same translation costs no kernel call: a large page that becomes small ones keeps its area, small pages that become a large one keep theirs.
-//! What is known of both is in `book`.
-//!
-//! # Cutting
-//!
-//! When a page of an area changes and the rest of the area must stay, a second IOAS is filled and every attachment is replaced, so that no transaction
-//! misses (`swap`). A copy between the two takes one call for areas that follow each other without a gap and allow the same, whatever their number, so a swap
-//! costs one call for each such run, one for each piece of the area that is cut, and one for each attachment. In return, for a moment, the kernel holds two
-//! page tables per unit; memory stays pinned once. Without an attachment nobody can notice, and the area is simply made anew. Merging needs no swap.
-//!
-//! A page that leads elsewhere or allows something else after a batch is gone for a moment: the kernel cannot change an area.
-//!
-//! # Joining
-//!
-//! Pieces of one batch that are neighbours in IOVAs and memory become one area, up to [`AreaLimits::join`] bytes. Guests whose drivers unmap what they have
-//! mapped never notice. When the first such area is cut, joining ends for this address space, so that it costs at most one swap for each area joined before.
-//!
-//! # What cannot be mapped
-//!
-//! IOVAs that a unit or device reserves, pieces that are no whole pages, privileged-only pages, and addresses without memory are [`Losses`]. They are looked
-//! at again when memory comes and goes and when devices are attached and detached. Writing to memory that is read-only is narrowed to reading. Write-only is
-//! told to the kernel as it is; where its tables cannot say so, reading passes as well, as for every other user of the kernel.
-//!
-//! What the kernel refused for the moment is remembered and tried again at each commit, a bounded number each time. An area that the kernel would not remove
-//! stays known until it is gone, and [`Sink::commit`] fails as long.
+//! What is known of both is in `book`; how areas are cut without a gap, in `swap`.
 
 mod book;
 mod fill;
@@ -148,7 +125,33 @@ struct Replaced {
     _areas: AreaMap,
 }
 
-/// The sink: see the [module](self).
+/// A host's side made of areas: an IOAS of the kernel's, with copies of guest memory that [`Pins`] knows.
+///
+/// The kernel removes areas only whole, and maps nothing where an area is. So areas follow the pieces that were told, and what is unmapped and mapped again with
+/// the same translation costs no kernel call.
+///
+/// # Cutting
+///
+/// When a page of an area changes and the rest of the area must stay, a second IOAS is filled and every attachment is replaced, so that no transaction
+/// misses. A copy between the two takes one call for areas that follow each other without a gap and allow the same, whatever their number, so a swap
+/// costs one call for each such run, one for each piece of the area that is cut, and one for each attachment. In return, for a moment, the kernel holds two
+/// page tables per unit; memory stays pinned once. Without an attachment nobody can notice, and the area is simply made anew. Merging needs no swap.
+///
+/// A page that leads elsewhere or allows something else after a batch is gone for a moment: the kernel cannot change an area.
+///
+/// # Joining
+///
+/// Pieces of one batch that are neighbours in IOVAs and memory become one area, up to [`AreaLimits::join`] bytes. Guests whose drivers unmap what they have
+/// mapped never notice. When the first such area is cut, joining ends for this address space, so that it costs at most one swap for each area joined before.
+///
+/// # What cannot be mapped
+///
+/// IOVAs that a unit or device reserves, pieces that are no whole pages, privileged-only pages, and addresses without memory are [`Losses`]. They are looked
+/// at again when memory comes and goes and when devices are attached and detached. Writing to memory that is read-only is narrowed to reading. Write-only is
+/// told to the kernel as it is; where its tables cannot say so, reading passes as well, as for every other user of the kernel.
+///
+/// What the kernel refused for the moment is remembered and tried again at each commit, a bounded number each time. An area that the kernel would not remove
+/// stays known until it is gone, and [`Sink::commit`] fails as long.
 #[derive(Debug)]
 pub struct Areas {
     pins: Arc<Pins>,

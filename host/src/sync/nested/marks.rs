@@ -117,10 +117,8 @@ impl<M: TableMemory> NestedTable<M> {
                 marked.push((leaf.id, leaf.index, leaf.iova, level.dirty));
             }
         });
-        for (id, index, iova, mark) in marked {
-            self.clean(id, index, mark);
-            self.needed.add(iova);
-        }
+        marked.iter().for_each(|(id, index, _, mark)| self.clean(*id, *index, *mark));
+        self.needed.add(marked.iter().map(|(_, _, iova, _)| *iova));
     }
 
     /// Takes the mark away, and remembers it.

@@ -1,6 +1,6 @@
 //! Memory that host tables live in, and that hardware reads at the same time.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
@@ -33,14 +33,16 @@ pub trait TableMemory: Send {
 }
 
 /// Tables in a mapped region. Of the region no more than its pages is used by the tables; it is the caller's to map it where hardware finds it.
+///
+/// Tables that are given back are joined with their neighbours, so that what was taken by small ones is there for large ones again.
 #[derive(Debug)]
 pub struct RegionTables {
     region: Arc<MmapRegion>,
     base: u64,
     /// Bytes from the beginning that were handed out.
     used: u64,
-    /// Tables given back, by bytes: their offsets.
-    free: BTreeMap<u64, Vec<u64>>,
+    /// What is free of them: by bytes, which are a power of two, the addresses, which are multiples of it.
+    free: BTreeMap<u64, BTreeSet<u64>>,
 }
 
 impl RegionTables {
@@ -48,6 +50,22 @@ impl RegionTables {
     #[must_use]
     pub const fn new(region: Arc<MmapRegion>, base: Gpa) -> Self {
         Self { region, base: base.0, used: 0, free: BTreeMap::new() }
+    }
+
+    /// The smallest free block that is large enough, cut to size.
+    fn take_free(&mut self, bytes: u64) -> Option<u64> {
+        let (size, table) = self.free.range(bytes..).find_map(|(size, tables)| Some((*size, *tables.first()?)))?;
+        self.take_exactly(table, size);
+        let mut rest = size;
+        while rest > bytes {
+            rest /= 2;
+            self.free.entry(rest).or_default().insert(table + rest);
+        }
+        Some(table)
+    }
+
+    fn take_exactly(&mut self, table: u64, bytes: u64) -> bool {
+        self.free.get_mut(&bytes).is_some_and(|tables| tables.remove(&table))
     }
 
     /// Where an entry of a table is.
@@ -65,19 +83,24 @@ impl RegionTables {
 
 impl TableMemory for RegionTables {
     fn allocate(&mut self, bytes: u64) -> Option<Gpa> {
-        if let Some(offset) = self.free.get_mut(&bytes).and_then(Vec::pop) {
-            return Some(Gpa(self.base + offset));
+        if let Some(table) = self.take_free(bytes) {
+            return Some(Gpa(table));
         }
-        let table = self.base.checked_add(self.used)?.checked_next_multiple_of(bytes.max(PAGE))?;
+        let from = self.base.checked_add(self.used)?;
+        let table = from.checked_next_multiple_of(bytes.max(PAGE))?;
         self.offset(Gpa(table), bytes)?;
         self.used = table - self.base + bytes;
+        // What is skipped is there for smaller ones.
+        (from..table).step_by(PAGE as usize).for_each(|page| self.release(Gpa(page), PAGE));
         Some(Gpa(table))
     }
 
     fn release(&mut self, table: Gpa, bytes: u64) {
-        if let Some(offset) = table.0.checked_sub(self.base) {
-            self.free.entry(bytes).or_default().push(offset);
+        let (mut table, mut bytes) = (table.0, bytes);
+        while self.take_exactly(table ^ bytes, bytes) {
+            (table, bytes) = (table & !bytes, bytes * 2);
         }
+        self.free.entry(bytes).or_default().insert(table);
     }
 
     fn fill(&mut self, table: Gpa, layout: EntryLayout, entries: &[u64]) {
@@ -140,5 +163,36 @@ impl EntryMemory for RegionTables {
             *entry = layout.word(raw);
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Tables of several sizes come and go: none overlaps, each is aligned, and when all are gone the largest fits where they were.
+    #[test]
+    fn room_for_small_tables_is_room_for_large_ones() {
+        let region = Arc::new(MmapRegion::new(1 << 20).expect("a region"));
+        for base in [0x4000_0000_u64, 0x4000_3000] {
+            let mut memory = RegionTables::new(Arc::clone(&region), Gpa(base));
+            let mut held: Vec<(u64, u64)> = Vec::new();
+            let mut number = 1_u64;
+            for _ in 0..5000 {
+                number = number.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
+                if number >> 63 == 0 {
+                    let bytes = PAGE << (number >> 40 & 3);
+                    let Some(Gpa(table)) = memory.allocate(bytes) else { continue };
+                    assert!(table.is_multiple_of(bytes) && table >= base && table + bytes <= base + (1 << 20));
+                    assert!(held.iter().all(|(other, size)| table + bytes <= *other || other + size <= table), "{table:#x} twice");
+                    held.push((table, bytes));
+                } else if !held.is_empty() {
+                    let (table, bytes) = held.swap_remove((number >> 20) as usize % held.len());
+                    memory.release(Gpa(table), bytes);
+                }
+            }
+            held.drain(..).for_each(|(table, bytes)| memory.release(Gpa(table), bytes));
+            assert!(memory.allocate(256 << 10).is_some(), "{:?}", memory.free);
+        }
     }
 }

@@ -46,18 +46,27 @@ impl Needed {
         self.spans.is_empty() && !self.tables
     }
 
-    /// Adds IOVAs; cheap if they come in ascending order.
-    fn add(&mut self, span: Span) {
-        match self.spans.last_mut() {
-            Some(last) if last.last.saturating_add(1) >= span.first && last.first <= span.first => last.last = last.last.max(span.last),
-            Some(last) if last.first > span.first => {
-                self.spans.push(span);
-                self.spans.sort_unstable();
-                let spans = std::mem::take(&mut self.spans);
-                spans.into_iter().for_each(|span| self.add(span));
+    /// Adds IOVAs that ascend, to what there may be from earlier batches.
+    fn add(&mut self, spans: impl Iterator<Item = Span>) {
+        let mut ascend = true;
+        for span in spans {
+            match self.spans.last_mut() {
+                Some(last) if last.first <= span.first && last.last.saturating_add(1) >= span.first => last.last = last.last.max(span.last),
+                last => {
+                    ascend &= last.is_none_or(|last| last.first <= span.first);
+                    self.spans.push(span);
+                }
             }
-            _ => self.spans.push(span),
         }
+        if ascend {
+            return;
+        }
+        self.spans.sort_unstable();
+        self.spans.dedup_by(|next, last| {
+            let touches = last.last.saturating_add(1) >= next.first;
+            last.last = if touches { last.last.max(next.last) } else { last.last };
+            touches
+        });
     }
 }
 
@@ -213,10 +222,13 @@ impl<M: TableMemory> NestedTable<M> {
     /// Makes the changes of a batch, as [`Sink::apply`] says; what must be invalidated, of this batch and of all since [`NestedTable::completed`].
     pub fn apply(&mut self, batch: &[Change]) -> &Needed {
         self.full = false;
-        let (unmaps, maps) = batch.split_at(batch.partition_point(|change| matches!(change, Change::Unmap(_))));
-        for change in unmaps {
-            self.needed.add(change.span());
+        if let [change] = batch
+            && self.apply_one(change)
+        {
+            return &self.needed;
         }
+        let (unmaps, maps) = batch.split_at(batch.partition_point(|change| matches!(change, Change::Unmap(_))));
+        self.needed.add(unmaps.iter().map(Change::span));
         for index in 0..self.plan.windows.len() {
             let window = self.plan.windows[index];
             let (unmaps, maps) = (touching(unmaps, window.span), touching(maps, window.span));
@@ -229,6 +241,43 @@ impl<M: TableMemory> NestedTable<M> {
         }
         self.lose_outside(maps);
         &self.needed
+    }
+
+    /// Makes one change, if it concerns one slot of a table that is there and stays. False: nothing was done.
+    fn apply_one(&mut self, change: &Change) -> bool {
+        let span = change.span();
+        let Some(window) = self.plan.windows.iter().find(|window| window.span.contains(span.first)).copied() else { return false };
+        let chain = Arc::clone(&self.plan.chains[window.chain]);
+        let (mut id, mut place) = (self.roots[window.chain], Place { chain: &chain, number: window.chain, depth: 0, base: window.base, span });
+        loop {
+            let rung = &chain.rungs[place.depth];
+            let index = (span.first - place.base) >> rung.lsb;
+            let Some(table) = self.tables[id as usize].as_ref() else { return false };
+            let (slot, whole) = (table.slots[index as usize], place.whole());
+            if let Slot::Table(below) = slot
+                && span.last <= whole.last
+                && span != whole
+            {
+                (id, place) = (below, place.below());
+                continue;
+            }
+            // A table that becomes empty goes, which is not for here.
+            let stays = table.live > 1 || place.depth == 0;
+            let new = match (change, slot) {
+                _ if span != whole || span.last > window.span.last => None,
+                (Change::Map(piece), Slot::Absent) => self.leaf(place, piece),
+                (Change::Unmap(_), Slot::Leaf(_)) if stays => Some((Slot::Absent, rung.absent)),
+                _ => None,
+            };
+            let Some((new, entry)) = new else { return false };
+            let Some(mut table) = self.tables[id as usize].take() else { return false };
+            if matches!(change, Change::Unmap(_)) {
+                self.needed.add(std::iter::once(span));
+            }
+            self.set(&mut table, place, index, new, entry);
+            self.tables[id as usize] = Some(table);
+            return true;
+        }
     }
 
     /// What must be invalidated.
@@ -517,17 +566,20 @@ struct Place<'a> {
 
 impl<'a> Place<'a> {
     /// The part `span` of it.
+    #[inline]
     const fn at(self, span: Span) -> Self {
         Self { span, ..self }
     }
 
     /// All IOVAs of the slot that `span` is in.
+    #[inline]
     fn whole(&self) -> Span {
         let lsb = self.chain.rungs[self.depth].lsb;
         Span::of_log2(self.span.first >> lsb << lsb, lsb)
     }
 
     /// The table in the slot.
+    #[inline]
     fn below(self) -> Self {
         Self { depth: self.depth + 1, base: self.whole().first, ..self }
     }
@@ -572,13 +624,25 @@ const fn piece_of(change: &Change) -> Option<&Piece> {
 /// Of changes in ascending order, those that begin at or before `last`.
 #[inline]
 fn up_to(changes: &[Change], last: u64) -> &[Change] {
-    &changes[..changes.partition_point(|change| change.span().first <= last)]
+    &changes[..count(changes, |change| change.span().first <= last)]
 }
 
 /// Those that reach beyond `last`.
 #[inline]
 fn beyond(changes: &[Change], last: u64) -> &[Change] {
-    &changes[changes.partition_point(|change| change.span().last <= last)..]
+    &changes[count(changes, |change| change.span().last <= last)..]
+}
+
+/// How many changes from the first one on are as `is` says, which those behind them are not: mostly none, or one.
+#[inline]
+fn count(changes: &[Change], is: impl Fn(&Change) -> bool) -> usize {
+    match changes {
+        [] => 0,
+        [first, ..] if !is(first) => 0,
+        [_] => 1,
+        [_, second, ..] if !is(second) => 1,
+        _ => 2 + changes[2..].partition_point(is),
+    }
 }
 
 fn touching(changes: &[Change], span: Span) -> &[Change] {

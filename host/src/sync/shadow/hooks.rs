@@ -1,5 +1,8 @@
 //! What a shadow offers to whoever joins several.
 
+use std::ops::ControlFlow;
+
+use crate::Span;
 use crate::memory::{Budget, EntryMemory, MemoryMap};
 use crate::sync::changes::Changes;
 use crate::sync::shadow::pass::Pass;
@@ -43,6 +46,14 @@ impl Shadow {
             let whole = self.root_span(root);
             Pass::new(self, memory, budget, changes).root_anew(root, whole);
         }
+    }
+
+    /// Tells `each` the IOVAs that tables in a page serve, by the page's number, until it says false.
+    pub(in crate::sync) fn served_by(&self, page: u64, each: &mut dyn FnMut(Span) -> bool) -> ControlFlow<()> {
+        let mut nodes = Vec::new();
+        self.pages.holders(page, &mut nodes);
+        let mut spans = nodes.iter().filter_map(|node| self.nodes.get(*node)).map(|node| node.span);
+        spans.try_for_each(|span| if each(span) { ControlFlow::Continue(()) } else { ControlFlow::Break(()) })
     }
 
     pub(in crate::sync) const fn limits(&self) -> ShadowLimits {

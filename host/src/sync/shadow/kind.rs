@@ -36,6 +36,7 @@ pub(super) struct Asked {
 
 impl Shadow {
     /// What the format says, or said, about an entry.
+    #[inline]
     pub(super) fn meaning(&mut self, level: u8, inherited: u64, entry: u64, budget: &Budget) -> Result<Asked, Reason> {
         let reason = |error: JudgeError| match error {
             JudgeError::Exhausted(_) => Reason::Questions,
@@ -48,6 +49,7 @@ impl Shadow {
     }
 
     /// The number of the kind of leaf that an entry is; none if it is none, or there are too many kinds.
+    #[inline]
     pub(super) fn leaf(&mut self, asked: Asked) -> Option<u32> {
         let (size_log2, attributes, missing) = match asked.meaning {
             Meaning::Leaf { size_log2, attributes } => (size_log2, attributes, NOTHING_MISSING),
@@ -62,6 +64,7 @@ impl Shadow {
 
 impl Kind {
     /// What the part of a slot shows of the leaf in it, before anybody asked which of that exists. None: requests fault.
+    #[inline]
     pub(super) fn piece(&self, level: &LevelPlan, part: Span, entry: u64, output: Span) -> Option<Piece> {
         let below = Span::of_log2(0, self.size_log2).last;
         let address = level.field(self.shape).extract(entry);
@@ -83,6 +86,7 @@ impl Kind {
 }
 
 /// Whether it makes no difference to a device that the one became the other. That somebody looked at a page does not; that the guest wants to know of the next time does.
+#[inline]
 pub(in crate::sync) fn alike(before: Option<Piece>, after: Option<Piece>) -> bool {
     let plain = |piece: Piece| Piece { attributes: piece.attributes.without(MARKS), ..piece };
     let taken = |piece: Piece, after: Piece| piece.attributes.contains(MARKS) && !after.attributes.contains(MARKS);

@@ -1,7 +1,8 @@
 //! The tree of tables that the engine saw, and the guest pages that hold them.
 
-use std::collections::hash_map::Entry;
+use std::collections::hash_map::{Entry, RandomState};
 use std::collections::{BTreeSet, HashMap};
+use std::hash::{BuildHasher, Hasher};
 
 use crate::memory::PAGE;
 use crate::{Gpa, Span};
@@ -87,6 +88,7 @@ impl Node {
     }
 
     /// Sets what an entry stands for, and counts.
+    #[inline]
     pub(super) fn set(&mut self, at: usize, state: State) {
         match self.states[at].what() {
             What::Table(_) => self.tables -= 1,
@@ -120,14 +122,17 @@ impl Nodes {
         Some(NodeId(id))
     }
 
+    #[inline]
     pub(super) fn get(&self, id: NodeId) -> Option<&Node> {
         self.slots.get(id.0 as usize)?.as_deref()
     }
 
+    #[inline]
     pub(super) fn take(&mut self, id: NodeId) -> Option<Box<Node>> {
         self.slots.get_mut(id.0 as usize)?.take()
     }
 
+    #[inline]
     pub(super) fn put(&mut self, id: NodeId, node: Box<Node>) {
         if let Some(slot) = self.slots.get_mut(id.0 as usize) {
             *slot = Some(node);
@@ -176,9 +181,46 @@ enum Holders {
     Many(BTreeSet<NodeId>),
 }
 
+/// Hashes page numbers by one multiplication, with a key that a guest cannot know: it cannot choose pages that fall together.
+#[derive(Clone)]
+struct PageHashes {
+    key: u64,
+}
+
+impl Default for PageHashes {
+    fn default() -> Self {
+        Self { key: RandomState::new().hash_one(0_u64) }
+    }
+}
+
+impl BuildHasher for PageHashes {
+    type Hasher = PageHash;
+
+    fn build_hasher(&self) -> PageHash {
+        PageHash(self.key)
+    }
+}
+
+struct PageHash(u64);
+
+impl Hasher for PageHash {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| self.write_u64((*byte).into()));
+    }
+
+    fn write_u64(&mut self, number: u64) {
+        let product = u128::from(self.0 ^ number).wrapping_mul(0x9e37_79b9_7f4a_7c15_f39c_c060_5ced_c835);
+        self.0 = (product >> 64) as u64 ^ product as u64;
+    }
+}
+
 /// Guest pages that hold tables.
 pub(super) struct Pages {
-    holders: HashMap<u64, Holders>,
+    holders: HashMap<u64, Holders, PageHashes>,
     watcher: Box<dyn Watcher>,
     /// A page for each node whose table is in it.
     count: u64,
@@ -197,7 +239,7 @@ fn pages_of(bytes: Span) -> std::ops::RangeInclusive<u64> {
 
 impl Pages {
     pub(super) fn new(watcher: Box<dyn Watcher>) -> Self {
-        Self { holders: HashMap::new(), watcher, count: 0 }
+        Self { holders: HashMap::default(), watcher, count: 0 }
     }
 
     /// Tells another watcher from now on, which knows what was told to the one before.

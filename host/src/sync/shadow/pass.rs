@@ -128,7 +128,21 @@ impl<'a, M: EntryMemory + ?Sized> Pass<'a, M> {
 
     /// Looks at a part of a table, and at what is below it.
     fn visit(&mut self, id: NodeId, part: Span, mode: Mode) {
+        let id = if mode == Mode::LeafOnly { self.lowest(id, part) } else { id };
         self.entries_of(id, part, mode, true);
+    }
+
+    /// The lowest table below one of which all other entries play no part in `part`, going by what was seen.
+    fn lowest(&self, mut id: NodeId, part: Span) -> NodeId {
+        while let Some(node) = self.shadow.nodes.get(id) {
+            let Some(part) = node.span.intersection(part) else { break };
+            let places = self.shadow.places(node, part);
+            match node.states[*places.start()].what() {
+                What::Table(child) if places.start() == places.end() => id = child,
+                _ => break,
+            }
+        }
+        id
     }
 
     /// Looks at the entries of a table for `part`; at the tables below that did not move only if `deep`.

@@ -50,6 +50,7 @@ impl Shadow {
     }
 
     /// Where the entries for `part`, which the node serves, are among those that are kept.
+    #[inline]
     pub(super) fn places(&self, node: &Node, part: Span) -> std::ops::RangeInclusive<usize> {
         let lsb = self.plan.levels[usize::from(node.level)].index_lsb;
         let place = |iova: u64| (((iova - node.base) >> lsb) - node.first) as usize;
@@ -57,6 +58,7 @@ impl Shadow {
     }
 
     /// The IOVAs of an entry, as far as the node serves them.
+    #[inline]
     pub(super) fn slot(&self, node: &Node, at: usize) -> Span {
         let lsb = self.plan.levels[usize::from(node.level)].index_lsb;
         let slot = Span::of_log2(node.base + ((node.first + at as u64) << lsb), lsb);
@@ -64,6 +66,7 @@ impl Shadow {
     }
 
     /// What an entry of a kind shows, before anybody asks which of that exists.
+    #[inline]
     pub(super) fn piece(&self, level: u8, slot: Span, entry: u64, kind: u32) -> Option<Piece> {
         let output = Span::of_log2(0, self.plan.geometry.output_bits);
         let kind = self.kinds.get(kind)?;
@@ -72,6 +75,7 @@ impl Shadow {
 }
 
 /// The parts of a piece that are in guest memory, ascending.
+#[inline]
 pub(super) fn parts(map: &MemoryMap, piece: Option<Piece>) -> impl Iterator<Item = Piece> + '_ {
     piece.into_iter().flat_map(|piece| {
         let targets = Span { first: piece.address, last: piece.address + piece.iova.length_minus_one() };

@@ -263,12 +263,12 @@ impl Space {
         }
     }
 
-    /// What is held of all tables together.
+    /// What is held of all tables together. Pieces of which not all parts are told, for want of room, count as blocked entries.
     #[must_use]
     pub fn figures(&self) -> ShadowFigures {
         match &self.kind {
             Kind::Blocked | Kind::Direct(_) => ShadowFigures::default(),
-            Kind::One(one) => one.shadow.figures(),
+            Kind::One(one) => one.figures(),
             Kind::Two(two) => two.figures(),
         }
     }

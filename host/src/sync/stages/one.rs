@@ -5,7 +5,7 @@ use std::fmt;
 
 use crate::memory::{Budget, EntryMemory, MemoryMap};
 use crate::sync::changes::Changes;
-use crate::sync::shadow::{Prepared, Shadow};
+use crate::sync::shadow::{Prepared, Shadow, ShadowFigures};
 use crate::sync::stages::look::{Look, Rules};
 use crate::table::{Compared, Piece};
 use crate::{Change, Gpa, Span};
@@ -32,6 +32,11 @@ impl One {
         Self { shadow, wanting: BTreeSet::new(), found: Changes::new() }
     }
 
+    pub(super) fn figures(&self) -> ShadowFigures {
+        let figures = self.shadow.figures();
+        ShadowFigures { blocked: figures.blocked + self.wanting.len() as u64, ..figures }
+    }
+
     pub(super) fn synchronise<M: EntryMemory + ?Sized>(&mut self, look: &mut Look<'_, M>, span: Span, leaf_only: bool) {
         self.with(look, |shadow, memory, budget, changes| shadow.synchronise(memory, span, leaf_only, budget, changes));
         self.try_again(look, span);
@@ -55,7 +60,9 @@ impl One {
             return act(&mut self.shadow, look.memory, look.budget, look.changes);
         }
         act(&mut self.shadow, look.memory, look.budget, &mut self.found);
-        look.changes.absorb_blocked(&self.found, 1);
+        look.changes.absorb_blocked(&self.found, 1, |iova, each| {
+            each(iova);
+        });
         let batch = self.found.batch();
         for change in batch {
             match change {

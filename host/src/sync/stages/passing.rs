@@ -1,6 +1,7 @@
 //! The pieces of a first stage, and which of them pass through given inputs of the second.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::ControlFlow;
 
 use crate::Span;
 use crate::sync::stages::told::overlapping;
@@ -76,16 +77,25 @@ impl Passing {
 
     /// Tells `each` every piece that passes through `span`, and the part of it that does.
     pub(super) fn through(&self, span: Span, mut each: impl FnMut(&Piece, Piece)) {
+        let _ = self.through_until(span, |piece, part| {
+            each(piece, part);
+            ControlFlow::Continue(())
+        });
+    }
+
+    /// The same, until `each` has had enough.
+    pub(super) fn through_until(&self, span: Span, mut each: impl FnMut(&Piece, Piece) -> ControlFlow<()>) -> ControlFlow<()> {
         for (class, _) in self.classes.iter().enumerate().filter(|(_, count)| **count > 0) {
             let reach = Span::of_log2(0, class as u8).last;
             let (class, from) = (class as u8, span.first.saturating_sub(reach));
             for (_, _, iova) in self.index.range((class, from, 0)..=(class, span.last, u64::MAX)) {
                 let Some(piece) = self.pieces.get(iova) else { continue };
                 if let Some(part) = part(piece, span) {
-                    each(piece, part);
+                    each(piece, part)?;
                 }
             }
         }
+        ControlFlow::Continue(())
     }
 }
 

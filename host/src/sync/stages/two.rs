@@ -14,6 +14,7 @@
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::fmt;
+use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex};
 
 use crate::memory::{Budget, EntryMemory, MarkMemory, MemoryMap, PAGE};
@@ -75,7 +76,7 @@ impl Two {
             tables: first.tables + second.tables,
             table_pages: first.table_pages + second.table_pages,
             leaves: first.leaves + second.leaves,
-            blocked: first.blocked + second.blocked,
+            blocked: first.blocked + second.blocked + self.wanting.len() as u64,
             questions: first.questions + second.questions,
         }
     }
@@ -86,8 +87,20 @@ impl Two {
             self.begun = true;
             self.with_second(look, |shadow, memory, budget, changes| shadow.synchronise(memory, Span::ALL, false, budget, changes));
         }
+        let before = self.first.figures();
         self.with_first(look, |shadow, through, budget, changes| shadow.synchronise(through, span, leaf_only, budget, changes));
+        if span == Span::ALL && !leaf_only {
+            self.use_room(look, before);
+        }
         self.try_again(look, span);
+    }
+
+    /// What the second stage had no room for, if the first one holds less than `before`.
+    fn use_room<M: EntryMemory + ?Sized>(&mut self, look: &mut Look<'_, M>, before: ShadowFigures) {
+        let now = self.first.figures();
+        if self.second.figures().blocked > 0 && (now.table_pages < before.table_pages || now.leaves < before.leaves) {
+            self.with_second(look, |shadow, memory, budget, changes| shadow.synchronise(memory, Span::ALL, false, budget, changes));
+        }
     }
 
     /// Looks at inputs of the second stage, and at all that passes through them.
@@ -117,8 +130,10 @@ impl Two {
     pub(super) fn switch<M: EntryMemory + ?Sized>(&mut self, look: &mut Look<'_, M>, first: Prepared, second: Prepared) {
         self.begun = true;
         // First-stage tables that move meanwhile are read again below, with the format that explains them.
+        let before = self.first.figures();
         self.follow_second(look, |shadow, memory, budget, changes| shadow.switch_to(second, memory, budget, changes));
         self.with_first(look, |shadow, through, budget, changes| shadow.switch_to(first, through, budget, changes));
+        self.use_room(look, before);
     }
 
     /// Guest memory came or went.
@@ -155,9 +170,13 @@ impl Two {
     fn follow_second<M: ?Sized>(&mut self, look: &mut Look<'_, M>, act: impl FnOnce(&mut Shadow, &M, &Budget, &mut Changes)) -> Vec<u64> {
         self.second.set_limits(left(self.limits, self.first.figures()));
         act(&mut self.second, look.memory, look.budget, &mut self.found);
-        look.changes.absorb_blocked(&self.found, 2);
         let privileged = self.first.geometry().privileged;
         let mut behind = lock(&self.behind);
+        look.changes.absorb_blocked(&self.found, 2, |inputs, each| {
+            // What passes there, and what first-stage tables there serve.
+            let _ = self.passing.through_until(inputs, |_, part| if each(part.iova) { ControlFlow::Continue(()) } else { ControlFlow::Break(()) });
+            let _ = behind.tables(inputs).try_for_each(|page| self.first.served_by(page, &mut *each));
+        });
         let mut pages = BTreeSet::new();
         let batch = self.found.batch();
         for change in batch {
@@ -187,7 +206,9 @@ impl Two {
     fn with_first<M: EntryMemory + ?Sized>(&mut self, look: &mut Look<'_, M>, act: impl FnOnce(&mut Shadow, &Through<'_, M>, &Budget, &mut Changes)) {
         self.first.set_limits(left(self.limits, self.second.figures()));
         act(&mut self.first, &Through { behind: &self.behind, memory: look.memory }, look.budget, &mut self.found);
-        look.changes.absorb_blocked(&self.found, 1);
+        look.changes.absorb_blocked(&self.found, 1, |iova, each| {
+            each(iova);
+        });
         let privileged = self.first.geometry().privileged;
         let behind = lock(&self.behind);
         let batch = self.found.batch();

@@ -1,0 +1,186 @@
+//! Devices that go from one address space to another, PASIDs, switches, and faults.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use stagecraft::ioasid::{Error, GuestView, Ioasid, Property, Request, Response, Strategy, Target};
+use stagecraft::kernel::Pasid;
+use stagecraft::kernel::sim::UnitConfig;
+use stagecraft::plugin::Outcome;
+use stagecraft::{Access, Gpa, Iova, Span};
+
+use crate::guests::{Arch, Guest};
+use crate::rig::{DATA, Rig, page, unit};
+
+const BOTH: Access = Access { read: true, write: true };
+
+/// While `act` runs, again and again, DMA to a page never fails.
+fn without_a_miss(rig: &Rig, iova: u64, mut act: impl FnMut(u64)) {
+    let (stop, done) = (AtomicBool::new(false), AtomicU64::new(0));
+    let device = rig.sim.device("nic").unwrap();
+    std::thread::scope(|scope| {
+        let dma = scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                device.write(None, Iova(iova), &[1, 2, 3]).unwrap();
+                done.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        let mut round = 0;
+        while (round < 24 || done.load(Ordering::Relaxed) < 200) && !dma.is_finished() {
+            act(round);
+            round += 1;
+        }
+        stop.store(true, Ordering::Relaxed);
+        dma.join().unwrap();
+    });
+}
+
+#[test]
+fn a_device_moves_between_all_kinds_without_a_miss() {
+    for host in Arch::ALL {
+        let rig = Rig::new(&[unit(host)], &[("nic", &[0])]);
+        {
+            let guest = Guest::new(host, &rig.memory);
+            // A page that is the same everywhere: guest memory as it is has it too.
+            guest.map(DATA, DATA, true);
+            let context = rig.context();
+            let device = context.connect("nic").unwrap();
+            let of = |strategies: &[Strategy]| context.allocate(Request::guest(guest.view()).with_strategies(strategies)).unwrap();
+            let managed = context.allocate(Request::managed()).unwrap();
+            managed.map(Span { first: DATA, last: DATA | 0xfff }, Target::Guest(Gpa(DATA)), BOTH).unwrap();
+            let bypass = context.allocate(Request::guest(GuestView { outcome: Outcome::Bypass, id: 0 })).unwrap();
+            let all: [Ioasid; 5] = [of(&[Strategy::Native, Strategy::Nested]), of(&[Strategy::Nested]), of(&[Strategy::Areas]), managed, bypass];
+            all[0].attach(&device, None).unwrap();
+            without_a_miss(&rig, DATA, |round| {
+                // Every pair in both directions, in time.
+                let (step, from) = (round / 5 % 4 + 1, round);
+                let to = &all[((from * step + step) % 5) as usize];
+                to.replace(&device, None).unwrap();
+                assert_eq!(device.attached(), [(None, to.id())]);
+            });
+        }
+        rig.assert_clean();
+    }
+}
+
+#[test]
+fn switched_tables_are_hitless_and_the_old_ones_are_gone() {
+    for host in Arch::ALL {
+        for strategies in [&Strategy::ALL[..], &[Strategy::Nested], &[Strategy::Areas]] {
+            let rig = Rig::new(&[unit(host)], &[("nic", &[0])]);
+            {
+                let guests = [ROOT_ONE, ROOT_TWO].map(|root| Guest::at(host, &rig.memory, root));
+                for (guest, only) in guests.iter().zip([0x1000, 0x2000]) {
+                    guest.map(DATA, DATA, true);
+                    guest.map(only, DATA + only, true);
+                }
+                let context = rig.context();
+                let device = context.connect("nic").unwrap();
+                let ioasid = context.allocate(Request::guest(guests[0].view()).with_strategies(strategies)).unwrap();
+                ioasid.attach(&device, None).unwrap();
+                without_a_miss(&rig, DATA, |round| {
+                    let (now, before) = (&guests[(round % 2) as usize], if round % 2 == 0 { 0x2000 } else { 0x1000 });
+                    ioasid.switch(now.view()).unwrap();
+                    let what = format!("{host:?} {strategies:?} round {round}");
+                    assert_eq!(rig.dma("nic", before), None, "{what}: what only the other table has");
+                    let here = 0x3000 - before;
+                    assert_eq!(rig.dma("nic", here), Some(DATA + here), "{what}");
+                });
+                // Through everything that a requester can get, and back.
+                ioasid.switch(GuestView { outcome: Outcome::Bypass, id: 0 }).unwrap();
+                assert_eq!(rig.dma("nic", DATA + 0x5000), Some(DATA + 0x5000));
+                ioasid.switch(guests[0].view()).unwrap();
+                assert_eq!((rig.dma("nic", DATA + 0x5000), rig.dma("nic", 0x1000)), (None, Some(DATA + 0x1000)));
+                guests[0].unmap(0x1000);
+                ioasid.invalidate(&[page(0x1000)]).unwrap();
+                assert_eq!(rig.dma("nic", 0x1000), None, "the new page table is invalidated");
+            }
+            rig.assert_clean();
+        }
+    }
+}
+
+const ROOT_ONE: u64 = 0x10_0000;
+const ROOT_TWO: u64 = 0x20_0000;
+
+#[test]
+fn pasids_have_address_spaces_of_their_own() {
+    for host in Arch::ALL {
+        let rig = Rig::new(&[unit(host)], &[("nic", &[0])]);
+        {
+            let guests = [ROOT_ONE, ROOT_TWO].map(|root| Guest::at(Arch::Arm, &rig.memory, root));
+            guests.iter().zip(1..).for_each(|(guest, n)| guest.put(0x1000, DATA + (n << 12), true));
+            let context = rig.context();
+            let device = context.connect("nic").unwrap();
+            let request = |guest: &Guest| Request::guest(guest.view());
+            let pasid = Some(Pasid(5));
+            let strict = context.allocate(request(&guests[0]).with_strategies(&[Strategy::Nested])).unwrap();
+            let attached = strict.attach(&device, pasid);
+            if host == Arch::Vtd {
+                attached.unwrap();
+                strict.detach(&device, pasid).unwrap();
+            } else {
+                assert!(matches!(attached, Err(Error::Refused(refusal)) if refusal.reason.contains("PASIDs with structures of the guest's only")));
+            }
+            let ioasids = guests.each_ref().map(|guest| context.allocate(request(guest)).unwrap());
+            ioasids[0].attach(&device, pasid).unwrap();
+            ioasids[1].attach(&device, Some(Pasid(6))).unwrap();
+            let at = |pasid: u32| rig.dma_of("nic", Some(Pasid(pasid)), 0x1000);
+            assert_eq!((at(5), at(6), at(7), rig.dma("nic", 0x1000)), (Some(DATA + 0x1000), Some(DATA + 0x2000), None, None), "{host:?}");
+            guests[0].unmap(0x1000);
+            ioasids[0].invalidate(&[page(0x1000)]).unwrap();
+            assert_eq!((at(5), at(6)), (None, Some(DATA + 0x2000)), "{host:?}");
+            device.detach(Some(Pasid(6))).unwrap();
+            assert_eq!(at(6), None);
+            for bad in [0, 1 << 20] {
+                let Err(Error::Refused(refusal)) = ioasids[1].attach(&device, Some(Pasid(bad))) else { panic!("refused") };
+                assert_eq!(refusal.property, Property::Pasid);
+            }
+        }
+        rig.assert_clean();
+    }
+}
+
+#[test]
+fn faults_are_answered_by_the_guests_tables() {
+    // A unit that walks the guest's own table finds new pages by itself: host tables are what has to be told.
+    for (guest, host) in [(Arch::Arm, Arch::Vtd), (Arch::Vtd, Arch::Vtd), (Arch::Riscv, Arch::Arm)] {
+        let rig = Rig::new(&[unit(host)], &[("nic", &[0])]);
+        rig.sim.set_patience(5000);
+        let guest = Guest::new(guest, &rig.memory);
+        guest.map(0x5000, DATA, false);
+        let context = rig.context();
+        let nic = context.connect("nic").unwrap();
+        let ioasid = context.allocate(Request::guest(guest.view()).with_page_requests().with_strategies(&[Strategy::Nested])).unwrap();
+        ioasid.attach(&nic, None).unwrap();
+        let device = rig.sim.device("nic").unwrap();
+        let write = |iova: u64| {
+            let device = device.clone();
+            move || device.write(None, Iova(iova), &[7]).is_ok()
+        };
+        let served = |wanted: &dyn Fn(&Response) -> bool| loop {
+            let served = ioasid.serve_faults().unwrap();
+            if let Some((fault, response)) = served.first() {
+                assert!(wanted(response), "{fault:?}: {response:?}");
+                return;
+            }
+            std::thread::yield_now();
+        };
+        std::thread::scope(|scope| {
+            // The guest maps the page, and says nothing.
+            guest.map(0x1000, DATA + 0x3000, true);
+            let dma = scope.spawn(write(0x1000));
+            served(&|response| *response == Response::Mapped);
+            assert!(dma.join().unwrap());
+            // Nothing is there; and what is there may not be written.
+            for iova in [0x2000, 0x5000] {
+                let dma = scope.spawn(write(iova));
+                served(&|response| matches!(response, Response::Refused(_)));
+                assert!(!dma.join().unwrap());
+            }
+        });
+        assert_eq!(rig.dma("nic", 0x1000), Some(DATA + 0x3000));
+    }
+    let rig = Rig::new(&[UnitConfig::vtd("one")], &[("nic", &[0])]);
+    let ioasid = rig.context().allocate(Request::guest(Guest::new(Arch::Arm, &rig.memory).view())).unwrap();
+    assert!(matches!(ioasid.serve_faults(), Err(Error::Refused(refusal)) if refusal.property == Property::PageRequests));
+}
