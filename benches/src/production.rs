@@ -77,7 +77,8 @@ pub fn open_format(plugins: &Plugins, config: &TableConfig) -> Reused {
 pub fn convert(source: &mut Table, memory: &GuestMemoryMmap, map: &MemoryMap, format: impl Format + 'static, arena: &mut Arena) -> Built {
     arena.reset();
     let mut builder = Builder::new(Box::new(format), arena).unwrap();
-    let budget = Budget::new(Limits::default());
+    // Encodings that must be seen whole are asked about once for each distinct entry: more than a guest may ask for by default.
+    let budget = Budget::new(Limits { questions: 1 << 20, ..Limits::default() });
     source.walk(&VmMemory(memory), map, Span::ALL, &budget, &mut builder).unwrap();
     builder.finish().unwrap()
 }
