@@ -22,6 +22,11 @@ impl Page {
     }
 }
 
+/// Whether a table of `bytes` bytes, after `before` bytes of tables, is filled in a page of its own and then written past the cache.
+pub(super) const fn is_staged(bytes: u64, before: u64) -> bool {
+    bytes <= PAGE && before >= IN_PLACE && lanes::STREAMS
+}
+
 /// Pages for tables that are being filled.
 #[derive(Default)]
 pub(crate) struct Stage {
@@ -38,7 +43,7 @@ impl std::fmt::Debug for Stage {
 impl Stage {
     /// A page for a table of `bytes` bytes, after `before` bytes of tables; none if it is to be filled in place.
     pub(crate) fn page(&mut self, bytes: u64, before: u64) -> Option<Box<Page>> {
-        if bytes > PAGE || before < IN_PLACE || !lanes::STREAMS {
+        if !is_staged(bytes, before) {
             return None;
         }
         Some(self.spare.pop().unwrap_or_else(|| Box::new(Page([0; WORDS]))))

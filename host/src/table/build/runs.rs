@@ -10,6 +10,7 @@ use crate::table::build::{BuildError, Builder, Leaf, low_bits, note};
 use crate::table::geometry::{AddressField, ByteOrder, Move};
 use crate::table::lanes;
 use crate::table::passage::{ENTRIES, Passed, Receiver};
+use crate::table::stage::is_staged;
 use crate::table::walk::{Piece, Run};
 use crate::{Attributes, Iova, Span};
 
@@ -55,6 +56,12 @@ struct Larger {
 }
 
 impl Prepared {
+    /// What is written where addresses and their bytes stay where they are.
+    fn in_place_target(&self, run: &Run<'_>) -> lanes::Target {
+        let [leaf, other] = &self.leaves;
+        lanes::Target { patterns: [leaf.pattern, other.pattern], absent: self.absent.to_le(), address: run.field.in_place & leaf.field.in_place }
+    }
+
     fn serves(&self, run: &Run<'_>) -> bool {
         let (size_log2, [first, second]) = self.from;
         let attributes = run.kinds.attributes();
@@ -280,17 +287,12 @@ impl Builder<'_> {
         let plain = prepared.in_place && prepared.larger.is_none() && prepared.table_entries == ENTRIES as u64;
         let whole = window.holds(span) && (span.first - window.base) & (span.last - span.first) == 0;
         let bytes = ENTRIES as u64 * 8;
-        let far = goes_past_the_stage(bytes, self.arena.bytes().saturating_sub(self.before));
+        let far = is_staged(bytes, self.arena.bytes().saturating_sub(self.before));
         let room = self.chains[window.chain].rungs[prepared.depth].room;
         if !plain || !whole || !far || room != bytes || run.within.last > prepared.last_address {
             return None;
         }
-        let [leaf, other] = &prepared.leaves;
-        let entries = lanes::Target {
-            patterns: [leaf.pattern, other.pattern],
-            absent: prepared.absent.to_le(),
-            address: run.field.in_place & leaf.field.in_place,
-        };
+        let entries = prepared.in_place_target(run);
         let (offset, table) = self.arena.upcoming()?;
         self.upcoming = Some(offset);
         Some(Receiver { entries, table })
@@ -349,9 +351,7 @@ impl Builder<'_> {
             return lanes::recode(part, run.kinds, target, index, form);
         }
         if prepared.in_place {
-            let address = run.field.in_place & leaf.field.in_place;
-            let entries = lanes::Target { patterns, absent: prepared.absent.to_le(), address };
-            return lanes::transcode(part, run.kinds, &mut self.words(depth)[index..index + slots], entries);
+            return lanes::transcode(part, run.kinds, &mut self.words(depth)[index..index + slots], prepared.in_place_target(run));
         }
         lanes::recode(part, run.kinds, self.words(depth), index, form)
     }
@@ -373,11 +373,6 @@ impl Builder<'_> {
 /// Whether parts of a table of `bytes` bytes are written past the cache as they come: tables of more than a page are not staged.
 pub(super) const fn goes_past_cache(bytes: u64, before: u64) -> bool {
     bytes > PAGE && before >= crate::table::stage::IN_PLACE && lanes::STREAMS
-}
-
-/// Whether tables of `bytes` bytes are filled in a page of their own, and then written past the cache.
-const fn goes_past_the_stage(bytes: u64, before: u64) -> bool {
-    bytes <= PAGE && before >= crate::table::stage::IN_PLACE && lanes::STREAMS
 }
 
 /// The bits of entries that are address bits below a page of `2^size` bytes.
