@@ -22,7 +22,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use stagecraft::ioasid::{Context, GuestMemory, GuestView, Request, Setup, TableSupply};
 use stagecraft::kernel::Kernel;
-use stagecraft::kernel::sim::{DeviceConfig, Sim, SimBuilder, UnitConfig};
+use stagecraft::kernel::sim::{DeviceConfig, SimBuilder, UnitConfig};
 use stagecraft::memory::Kind;
 use stagecraft::plugin::queue::EventAccess;
 use stagecraft::plugin::{Config, Engine, Outcome, Plugins, Policy, Requester, Supervisors};
@@ -31,7 +31,7 @@ use stagecraft::sync::Watcher;
 use stagecraft::table::{Piece, Step, Visitor, WalkError};
 use stagecraft::viommu::{self, BlockedDma, ContextSpaces, Handled, Limits, StreamState, Viommu};
 use stagecraft::{Gpa, Iova};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MmapRegion};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 type Memory = GuestMemoryMmap<()>;
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
@@ -64,22 +64,6 @@ impl Watcher for Watched {
                 pages.remove(&page.0);
             }
         }
-    }
-}
-
-/// Memory for host tables. A real kernel takes any memory of the process (`PlainTables`); the simulated one has to be told.
-#[derive(Debug)]
-struct SimTables(Arc<Sim>);
-
-impl TableSupply for SimTables {
-    fn region(&self, bytes: usize) -> Option<Arc<MmapRegion>> {
-        let region = Arc::new(MmapRegion::new(bytes).ok()?);
-        self.0.register_region(Arc::clone(&region)).ok()?;
-        Some(region)
-    }
-
-    fn release(&self, region: Arc<MmapRegion>) {
-        let _ = self.0.unregister_region(region.as_ptr() as u64);
     }
 }
 
@@ -254,7 +238,7 @@ pub fn run(folder: &Path, id: u64) -> Result<()> {
     sim.register_memory(&memory)?;
     let device = sim.device(LABEL).ok_or("no such device")?;
 
-    let mut vmm = Vmm::new(&snapshot, memory.clone(), Arc::clone(&sim) as Arc<dyn Kernel>, Arc::new(SimTables(Arc::clone(&sim))))?;
+    let mut vmm = Vmm::new(&snapshot, memory.clone(), Arc::clone(&sim) as Arc<dyn Kernel>, Arc::clone(&sim) as Arc<dyn TableSupply>)?;
     vmm.plug(LABEL, id)?;
     println!("{}", vmm.explain(id)?);
 

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MmapRegion};
 
+use crate::kernel::sim::Sim;
 use crate::memory::{EntryLayout, EntryMemory, Kind, MarkMemory, MemoryMap, MemoryMapError, Nearby, ReadError, Region, VmMemory, WriteError};
 use crate::{Gpa, Span};
 
@@ -163,5 +164,19 @@ pub struct PlainTables;
 impl TableSupply for PlainTables {
     fn region(&self, bytes: usize) -> Option<Arc<MmapRegion>> {
         MmapRegion::new(bytes).ok().map(Arc::new)
+    }
+}
+
+/// Memory that the simulated kernel knows: it takes no other.
+impl TableSupply for Sim {
+    fn region(&self, bytes: usize) -> Option<Arc<MmapRegion>> {
+        let region = Arc::new(MmapRegion::new(bytes).ok()?);
+        self.register_region(Arc::clone(&region)).ok()?;
+        Some(region)
+    }
+
+    fn release(&self, region: Arc<MmapRegion>) {
+        let known = self.unregister_region(region.as_ptr() as u64);
+        debug_assert!(known.is_ok(), "a region that was never handed out");
     }
 }

@@ -10,7 +10,7 @@ use stagecraft::kernel::{Kernel, Pasid};
 use stagecraft::plugin::queue::{Effect, Invalidation, Scope};
 use stagecraft::plugin::{Config, Engine, Plugins};
 use stagecraft::{Iova, Span};
-use vm_memory::{GuestAddress, GuestMemoryMmap, MmapRegion};
+use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 /// Guest memory is from 0 up to here.
 pub const MEMORY: u64 = 32 << 20;
@@ -21,22 +21,6 @@ pub const DATA: u64 = 0x80_0000;
 pub fn plugins() -> Arc<Plugins> {
     static PLUGINS: OnceLock<Arc<Plugins>> = OnceLock::new();
     Arc::clone(PLUGINS.get_or_init(|| Arc::new(Plugins::builtin(&Engine::new(Config::default()).unwrap()).unwrap())))
-}
-
-/// Memory for tables that the simulated kernel knows.
-#[derive(Debug)]
-pub struct SimTables(pub Arc<Sim>);
-
-impl TableSupply for SimTables {
-    fn region(&self, bytes: usize) -> Option<Arc<MmapRegion>> {
-        let region = Arc::new(MmapRegion::new(bytes).ok()?);
-        self.0.register_region(Arc::clone(&region)).ok()?;
-        Some(region)
-    }
-
-    fn release(&self, region: Arc<MmapRegion>) {
-        self.0.unregister_region(region.as_ptr() as u64).unwrap();
-    }
 }
 
 /// A machine with a guest.
@@ -67,7 +51,7 @@ impl Rig {
 
     pub fn setup(&self) -> Setup {
         let memory = GuestMemory::of_mmap(&self.memory).unwrap();
-        Setup { tables: Arc::new(SimTables(Arc::clone(&self.sim))), ..Setup::new(self.kernel(), plugins(), memory) }
+        Setup { tables: Arc::clone(&self.sim) as Arc<dyn TableSupply>, ..Setup::new(self.kernel(), plugins(), memory) }
     }
 
     pub fn context(&self) -> Context {

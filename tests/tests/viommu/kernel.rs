@@ -8,28 +8,12 @@ use stagecraft::kernel::sim::{DeviceConfig, Sim, SimBuilder, UnitConfig};
 use stagecraft::plugin::{Config, Engine, Plugins, Policy, Supervisors};
 use stagecraft::viommu::{ContextSpaces, Handled, Limits, StreamState, UnitConfig as ViommuConfig, Viommu};
 use stagecraft::{Gpa, Iova};
-use vm_memory::{GuestMemoryMmap, MmapRegion};
+use vm_memory::GuestMemoryMmap;
 
 use super::behaviour::{ONE, TWO, Watched, without_pasid};
 use super::guests::{Arch, DATA, Guest};
 
 const IOVA: u64 = 0x12_3456_7000;
-
-/// Memory for tables that the simulated kernel knows.
-#[derive(Debug)]
-struct SimTables(Arc<Sim>);
-
-impl TableSupply for SimTables {
-    fn region(&self, bytes: usize) -> Option<Arc<MmapRegion>> {
-        let region = Arc::new(MmapRegion::new(bytes).ok()?);
-        self.0.register_region(Arc::clone(&region)).ok()?;
-        Some(region)
-    }
-
-    fn release(&self, region: Arc<MmapRegion>) {
-        self.0.unregister_region(region.as_ptr() as u64).unwrap();
-    }
-}
 
 /// The plugins, compiled once.
 fn plugins() -> Arc<Plugins> {
@@ -64,7 +48,7 @@ impl Rig {
         // The context watches tables, the vIOMMU structures.
         let watched = [Watched::default(), Watched::default()];
         let setup = Setup {
-            tables: Arc::new(SimTables(Arc::clone(&sim))),
+            tables: Arc::clone(&sim) as Arc<dyn TableSupply>,
             watcher: Some(Box::new(watched[0].clone())),
             supervisors: Some(supervisors.clone()),
             ..Setup::new(kernel, plugins, GuestMemory::of_mmap(&guest.memory).unwrap())

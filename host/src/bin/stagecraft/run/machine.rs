@@ -9,7 +9,7 @@ use stagecraft::kernel::sim::{self, DeviceConfig, DmaAccess, Sim, SimBuilder, Un
 use stagecraft::lookup::Lookup;
 use stagecraft::plugin::{Plugins, TableConfig};
 use stagecraft::{Gpa, Iova, Span};
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MmapRegion};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use super::guest::{Driver, Requests, Tables, Watched, settings};
 use super::scenario::{Announces, Scenario};
@@ -17,23 +17,6 @@ use super::workload::{Layout, Workload};
 
 /// Where guest memory begins: above the windows that real units keep for themselves there, and never where an IOVA would be the same.
 const BASE: u64 = 0x4000_0000;
-
-/// Host tables in memory that the simulated kernel knows.
-#[derive(Debug)]
-struct SimTables(Arc<Sim>);
-
-impl TableSupply for SimTables {
-    fn region(&self, bytes: usize) -> Option<Arc<MmapRegion>> {
-        let region = Arc::new(MmapRegion::new(bytes).ok()?);
-        self.0.register_region(Arc::clone(&region)).ok()?;
-        Some(region)
-    }
-
-    fn release(&self, region: Arc<MmapRegion>) {
-        // It was registered, or was never handed out.
-        let _ = self.0.unregister_region(region.as_ptr() as u64);
-    }
-}
 
 /// How a device's DMA can be looked at.
 #[derive(Debug)]
@@ -103,7 +86,7 @@ impl Machine {
         let watched = Watched::default();
         let kernel: Arc<dyn Kernel> = Arc::clone(&sim) as Arc<dyn Kernel>;
         let mut setup = Setup::new(kernel, Arc::clone(plugins), GuestMemory::of_mmap(&memory)?);
-        setup.tables = Arc::new(SimTables(Arc::clone(&sim)));
+        setup.tables = Arc::clone(&sim) as Arc<dyn TableSupply>;
         if announces.is_watched() {
             setup.watcher = Some(Box::new(watched.clone()));
         }
