@@ -1,5 +1,6 @@
 //! What every question needs first: the plugins, the snapshot, the device that is meant.
 
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
@@ -49,18 +50,19 @@ impl Session {
 
 /// The engine, with a cache for compiled plugins. A cache that was asked for must be fit for use; the default one is used if it is.
 fn engine(global: &Global) -> Result<Engine> {
+    let config = Config::default().with_compile_threads(std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN));
     if let Some(cache) = &global.cache {
-        return Ok(Engine::new(Config::default().with_cache(cache))?);
+        return Ok(Engine::new(config.with_cache(cache))?);
     }
     if let Some(cache) = default_cache() {
-        match Engine::new(Config::default().with_cache(&cache)) {
+        match Engine::new(config.clone().with_cache(&cache)) {
             Ok(engine) if rustix::fs::access(&cache, rustix::fs::Access::WRITE_OK).is_ok() => return Ok(engine),
             Ok(_) => tracing::debug!(cache = %cache.display(), "no cache for compiled plugins: it cannot be written"),
             Err(EngineError::Cache(error)) => tracing::debug!(%error, "no cache for compiled plugins"),
             Err(error) => return Err(error.into()),
         }
     }
-    Ok(Engine::new(Config::default())?)
+    Ok(Engine::new(config)?)
 }
 
 fn default_cache() -> Option<PathBuf> {
