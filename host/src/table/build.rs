@@ -14,11 +14,13 @@ use crate::table::build::runs::Prepared;
 use crate::table::format::{Format, FormatError};
 use crate::table::geometry::{ByteOrder, Geometry, Nonsense};
 use crate::table::lanes;
+use crate::table::leaves::{Piece, Run};
 use crate::table::loss::{Loss, Losses};
 use crate::table::passage::{Passed, Receiver};
 use crate::table::stage::{Page, Stage};
 use crate::table::target::{Leaf, Rung, Target, low_bits};
-use crate::table::walk::{FaultAt, Piece, Run, Step, Visitor, WalkError};
+use crate::table::visit::{FaultAt, Step, Visitor};
+use crate::table::walk::WalkError;
 use crate::{Attributes, Gpa, Span};
 
 /// A table cannot be built.

@@ -4,7 +4,7 @@
 
 use crate::Span;
 use crate::table::geometry::Move;
-use crate::table::walk::Kinds;
+use crate::table::leaves::Kinds;
 
 /// Defines a function whose body is also compiled for wider registers.
 macro_rules! for_all_lanes {

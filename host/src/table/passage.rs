@@ -6,12 +6,50 @@
 //! as always.
 #![allow(unsafe_code)]
 
-use crate::memory::Nearby;
+use crate::Span;
+use crate::memory::{EntryLayout, Nearby};
+use crate::table::geometry::ByteOrder;
 use crate::table::lanes::{Pattern, Target};
-use crate::table::walk::START;
 
 /// Entries of a table that can pass: a page of eight bytes each.
 pub(super) const ENTRIES: usize = 512;
+
+/// So many bytes of the next table are asked for early. The processor sees by itself how a table goes on; what it does not see is where it starts.
+pub(super) const START: u64 = 1024;
+
+/// What the leaves of a table were like.
+#[derive(Clone, Copy)]
+pub(super) struct Usual {
+    pub(super) level: u8,
+    pub(super) inherited: u64,
+    pub(super) shape: Option<u8>,
+    pub(super) pattern: Pattern,
+    pub(super) within: Span,
+    pub(super) room: u64,
+}
+
+/// Tables that were not like the last: the more of them in a row, the more are not tried.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Misses {
+    in_a_row: u32,
+    skip: u32,
+}
+
+impl Misses {
+    pub(super) fn miss(&mut self) {
+        self.in_a_row = (self.in_a_row + 1).min(6);
+        self.skip = (1 << self.in_a_row) - 2;
+    }
+
+    pub(super) fn skips(&mut self) -> bool {
+        let skips = self.skip > 0;
+        self.skip = self.skip.saturating_sub(1);
+        skips
+    }
+}
+
+/// The only entries that are passed through a visitor's hands while they are read.
+pub(super) const PASSING: EntryLayout = EntryLayout { bytes: 8, order: ByteOrder::Little };
 
 /// What the entries of a table are expected to be, and what becomes of them.
 #[derive(Debug)]

@@ -9,9 +9,9 @@ use crate::memory::PAGE;
 use crate::table::build::{BuildError, Builder, Leaf, low_bits, note};
 use crate::table::geometry::{AddressField, ByteOrder, Move};
 use crate::table::lanes;
+use crate::table::leaves::{Piece, Run};
 use crate::table::passage::{ENTRIES, Passed, Receiver};
 use crate::table::stage::is_staged;
-use crate::table::walk::{Piece, Run};
 use crate::{Attributes, Iova, Span};
 
 /// A leaf that becomes more leaves than this, or of which a page needs more, takes the slow way.
