@@ -125,8 +125,8 @@ impl Kinds {
     }
 }
 
-/// Leaves of one or two kinds, one per slot, side by side, perhaps with absent entries between them; their targets are in guest memory and aligned. The first
-/// and the last entry are leaves.
+/// Leaves of one or two kinds and of one size, side by side, perhaps with absent entries between them; their targets are in guest memory and aligned. The first
+/// and the last entry are leaves. Of leaves that fill several slots with the same entry, that is here once.
 #[derive(Clone, Copy, Debug)]
 pub struct Run<'a> {
     /// IOVA of the first.

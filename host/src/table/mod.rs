@@ -13,6 +13,7 @@ mod lanes;
 mod leaves;
 mod loss;
 mod passage;
+mod recode;
 mod remember;
 mod source;
 mod stage;

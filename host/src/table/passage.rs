@@ -9,7 +9,7 @@
 use crate::Span;
 use crate::memory::{EntryLayout, Nearby};
 use crate::table::geometry::ByteOrder;
-use crate::table::lanes::{Pattern, Target};
+use crate::table::lanes::Pattern;
 
 /// Entries of a table that can pass: a page of eight bytes each.
 pub(super) const ENTRIES: usize = 512;
@@ -71,6 +71,17 @@ pub struct Passage<'a> {
 pub struct Receiver<'a> {
     pub(super) entries: Target,
     pub(super) table: &'a mut [u64; ENTRIES],
+}
+
+/// The entries to be written.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Target {
+    /// The pattern for each of two kinds.
+    pub(super) patterns: [u64; 2],
+    /// For gaps.
+    pub(super) absent: u64,
+    /// Address bits, which stand in place in source and target.
+    pub(super) address: u64,
 }
 
 /// What was found on the way.

@@ -88,7 +88,12 @@ pub trait Visitor {
         false
     }
 
-    /// Leaves that are as large as their slots. `path` leads to the first one's entry.
+    /// Whether runs may be of leaves that fill several slots each, with one entry for each leaf.
+    fn takes_large(&self) -> bool {
+        false
+    }
+
+    /// Leaves that are alike, each as large as its slot, or filling several. `path` leads to the first one's entry.
     ///
     /// # Errors
     /// [`WalkError::Stopped`] ends the walk.

@@ -8,7 +8,7 @@ use std::fmt;
 use crate::memory::{Budget, EntryLayout, EntryMemory, Exhausted, MemoryMap, Nearby, PAGE};
 use crate::table::format::{FaultKind, Finding, Format, FormatError, Meaning, Missing};
 use crate::table::geometry::{AddressField, Geometry, Nonsense, Root};
-use crate::table::lanes::{Pattern, Scanned, all_in_place_within, all_within, run_length, scan};
+use crate::table::lanes::{Pattern, Scanned, all_in_place_within, all_within, repeated, run_length, scan};
 use crate::table::leaves::{Kinds, Piece, Run};
 use crate::table::passage::{ENTRIES, Misses, PASSING, Passage, START, Usual};
 use crate::table::remember::{Judge, JudgeError, LevelPlan, Plan, Remembered};
@@ -201,6 +201,17 @@ struct LastRead {
     address: u64,
     region: Span,
     nearby: Nearby,
+}
+
+/// Where leaves that are alike begin, and what the first of them is.
+#[derive(Clone, Copy)]
+struct Leaves<'a> {
+    /// Index of the first slot.
+    index: u64,
+    iova: u64,
+    place: Place,
+    known: &'a Remembered,
+    attributes: Attributes,
 }
 
 /// What became of a table that might be like the last.
@@ -407,10 +418,20 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
                     self.visitor.absent(Span { first: part.first, last }, self.path)?;
                     count
                 }
-                Meaning::Leaf { size_log2, attributes } if size_log2 == lsb && part == slot && known.meaning != Meaning::WholeEntry => {
+                Meaning::Leaf { size_log2, attributes } if size_log2 >= lsb && part == slot && known.meaning != Meaning::WholeEntry => {
                     let whole = ((span.last - iova).saturating_add(1) >> lsb).max(1);
                     let candidates = &entries[at..entries.len().min(at + whole as usize)];
-                    self.leaves(index + at as u64, candidates, iova, place, &known, attributes)?
+                    let first = Leaves { index: index + at as u64, iova, place, known: &known, attributes };
+                    let count = match size_log2 == lsb {
+                        true => self.leaves(first, candidates)?,
+                        false if self.visitor.takes_large() => self.large_leaves(first, candidates, size_log2)?,
+                        false => 0,
+                    };
+                    if count == 0 {
+                        self.set_step(index + at as u64, Some(entry));
+                        self.single_leaf(level, lsb, &known, entry, part, size_log2, attributes, NOTHING_MISSING)?;
+                    }
+                    count.max(1)
                 }
                 Meaning::Leaf { size_log2, attributes } => {
                     self.set_step(index + at as u64, Some(entry));
@@ -515,22 +536,33 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
     }
 
     /// Leaves as large as their slots: all of the first kind, and of one more, that stand side by side; how many entries these are.
-    fn leaves(
-        &mut self,
-        index: u64,
-        entries: &[u64],
-        iova: u64,
-        place: Place,
-        known: &Remembered,
-        attributes: Attributes,
-    ) -> Result<usize, WalkError> {
+    fn leaves(&mut self, first: Leaves<'_>, entries: &[u64]) -> Result<usize, WalkError> {
+        self.alike(first, entries, 0)
+    }
+
+    /// Leaves that fill several slots each, with the same entry; how many entries these are. Zero: `entries` does not begin with one that does.
+    fn large_leaves(&mut self, first: Leaves<'_>, entries: &[u64], size_log2: u8) -> Result<usize, WalkError> {
+        let repeat_log2 = size_log2 - self.plan.levels[usize::from(first.place.level)].index_lsb;
+        if first.iova & Span::of_log2(0, size_log2).last != 0 || entries.len() >> repeat_log2.min(63) == 0 {
+            return Ok(0);
+        }
+        let mut buffer = self.buffers.pop().unwrap_or_else(|| Box::new(Buffer([0; BUFFER])));
+        let count = repeated(entries, 1 << repeat_log2, &mut buffer.0);
+        let result = if count == 0 { Ok(0) } else { self.alike(first, &buffer.0[..count], repeat_log2) };
+        self.buffers.push(buffer);
+        result.map(|count| count << repeat_log2)
+    }
+
+    /// Leaves like the first of `entries`, and of one more kind, that stand side by side, each of which fills `2^repeat_log2` slots; how many these are.
+    fn alike(&mut self, first: Leaves<'_>, entries: &[u64], repeat_log2: u8) -> Result<usize, WalkError> {
+        let Leaves { index, iova, place, known, attributes } = first;
         let level = &self.plan.levels[usize::from(place.level)];
-        let (size_log2, field) = (level.index_lsb, level.field(known.shape));
+        let (size_log2, field) = (level.index_lsb + repeat_log2, level.field(known.shape));
         let size_mask = Span::of_log2(0, size_log2).last;
         let within = self.map.target(field.extract(entries[0])).and_then(|target| target.intersection(self.output));
         // Where this does not hold, every address counts as one outside of memory, and is looked at again.
         let plain = within.filter(|within| field.is_plain() && within.length_minus_one() >= size_mask);
-        let (first, room) = plain.map_or((0, 0), |within| (within.first, within.length_minus_one() - size_mask));
+        let (lowest, room) = plain.map_or((0, 0), |within| (within.first, within.length_minus_one() - size_mask));
         let mut pattern = Pattern { mask: known.mask, kinds: Kinds::one(known.pattern, attributes), address: field.in_place, moved: field.moved };
         // Tables that had leaves of another kind a moment ago have some again.
         if let Some((other, attributes)) = self.judge.companion(place.level, known) {
@@ -541,11 +573,11 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
         {
             pattern.kinds = pattern.kinds.with_gaps(absent);
         }
-        if plain.is_some() && field.is_in_place() && field.address_mask & size_mask == 0 {
+        if plain.is_some() && repeat_log2 == 0 && field.is_in_place() && field.address_mask & size_mask == 0 {
             let (level, inherited) = (place.level, place.inherited);
             self.usual = within.map(|within| Usual { level, inherited, shape: known.shape, pattern, within, room });
         }
-        let Scanned { count, gaps, outside, uniform } = scan(entries, pattern, first, room);
+        let Scanned { count, gaps, outside, uniform } = scan(entries, pattern, lowest, room);
         if uniform {
             pattern.kinds = pattern.kinds.first();
         } else if gaps == 0 {
@@ -553,7 +585,7 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
         }
         let run = &entries[..count];
         let run = &run[..run.iter().rposition(|entry| !pattern.kinds.is_gap(*entry)).map_or(0, |last| last + 1)];
-        self.budget.charge_leaves(count as u64 - gaps)?;
+        self.budget.charge_leaves((count as u64 - gaps) << repeat_log2)?;
         let within = if outside || plain.is_none() { self.targets_of(run, field, &pattern.kinds, size_mask) } else { within };
         if field.address_mask & size_mask == 0
             && let Some(within) = within
@@ -563,9 +595,12 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
             return Ok(count);
         }
         for (offset, entry) in run.iter().enumerate().filter(|(_, entry)| !pattern.kinds.is_gap(**entry)) {
-            let slot = Span::of_log2(iova + ((offset as u64) << size_log2), size_log2);
-            self.set_step(index + offset as u64, Some(*entry));
-            self.leaf(slot, field.extract(*entry), 0, size_log2, pattern.kinds.of(*entry))?;
+            // Slot by slot: each shows the piece of the leaf under it.
+            for slot in (offset as u64) << repeat_log2..(offset as u64 + 1) << repeat_log2 {
+                let span = Span::of_log2(iova + (slot << level.index_lsb), level.index_lsb);
+                self.set_step(index + slot, Some(*entry));
+                self.leaf(span, field.extract(*entry), span.first & size_mask, size_log2, pattern.kinds.of(*entry))?;
+            }
         }
         Ok(count)
     }

@@ -10,12 +10,16 @@ use crate::table::build::{BuildError, Builder, Leaf, low_bits, note};
 use crate::table::geometry::{AddressField, ByteOrder, Move};
 use crate::table::lanes;
 use crate::table::leaves::{Piece, Run};
-use crate::table::passage::{ENTRIES, Passed, Receiver};
+use crate::table::passage::{self, ENTRIES, Passed, Receiver};
+use crate::table::recode::{self, Form, Group};
 use crate::table::stage::is_staged;
 use crate::{Attributes, Iova, Span};
 
 /// A leaf that becomes more leaves than this, or of which a page needs more, takes the slow way.
-const MAX_SPLIT_LOG2: u8 = lanes::MAX_PARTS.trailing_zeros() as u8;
+const MAX_SPLIT_LOG2: u8 = recode::MAX_PARTS.trailing_zeros() as u8;
+
+/// The first part of a table is large if so many like it fill the table.
+const PARTS_OF_TABLE: u64 = 4;
 
 /// How runs of leaves of one size, of one or two kinds, are written.
 #[derive(Debug)]
@@ -44,6 +48,18 @@ pub(super) struct Prepared {
     leaves: [Arc<Leaf>; 2],
 }
 
+/// How leaves that are smaller than the target's pages make up such pages.
+#[derive(Debug)]
+pub(super) struct Merging {
+    /// The size of the leaves.
+    from: u8,
+    /// Where their addresses are.
+    field: AddressField,
+    /// The size of the pages.
+    page: u8,
+    group: Group,
+}
+
 /// The next larger pages that the same table may have, of several of the leaves each.
 #[derive(Clone, Copy, Debug)]
 struct Larger {
@@ -57,9 +73,9 @@ struct Larger {
 
 impl Prepared {
     /// What is written where addresses and their bytes stay where they are.
-    fn in_place_target(&self, run: &Run<'_>) -> lanes::Target {
+    fn in_place_target(&self, run: &Run<'_>) -> passage::Target {
         let [leaf, other] = &self.leaves;
-        lanes::Target { patterns: [leaf.pattern, other.pattern], absent: self.absent.to_le(), address: run.field.in_place & leaf.field.in_place }
+        passage::Target { patterns: [leaf.pattern, other.pattern], absent: self.absent, address: run.field.in_place & leaf.field.in_place }
     }
 
     fn serves(&self, run: &Run<'_>) -> bool {
@@ -94,31 +110,41 @@ impl Builder<'_> {
 
     /// Leaves that are smaller than the target's pages: those that make up whole pages become a run of such pages.
     fn map_merged(&mut self, run: &Run<'_>) -> Result<(), BuildError> {
-        let smallest = self.chains.iter().filter_map(|chain| chain.sizes.last()).map(|(size, _)| *size).min();
-        let Some(smallest) = smallest.filter(|smallest| (1..=MAX_SPLIT_LOG2).contains(&smallest.saturating_sub(run.size_log2))) else {
-            return self.map_pieces(run);
-        };
-        let merge_log2 = smallest - run.size_log2;
+        let known = self.merging.take_if(|known| known.from == run.size_log2 && known.field == *run.field);
+        let Some(merging) = known.or_else(|| self.prepare_merging(run)) else { return self.map_pieces(run) };
+        let mut merged = std::mem::take(&mut self.merged);
+        let result = self.map_whole_pages(run, &merging, &mut merged);
+        self.merged = merged;
+        self.merging = Some(merging);
+        result
+    }
+
+    /// How leaves like these make up the target's smallest pages; none: not a few of them do.
+    fn prepare_merging(&self, run: &Run<'_>) -> Option<Box<Merging>> {
+        let smallest = self.chains.iter().filter_map(|chain| chain.sizes.last()).map(|(size, _)| *size).min()?;
+        let merge_log2 = smallest.checked_sub(run.size_log2).filter(|log2| (1..=MAX_SPLIT_LOG2).contains(log2))?;
+        let parts = (0..1 << merge_log2).map(|part| run.field.insert(part << run.size_log2)).collect::<Option<Vec<u64>>>()?;
+        let group = Group { parts, below: bits_below(run.field, smallest) };
+        Some(Box::new(Merging { from: run.size_log2, field: run.field.clone(), page: smallest, group }))
+    }
+
+    fn map_whole_pages(&mut self, run: &Run<'_>, merging: &Merging, merged: &mut Vec<u64>) -> Result<(), BuildError> {
+        let (page, group) = (merging.page, &merging.group);
         // What stands before the first whole page, and after the last.
-        let before = ((run.iova.0.wrapping_neg() & low_bits(smallest)) >> run.size_log2) as usize;
-        let count = run.entries.len().saturating_sub(before) >> merge_log2 << merge_log2;
-        let parts: Option<Vec<u64>> = (0..1 << merge_log2).map(|part| run.field.insert(part << run.size_log2)).collect();
-        let (Some(parts), true, true) = (parts, count > 0, before < run.entries.len()) else { return self.map_pieces(run) };
-        let (head, middle, tail) = (&run.entries[..before], &run.entries[before..before + count], &run.entries[before + count..]);
-        let below = bits_below(run.field, smallest);
-        if run.kinds.has_gaps() && middle.iter().any(|entry| run.kinds.is_gap(*entry)) || !lanes::are_whole(middle, &parts, below) {
+        let before = ((run.iova.0.wrapping_neg() & low_bits(page)) >> run.size_log2) as usize;
+        let count = run.entries.len().saturating_sub(before) & !(group.parts.len() - 1);
+        if count == 0 || !recode::merge(&run.entries[before..before + count], run.kinds, group, merged) {
             return self.map_pieces(run);
         }
-        let mut merged = std::mem::take(&mut self.merged);
-        merged.clear();
-        merged.extend(middle.iter().step_by(1 << merge_log2));
+        let is_leaf = |entry: &u64| !run.kinds.is_gap(*entry);
+        let (head, tail) = (&run.entries[..before], &run.entries[before + count..]);
+        self.map_part(run, head, run.iova.0)?;
         let first = run.iova.0 + ((before as u64) << run.size_log2);
-        let result = self
-            .map_part(run, head, run.iova.0)
-            .and_then(|()| self.map_run(&Run { iova: Iova(first), size_log2: smallest, entries: &merged, ..*run }))
-            .and_then(|()| self.map_part(run, tail, first.wrapping_add((count as u64) << run.size_log2)));
-        self.merged = merged;
-        result
+        // A run begins and ends with a leaf.
+        if let (Some(begin), Some(end)) = (merged.iter().position(is_leaf), merged.iter().rposition(is_leaf)) {
+            self.map_run(&Run { iova: Iova(first + ((begin as u64) << page)), size_log2: page, entries: &merged[begin..=end], ..*run })?;
+        }
+        self.map_part(run, tail, first.wrapping_add((count as u64) << run.size_log2))
     }
 
     /// Some of a run's entries, the slow way.
@@ -127,7 +153,7 @@ impl Builder<'_> {
     }
 
     /// How runs like this one are written; none: one piece after the other.
-    fn prepare(&mut self, run: &Run<'_>, span: Span) -> Result<Option<Prepared>, BuildError> {
+    fn prepare(&mut self, run: &Run<'_>, span: Span) -> Result<Option<Box<Prepared>>, BuildError> {
         let here = self.window.filter(|window| self.windows[*window].holds(span));
         let Some(window) = here.or_else(|| self.windows.iter().position(|window| window.holds(span))) else { return Ok(None) };
         let chain = self.windows[window].chain;
@@ -158,8 +184,8 @@ impl Builder<'_> {
         let attributes = run.kinds.attributes();
         let mut leaves = [None, None];
         for (leaf, attributes) in leaves.iter_mut().zip(attributes) {
-            let encoding = self.encoding(chain, attributes)?;
-            leaf.clone_from(&self.encodings[encoding].leaves[position]);
+            let encoding = self.encoding(chain, attributes);
+            *leaf = self.ask(encoding, size)?.cloned();
         }
         let [Some(leaf), Some(other)] = leaves else { return Ok(None) };
         if leaf.field != other.field {
@@ -167,13 +193,13 @@ impl Builder<'_> {
         }
         let parts: Option<Vec<u64>> = (0..1 << split_log2).map(|part: u64| leaf.field.insert(part << slot & !low_bits(size))).collect();
         let Some(parts) = parts else { return Ok(None) };
-        let lines = lanes::lines(&parts);
+        let lines = recode::lines(&parts);
         let last_address = leaf.last_address.min(other.last_address);
         let moves = run.field.to(&leaf.field);
         let in_memory_order = self.layout.bytes == 8 && (self.layout.order == ByteOrder::Big) == cfg!(target_endian = "big");
         let in_place = run.field.is_in_place() && leaf.field.is_in_place() && in_memory_order && split_log2 == 0;
         let (from, field, leaves) = ((run.size_log2, attributes), run.field.clone(), [leaf, other]);
-        Ok(Some(Prepared {
+        Ok(Some(Box::new(Prepared {
             from,
             field,
             window,
@@ -189,7 +215,7 @@ impl Builder<'_> {
             in_place,
             larger,
             leaves,
-        }))
+        })))
     }
 
     fn map_prepared(&mut self, run: &Run<'_>, prepared: &Prepared) -> Result<(), BuildError> {
@@ -326,34 +352,31 @@ impl Builder<'_> {
     fn write_slots(&mut self, part: &[u64], run: &Run<'_>, prepared: &Prepared, index: usize, slots: usize) -> (u64, u64) {
         let depth = prepared.depth;
         let [leaf, other] = &prepared.leaves;
-        let patterns = [leaf.pattern, other.pattern];
         let (narrow, big) = (self.layout.bytes == 4, self.layout.order == ByteOrder::Big);
-        // A whole table needs no page to be filled in, and a table of several pages has none: they are written where they belong, past the cache.
-        let whole = slots as u64 == prepared.table_entries && self.staged[depth].is_some();
-        let past_cache = (whole || self.open[depth].past_cache) && (!narrow || (index | slots).is_multiple_of(2));
-        let form = lanes::Form {
+        // A table needs no page to be filled in if most of it comes in a few large parts: they are written where they belong, past the cache.
+        let large =
+            index == 0 && slots as u64 * PARTS_OF_TABLE >= prepared.table_entries && (slots * usize::from(self.layout.bytes)).is_multiple_of(64);
+        // What has gaps takes longer where that is not done in one pass.
+        if large && self.staged[depth].is_some() && (!prepared.in_place || !run.kinds.has_gaps() || recode::has_one_pass()) {
+            self.stage.skip(self.staged[depth].take());
+            self.open[depth].past_cache = true;
+        }
+        let past_cache = self.open[depth].past_cache && (!narrow || (index | slots).is_multiple_of(2));
+        if past_cache {
+            self.stage.skip(None);
+        }
+        let form = Form {
             moves: &prepared.moves,
-            patterns,
+            patterns: [leaf.pattern, other.pattern],
             absent: prepared.absent,
             parts: &prepared.parts,
             lines: &prepared.lines,
             narrow,
             big,
+            in_place: prepared.in_place,
             past_cache,
         };
-        if past_cache && !(prepared.in_place && run.kinds.has_gaps()) {
-            self.stage.skip(self.staged[depth].take());
-            let target = self.arena.words(self.open[depth].offset);
-            let words = if narrow { index / 2..(index + slots) / 2 } else { index..index + slots };
-            if let Some(others) = lanes::recode_past_cache(part, run.kinds, &mut target[words], form) {
-                return (others, 0);
-            }
-            return lanes::recode(part, run.kinds, target, index, form);
-        }
-        if prepared.in_place {
-            return lanes::transcode(part, run.kinds, &mut self.words(depth)[index..index + slots], prepared.in_place_target(run));
-        }
-        lanes::recode(part, run.kinds, self.words(depth), index, form)
+        recode::recode(part, run.kinds, self.words(depth), index, form)
     }
 
     /// Notes what `count` leaves of one of two kinds lose.

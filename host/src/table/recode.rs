@@ -1,0 +1,454 @@
+//! Entries of one format become entries of another, many at a time: addresses move, patterns are replaced, one becomes several or several become one.
+//!
+//! As in `lanes`, the loops are plain; for processors with registers of 64 bytes there is one written for them, which does all of it in one pass.
+#![allow(unsafe_code)]
+
+use crate::table::geometry::Move;
+use crate::table::lanes::{for_all_lanes, stream};
+use crate::table::leaves::Kinds;
+
+/// How entries are written.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Form<'a> {
+    /// How addresses move from source to target.
+    pub(super) moves: &'a [Move],
+    /// The pattern for each of two kinds.
+    pub(super) patterns: [u64; 2],
+    /// For gaps.
+    pub(super) absent: u64,
+    /// Each leaf becomes as many entries, with these bits added: a power of two, up to [`MAX_PARTS`].
+    pub(super) parts: &'a [u64],
+    /// For each line of what eight leaves become: which leaf each word is of, and what is added to it. See [`lines`].
+    pub(super) lines: &'a [([u64; 8], [u64; 8])],
+    /// Entries of 4 bytes.
+    pub(super) narrow: bool,
+    /// Most significant byte first.
+    pub(super) big: bool,
+    /// Addresses stay where they are, and so do their bytes; one entry for each leaf.
+    pub(super) in_place: bool,
+    /// Entries go past the cache: pairs of them, from an even slot. [`fence`](crate::table::lanes::fence) must follow.
+    pub(super) past_cache: bool,
+}
+
+/// What [`Form::lines`] is for these parts.
+pub(super) fn lines(parts: &[u64]) -> Vec<([u64; 8], [u64; 8])> {
+    let line = |line: usize| {
+        let slots: [usize; 8] = std::array::from_fn(|word| line * 8 + word);
+        (slots.map(|slot| (slot / parts.len()) as u64), slots.map(|slot| parts[slot % parts.len()]))
+    };
+    (0..parts.len()).map(line).collect()
+}
+
+/// Most entries that a leaf becomes.
+pub(super) const MAX_PARTS: usize = 1 << 5;
+
+/// Whether everything that [`recode`] does is done in one pass here.
+#[inline]
+pub(super) fn has_one_pass() -> bool {
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    {
+        is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw")
+    }
+    #[cfg(not(all(target_arch = "x86_64", not(miri))))]
+    {
+        false
+    }
+}
+
+/// Writes `source` to the entries of `target` from `slot`; how many leaves are of the second kind, and how many source entries are gaps.
+pub(super) fn recode(source: &[u64], kinds: Kinds, target: &mut [u64], slot: usize, form: Form<'_>) -> (u64, u64) {
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    if has_one_pass() {
+        let (done, others, gaps) = wide::recode(source, kinds, target, slot, form);
+        if done == source.len() {
+            return (others, gaps);
+        }
+        let (more_others, more_gaps) = recode_blocks(&source[done..], kinds, target, slot + done * form.parts.len(), form);
+        return (others + more_others, gaps + more_gaps);
+    }
+    if form.in_place && !form.past_cache {
+        return transcode(source, kinds, &mut target[slot..slot + source.len()], form);
+    }
+    recode_blocks(source, kinds, target, slot, form)
+}
+
+for_all_lanes! {
+    /// [`recode`] where addresses and bytes stay in place.
+    fn transcode(source: &[u64], kinds: Kinds, target: &mut [u64], form: Form<'_>) -> (u64, u64) {
+        let (patterns, absent) = (form.patterns, form.absent);
+        let address = form.moves.iter().fold(0, |mask, one| mask | one.mask);
+        if kinds.is_one() {
+            for (target, source) in target.iter_mut().zip(source) {
+                *target = patterns[0] | source & address;
+            }
+            return (0, 0);
+        }
+        let leaf = |source: u64| (if kinds.is_second(source) { patterns[1] } else { patterns[0] }) | source & address;
+        let (mut others, mut gaps) = (0_u64, 0_u64);
+        if !kinds.has_gaps() {
+            for (target, source) in target.iter_mut().zip(source) {
+                *target = leaf(*source);
+                others += u64::from(kinds.is_second(*source));
+            }
+            return (others, 0);
+        }
+        for (target, source) in target.iter_mut().zip(source) {
+            let gap = kinds.is_gap(*source);
+            *target = if gap { absent } else { leaf(*source) };
+            others += u64::from(kinds.is_second(*source) & !gap);
+            gaps += u64::from(gap);
+        }
+        (others, gaps)
+    }
+}
+
+/// Entries that are written together.
+const SLOTS: usize = 64;
+
+/// Some of them, at the beginning of a line.
+#[repr(align(64))]
+struct Slots([u64; SLOTS]);
+
+for_all_lanes! {
+    /// [`recode`] on any processor: some entries at a time, which stay in the cache between one step and the next.
+    fn recode_blocks(source: &[u64], kinds: Kinds, target: &mut [u64], slot: usize, form: Form<'_>) -> (u64, u64) {
+        let (mut others, mut gaps) = (0, 0);
+        let (mut leaves, mut spread, mut packed) = (Slots([0; SLOTS]), Slots([0; SLOTS]), Slots([0; SLOTS]));
+        let mut slot = slot;
+        for block in source.chunks(SLOTS / form.parts.len()) {
+            let leaves = &mut leaves.0[..block.len()];
+            let (also_others, also_gaps) = leaves_of(block, kinds, leaves, form);
+            others += also_others;
+            gaps += also_gaps;
+            let slots = block.len() * form.parts.len();
+            let entries = match form.parts.len() {
+                1 => leaves,
+                2 => spread_over::<2>(block, kinds, leaves, form.parts, &mut spread.0[..slots]),
+                4 => spread_over::<4>(block, kinds, leaves, form.parts, &mut spread.0[..slots]),
+                8 => spread_over::<8>(block, kinds, leaves, form.parts, &mut spread.0[..slots]),
+                16 => spread_over::<16>(block, kinds, leaves, form.parts, &mut spread.0[..slots]),
+                _ => spread_over::<MAX_PARTS>(block, kinds, leaves, form.parts, &mut spread.0[..slots]),
+            };
+            if form.narrow && form.past_cache {
+                let packed = &mut packed.0[..slots / 2];
+                put_halves(entries, halves(packed), form.big);
+                stream(packed, &mut target[slot / 2..][..slots / 2]);
+            } else if form.narrow {
+                put_halves(entries, &mut halves(target)[slot..slot + slots], form.big);
+            } else {
+                let target = &mut target[slot..slot + slots];
+                if form.big != cfg!(target_endian = "big") {
+                    entries.iter_mut().for_each(|entry| *entry = entry.swap_bytes());
+                }
+                if form.past_cache {
+                    stream(entries, target);
+                } else {
+                    target.copy_from_slice(entries);
+                }
+            }
+            slot += slots;
+        }
+        (others, gaps)
+    }
+}
+
+/// The target's entries for `block`, in native byte order; how many leaves are of the second kind, and how many entries are gaps.
+#[inline(always)]
+fn leaves_of(block: &[u64], kinds: Kinds, leaves: &mut [u64], form: Form<'_>) -> (u64, u64) {
+    let [first, second] = form.patterns;
+    let (mut others, mut gaps) = (0_u64, 0_u64);
+    if kinds.is_one() {
+        leaves.fill(first);
+    } else {
+        for (leaf, source) in leaves.iter_mut().zip(block) {
+            let (is_second, gap) = (kinds.is_second(*source), kinds.is_gap(*source));
+            *leaf = if is_second { second } else { first };
+            others += u64::from(is_second & !gap);
+            gaps += u64::from(gap);
+        }
+    }
+    for one in form.moves {
+        for (leaf, source) in leaves.iter_mut().zip(block) {
+            *leaf |= one.apply(*source);
+        }
+    }
+    if gaps > 0 {
+        for (leaf, source) in leaves.iter_mut().zip(block) {
+            *leaf = if kinds.is_gap(*source) { form.absent } else { *leaf };
+        }
+    }
+    (others, gaps)
+}
+
+/// Each leaf as many times as there are `parts`.
+#[inline(always)]
+fn spread_over<'a, const PARTS: usize>(block: &[u64], kinds: Kinds, leaves: &[u64], parts: &[u64], spread: &'a mut [u64]) -> &'a mut [u64] {
+    let Some(parts) = parts.first_chunk::<PARTS>() else { return spread };
+    for ((source, leaf), entries) in block.iter().zip(leaves).zip(spread.as_chunks_mut::<PARTS>().0) {
+        let kept = if kinds.is_gap(*source) { 0 } else { u64::MAX };
+        for (entry, part) in entries.iter_mut().zip(parts) {
+            *entry = leaf | part & kept;
+        }
+    }
+    spread
+}
+
+/// Entries of 4 bytes, as they stand in memory.
+#[inline(always)]
+fn put_halves(entries: &[u64], target: &mut [u32], big: bool) {
+    if big {
+        target.iter_mut().zip(entries).for_each(|(target, entry)| *target = (*entry as u32).to_be());
+    } else {
+        target.iter_mut().zip(entries).for_each(|(target, entry)| *target = (*entry as u32).to_le());
+    }
+}
+
+/// Words as entries of 4 bytes, in the order of memory.
+fn halves(words: &mut [u64]) -> &mut [u32] {
+    // SAFETY: any 4 bytes are a `u32`, and a word is aligned to hold two.
+    unsafe { words.align_to_mut::<u32>().1 }
+}
+/// Leaves that make up a larger one: for each of them the address bits that it has and the first has not, and those that the first may not have.
+#[derive(Clone, Debug)]
+pub(super) struct Group {
+    pub(super) parts: Vec<u64>,
+    pub(super) below: u64,
+}
+
+/// Puts the first of every `group.parts.len()` entries (a power of two, up to [`MAX_PARTS`]) into `firsts`; whether all of them are one leaf each, or absent
+/// together.
+pub(super) fn merge(entries: &[u64], kinds: Kinds, group: &Group, firsts: &mut Vec<u64>) -> bool {
+    firsts.clear();
+    firsts.extend(entries.iter().step_by(group.parts.len()));
+    match group.parts.len() {
+        2 => are_whole::<2>(entries, kinds, group),
+        4 => are_whole::<4>(entries, kinds, group),
+        8 => are_whole::<8>(entries, kinds, group),
+        16 => are_whole::<16>(entries, kinds, group),
+        _ => are_whole::<MAX_PARTS>(entries, kinds, group),
+    }
+}
+
+fn are_whole<const PARTS: usize>(entries: &[u64], kinds: Kinds, group: &Group) -> bool {
+    let Some(parts) = group.parts.first_chunk::<PARTS>() else { return false };
+    let groups = entries.as_chunks::<PARTS>().0;
+    let differ = if kinds.has_gaps() { differ_or_absent(groups, kinds, parts, group.below) } else { differ(groups, parts, group.below) };
+    !differ
+}
+
+for_all_lanes! {
+    /// Whether any of `groups` is not one leaf.
+    fn differ<const PARTS: usize>(groups: &[[u64; PARTS]], parts: &[u64; PARTS], below: u64) -> bool {
+        let (mut different, mut low) = ([0; PARTS], 0);
+        for group in groups {
+            low |= group[0];
+            for (different, (entry, part)) in different.iter_mut().zip(group.iter().zip(parts)) {
+                *different |= entry ^ part ^ group[0];
+            }
+        }
+        different.iter().fold(low & below, |any, different| any | different) != 0
+    }
+}
+
+for_all_lanes! {
+    /// The same where groups may be absent.
+    fn differ_or_absent<const PARTS: usize>(groups: &[[u64; PARTS]], kinds: Kinds, parts: &[u64; PARTS], below: u64) -> bool {
+        let (mut different, mut low) = ([0; PARTS], 0);
+        for group in groups {
+            let kept = if kinds.is_gap(group[0]) { 0 } else { u64::MAX };
+            low |= group[0] & kept;
+            for (different, (entry, part)) in different.iter_mut().zip(group.iter().zip(parts)) {
+                *different |= entry ^ part & kept ^ group[0];
+            }
+        }
+        different.iter().fold(low & below, |any, different| any | different) != 0
+    }
+}
+
+#[cfg(all(target_arch = "x86_64", not(miri)))]
+mod wide {
+    use std::arch::x86_64::{
+        __m512i, _mm512_and_si512, _mm512_castsi256_si512, _mm512_cmpneq_epi64_mask, _mm512_cvtepi64_epi32, _mm512_inserti64x4, _mm512_loadu_si512,
+        _mm512_mask_mov_epi64, _mm512_mask_sub_epi64, _mm512_mask_test_epi64_mask, _mm512_mask_xor_epi64, _mm512_maskz_mov_epi64, _mm512_or_si512,
+        _mm512_permutexvar_epi64, _mm512_reduce_add_epi64, _mm512_rolv_epi64, _mm512_set1_epi64, _mm512_set4_epi32, _mm512_setzero_si512,
+        _mm512_shuffle_epi8, _mm512_storeu_si512, _mm512_stream_si512, _mm512_ternarylogic_epi64, _mm512_xor_si512,
+    };
+
+    use super::{Form, Kinds, halves};
+    use crate::table::geometry::Move;
+
+    /// `a & b | c`.
+    const AND_OR: i32 = 0b1110_1010;
+    /// `a | b & c`.
+    const OR_AND: i32 = 0b1111_1000;
+
+    /// Most ways in which the bits of one address move.
+    const MAX_MOVES: usize = 4;
+
+    /// [`recode`](super::recode) of as many entries as fill whole lines; how many these are, how many of them are of the second kind, and how many absent.
+    pub(super) fn recode(source: &[u64], kinds: Kinds, target: &mut [u64], slot: usize, form: Form<'_>) -> (usize, u64, u64) {
+        // Entries of 4 bytes are written sixteen at a time, all others eight.
+        let step = if form.narrow && form.parts.len() == 1 { 16 } else { 8 };
+        let source = &source[..source.len() / step * step];
+        let slots = source.len() * form.parts.len();
+        let target =
+            if form.narrow { halves(target)[slot..slot + slots].as_mut_ptr().cast::<u64>() } else { target[slot..slot + slots].as_mut_ptr() };
+        let possible = form.moves.len() <= MAX_MOVES && (!form.past_cache || target.addr().is_multiple_of(64));
+        if !possible || source.is_empty() {
+            return (0, 0, 0);
+        }
+        let recode: unsafe fn(&[u64], Kinds, *mut u64, Form<'_>) -> (u64, u64) = match (kinds.has_gaps(), form.moves.len()) {
+            (false, 0..=1) => recode_lines::<false, 1>,
+            (false, 2) => recode_lines::<false, 2>,
+            (false, _) => recode_lines::<false, MAX_MOVES>,
+            (true, 0..=1) => recode_lines::<true, 1>,
+            (true, 2) => recode_lines::<true, 2>,
+            (true, _) => recode_lines::<true, MAX_MOVES>,
+        };
+        // SAFETY: the caller has asked the processor; `target` has just the bytes for these entries, and begins at a line where they go past the cache.
+        let (others, gaps) = unsafe { recode(source, kinds, target, form) };
+        (source.len(), others, gaps)
+    }
+
+    /// Within each 16 bytes: every eight of them back to front, or every four.
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    fn back_to_front(narrow: bool) -> __m512i {
+        if narrow {
+            _mm512_set4_epi32(0x0c0d_0e0f, 0x0809_0a0b, 0x0405_0607, 0x0001_0203)
+        } else {
+            _mm512_set4_epi32(0x0809_0a0b, 0x0c0d_0e0f, 0x0001_0203, 0x0405_0607)
+        }
+    }
+
+    /// Sixteen words become entries of 4 bytes.
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    fn pack(low: __m512i, high: __m512i) -> __m512i {
+        _mm512_inserti64x4::<1>(_mm512_castsi256_si512(_mm512_cvtepi64_epi32(low)), _mm512_cvtepi64_epi32(high))
+    }
+
+    /// How leaves are made, in registers.
+    #[derive(Clone, Copy)]
+    struct Registers<const MOVES: usize> {
+        pattern: __m512i,
+        test: __m512i,
+        gap: __m512i,
+        first: __m512i,
+        difference: __m512i,
+        absent: __m512i,
+        one_less: __m512i,
+        turns: [__m512i; MOVES],
+        masks: [__m512i; MOVES],
+    }
+
+    /// What was found, for each eighth entry: to move a mask out of its register for each line costs more than to count in others.
+    #[derive(Clone, Copy)]
+    struct Found {
+        others: __m512i,
+        present: __m512i,
+    }
+
+    impl<const MOVES: usize> Registers<MOVES> {
+        #[target_feature(enable = "avx512f")]
+        #[inline]
+        fn new(kinds: Kinds, form: Form<'_>) -> Self {
+            let all = |word: u64| _mm512_set1_epi64(word as i64);
+            let moves: [Move; MOVES] = std::array::from_fn(|index| form.moves.get(index).copied().unwrap_or_default());
+            Self {
+                pattern: all(kinds.pattern()),
+                test: all(kinds.test()),
+                gap: all(kinds.gap()),
+                first: all(form.patterns[0]),
+                difference: all(form.patterns[0] ^ form.patterns[1]),
+                absent: all(form.absent),
+                one_less: all(u64::MAX),
+                turns: moves.map(|one| all(one.turn.into())),
+                masks: moves.map(|one| all(one.apply(u64::MAX))),
+            }
+        }
+
+        /// What becomes of eight entries, and which of its words are leaves: all bits, or none.
+        #[target_feature(enable = "avx512f")]
+        #[inline]
+        fn leaves<const GAPS: bool>(self, words: &[u64; 8], found: &mut Found) -> (__m512i, __m512i) {
+            // SAFETY: eight words.
+            let words = unsafe { _mm512_loadu_si512(words.as_ptr().cast::<__m512i>()) };
+            let present = if GAPS { _mm512_cmpneq_epi64_mask(words, self.gap) } else { 0xff };
+            let second = _mm512_mask_test_epi64_mask(present, _mm512_xor_si512(words, self.pattern), self.test);
+            let mut leaves = _mm512_ternarylogic_epi64::<AND_OR>(_mm512_rolv_epi64(words, self.turns[0]), self.masks[0], self.first);
+            for index in 1..MOVES {
+                leaves = _mm512_ternarylogic_epi64::<OR_AND>(leaves, _mm512_rolv_epi64(words, self.turns[index]), self.masks[index]);
+            }
+            leaves = _mm512_mask_xor_epi64(leaves, second, leaves, self.difference);
+            found.others = _mm512_mask_sub_epi64(found.others, second, found.others, self.one_less);
+            if !GAPS {
+                return (leaves, self.one_less);
+            }
+            found.present = _mm512_mask_sub_epi64(found.present, present, found.present, self.one_less);
+            (_mm512_mask_mov_epi64(self.absent, present, leaves), _mm512_maskz_mov_epi64(present, self.one_less))
+        }
+    }
+
+    /// Eight words of a line that several make up: their leaves, with what is added to each.
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    fn spread<const GAPS: bool>((leaf, part): &([u64; 8], [u64; 8]), leaves: __m512i, kept: __m512i) -> __m512i {
+        // SAFETY: eight words.
+        let load = |words: &[u64; 8]| unsafe { _mm512_loadu_si512(words.as_ptr().cast::<__m512i>()) };
+        let (leaf, part) = (load(leaf), load(part));
+        let part = if GAPS { _mm512_and_si512(part, _mm512_permutexvar_epi64(leaf, kept)) } else { part };
+        _mm512_or_si512(_mm512_permutexvar_epi64(leaf, leaves), part)
+    }
+
+    /// Recodes whole lines: `source` has a multiple of 8 entries, of 16 if each becomes one of 4 bytes.
+    ///
+    /// # Safety
+    /// From `target`, all entries may be written that `source` becomes; it is a multiple of 64 if they go past the cache.
+    #[target_feature(enable = "avx512f,avx512bw")]
+    unsafe fn recode_lines<const GAPS: bool, const MOVES: usize>(source: &[u64], kinds: Kinds, target: *mut u64, form: Form<'_>) -> (u64, u64) {
+        let registers = Registers::<MOVES>::new(kinds, form);
+        let (swap, zero) = (back_to_front(form.narrow), _mm512_setzero_si512());
+        let mut found = Found { others: zero, present: zero };
+        let mut at = target.cast::<__m512i>();
+        let mut put = |line: __m512i| {
+            let line = if form.big { _mm512_shuffle_epi8(line, swap) } else { line };
+            // SAFETY: the caller's promise: one line after the other; `Stage` fences before it lets go of the memory.
+            unsafe { if form.past_cache { _mm512_stream_si512(at, line) } else { _mm512_storeu_si512(at, line) } };
+            at = at.wrapping_add(1);
+        };
+        let sources = source.as_chunks::<8>().0;
+        match (form.parts.len(), form.narrow) {
+            (1, false) => {
+                for eight in sources {
+                    put(registers.leaves::<GAPS>(eight, &mut found).0);
+                }
+            }
+            (1, true) => {
+                for [low, high] in sources.as_chunks::<2>().0 {
+                    let (low, high) = (registers.leaves::<GAPS>(low, &mut found).0, registers.leaves::<GAPS>(high, &mut found).0);
+                    put(pack(low, high));
+                }
+            }
+            (_, false) => {
+                for eight in sources {
+                    let (leaves, kept) = registers.leaves::<GAPS>(eight, &mut found);
+                    for line in form.lines {
+                        put(spread::<GAPS>(line, leaves, kept));
+                    }
+                }
+            }
+            (_, true) => {
+                for eight in sources {
+                    let (leaves, kept) = registers.leaves::<GAPS>(eight, &mut found);
+                    for [low, high] in form.lines.as_chunks::<2>().0 {
+                        put(pack(spread::<GAPS>(low, leaves, kept), spread::<GAPS>(high, leaves, kept)));
+                    }
+                }
+            }
+        }
+        let sum = |counts| _mm512_reduce_add_epi64(counts).cast_unsigned();
+        let gaps = if GAPS { source.len() as u64 - sum(found.present) } else { 0 };
+        (sum(found.others), gaps)
+    }
+}
