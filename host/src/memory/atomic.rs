@@ -12,9 +12,9 @@ use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
 
 use crate::memory::EntryLayout;
-use crate::table::{ByteOrder, swap_bytes};
 #[cfg(all(target_arch = "x86_64", not(miri)))]
-use crate::table::{Passage, widen};
+use crate::table::widen;
+use crate::table::{ByteOrder, swap_bytes};
 
 /// Where bytes of guest memory stand in this process. It can be used for one thing: to tell the processor which bytes near them will be read soon. Nothing is
 /// read through it, so it may outlive the memory, or point into the void.
@@ -149,32 +149,16 @@ unsafe fn load_lines(from: *const u8, to: *mut u64, lines: usize) {
     }
 }
 
-/// A whole page of entries of eight bytes, in the order of this processor, passes through `passage`, and is kept in `entries`; false if it cannot.
-#[cfg(all(target_arch = "x86_64", not(miri)))]
-pub(super) fn pass<B: BitmapSlice>(slice: &VolatileSlice<'_, B>, entries: &mut [u64; 512], passage: &mut Passage<'_>) -> bool {
-    let guard = slice.ptr_guard();
-    let first = guard.as_ptr();
-    if !first.addr().is_multiple_of(16) || slice.len() != size_of_val(entries) {
-        return false;
-    }
-    let pass: unsafe fn(_, &mut _, &mut Passage<'_>) = if passage.has_gaps() { wide::pass::<true> } else { wide::pass::<false> };
-    // SAFETY: as for `load`: the page is within the slice, the loads are aligned. A passage is only made where the processor has what this needs, for an
-    // aligned target.
-    unsafe { pass(first, entries, passage) };
-    true
-}
-
 /// For processors with registers of 64 bytes.
 #[cfg(all(target_arch = "x86_64", not(miri)))]
 mod wide {
     use std::arch::asm;
     use std::arch::x86_64::{
-        __m512i, _mm512_castsi512_si256, _mm512_cvtepu32_epi64, _mm512_extracti64x4_epi64, _mm512_loadu_si512, _mm512_set4_epi32,
-        _mm512_shuffle_epi8, _mm512_storeu_si512,
+        __m512i, _mm512_castsi512_si256, _mm512_cvtepu32_epi64, _mm512_extracti64x4_epi64, _mm512_set4_epi32, _mm512_shuffle_epi8,
+        _mm512_storeu_si512,
     };
 
     use super::LINE;
-    use crate::table::{Passage, Registers};
 
     /// Loads a line, 16 bytes with each load: one register for a line, so that the loads of further ones need not wait.
     ///
@@ -246,28 +230,5 @@ mod wide {
                 put(eight, next(at));
             }
         }
-    }
-
-    /// See [`pass`](super::pass).
-    ///
-    /// # Safety
-    /// `from` is a multiple of 16, and a page may be read there; the passage's target is a multiple of 64. The processor has AVX-512F.
-    #[target_feature(enable = "avx512f")]
-    pub(super) unsafe fn pass<const GAPS: bool>(from: *const u8, entries: &mut [u64; 512], passage: &mut Passage<'_>) {
-        // All is loaded before any of it is written: loads, and stores past the cache, get in each other's way.
-        for (at, eight) in entries.as_chunks_mut::<LINE>().0.iter_mut().enumerate() {
-            // SAFETY: the caller's promise: a page is there, and eight words have room.
-            unsafe { _mm512_storeu_si512(eight.as_mut_ptr().cast(), line(from.wrapping_add(at * 8 * LINE))) };
-        }
-        passage.is_there();
-        let (registers, mut found) = Registers::new(passage);
-        let target = passage.target();
-        for (line, words) in entries.as_chunks::<LINE>().0.iter().enumerate() {
-            // SAFETY: eight words.
-            let words = unsafe { _mm512_loadu_si512(words.as_ptr().cast::<__m512i>()) };
-            // SAFETY: a line of the target, as the caller promises.
-            unsafe { registers.line::<GAPS>(words, &mut found, target.wrapping_add(line * LINE)) };
-        }
-        passage.end(found);
     }
 }

@@ -6,7 +6,7 @@ use vm_memory::{GuestAddress, GuestMemory, Permissions, VolatileMemory};
 
 use crate::Gpa;
 use crate::memory::atomic::{self, Nearby};
-use crate::table::{ByteOrder, Passage};
+use crate::table::ByteOrder;
 
 /// The unit in which tables are read, and the smallest page of any guest: 4 KiB.
 pub const PAGE: u64 = 4096;
@@ -56,13 +56,6 @@ pub trait EntryMemory {
     fn read_entries_nearby(&self, address: Gpa, layout: EntryLayout, entries: &mut [u64]) -> Result<Nearby, ReadError> {
         self.read_entries(address, layout, entries).map(|()| Nearby::UNKNOWN)
     }
-
-    /// A page of entries of eight bytes, the lowest byte first, is read into `entries` and passes through `passage` on its way. None: this memory cannot do
-    /// that, and nothing was read.
-    fn read_passing(&self, address: Gpa, entries: &mut [u64; 512], passage: &mut Passage<'_>) -> Option<Nearby> {
-        let _ = (address, entries, passage);
-        None
-    }
 }
 
 /// Any guest memory of the `vm-memory` crate.
@@ -96,13 +89,6 @@ impl<M: GuestMemory + ?Sized> EntryMemory for VmMemory<'_, M> {
             done += count;
         }
         Ok(nearby)
-    }
-
-    #[cfg(all(target_arch = "x86_64", not(miri)))]
-    fn read_passing(&self, address: Gpa, entries: &mut [u64; 512], passage: &mut Passage<'_>) -> Option<Nearby> {
-        let mut slices = self.0.get_slices(GuestAddress(address.0), size_of_val(entries), Permissions::Read).ok()?;
-        let slice = slices.next()?.ok()?;
-        atomic::pass(&slice, entries, passage).then(|| atomic::nearby(&slice))
     }
 }
 

@@ -133,8 +133,8 @@ pub struct Builder<'a> {
     prepared: Option<Box<Prepared>>,
     /// For leaves like the last that were smaller than the target's pages.
     merging: Option<Box<Merging>>,
-    /// Where the next table will be, to which entries were written in advance.
-    upcoming: Option<u64>,
+    /// Where entries were written in advance: offset of the table, and slot.
+    upcoming: Option<(u64, u64)>,
     /// The first leaves of pages that several make up.
     merged: Vec<u64>,
     losses: Losses,

@@ -35,9 +35,7 @@ pub(crate) use lanes::{swap_bytes, widen};
 pub use leaves::{Kinds, Piece, Run};
 pub(crate) use loss::narrowed;
 pub use loss::{Count, Loss, Losses};
-#[cfg(all(target_arch = "x86_64", not(miri)))]
-pub(crate) use passage::wide::Registers;
-pub use passage::{Passage, Passed, Receiver};
+pub use passage::{Passed, Receiver};
 pub(crate) use remember::{Judge, JudgeError, LevelPlan, MAX_REMEMBERED, Plan};
 pub use source::Source;
 pub use stages::{AddressSpace, Fault, Translation};

@@ -4,7 +4,7 @@
 #![allow(unsafe_code)]
 
 use crate::table::geometry::Move;
-use crate::table::lanes::{for_all_lanes, stream};
+use crate::table::lanes::{Pattern, for_all_lanes, stream};
 use crate::table::leaves::Kinds;
 
 /// How entries are written.
@@ -70,6 +70,24 @@ pub(super) fn recode(source: &[u64], kinds: Kinds, target: &mut [u64], slot: usi
         return transcode(source, kinds, &mut target[slot..slot + source.len()], form);
     }
     recode_blocks(source, kinds, target, slot, form)
+}
+
+/// What entries are expected to be: of these kinds, with addresses in `first..=first + room`.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Expected {
+    pub(super) pattern: Pattern,
+    pub(super) first: u64,
+    pub(super) room: u64,
+}
+
+/// [`recode`], and whether all entries are as expected. None: not with these entries, or not on this processor, and nothing was written.
+pub(super) fn recode_expected(source: &[u64], expected: Expected, target: &mut [u64], slot: usize, form: Form<'_>) -> Option<(bool, u64, u64)> {
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    if has_one_pass() {
+        return wide::recode_expected(source, expected, target, slot, form);
+    }
+    let _ = (source, expected, target, slot, form);
+    None
 }
 
 for_all_lanes! {
@@ -269,13 +287,15 @@ for_all_lanes! {
 mod wide {
     use std::arch::x86_64::{
         __m512i, _mm512_and_si512, _mm512_castsi256_si512, _mm512_cmpneq_epi64_mask, _mm512_cvtepi64_epi32, _mm512_inserti64x4, _mm512_loadu_si512,
-        _mm512_mask_mov_epi64, _mm512_mask_sub_epi64, _mm512_mask_test_epi64_mask, _mm512_mask_xor_epi64, _mm512_maskz_mov_epi64, _mm512_or_si512,
-        _mm512_permutexvar_epi64, _mm512_reduce_add_epi64, _mm512_rolv_epi64, _mm512_set1_epi64, _mm512_set4_epi32, _mm512_setzero_si512,
-        _mm512_shuffle_epi8, _mm512_storeu_si512, _mm512_stream_si512, _mm512_ternarylogic_epi64, _mm512_xor_si512,
+        _mm512_mask_max_epu64, _mm512_mask_mov_epi64, _mm512_mask_sub_epi64, _mm512_mask_ternarylogic_epi64, _mm512_mask_test_epi64_mask,
+        _mm512_mask_xor_epi64, _mm512_maskz_mov_epi64, _mm512_or_si512, _mm512_permutexvar_epi64, _mm512_reduce_add_epi64, _mm512_reduce_max_epu64,
+        _mm512_reduce_or_epi64, _mm512_rolv_epi64, _mm512_set1_epi64, _mm512_set4_epi32, _mm512_setzero_si512, _mm512_shuffle_epi8,
+        _mm512_storeu_si512, _mm512_stream_si512, _mm512_sub_epi64, _mm512_ternarylogic_epi64, _mm512_xor_si512,
     };
 
-    use super::{Form, Kinds, halves};
+    use super::{Expected, Form, Kinds, halves};
     use crate::table::geometry::Move;
+    use crate::table::lanes::Pattern;
 
     /// `a & b | c`.
     const AND_OR: i32 = 0b1110_1010;
@@ -285,29 +305,64 @@ mod wide {
     /// Most ways in which the bits of one address move.
     const MAX_MOVES: usize = 4;
 
-    /// [`recode`](super::recode) of as many entries as fill whole lines; how many these are, how many of them are of the second kind, and how many absent.
-    pub(super) fn recode(source: &[u64], kinds: Kinds, target: &mut [u64], slot: usize, form: Form<'_>) -> (usize, u64, u64) {
+    /// Entries that fill whole lines, and what of the target they become.
+    struct Lines<'a> {
+        source: &'a [u64],
+        target: *mut u64,
+    }
+
+    /// In how many ways bits move; zero: all stay in place.
+    fn moves(expected: Expected, form: Form<'_>) -> usize {
+        let stay = expected.pattern.moved.mask == 0 && form.moves.iter().all(|one| one.turn == 0);
+        if stay { 0 } else { form.moves.len().max(1) }
+    }
+
+    /// As many entries as fill whole lines; none if this cannot be done with them.
+    fn lines<'a>(source: &'a [u64], target: &mut [u64], slot: usize, form: Form<'_>) -> Option<Lines<'a>> {
         // Entries of 4 bytes are written sixteen at a time, all others eight.
         let step = if form.narrow && form.parts.len() == 1 { 16 } else { 8 };
         let source = &source[..source.len() / step * step];
         let slots = source.len() * form.parts.len();
         let target =
             if form.narrow { halves(target)[slot..slot + slots].as_mut_ptr().cast::<u64>() } else { target[slot..slot + slots].as_mut_ptr() };
-        let possible = form.moves.len() <= MAX_MOVES && (!form.past_cache || target.addr().is_multiple_of(64));
-        if !possible || source.is_empty() {
-            return (0, 0, 0);
-        }
-        let recode: unsafe fn(&[u64], Kinds, *mut u64, Form<'_>) -> (u64, u64) = match (kinds.has_gaps(), form.moves.len()) {
-            (false, 0..=1) => recode_lines::<false, 1>,
-            (false, 2) => recode_lines::<false, 2>,
-            (false, _) => recode_lines::<false, MAX_MOVES>,
-            (true, 0..=1) => recode_lines::<true, 1>,
-            (true, 2) => recode_lines::<true, 2>,
-            (true, _) => recode_lines::<true, MAX_MOVES>,
+        let possible = form.moves.len() <= MAX_MOVES && (!form.past_cache || target.addr().is_multiple_of(64)) && !source.is_empty();
+        possible.then_some(Lines { source, target })
+    }
+
+    /// [`recode`](super::recode) of as many entries as fill whole lines; how many these are, how many of them are of the second kind, and how many absent.
+    pub(super) fn recode(source: &[u64], kinds: Kinds, target: &mut [u64], slot: usize, form: Form<'_>) -> (usize, u64, u64) {
+        let Some(lines) = lines(source, target, slot, form) else { return (0, 0, 0) };
+        let expected = Expected { pattern: Pattern { mask: 0, kinds, address: 0, moved: Move::default() }, first: 0, room: 0 };
+        let recode: unsafe fn(&Lines<'_>, Expected, Form<'_>) -> (bool, u64, u64) = match (kinds.has_gaps(), moves(expected, form)) {
+            (false, 0) => recode_lines::<false, false, 0>,
+            (true, 0) => recode_lines::<false, true, 0>,
+            (false, 1) => recode_lines::<false, false, 1>,
+            (false, 2) => recode_lines::<false, false, 2>,
+            (false, _) => recode_lines::<false, false, MAX_MOVES>,
+            (true, 1) => recode_lines::<false, true, 1>,
+            (true, 2) => recode_lines::<false, true, 2>,
+            (true, _) => recode_lines::<false, true, MAX_MOVES>,
         };
-        // SAFETY: the caller has asked the processor; `target` has just the bytes for these entries, and begins at a line where they go past the cache.
-        let (others, gaps) = unsafe { recode(source, kinds, target, form) };
-        (source.len(), others, gaps)
+        // SAFETY: the caller has asked the processor; the target has just the bytes for these entries, and begins at a line where they go past the cache.
+        let (_, others, gaps) = unsafe { recode(&lines, expected, form) };
+        (lines.source.len(), others, gaps)
+    }
+
+    /// See [`recode_expected`](super::recode_expected).
+    pub(super) fn recode_expected(source: &[u64], expected: Expected, target: &mut [u64], slot: usize, form: Form<'_>) -> Option<(bool, u64, u64)> {
+        let lines = lines(source, target, slot, form).filter(|lines| lines.source.len() == source.len())?;
+        let recode: unsafe fn(&Lines<'_>, Expected, Form<'_>) -> (bool, u64, u64) = match (expected.pattern.kinds.has_gaps(), moves(expected, form)) {
+            (false, 0) => recode_lines::<true, false, 0>,
+            (true, 0) => recode_lines::<true, true, 0>,
+            (false, 1) => recode_lines::<true, false, 1>,
+            (false, 2) => recode_lines::<true, false, 2>,
+            (false, _) => recode_lines::<true, false, MAX_MOVES>,
+            (true, 1) => recode_lines::<true, true, 1>,
+            (true, 2) => recode_lines::<true, true, 2>,
+            (true, _) => recode_lines::<true, true, MAX_MOVES>,
+        };
+        // SAFETY: as in `recode`.
+        Some(unsafe { recode(&lines, expected, form) })
     }
 
     /// Within each 16 bytes: every eight of them back to front, or every four.
@@ -328,7 +383,7 @@ mod wide {
         _mm512_inserti64x4::<1>(_mm512_castsi256_si512(_mm512_cvtepi64_epi32(low)), _mm512_cvtepi64_epi32(high))
     }
 
-    /// How leaves are made, in registers.
+    /// How leaves are made, and what they are expected to be, in registers.
     #[derive(Clone, Copy)]
     struct Registers<const MOVES: usize> {
         pattern: __m512i,
@@ -340,6 +395,14 @@ mod wide {
         one_less: __m512i,
         turns: [__m512i; MOVES],
         masks: [__m512i; MOVES],
+        /// Where nothing moves: the bits that are kept.
+        kept: __m512i,
+        mask: __m512i,
+        other: __m512i,
+        address: __m512i,
+        turn: __m512i,
+        moved: __m512i,
+        lowest: __m512i,
     }
 
     /// What was found, for each eighth entry: to move a mask out of its register for each line costs more than to count in others.
@@ -347,14 +410,21 @@ mod wide {
     struct Found {
         others: __m512i,
         present: __m512i,
+        unexpected: __m512i,
+        farthest: __m512i,
     }
 
     impl<const MOVES: usize> Registers<MOVES> {
         #[target_feature(enable = "avx512f")]
         #[inline]
-        fn new(kinds: Kinds, form: Form<'_>) -> Self {
+        fn new(Expected { pattern, first, .. }: Expected, form: Form<'_>) -> Self {
             let all = |word: u64| _mm512_set1_epi64(word as i64);
-            let moves: [Move; MOVES] = std::array::from_fn(|index| form.moves.get(index).copied().unwrap_or_default());
+            let kinds = pattern.kinds;
+            let zero = _mm512_setzero_si512();
+            let (mut turns, mut masks) = ([zero; MOVES], [zero; MOVES]);
+            for (index, one) in form.moves.iter().enumerate().take(MOVES) {
+                (turns[index], masks[index]) = (all(one.turn.into()), all(one.apply(u64::MAX)));
+            }
             Self {
                 pattern: all(kinds.pattern()),
                 test: all(kinds.test()),
@@ -363,21 +433,38 @@ mod wide {
                 difference: all(form.patterns[0] ^ form.patterns[1]),
                 absent: all(form.absent),
                 one_less: all(u64::MAX),
-                turns: moves.map(|one| all(one.turn.into())),
-                masks: moves.map(|one| all(one.apply(u64::MAX))),
+                turns,
+                masks,
+                kept: all(form.moves.first().map_or(0, |one| one.mask)),
+                mask: all(pattern.mask),
+                other: all(kinds.difference()),
+                address: all(pattern.address),
+                turn: all(pattern.moved.turn.into()),
+                moved: all(pattern.moved.apply(u64::MAX)),
+                lowest: all(first),
             }
         }
 
         /// What becomes of eight entries, and which of its words are leaves: all bits, or none.
         #[target_feature(enable = "avx512f")]
         #[inline]
-        fn leaves<const GAPS: bool>(self, words: &[u64; 8], found: &mut Found) -> (__m512i, __m512i) {
+        fn leaves<const JUDGE: bool, const GAPS: bool>(self, words: &[u64; 8], found: &mut Found) -> (__m512i, __m512i) {
             // SAFETY: eight words.
             let words = unsafe { _mm512_loadu_si512(words.as_ptr().cast::<__m512i>()) };
             let present = if GAPS { _mm512_cmpneq_epi64_mask(words, self.gap) } else { 0xff };
-            let second = _mm512_mask_test_epi64_mask(present, _mm512_xor_si512(words, self.pattern), self.test);
-            let mut leaves = _mm512_ternarylogic_epi64::<AND_OR>(_mm512_rolv_epi64(words, self.turns[0]), self.masks[0], self.first);
-            for index in 1..MOVES {
+            let different = _mm512_xor_si512(words, self.pattern);
+            let second = _mm512_mask_test_epi64_mask(present, different, self.test);
+            if JUDGE {
+                let different = _mm512_mask_xor_epi64(different, second, different, self.other);
+                found.unexpected = _mm512_mask_ternarylogic_epi64::<OR_AND>(found.unexpected, present, different, self.mask);
+                let address = _mm512_and_si512(words, self.address);
+                let address =
+                    if MOVES == 0 { address } else { _mm512_ternarylogic_epi64::<OR_AND>(address, _mm512_rolv_epi64(words, self.turn), self.moved) };
+                let distance = _mm512_sub_epi64(address, self.lowest);
+                found.farthest = _mm512_mask_max_epu64(found.farthest, present, found.farthest, distance);
+            }
+            let mut leaves = if MOVES == 0 { _mm512_ternarylogic_epi64::<AND_OR>(words, self.kept, self.first) } else { self.first };
+            for index in 0..MOVES {
                 leaves = _mm512_ternarylogic_epi64::<OR_AND>(leaves, _mm512_rolv_epi64(words, self.turns[index]), self.masks[index]);
             }
             leaves = _mm512_mask_xor_epi64(leaves, second, leaves, self.difference);
@@ -401,38 +488,42 @@ mod wide {
         _mm512_or_si512(_mm512_permutexvar_epi64(leaf, leaves), part)
     }
 
-    /// Recodes whole lines: `source` has a multiple of 8 entries, of 16 if each becomes one of 4 bytes.
+    /// Recodes whole lines; whether they are as expected, if that is asked for, how many leaves are of the second kind, and how many entries absent.
     ///
     /// # Safety
-    /// From `target`, all entries may be written that `source` becomes; it is a multiple of 64 if they go past the cache.
+    /// All entries that the source becomes may be written to the target, which is a multiple of 64 if they go past the cache.
     #[target_feature(enable = "avx512f,avx512bw")]
-    unsafe fn recode_lines<const GAPS: bool, const MOVES: usize>(source: &[u64], kinds: Kinds, target: *mut u64, form: Form<'_>) -> (u64, u64) {
-        let registers = Registers::<MOVES>::new(kinds, form);
+    unsafe fn recode_lines<const JUDGE: bool, const GAPS: bool, const MOVES: usize>(
+        lines: &Lines<'_>,
+        expected: Expected,
+        form: Form<'_>,
+    ) -> (bool, u64, u64) {
+        let registers = Registers::<MOVES>::new(expected, form);
         let (swap, zero) = (back_to_front(form.narrow), _mm512_setzero_si512());
-        let mut found = Found { others: zero, present: zero };
-        let mut at = target.cast::<__m512i>();
+        let mut found = Found { others: zero, present: zero, unexpected: zero, farthest: zero };
+        let mut at = lines.target.cast::<__m512i>();
         let mut put = |line: __m512i| {
             let line = if form.big { _mm512_shuffle_epi8(line, swap) } else { line };
             // SAFETY: the caller's promise: one line after the other; `Stage` fences before it lets go of the memory.
             unsafe { if form.past_cache { _mm512_stream_si512(at, line) } else { _mm512_storeu_si512(at, line) } };
             at = at.wrapping_add(1);
         };
-        let sources = source.as_chunks::<8>().0;
+        let sources = lines.source.as_chunks::<8>().0;
         match (form.parts.len(), form.narrow) {
             (1, false) => {
                 for eight in sources {
-                    put(registers.leaves::<GAPS>(eight, &mut found).0);
+                    put(registers.leaves::<JUDGE, GAPS>(eight, &mut found).0);
                 }
             }
             (1, true) => {
                 for [low, high] in sources.as_chunks::<2>().0 {
-                    let (low, high) = (registers.leaves::<GAPS>(low, &mut found).0, registers.leaves::<GAPS>(high, &mut found).0);
+                    let (low, high) = (registers.leaves::<JUDGE, GAPS>(low, &mut found).0, registers.leaves::<JUDGE, GAPS>(high, &mut found).0);
                     put(pack(low, high));
                 }
             }
             (_, false) => {
                 for eight in sources {
-                    let (leaves, kept) = registers.leaves::<GAPS>(eight, &mut found);
+                    let (leaves, kept) = registers.leaves::<JUDGE, GAPS>(eight, &mut found);
                     for line in form.lines {
                         put(spread::<GAPS>(line, leaves, kept));
                     }
@@ -440,7 +531,7 @@ mod wide {
             }
             (_, true) => {
                 for eight in sources {
-                    let (leaves, kept) = registers.leaves::<GAPS>(eight, &mut found);
+                    let (leaves, kept) = registers.leaves::<JUDGE, GAPS>(eight, &mut found);
                     for [low, high] in form.lines.as_chunks::<2>().0 {
                         put(pack(spread::<GAPS>(low, leaves, kept), spread::<GAPS>(high, leaves, kept)));
                     }
@@ -448,7 +539,8 @@ mod wide {
             }
         }
         let sum = |counts| _mm512_reduce_add_epi64(counts).cast_unsigned();
-        let gaps = if GAPS { source.len() as u64 - sum(found.present) } else { 0 };
-        (sum(found.others), gaps)
+        let gaps = if GAPS { lines.source.len() as u64 - sum(found.present) } else { 0 };
+        let as_expected = _mm512_reduce_or_epi64(found.unexpected) == 0 && _mm512_reduce_max_epu64(found.farthest) <= expected.room;
+        (as_expected, sum(found.others), gaps)
     }
 }

@@ -104,14 +104,14 @@ pub trait Visitor {
         Ok(())
     }
 
-    /// A table with leaves like those of `run` will be read, whose entries are not known yet: how they can be written while they are read, and where. None:
-    /// they are told when they are there.
+    /// Entries that nobody has looked at, all of a page, are probably like those of `run`: how they can be written while they are looked at, and where. None: they
+    /// are told as always. `run` has the entries, which may be anything.
     fn receive(&mut self, run: &Run<'_>) -> Option<Receiver<'_>> {
         let _ = run;
         None
     }
 
-    /// The entries that the last [`Visitor::receive`] was about were written: all of a table, gaps at both ends included, and `passed` says what they are.
+    /// The entries that the last [`Visitor::receive`] was about were written, gaps at both ends included, and `passed` says what they are.
     /// False: that is of no use, and they are told as always.
     ///
     /// # Errors

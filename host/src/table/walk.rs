@@ -10,7 +10,7 @@ use crate::table::format::{FaultKind, Finding, Format, FormatError, Meaning, Mis
 use crate::table::geometry::{AddressField, Geometry, Nonsense, Root};
 use crate::table::lanes::{Pattern, Scanned, all_in_place_within, all_within, repeated, run_length, scan};
 use crate::table::leaves::{Kinds, Piece, Run};
-use crate::table::passage::{ENTRIES, Misses, PASSING, Passage, START, Usual};
+use crate::table::passage::{FEWEST, Misses, START, Usual};
 use crate::table::remember::{Judge, JudgeError, LevelPlan, Plan, Remembered};
 use crate::table::visit::{Cause, FaultAt, Step, Visitor};
 use crate::{Attributes, Gpa, Iova, Span};
@@ -214,16 +214,6 @@ struct Leaves<'a> {
     attributes: Attributes,
 }
 
-/// What became of a table that might be like the last.
-enum Read {
-    /// It was not read.
-    Not,
-    /// It was read, and nobody was told.
-    Untold,
-    /// It was read and told.
-    Told,
-}
-
 struct Walker<'a, M: ?Sized, V> {
     plan: &'a Plan,
     judge: &'a mut Judge,
@@ -297,22 +287,15 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
                 last: span.last.min(Span::of_log2(place.base + ((index + count - 1) << lsb), lsb).last),
             };
             self.visitor.table();
-            let passed = match <&mut [u64; ENTRIES]>::try_from(&mut *entries) {
-                Ok(page) if index == 0 => self.pass(place, address, page, here)?,
-                _ => Read::Not,
-            };
-            let read = match passed {
-                Read::Told => break,
-                Read::Untold => Ok(()),
-                Read::Not => self.read(address, entries),
-            };
-            match read {
+            match self.read(address, entries) {
                 Ok(()) => {
                     let more = index + count <= last;
                     if let Some(ahead) = if more { Some(address.wrapping_add(PAGE)) } else { place.ahead } {
                         self.expect(ahead);
                     }
-                    self.entries(place, index, entries, here)?;
+                    if !self.pass(place, index, entries, here)? {
+                        self.entries(place, index, entries, here)?;
+                    }
                 }
                 Err(cause) => {
                     self.set_step(index, None);
@@ -330,37 +313,29 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
         Ok(())
     }
 
-    /// Reads a table as one that is like the last, if the visitor can make use of that.
-    fn pass(&mut self, place: Place, address: u64, entries: &mut [u64; ENTRIES], span: Span) -> Result<Read, WalkError> {
-        let Some(usual) = self.usual.filter(|usual| (usual.level, usual.inherited) == (place.level, place.inherited)) else { return Ok(Read::Not) };
+    /// Tells of entries as of those that are like the last, if they are, and the visitor can make use of that.
+    fn pass(&mut self, place: Place, index: u64, entries: &[u64], span: Span) -> Result<bool, WalkError> {
+        let Some(usual) = self.usual.filter(|usual| (usual.level, usual.inherited) == (place.level, place.inherited)) else { return Ok(false) };
         let level = &self.plan.levels[usize::from(place.level)];
-        let size_log2 = level.index_lsb;
-        let whole = level.entries() == ENTRIES as u64 && span == Span::of_log2(place.base, size_log2 + ENTRIES.trailing_zeros() as u8);
-        if !whole || self.layout != PASSING {
-            return Ok(Read::Not);
+        let (size_log2, count) = (level.index_lsb, entries.len() as u64);
+        let first = place.base + (index << size_log2);
+        let whole = (span.first, span.last - span.first) == (first, (count << size_log2) - 1);
+        if !whole || entries.len() < FEWEST || self.misses.skips() {
+            return Ok(false);
         }
-        if self.misses.skips() {
-            return Ok(Read::Not);
-        }
-        let Some(region) = self.map.region(address) else { return Ok(Read::Not) };
-        let (field, kinds, within) = (level.field(usual.shape), usual.pattern.kinds, usual.within);
-        let run = Run { iova: Iova(place.base), size_log2, entries: &[], field, kinds, within };
-        let ahead = place.ahead.map_or(Nearby::UNKNOWN, |ahead| self.near(ahead));
-        let Some(receiver) = self.visitor.receive(&run) else { return Ok(Read::Not) };
-        let Some(mut passage) = Passage::new(usual.pattern, (within.first, usual.room), receiver, ahead) else { return Ok(Read::Not) };
-        let Some(nearby) = self.memory.read_passing(Gpa(address), entries, &mut passage) else { return Ok(Read::Not) };
-        let passed = passage.passed();
-        self.last_read = Some(LastRead { address, region: region.span, nearby });
-        if !passed.expected || passed.gaps == ENTRIES as u64 {
+        let run = Run { iova: Iova(first), size_log2, entries, field: level.field(usual.shape), kinds: usual.pattern.kinds, within: usual.within };
+        let Some(receiver) = self.visitor.receive(&run) else { return Ok(false) };
+        let Some(passed) = receiver.pass(entries, &usual) else { return Ok(false) };
+        if !passed.expected || passed.gaps == count {
             self.misses.miss();
-            return Ok(Read::Untold);
+            return Ok(false);
         }
         self.misses = Misses::default();
-        if !self.visitor.received(&Run { entries, ..run }, passed)? {
-            return Ok(Read::Untold);
+        if !self.visitor.received(&run, passed)? {
+            return Ok(false);
         }
-        self.budget.charge_leaves(ENTRIES as u64 - passed.gaps)?;
-        Ok(Read::Told)
+        self.budget.charge_leaves(count - passed.gaps)?;
+        Ok(true)
     }
 
     fn read(&mut self, address: u64, entries: &mut [u64]) -> Result<(), Cause> {
@@ -573,7 +548,7 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
         {
             pattern.kinds = pattern.kinds.with_gaps(absent);
         }
-        if plain.is_some() && repeat_log2 == 0 && field.is_in_place() && field.address_mask & size_mask == 0 {
+        if plain.is_some() && repeat_log2 == 0 && field.address_mask & size_mask == 0 {
             let (level, inherited) = (place.level, place.inherited);
             self.usual = within.map(|within| Usual { level, inherited, shape: known.shape, pattern, within, room });
         }

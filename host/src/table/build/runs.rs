@@ -5,12 +5,12 @@
 
 use std::sync::Arc;
 
-use crate::memory::PAGE;
+use crate::memory::{EntryLayout, PAGE};
 use crate::table::build::{BuildError, Builder, Leaf, low_bits, note};
 use crate::table::geometry::{AddressField, ByteOrder, Move};
 use crate::table::lanes;
 use crate::table::leaves::{Piece, Run};
-use crate::table::passage::{self, ENTRIES, Passed, Receiver};
+use crate::table::passage::{Passed, Receiver};
 use crate::table::recode::{self, Form, Group};
 use crate::table::stage::is_staged;
 use crate::{Attributes, Iova, Span};
@@ -72,10 +72,25 @@ struct Larger {
 }
 
 impl Prepared {
-    /// What is written where addresses and their bytes stay where they are.
-    fn in_place_target(&self, run: &Run<'_>) -> passage::Target {
+    /// How entries are written.
+    fn form(&self, layout: EntryLayout, past_cache: bool) -> Form<'_> {
         let [leaf, other] = &self.leaves;
-        passage::Target { patterns: [leaf.pattern, other.pattern], absent: self.absent, address: run.field.in_place & leaf.field.in_place }
+        Form {
+            moves: &self.moves,
+            patterns: [leaf.pattern, other.pattern],
+            absent: self.absent,
+            parts: &self.parts,
+            lines: &self.lines,
+            narrow: layout.bytes == 4,
+            big: layout.order == ByteOrder::Big,
+            in_place: self.in_place,
+            past_cache,
+        }
+    }
+
+    /// Whether a larger page may begin anywhere, in slots of one table that begin and end where larger pages do.
+    fn has_larger(&self, entries: &[u64], field: &AddressField) -> bool {
+        self.larger.is_some_and(|larger| lanes::any_in_a_row(entries, larger.group, larger.below, larger.next, field.entry_mask))
     }
 
     fn serves(&self, run: &Run<'_>) -> bool {
@@ -238,7 +253,7 @@ impl Builder<'_> {
             let entries = &run.entries[done..before + count][..room.min(before + count - done)];
             let part = Run { iova: Iova(iova), entries, ..*run };
             done += entries.len();
-            if lanes::any_in_a_row(entries, larger.group, larger.below, larger.next, run.field.entry_mask) {
+            if prepared.has_larger(entries, run.field) {
                 self.map_pieces(&part)?;
             } else {
                 self.map_slots(&part, prepared)?;
@@ -304,46 +319,72 @@ impl Builder<'_> {
         }
     }
 
-    /// Where a table that is expected to be of leaves like those of `run` can be written while it is read: whole tables, past the cache, whose leaves are not
-    /// larger than the target's slots, and of which the target cannot make larger pages before they are whole.
+    /// Where entries that are expected to be leaves like those of `run` can be written while they are looked at: past the cache, to the next slots of a table,
+    /// or to the first ones of the next table.
     pub(super) fn ready_for(&mut self, run: &Run<'_>) -> Option<Receiver<'_>> {
+        self.upcoming = None;
         let prepared = self.prepared.as_ref().filter(|prepared| prepared.serves(run))?;
         let window = &self.windows[prepared.window];
-        let span = Span { first: run.iova.0, last: run.iova.0.checked_add((prepared.table_entries << run.size_log2) - 1)? };
-        let plain = prepared.in_place && prepared.larger.is_none() && prepared.table_entries == ENTRIES as u64;
-        let whole = window.holds(span) && (span.first - window.base) & (span.last - span.first) == 0;
-        let bytes = ENTRIES as u64 * 8;
-        let far = is_staged(bytes, self.arena.bytes().saturating_sub(self.before));
-        let room = self.chains[window.chain].rungs[prepared.depth].room;
-        if !plain || !whole || !far || room != bytes || run.within.last > prepared.last_address {
+        let rung = &self.chains[window.chain].rungs[prepared.depth];
+        let span = Span { first: run.iova.0, last: run.iova.0.checked_add(((run.entries.len() as u64) << run.size_log2) - 1)? };
+        let group = prepared.larger.map_or(1, |larger| larger.group as u64);
+        let groups = (run.iova.0 >> run.size_log2 | run.entries.len() as u64).is_multiple_of(group);
+        if !window.holds(span) || !groups || run.within.last > prepared.last_address {
             return None;
         }
-        let entries = prepared.in_place_target(run);
-        let (offset, table) = self.arena.upcoming()?;
-        self.upcoming = Some(offset);
-        Some(Receiver { entries, table })
+        let index = (span.first - window.base) >> prepared.slot & (prepared.table_entries - 1);
+        let slots = (run.entries.len() as u64) << prepared.split_log2;
+        let base = span.first - (index << prepared.slot);
+        let entry_bytes = u64::from(self.layout.bytes);
+        let lines = (index * entry_bytes).is_multiple_of(64) && (slots * entry_bytes).is_multiple_of(64);
+        if index + slots > prepared.table_entries || !lines {
+            return None;
+        }
+        // A table that is open, or the next one.
+        let same = self.window == Some(prepared.window) && self.open.len() > prepared.depth;
+        let offset = match self.open.get(prepared.depth).filter(|open| same && open.base == base) {
+            Some(open) if open.past_cache && open.filled <= index => open.offset,
+            Some(_) => return None,
+            None => {
+                let before = self.arena.bytes().saturating_sub(self.before);
+                let far = is_staged(rung.bytes, before) && is_large(slots, prepared.table_entries) || goes_past_cache(rung.bytes, before);
+                if !far || index != 0 || prepared.depth == 0 {
+                    return None;
+                }
+                self.arena.upcoming(rung.room)?
+            }
+        };
+        self.upcoming = Some((offset, index));
+        let (form, slot) = (prepared.form(self.layout, true), index as usize);
+        Some(Receiver { form, table: self.arena.words(offset), slot })
     }
 
-    /// A table of leaves was written where [`Builder::ready_for`] said; false if it is needed elsewhere.
+    /// Leaves were written where [`Builder::ready_for`] said; false if they are needed elsewhere.
     pub(super) fn map_passed(&mut self, run: &Run<'_>, passed: Passed) -> Result<bool, BuildError> {
-        let (Some(prepared), Some(upcoming)) = (self.prepared.take(), self.upcoming.take()) else { return Ok(false) };
+        let (Some(upcoming), Some(prepared)) = (self.upcoming.take(), self.prepared.take()) else { return Ok(false) };
         let result = self.take_passed(run, &prepared, upcoming, passed);
         self.prepared = Some(prepared);
         result
     }
 
-    fn take_passed(&mut self, run: &Run<'_>, prepared: &Prepared, upcoming: u64, passed: Passed) -> Result<bool, BuildError> {
+    fn take_passed(&mut self, run: &Run<'_>, prepared: &Prepared, (offset, index): (u64, u64), passed: Passed) -> Result<bool, BuildError> {
         let depth = prepared.depth;
-        self.flush()?;
-        self.open_to(prepared.window, depth, run.iova.0)?;
-        let open = self.open[depth];
-        if (open.offset, open.filled, open.base) != (upcoming, 0, run.iova.0) || self.staged[depth].is_none() {
+        if prepared.has_larger(run.entries, run.field) {
             return Ok(false);
         }
+        self.flush()?;
+        self.open_to(prepared.window, depth, run.iova.0)?;
+        let open = &mut self.open[depth];
+        if open.offset != offset || open.filled > index {
+            return Ok(false);
+        }
+        open.past_cache = true;
         self.stage.skip(self.staged[depth].take());
-        self.note_slots(run, run.entries, prepared, 0, ENTRIES as u64, passed.gaps);
-        let leaves = ENTRIES as u64 - passed.gaps;
-        self.leaves += leaves;
+        self.fill_to(depth, run.iova.0)?;
+        let slots = (run.entries.len() as u64) << prepared.split_log2;
+        self.note_slots(run, run.entries, prepared, index, slots, passed.gaps);
+        let leaves = run.entries.len() as u64 - passed.gaps;
+        self.leaves += leaves << prepared.split_log2;
         self.note_run(run, prepared, leaves - passed.others, passed.others);
         Ok(true)
     }
@@ -351,11 +392,9 @@ impl Builder<'_> {
     /// Writes leaves into the open table from slot `index`; how many are of the second kind, and how many entries are gaps.
     fn write_slots(&mut self, part: &[u64], run: &Run<'_>, prepared: &Prepared, index: usize, slots: usize) -> (u64, u64) {
         let depth = prepared.depth;
-        let [leaf, other] = &prepared.leaves;
-        let (narrow, big) = (self.layout.bytes == 4, self.layout.order == ByteOrder::Big);
+        let narrow = self.layout.bytes == 4;
         // A table needs no page to be filled in if most of it comes in a few large parts: they are written where they belong, past the cache.
-        let large =
-            index == 0 && slots as u64 * PARTS_OF_TABLE >= prepared.table_entries && (slots * usize::from(self.layout.bytes)).is_multiple_of(64);
+        let large = index == 0 && is_large(slots as u64, prepared.table_entries) && (slots * usize::from(self.layout.bytes)).is_multiple_of(64);
         // What has gaps takes longer where that is not done in one pass.
         if large && self.staged[depth].is_some() && (!prepared.in_place || !run.kinds.has_gaps() || recode::has_one_pass()) {
             self.stage.skip(self.staged[depth].take());
@@ -365,17 +404,7 @@ impl Builder<'_> {
         if past_cache {
             self.stage.skip(None);
         }
-        let form = Form {
-            moves: &prepared.moves,
-            patterns: [leaf.pattern, other.pattern],
-            absent: prepared.absent,
-            parts: &prepared.parts,
-            lines: &prepared.lines,
-            narrow,
-            big,
-            in_place: prepared.in_place,
-            past_cache,
-        };
+        let form = prepared.form(self.layout, past_cache);
         recode::recode(part, run.kinds, self.words(depth), index, form)
     }
 
@@ -391,6 +420,11 @@ impl Builder<'_> {
             self.losses.add(*loss, example, count, u128::from(count) << run.size_log2);
         }
     }
+}
+
+/// Whether `slots` slots are a large part of a table.
+const fn is_large(slots: u64, table_entries: u64) -> bool {
+    slots * PARTS_OF_TABLE >= table_entries
 }
 
 /// Whether parts of a table of `bytes` bytes are written past the cache as they come: tables of more than a page are not staged.
