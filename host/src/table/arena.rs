@@ -177,6 +177,14 @@ impl Arena {
         (offset + bytes <= self.limit.min(self.capacity())).then_some(offset)
     }
 
+    /// Clears a small table that is not handed out, and to which something was written all the same: the page that it shares may be handed out as it is.
+    pub(crate) fn wipe(&mut self, offset: u64, bytes: u64) {
+        let bytes = bytes.next_power_of_two().max(SMALLEST);
+        if bytes < PAGE && self.free.get(&bytes).is_some_and(|free| free.contains(&offset)) {
+            self.words(offset)[..(bytes / 8) as usize].fill(0);
+        }
+    }
+
     /// Tells the processor that the table after the last one will be written soon.
     pub(crate) fn prefetch(&mut self) {
         let word = (self.used / 8) as usize;

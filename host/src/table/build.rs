@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use crate::memory::{EntryLayout, EntryMemory};
 use crate::table::arena::{Arena, Full, write_entry};
-use crate::table::build::runs::{Merging, Prepared};
+use crate::table::build::runs::{Merging, Prepared, Upcoming};
 use crate::table::format::{Format, FormatError};
 use crate::table::geometry::{ByteOrder, Geometry, Nonsense};
 use crate::table::lanes;
@@ -133,8 +133,8 @@ pub struct Builder<'a> {
     prepared: Option<Box<Prepared>>,
     /// For leaves like the last that were smaller than the target's pages.
     merging: Option<Box<Merging>>,
-    /// Where entries were written in advance: offset of the table, and slot.
-    upcoming: Option<(u64, u64)>,
+    /// Where entries were written in advance.
+    upcoming: Option<Upcoming>,
     /// The first leaves of pages that several make up.
     merged: Vec<u64>,
     losses: Losses,
@@ -591,6 +591,7 @@ impl<'a> Builder<'a> {
         self.flush()?;
         self.close_to(0)?;
         self.leave_root();
+        self.forget_upcoming();
         let mut roots = Vec::with_capacity(self.chains.len());
         for chain in &mut self.chains {
             let rung = &chain.rungs[0];

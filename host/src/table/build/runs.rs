@@ -48,6 +48,16 @@ pub(super) struct Prepared {
     leaves: [Arc<Leaf>; 2],
 }
 
+/// Where entries were written that may be of no use.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Upcoming {
+    /// The table, which may not be handed out yet, and its size.
+    offset: u64,
+    bytes: u64,
+    /// The first slot.
+    index: u64,
+}
+
 /// How leaves that are smaller than the target's pages make up such pages.
 #[derive(Debug)]
 pub(super) struct Merging {
@@ -322,7 +332,7 @@ impl Builder<'_> {
     /// Where entries that are expected to be leaves like those of `run` can be written while they are looked at: past the cache, to the next slots of a table,
     /// or to the first ones of the next table.
     pub(super) fn ready_for(&mut self, run: &Run<'_>) -> Option<Receiver<'_>> {
-        self.upcoming = None;
+        self.forget_upcoming();
         let prepared = self.prepared.as_ref().filter(|prepared| prepared.serves(run))?;
         let window = &self.windows[prepared.window];
         let rung = &self.chains[window.chain].rungs[prepared.depth];
@@ -354,21 +364,31 @@ impl Builder<'_> {
                 self.arena.upcoming(rung.room)?
             }
         };
-        self.upcoming = Some((offset, index));
+        self.upcoming = Some(Upcoming { offset, index, bytes: rung.room });
         let (form, slot) = (prepared.form(self.layout, true), index as usize);
         Some(Receiver { form, table: self.arena.words(offset), slot })
     }
 
     /// Leaves were written where [`Builder::ready_for`] said; false if they are needed elsewhere.
     pub(super) fn map_passed(&mut self, run: &Run<'_>, passed: Passed) -> Result<bool, BuildError> {
-        let (Some(upcoming), Some(prepared)) = (self.upcoming.take(), self.prepared.take()) else { return Ok(false) };
+        let (Some(upcoming), Some(prepared)) = (self.upcoming, self.prepared.take()) else { return Ok(false) };
         let result = self.take_passed(run, &prepared, upcoming, passed);
         self.prepared = Some(prepared);
+        if matches!(result, Ok(true)) {
+            self.upcoming = None;
+        }
         result
     }
 
-    fn take_passed(&mut self, run: &Run<'_>, prepared: &Prepared, (offset, index): (u64, u64), passed: Passed) -> Result<bool, BuildError> {
-        let depth = prepared.depth;
+    /// What was written in advance was of no use.
+    pub(super) fn forget_upcoming(&mut self) {
+        if let Some(Upcoming { offset, bytes, .. }) = self.upcoming.take() {
+            self.arena.wipe(offset, bytes);
+        }
+    }
+
+    fn take_passed(&mut self, run: &Run<'_>, prepared: &Prepared, upcoming: Upcoming, passed: Passed) -> Result<bool, BuildError> {
+        let (depth, Upcoming { offset, index, .. }) = (prepared.depth, upcoming);
         if prepared.has_larger(run.entries, run.field) {
             return Ok(false);
         }
