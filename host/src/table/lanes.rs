@@ -76,66 +76,73 @@ impl Scanned {
     }
 }
 
-/// Entries that are looked at together: few at first, for runs that end soon. Each block costs a look at what was found, so they grow.
+/// Entries that are looked at together: few at first, for runs that end soon. Each block costs a look at what was found, so on most processors they grow.
 const FIRST_BLOCK: usize = 64;
-
-/// Registers of 64 bytes, and an instruction that counts what a mask selects.
-#[cfg(all(target_arch = "x86_64", not(miri)))]
-fn has_wide_registers() -> bool {
-    is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("popcnt")
-}
 
 /// How many of the first `entries` are of these kinds, and whether all addresses in them are in `first..=first + room`.
 pub(super) fn scan(entries: &[u64], pattern: Pattern, first: u64, room: u64) -> Scanned {
     #[cfg(all(target_arch = "x86_64", not(miri)))]
-    if pattern.kinds.has_gaps() && pattern.moved.mask == 0 && entries.len() > FIRST_BLOCK && has_wide_registers() {
-        // Where tables are full nothing needs to be known about gaps.
-        let start = scan_anywhere(&entries[..FIRST_BLOCK], pattern, first, room);
-        let rest = &entries[FIRST_BLOCK..];
-        if start.count < FIRST_BLOCK {
-            return start;
-        }
-        let more = if start.gaps == 0 {
-            scan_anywhere(rest, pattern, first, room)
-        } else {
-            // SAFETY: the processor has what the function is compiled for.
-            unsafe { scan_with_gaps(rest, pattern, first, room) }
+    if entries.len() >= FIRST_BLOCK && is_x86_feature_detected!("avx512f") {
+        let scan: unsafe fn(&[u64], Pattern, u64, u64) -> Scanned = match (pattern.kinds.has_gaps(), pattern.moved.mask != 0) {
+            (false, false) => scan_blocks::<false, false>,
+            (false, true) => scan_blocks::<false, true>,
+            (true, false) => scan_blocks::<true, false>,
+            (true, true) => scan_blocks::<true, true>,
         };
-        return start.and(more);
+        // SAFETY: the processor has what the function is compiled for.
+        let done = unsafe { scan(entries, pattern, first, room) };
+        let rest = &entries[done.count..];
+        // What comes next is either not of these kinds, soon, or less than a block.
+        return if rest.is_empty() { done } else { done.and(scan_anywhere(&rest[..rest.len().min(FIRST_BLOCK)], pattern, first, room)) };
     }
     scan_anywhere(entries, pattern, first, room)
 }
 
-/// [`scan`] for a processor with wide registers, where there are gaps and addresses stand in place.
+/// The whole blocks that [`scan`] begins with, for a processor with wide registers.
 #[cfg(all(target_arch = "x86_64", not(miri)))]
-#[target_feature(enable = "avx512f,popcnt")]
-fn scan_with_gaps(entries: &[u64], pattern: Pattern, first: u64, room: u64) -> Scanned {
+#[target_feature(enable = "avx512f")]
+fn scan_blocks<const GAPS: bool, const MOVED: bool>(entries: &[u64], pattern: Pattern, first: u64, room: u64) -> Scanned {
     use std::arch::x86_64::{
-        __m512i, _mm512_and_si512, _mm512_cmpeq_epi64_mask, _mm512_loadu_si512, _mm512_mask_max_epu64, _mm512_mask_xor_epi64,
-        _mm512_reduce_max_epu64, _mm512_set1_epi64, _mm512_setzero_si512, _mm512_sub_epi64, _mm512_test_epi64_mask, _mm512_xor_si512,
+        __m512i, _mm512_and_si512, _mm512_cmpneq_epi64_mask, _mm512_loadu_si512, _mm512_mask_max_epu64, _mm512_mask_or_epi64, _mm512_mask_sub_epi64,
+        _mm512_mask_ternarylogic_epi64, _mm512_mask_test_epi64_mask, _mm512_mask_xor_epi64, _mm512_reduce_add_epi64, _mm512_reduce_max_epu64,
+        _mm512_rolv_epi64, _mm512_set1_epi64, _mm512_setzero_si512, _mm512_sub_epi64, _mm512_ternarylogic_epi64, _mm512_test_epi64_mask,
+        _mm512_xor_si512,
     };
-    let Pattern { mask, kinds, address, .. } = pattern;
+    /// `a | b & c`.
+    const OR_AND: i32 = 0b1111_1000;
+    let Pattern { mask, kinds, address, moved } = pattern;
     let all = |word: u64| _mm512_set1_epi64(word as i64);
-    let (pattern_of_first, test, gap) = (all(kinds.pattern()), all(kinds.test()), all(kinds.gap()));
+    let (pattern_of_first, test, gap, one_less) = (all(kinds.pattern()), all(kinds.test()), all(kinds.gap()), all(u64::MAX));
     let (difference, mask_of_all, address_bits, lowest) = (all(kinds.difference()), all(mask), all(address), all(first));
-    let (mut count, mut gaps, mut farthest) = (0, 0_u64, _mm512_setzero_si512());
-    for eight in entries.as_chunks::<8>().0 {
-        // SAFETY: eight words.
-        let words = unsafe { _mm512_loadu_si512(eight.as_ptr().cast::<__m512i>()) };
-        let absents = _mm512_cmpeq_epi64_mask(words, gap);
-        let mut different = _mm512_xor_si512(words, pattern_of_first);
-        let second = _mm512_test_epi64_mask(different, test);
-        different = _mm512_mask_xor_epi64(different, second, different, difference);
-        if _mm512_test_epi64_mask(different, mask_of_all) & !absents != 0 {
+    let (turn, moved_bits, zero) = (all(moved.turn.into()), all(moved.apply(u64::MAX)), _mm512_setzero_si512());
+    let (mut count, mut present_of_all, mut farthest_of_all, mut seconds_of_all) = (0, zero, zero, zero);
+    for block in entries.as_chunks::<FIRST_BLOCK>().0 {
+        let (mut unexpected, mut presents, mut farthest, mut seconds) = (zero, present_of_all, farthest_of_all, seconds_of_all);
+        for eight in block.as_chunks::<8>().0 {
+            // SAFETY: eight words.
+            let words = unsafe { _mm512_loadu_si512(eight.as_ptr().cast::<__m512i>()) };
+            let present = if GAPS { _mm512_cmpneq_epi64_mask(words, gap) } else { 0xff };
+            let different = _mm512_xor_si512(words, pattern_of_first);
+            let second = _mm512_mask_test_epi64_mask(present, different, test);
+            seconds = _mm512_mask_or_epi64(seconds, second, one_less, one_less);
+            let different = _mm512_mask_xor_epi64(different, second, different, difference);
+            unexpected = _mm512_mask_ternarylogic_epi64::<OR_AND>(unexpected, present, different, mask_of_all);
+            let address = _mm512_and_si512(words, address_bits);
+            let address = if MOVED { _mm512_ternarylogic_epi64::<OR_AND>(address, _mm512_rolv_epi64(words, turn), moved_bits) } else { address };
+            farthest = _mm512_mask_max_epu64(farthest, present, farthest, _mm512_sub_epi64(address, lowest));
+            if GAPS {
+                presents = _mm512_mask_sub_epi64(presents, present, presents, one_less);
+            }
+        }
+        if _mm512_test_epi64_mask(unexpected, unexpected) != 0 {
             break;
         }
-        let distance = _mm512_sub_epi64(_mm512_and_si512(words, address_bits), lowest);
-        farthest = _mm512_mask_max_epu64(farthest, !absents, farthest, distance);
-        gaps += u64::from(absents.count_ones());
-        count += 8;
+        (present_of_all, farthest_of_all, seconds_of_all) = (presents, farthest, seconds);
+        count += FIRST_BLOCK;
     }
-    let done = Scanned { count, gaps, outside: _mm512_reduce_max_epu64(farthest) > room, uniform: false };
-    done.and(scan_anywhere(&entries[count..entries.len().min(count + 8)], pattern, first, room))
+    let gaps = if GAPS { count as u64 - _mm512_reduce_add_epi64(present_of_all).cast_unsigned() } else { 0 };
+    let uniform = gaps == 0 && _mm512_test_epi64_mask(seconds_of_all, seconds_of_all) == 0;
+    Scanned { count, gaps, outside: _mm512_reduce_max_epu64(farthest_of_all) > room, uniform }
 }
 
 for_all_lanes! {

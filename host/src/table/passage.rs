@@ -59,6 +59,8 @@ pub struct Receiver<'a> {
     /// The words of a table, and the slot in it for the first entry.
     pub(super) table: &'a mut [u64],
     pub(super) slot: usize,
+    /// So many entries, not more, have a place there.
+    pub(super) count: usize,
 }
 
 impl Receiver<'_> {

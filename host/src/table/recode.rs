@@ -226,30 +226,56 @@ fn halves(words: &mut [u64]) -> &mut [u32] {
     // SAFETY: any 4 bytes are a `u32`, and a word is aligned to hold two.
     unsafe { words.align_to_mut::<u32>().1 }
 }
-/// Leaves that make up a larger one: for each of them the address bits that it has and the first has not, and those that the first may not have.
+/// Leaves that make up a larger one.
 #[derive(Clone, Debug)]
 pub(super) struct Group {
-    pub(super) parts: Vec<u64>,
-    pub(super) below: u64,
+    /// For each of them, a power of two up to [`MAX_PARTS`], the address bits that it has and the first has not.
+    parts: Vec<u64>,
+    /// Those that the first may not have.
+    below: u64,
+    /// The parts line by line, and for each word of a line, where in it the first leaf of its group is.
+    lines: Vec<([u64; 8], [u64; 8])>,
 }
 
-/// Puts the first of every `group.parts.len()` entries (a power of two, up to [`MAX_PARTS`]) into `firsts`; whether all of them are one leaf each, or absent
-/// together.
-pub(super) fn merge(entries: &[u64], kinds: Kinds, group: &Group, firsts: &mut Vec<u64>) -> bool {
-    firsts.clear();
-    firsts.extend(entries.iter().step_by(group.parts.len()));
-    match group.parts.len() {
-        2 => are_whole::<2>(entries, kinds, group),
-        4 => are_whole::<4>(entries, kinds, group),
-        8 => are_whole::<8>(entries, kinds, group),
-        16 => are_whole::<16>(entries, kinds, group),
-        _ => are_whole::<MAX_PARTS>(entries, kinds, group),
+impl Group {
+    /// Leaves whose addresses differ by `parts`, the first of which has no address bits in `below`.
+    pub(super) fn new(parts: Vec<u64>, below: u64) -> Self {
+        let line = |line: usize| {
+            (
+                std::array::from_fn(|word| (word / parts.len() * parts.len()) as u64),
+                std::array::from_fn(|word| parts[(line * 8 + word) % parts.len()]),
+            )
+        };
+        let lines = (0..parts.len().div_ceil(8)).map(line).collect();
+        Self { parts, below, lines }
+    }
+
+    /// How many leaves there are in a group.
+    pub(super) const fn len(&self) -> usize {
+        self.parts.len()
     }
 }
 
-fn are_whole<const PARTS: usize>(entries: &[u64], kinds: Kinds, group: &Group) -> bool {
+/// Puts the first leaf of every group into `firsts`; whether all groups are one larger leaf each, or absent together.
+pub(super) fn merge(entries: &[u64], kinds: Kinds, group: &Group, firsts: &mut Vec<u64>) -> bool {
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    if has_one_pass() && entries.len().is_multiple_of(8) {
+        return wide::merge(entries, kinds, group, firsts);
+    }
+    firsts.clear();
+    match group.len() {
+        2 => are_whole::<2>(entries, kinds, group, firsts),
+        4 => are_whole::<4>(entries, kinds, group, firsts),
+        8 => are_whole::<8>(entries, kinds, group, firsts),
+        16 => are_whole::<16>(entries, kinds, group, firsts),
+        _ => are_whole::<MAX_PARTS>(entries, kinds, group, firsts),
+    }
+}
+
+fn are_whole<const PARTS: usize>(entries: &[u64], kinds: Kinds, group: &Group, firsts: &mut Vec<u64>) -> bool {
     let Some(parts) = group.parts.first_chunk::<PARTS>() else { return false };
     let groups = entries.as_chunks::<PARTS>().0;
+    firsts.extend(groups.iter().map(|group| group[0]));
     let differ = if kinds.has_gaps() { differ_or_absent(groups, kinds, parts, group.below) } else { differ(groups, parts, group.below) };
     !differ
 }
@@ -288,12 +314,13 @@ mod wide {
     use std::arch::x86_64::{
         __m512i, _mm512_and_si512, _mm512_castsi256_si512, _mm512_cmpneq_epi64_mask, _mm512_cvtepi64_epi32, _mm512_inserti64x4, _mm512_loadu_si512,
         _mm512_mask_max_epu64, _mm512_mask_mov_epi64, _mm512_mask_sub_epi64, _mm512_mask_ternarylogic_epi64, _mm512_mask_test_epi64_mask,
-        _mm512_mask_xor_epi64, _mm512_maskz_mov_epi64, _mm512_or_si512, _mm512_permutexvar_epi64, _mm512_reduce_add_epi64, _mm512_reduce_max_epu64,
-        _mm512_reduce_or_epi64, _mm512_rolv_epi64, _mm512_set1_epi64, _mm512_set4_epi32, _mm512_setzero_si512, _mm512_shuffle_epi8,
-        _mm512_storeu_si512, _mm512_stream_si512, _mm512_sub_epi64, _mm512_ternarylogic_epi64, _mm512_xor_si512,
+        _mm512_mask_xor_epi64, _mm512_maskz_compress_epi64, _mm512_maskz_mov_epi64, _mm512_or_si512, _mm512_permutexvar_epi64,
+        _mm512_reduce_add_epi64, _mm512_reduce_max_epu64, _mm512_reduce_or_epi64, _mm512_rolv_epi64, _mm512_set1_epi64, _mm512_set4_epi32,
+        _mm512_setzero_si512, _mm512_shuffle_epi8, _mm512_storeu_si512, _mm512_stream_si512, _mm512_sub_epi64, _mm512_ternarylogic_epi64,
+        _mm512_xor_si512,
     };
 
-    use super::{Expected, Form, Kinds, halves};
+    use super::{Expected, Form, Group, Kinds, halves};
     use crate::table::geometry::Move;
     use crate::table::lanes::Pattern;
 
@@ -486,6 +513,55 @@ mod wide {
         let (leaf, part) = (load(leaf), load(part));
         let part = if GAPS { _mm512_and_si512(part, _mm512_permutexvar_epi64(leaf, kept)) } else { part };
         _mm512_or_si512(_mm512_permutexvar_epi64(leaf, leaves), part)
+    }
+
+    /// See [`merge`](super::merge).
+    pub(super) fn merge(entries: &[u64], kinds: Kinds, group: &Group, firsts: &mut Vec<u64>) -> bool {
+        let groups = entries.len() / group.len();
+        firsts.clear();
+        // Lines are written whole.
+        firsts.resize(groups + 8, 0);
+        // SAFETY: the caller has asked the processor; there is room for a line more than is needed.
+        let whole = unsafe {
+            if kinds.has_gaps() { merge_lines::<true>(entries, kinds, group, firsts) } else { merge_lines::<false>(entries, kinds, group, firsts) }
+        };
+        firsts.truncate(groups);
+        whole
+    }
+
+    /// See [`merge`](super::merge); `firsts` has room for eight more.
+    #[target_feature(enable = "avx512f")]
+    fn merge_lines<const GAPS: bool>(entries: &[u64], kinds: Kinds, group: &Group, firsts: &mut [u64]) -> bool {
+        /// `a ^ b ^ c`.
+        const XOR: i32 = 0b1001_0110;
+        // SAFETY: eight words.
+        let load = |words: &[u64; 8]| unsafe { _mm512_loadu_si512(words.as_ptr().cast::<__m512i>()) };
+        let all = |word: u64| _mm512_set1_epi64(word as i64);
+        let (gap, below, zero) = (all(kinds.gap()), all(group.below), _mm512_setzero_si512());
+        let (mut different, mut low) = (zero, zero);
+        // Up to a line has whole groups, or a group has whole lines.
+        let per_line = (8 / group.len()).max(1);
+        let begins = (0..8).step_by(group.len()).fold(0_u8, |begins, word| begins | 1 << word);
+        let mut at = 0;
+        for lines in entries.as_chunks::<8>().0.chunks_exact(group.lines.len()) {
+            let mut first = zero;
+            for (index, (words, (place, part))) in lines.iter().zip(&group.lines).enumerate() {
+                let (words, mut part) = (load(words), load(part));
+                if index == 0 {
+                    first = _mm512_permutexvar_epi64(load(place), words);
+                    // SAFETY: eight words: the caller promises that much room.
+                    unsafe { _mm512_storeu_si512(firsts[at..at + 8].as_mut_ptr().cast::<__m512i>(), _mm512_maskz_compress_epi64(begins, words)) };
+                    at += per_line;
+                }
+                if GAPS {
+                    part = _mm512_maskz_mov_epi64(_mm512_cmpneq_epi64_mask(first, gap), part);
+                }
+                different = _mm512_or_si512(different, _mm512_ternarylogic_epi64::<XOR>(words, part, first));
+            }
+            let present = if GAPS { _mm512_cmpneq_epi64_mask(first, gap) } else { 0xff };
+            low = _mm512_mask_ternarylogic_epi64::<OR_AND>(low, present, first, below);
+        }
+        _mm512_reduce_or_epi64(_mm512_or_si512(different, low)) == 0
     }
 
     /// Recodes whole lines; whether they are as expected, if that is asked for, how many leaves are of the second kind, and how many entries absent.
@@ -691,14 +767,14 @@ mod tests {
         let mut whole = 0;
         for round in 0..4000 {
             let parts = 1_u64 << (1 + random.below(5));
-            let group = Group { parts: (0..parts).map(|part| part << 12).collect(), below: (parts - 1) << 12 };
+            let group = Group::new((0..parts).map(|part| part << 12).collect(), (parts - 1) << 12);
             let mut kinds = Kinds::one(3, Attributes::READ);
             if random.below(2) == 0 {
                 kinds = kinds.with_gaps(0);
             }
             let absent = random.below(2) == 0;
             let mut entries: Vec<u64> = Vec::new();
-            for _ in 0..1 + random.below(20) {
+            for _ in 0..[1, 16, 32, 1 + random.below(40)][random.below(4) as usize] {
                 let first = random.next() & 0xffff_ffff_f000 & !group.below | 3;
                 let gap = absent && random.below(3) == 0;
                 entries.extend(group.parts.iter().map(|part| if gap { 0 } else { first | part }));

@@ -293,8 +293,11 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
                     if let Some(ahead) = if more { Some(address.wrapping_add(PAGE)) } else { place.ahead } {
                         self.expect(ahead);
                     }
-                    if !self.pass(place, index, entries, here)? {
-                        self.entries(place, index, entries, here)?;
+                    let told = self.pass(place, index, entries, here)?;
+                    if told < entries.len() {
+                        let next = index + told as u64;
+                        let rest = Span { first: here.first.max(place.base + (next << lsb)), ..here };
+                        self.entries(place, next, &entries[told..], rest)?;
                     }
                 }
                 Err(cause) => {
@@ -313,29 +316,37 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
         Ok(())
     }
 
-    /// Tells of entries as of those that are like the last, if they are, and the visitor can make use of that.
-    fn pass(&mut self, place: Place, index: u64, entries: &[u64], span: Span) -> Result<bool, WalkError> {
-        let Some(usual) = self.usual.filter(|usual| (usual.level, usual.inherited) == (place.level, place.inherited)) else { return Ok(false) };
+    /// Tells of entries as of those that are like the last, as far as they are, and the visitor can make use of that; how many these are.
+    fn pass(&mut self, place: Place, index: u64, entries: &[u64], span: Span) -> Result<usize, WalkError> {
+        let Some(usual) = self.usual.filter(|usual| (usual.level, usual.inherited) == (place.level, place.inherited)) else { return Ok(0) };
         let level = &self.plan.levels[usize::from(place.level)];
-        let (size_log2, count) = (level.index_lsb, entries.len() as u64);
+        let size_log2 = level.index_lsb;
         let first = place.base + (index << size_log2);
-        let whole = (span.first, span.last - span.first) == (first, (count << size_log2) - 1);
+        let whole = (span.first, span.last - span.first) == (first, ((entries.len() as u64) << size_log2) - 1);
         if !whole || entries.len() < FEWEST || self.misses.skips() {
-            return Ok(false);
+            return Ok(0);
         }
-        let run = Run { iova: Iova(first), size_log2, entries, field: level.field(usual.shape), kinds: usual.pattern.kinds, within: usual.within };
-        let Some(receiver) = self.visitor.receive(&run) else { return Ok(false) };
-        let Some(passed) = receiver.pass(entries, &usual) else { return Ok(false) };
-        if !passed.expected || passed.gaps == count {
-            self.misses.miss();
-            return Ok(false);
+        let mut run =
+            Run { iova: Iova(first), size_log2, entries, field: level.field(usual.shape), kinds: usual.pattern.kinds, within: usual.within };
+        let mut told = 0;
+        while told < entries.len() {
+            run = Run { iova: Iova(first + ((told as u64) << size_log2)), entries: &entries[told..], ..run };
+            let Some(receiver) = self.visitor.receive(&run) else { break };
+            run.entries = &run.entries[..receiver.count.min(run.entries.len())];
+            let Some(passed) = receiver.pass(run.entries, &usual) else { break };
+            let count = run.entries.len();
+            if !passed.expected || passed.gaps == count as u64 {
+                self.misses.miss();
+                break;
+            }
+            self.misses = Misses::default();
+            if !self.visitor.received(&run, passed)? {
+                break;
+            }
+            self.budget.charge_leaves(count as u64 - passed.gaps)?;
+            told += count;
         }
-        self.misses = Misses::default();
-        if !self.visitor.received(&run, passed)? {
-            return Ok(false);
-        }
-        self.budget.charge_leaves(count - passed.gaps)?;
-        Ok(true)
+        Ok(told)
     }
 
     fn read(&mut self, address: u64, entries: &mut [u64]) -> Result<(), Cause> {

@@ -149,7 +149,7 @@ impl Builder<'_> {
         let smallest = self.chains.iter().filter_map(|chain| chain.sizes.last()).map(|(size, _)| *size).min()?;
         let merge_log2 = smallest.checked_sub(run.size_log2).filter(|log2| (1..=MAX_SPLIT_LOG2).contains(log2))?;
         let parts = (0..1 << merge_log2).map(|part| run.field.insert(part << run.size_log2)).collect::<Option<Vec<u64>>>()?;
-        let group = Group { parts, below: bits_below(run.field, smallest) };
+        let group = Group::new(parts, bits_below(run.field, smallest));
         Some(Box::new(Merging { from: run.size_log2, field: run.field.clone(), page: smallest, group }))
     }
 
@@ -157,7 +157,7 @@ impl Builder<'_> {
         let (page, group) = (merging.page, &merging.group);
         // What stands before the first whole page, and after the last.
         let before = ((run.iova.0.wrapping_neg() & low_bits(page)) >> run.size_log2) as usize;
-        let count = run.entries.len().saturating_sub(before) & !(group.parts.len() - 1);
+        let count = run.entries.len().saturating_sub(before) & !(group.len() - 1);
         if count == 0 || !recode::merge(&run.entries[before..before + count], run.kinds, group, merged) {
             return self.map_pieces(run);
         }
@@ -336,18 +336,22 @@ impl Builder<'_> {
         let prepared = self.prepared.as_ref().filter(|prepared| prepared.serves(run))?;
         let window = &self.windows[prepared.window];
         let rung = &self.chains[window.chain].rungs[prepared.depth];
-        let span = Span { first: run.iova.0, last: run.iova.0.checked_add(((run.entries.len() as u64) << run.size_log2) - 1)? };
-        let group = prepared.larger.map_or(1, |larger| larger.group as u64);
-        let groups = (run.iova.0 >> run.size_log2 | run.entries.len() as u64).is_multiple_of(group);
-        if !window.holds(span) || !groups || run.within.last > prepared.last_address {
+        let first = run.iova.0;
+        let last = first.checked_add(((run.entries.len() as u64) << run.size_log2) - 1)?;
+        if !window.holds(Span { first, last }) || run.within.last > prepared.last_address {
             return None;
         }
-        let index = (span.first - window.base) >> prepared.slot & (prepared.table_entries - 1);
-        let slots = (run.entries.len() as u64) << prepared.split_log2;
-        let base = span.first - (index << prepared.slot);
+        // As many as fit into a table; the others are asked about again.
+        let index = (first - window.base) >> prepared.slot & (prepared.table_entries - 1);
+        let base = first - (index << prepared.slot);
+        let count = (run.entries.len() as u64).min((prepared.table_entries - index) >> prepared.split_log2);
+        let slots = count << prepared.split_log2;
+        // Whole groups that may be larger pages, and whole lines.
+        let group = prepared.larger.map_or(1, |larger| larger.group as u64);
         let entry_bytes = u64::from(self.layout.bytes);
-        let lines = (index * entry_bytes).is_multiple_of(64) && (slots * entry_bytes).is_multiple_of(64);
-        if index + slots > prepared.table_entries || !lines {
+        let groups = (first >> run.size_log2 | count).is_multiple_of(group);
+        let lines = (index * entry_bytes | slots * entry_bytes).is_multiple_of(64);
+        if count == 0 || !groups || !lines {
             return None;
         }
         // A table that is open, or the next one.
@@ -366,7 +370,7 @@ impl Builder<'_> {
         };
         self.upcoming = Some(Upcoming { offset, index, bytes: rung.room });
         let (form, slot) = (prepared.form(self.layout, true), index as usize);
-        Some(Receiver { form, table: self.arena.words(offset), slot })
+        Some(Receiver { form, table: self.arena.words(offset), slot, count: count as usize })
     }
 
     /// Leaves were written where [`Builder::ready_for`] said; false if they are needed elsewhere.
