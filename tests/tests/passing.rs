@@ -140,9 +140,11 @@ fn convert(memory: &GuestMemoryMmap, source: &mut Table, target: Side, fast: boo
     let mut builder = Builder::new(open(target, &[]), &mut arena).unwrap();
     let budget = Budget::new(Limits { questions: 1 << 24, ..Limits::default() });
     let mut visitor = Watched { builder: &mut builder, fast, passed: 0 };
-    source.walk(&VmMemory(memory), &map(), Span::ALL, &budget, &mut visitor).unwrap();
+    let walked = source.walk(&VmMemory(memory), &map(), Span::ALL, &budget, &mut visitor);
     let passed = visitor.passed;
-    let built = builder.finish().unwrap();
+    // What the builder says first: it may have stopped the walk.
+    let built = builder.finish().unwrap_or_else(|error| panic!("to {target:?}, fast: {fast}: {error}"));
+    walked.unwrap();
     let pages = arena.pages().map(|(page, words)| (page, words.to_vec())).collect();
     Converted { built, pages, charged: budget.leaves_seen(), passed }
 }

@@ -54,8 +54,6 @@ pub(super) struct Upcoming {
     /// The table, which may not be handed out yet, and its size.
     offset: u64,
     bytes: u64,
-    /// The first slot.
-    index: u64,
 }
 
 /// How leaves that are smaller than the target's pages make up such pages.
@@ -368,7 +366,7 @@ impl Builder<'_> {
                 self.arena.upcoming(rung.room)?
             }
         };
-        self.upcoming = Some(Upcoming { offset, index, bytes: rung.room });
+        self.upcoming = Some(Upcoming { offset, bytes: rung.room });
         let (form, slot) = (prepared.form(self.layout, true), index as usize);
         Some(Receiver { form, table: self.arena.words(offset), slot, count: count as usize })
     }
@@ -392,24 +390,28 @@ impl Builder<'_> {
     }
 
     fn take_passed(&mut self, run: &Run<'_>, prepared: &Prepared, upcoming: Upcoming, passed: Passed) -> Result<bool, BuildError> {
-        let (depth, Upcoming { offset, index, .. }) = (prepared.depth, upcoming);
         if prepared.has_larger(run.entries, run.field) {
             return Ok(false);
         }
+        let depth = prepared.depth;
         self.flush()?;
         self.open_to(prepared.window, depth, run.iova.0)?;
-        let open = &mut self.open[depth];
-        if open.offset != offset || open.filled > index {
-            return Ok(false);
+        // Whatever was flushed or closed may have taken the place. The table is open now: it must be filled.
+        let foreseen = self.open[depth].offset == upcoming.offset;
+        if foreseen {
+            self.stage.skip(self.staged[depth].take());
+            self.open[depth].past_cache = true;
         }
-        open.past_cache = true;
-        self.stage.skip(self.staged[depth].take());
-        self.fill_to(depth, run.iova.0)?;
-        let slots = (run.entries.len() as u64) << prepared.split_log2;
-        self.note_slots(run, run.entries, prepared, index, slots, passed.gaps);
-        let leaves = run.entries.len() as u64 - passed.gaps;
+        let index = self.fill_to(depth, run.iova.0)?;
+        let slots = run.entries.len() << prepared.split_log2;
+        let (others, gaps) = match foreseen {
+            true => (passed.others, passed.gaps),
+            false => self.write_slots(run.entries, run, prepared, index as usize, slots),
+        };
+        self.note_slots(run, run.entries, prepared, index, slots as u64, gaps);
+        let leaves = run.entries.len() as u64 - gaps;
         self.leaves += leaves << prepared.split_log2;
-        self.note_run(run, prepared, leaves - passed.others, passed.others);
+        self.note_run(run, prepared, leaves - others, others);
         Ok(true)
     }
 
