@@ -115,10 +115,13 @@ pub(super) fn read_up_to(file: &mut impl Read, buffer: &mut [u8]) -> std::io::Re
     Ok(done)
 }
 
-/// Puts `bytes` at `offset` of memory that is all zeroes.
+/// Compared with whole, which is faster than to look at bytes one by one.
+const ZEROES: [u8; PAGE as usize] = [0; PAGE as usize];
+
+/// Puts `bytes`, a page at most, at `offset` of memory that is all zeroes.
 pub(super) fn write_unless_zero(backing: Option<&MmapRegion>, bytes: &[u8], offset: usize) {
     if let Some(backing) = backing
-        && bytes.iter().any(|byte| *byte != 0)
+        && !ZEROES.starts_with(bytes)
     {
         // Cannot fail: there is room for all that is read.
         let _ = backing.as_volatile_slice().write_slice(bytes, offset);
