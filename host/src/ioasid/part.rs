@@ -243,7 +243,12 @@ impl Part {
     /// Guest memory came or went. The kernel's own tables follow by themselves.
     pub(super) fn memory_changed(&mut self, memory: &GuestMemory) -> Result<Report, LiveError> {
         match &mut self.host {
-            Host::Kernel { .. } | Host::Own(..) => Ok(Report::default()),
+            Host::Kernel { .. } => Ok(Report::default()),
+            // What was cached by way of a table that went with its memory.
+            Host::Own(_, committer) => {
+                committer.forget_everything()?;
+                Ok(Report::default())
+            }
             Host::Table(_, engine) => engine.memory_changed(memory),
             Host::Areas(engine) => engine.memory_changed(memory),
         }

@@ -197,15 +197,21 @@ impl Space {
         failed.map_or_else(|| Ok(all.unwrap_or_default()), Err)
     }
 
-    pub(super) fn memory_changed(&self, memory: &GuestMemory) -> Result<(), Error> {
+    pub(super) fn memory_changed(&self, memory: &GuestMemory) -> Result<Report, Error> {
         let mut detached = Detached::new();
         let mut state = self.lock();
         state.translator = None;
-        let State { content, .. } = &mut *state;
-        if let Content::Managed(managed) = content {
-            managed.memory_changed(memory.map())?;
+        let State { content, software, .. } = &mut *state;
+        let mut lost = Vec::new();
+        let unmapped = match content {
+            Content::Managed(managed) => managed.memory_changed(memory.map(), &mut lost),
+            Content::Requests(_) | Content::Guest => Ok(()),
+        };
+        if let Some(software) = software {
+            software.tell(&lost).map_err(Error::Blocked)?;
         }
-        self.each(&mut state, &mut detached, |part| part.memory_changed(memory), |software| software.memory_changed(memory)).map(drop)
+        let report = self.each(&mut state, &mut detached, |part| part.memory_changed(memory), |software| software.memory_changed(memory));
+        unmapped.and(report)
     }
 }
 

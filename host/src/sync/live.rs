@@ -69,6 +69,18 @@ pub struct Report {
     pub illegal: Option<u32>,
 }
 
+impl Report {
+    /// What another call did, after this one.
+    pub fn join(&mut self, next: Self) {
+        self.changes += next.changes;
+        self.offered += next.offered;
+        self.blocked.extend(next.blocked);
+        self.blocked_count += next.blocked_count;
+        self.structures |= next.structures;
+        self.illegal = self.illegal.or(next.illegal);
+    }
+}
+
 /// One address space that is kept in step.
 #[derive(Debug)]
 pub struct Live<S> {

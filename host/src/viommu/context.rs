@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::host::{AddressSpaces, HostError, Way, Written};
 use crate::Gpa;
-use crate::ioasid::{Context, Device, Error, GuestView, Ioasid, Kind, Request, SpaceId};
+use crate::ioasid::{self, Context, Device, Error, GuestMemory, GuestView, Ioasid, Kind, Request, SpaceId};
 use crate::kernel::Pasid;
 use crate::plugin::queue::Invalidation;
 use crate::plugin::{Outcome, Requester, Tag, Translated};
@@ -21,13 +21,15 @@ pub struct ContextSpaces {
     template: Request,
     devices: BTreeMap<u64, Device>,
     spaces: BTreeMap<SpaceId, Ioasid>,
+    /// Why devices might reach memory that went: none is attached until that is over.
+    unsettled: Option<String>,
 }
 
 impl ContextSpaces {
     /// IOASIDs with the strategies, limits and other wishes of `template`; what is in them is the guest's to say.
     #[must_use]
     pub const fn new(context: Context, template: Request) -> Self {
-        Self { context, template, devices: BTreeMap::new(), spaces: BTreeMap::new() }
+        Self { context, template, devices: BTreeMap::new(), spaces: BTreeMap::new(), unsettled: None }
     }
 
     /// The context.
@@ -57,6 +59,12 @@ impl ContextSpaces {
         self.spaces.get(&id)
     }
 
+    /// What became of all spaces in a call that failed for some: devices of those were detached by the context.
+    fn stale(&self, error: &Error) -> Vec<Written<SpaceId>> {
+        let blocked = self.spaces.values().filter(|ioasid| ioasid.stats().blocked > 0);
+        blocked.map(|ioasid| (ioasid.id(), Err(HostError::Stale(error.to_string().into())))).collect()
+    }
+
     fn find(&self, id: SpaceId) -> Result<&Ioasid, HostError> {
         self.spaces.get(&id).ok_or_else(|| HostError::Refused(format!("{id} is gone").into()))
     }
@@ -83,6 +91,7 @@ fn host_error(error: Error) -> HostError {
 
 impl AddressSpaces for ContextSpaces {
     type Id = SpaceId;
+    type Memory = GuestMemory;
 
     /// Tables are read when the first device is attached.
     fn allocate(&mut self, way: &Way, _: sync::Way, _: Box<dyn Watcher>) -> Result<(SpaceId, Report), HostError> {
@@ -98,6 +107,9 @@ impl AddressSpaces for ContextSpaces {
     }
 
     fn attach(&mut self, requester: Requester, space: SpaceId) -> Result<Report, HostError> {
+        if let Some(reason) = &self.unsettled {
+            return Err(HostError::Refused(format!("memory that went may still be reached: {reason}").into()));
+        }
         let ioasid = self.find(space)?;
         let missing = || HostError::Refused(format!("nobody connected device {:#x}", requester.id).into());
         let device = self.devices.get(&requester.id).ok_or_else(missing)?;
@@ -133,11 +145,29 @@ impl AddressSpaces for ContextSpaces {
         let told = match self.context.table_written(address, length) {
             Ok(reports) => reports.into_iter().map(|(id, report)| (id, Ok(report))).collect(),
             // Whose devices were detached is out of step; of the others there is nothing to tell.
-            Err(error) => {
-                let blocked = self.spaces.values().filter(|ioasid| ioasid.stats().blocked > 0);
-                blocked.map(|ioasid| (ioasid.id(), Err(HostError::Stale(error.to_string().into())))).collect()
-            }
+            Err(error) => self.stale(&error),
         };
         Some(told)
+    }
+
+    /// The context of several vIOMMUs hears the same from each.
+    fn memory_changed(&mut self, memory: GuestMemory) -> Result<Vec<Written<SpaceId>>, HostError> {
+        let wanted = memory.regions().to_vec();
+        self.unsettled = None;
+        match self.context.memory_changed(memory) {
+            Ok(reports) => {
+                let own = reports.into_iter().filter(|(id, _)| self.spaces.contains_key(id));
+                Ok(own.map(|(id, report)| (id, Ok(report))).collect())
+            }
+            Err(error @ Error::Blocked(_)) => Ok(self.stale(&error)),
+            Err(error) => {
+                let (_, more) = ioasid::compare(self.context.memory().regions(), &wanted);
+                if more.is_empty() && self.context.memory_leaving().is_empty() {
+                    return Err(host_error(error));
+                }
+                self.unsettled = Some(error.to_string());
+                Err(HostError::Stale(Box::new(error)))
+            }
+        }
     }
 }

@@ -68,7 +68,7 @@ pub enum HostError {
     Stale(#[source] Source),
 }
 
-/// What one space was told of a write, or why it is out of step.
+/// What one space was told of a write, or of memory that came or went; or why it is out of step.
 pub type Written<I> = (I, Result<Report, HostError>);
 
 /// Makes address spaces, keeps them in step, and attaches devices to them.
@@ -87,9 +87,13 @@ pub type Written<I> = (I, Result<Report, HostError>);
 /// * After an error of [`AddressSpaces::invalidate`] or [`AddressSpaces::table_written`], and after [`HostError::Stale`] of any call, the vIOMMU detaches everybody
 ///   from the space and releases it. After any other error nothing changed.
 /// * A page is watched, by the watcher that the space was given, before a table in it is read.
+/// * When [`AddressSpaces::memory_changed`] returns without an error, or with [`HostError::Refused`], no DMA reaches memory that went.
 pub trait AddressSpaces {
     /// Names an address space.
     type Id: Copy + Ord + fmt::Debug;
+
+    /// What this side has to know of the guest's memory.
+    type Memory;
 
     /// Makes an address space, with nothing attached; `opened` is `way` with its formats open.
     ///
@@ -129,6 +133,13 @@ pub trait AddressSpaces {
     /// # Errors
     /// The kernel refused.
     fn table_written(&mut self, space: Self::Id, address: Gpa, length: u64) -> Result<Report, HostError>;
+
+    /// The guest's memory is this from now on: regions came, or went, or both. What that did to each space with tables.
+    ///
+    /// # Errors
+    /// [`HostError::Refused`]: what came is not there for DMA, and what went is gone all the same. [`HostError::Stale`]: DMA may still reach what went; everybody is
+    /// detached from all spaces.
+    fn memory_changed(&mut self, memory: Self::Memory) -> Result<Vec<Written<Self::Id>>, HostError>;
 
     /// For a host that watches tables itself and does not use the watchers that spaces are given: tells all spaces with tables in these bytes. None for any other
     /// host, which is called for each space with [`AddressSpaces::table_written`].

@@ -10,6 +10,7 @@
 //!    |                              |               --- translations -> by tag: the spaces concerned ---> invalidate, once each
 //!    | table_written(page) -------> who looks at this page? --- structures of a stream: look up again, as above
 //!    |                              |                       --- tables of a space: table_written
+//!    | memory_changed -----------> tables and structures in it ------------------------------> memory_changed
 //!    | faults(blocked DMA) -------> walk the guest's tables ---> the architecture's record (plugin) ---> bytes for the guest's event queue
 //! ```
 //!
@@ -28,6 +29,7 @@
 //! | it fails to decode commands | they count as: everything may have changed |
 //! | the host refuses a space, or fails to invalidate | the streams concerned are detached, and tried again |
 //! | a stream cannot be detached either | [`Handled::loose`]: the VMM must stop the device |
+//! | memory goes with structures or tables in it | what stood there is unreadable, as for hardware: blocked, and told to the guest |
 //! | the guest reaches a limit | what is beyond is blocked and reported to the guest |
 //!
 //! What is tried again is tried after so many calls, twice as many after each failure: there is no clock here.
@@ -197,6 +199,8 @@ pub struct Handled {
     pub blocked: u64,
     /// Streams that could not be kept from DMA although they must be: their devices have to be stopped.
     pub loose: Vec<(Requester, HostError)>,
+    /// Why DMA does not reach memory that came. None: it does, where the guest's tables say so.
+    pub memory: Option<HostError>,
 }
 
 /// What a vIOMMU did since it was made. Counts only grow, but for the first four.
@@ -427,12 +431,48 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
             self.told(number, told, whole, &mut call);
         }
         self.written = written;
-        for (id, told) in self.host.written(address, length).into_iter().flatten() {
-            if let Some(number) = self.numbers.get(&id).copied() {
-                self.told(number, told, false, &mut call);
-            }
+        if let Some(told) = self.host.written(address, length) {
+            self.told_each(told, &mut call);
         }
         self.finish(call)
+    }
+
+    /// The guest's memory is another: regions came, or went, or both. `memory` and `map` are for this vIOMMU, `host` for its host's side; that of a [`ContextSpaces`] is the
+    /// whole of guest memory, and every vIOMMU of the context is told.
+    ///
+    /// When this returns, no DMA reaches memory that went, and what stood in it counts as unreadable: streams whose structures were there are blocked, tables there
+    /// lead nowhere, and the guest is told so when a device tries. Structures and tables in memory that came are read. If the host failed ([`Handled::memory`],
+    /// [`Handled::loose`]), memory that went stays mapped in this process until another call has no such error.
+    ///
+    /// Memory that comes is in place before the call, its pages can be watched by then; memory that goes stays in place until it has returned.
+    pub fn memory_changed(&mut self, memory: M, map: Arc<MemoryMap>, host: A::Memory) -> Handled {
+        let mut call = self.begin();
+        let told = self.host.memory_changed(host);
+        self.memory = memory.clone();
+        self.map = Arc::clone(&map);
+        self.unit.set_memory(memory, map);
+        match told {
+            Ok(told) => self.told_each(told, &mut call),
+            Err(HostError::Refused(error)) => call.handled.memory = Some(HostError::Refused(error)),
+            Err(HostError::Stale(error)) => {
+                let all: Vec<u64> = self.spaces.keys().copied().collect();
+                for number in all {
+                    self.told(number, Err(HostError::Stale(error.to_string().into())), false, &mut call);
+                }
+                call.handled.memory = Some(HostError::Stale(error));
+            }
+        }
+        // Reads again what each lookup read: where that is as before, nothing is done.
+        self.changed(self.devices.keys().copied().collect(), self.streams.keys().copied().collect(), &mut call);
+        self.finish(call)
+    }
+
+    fn told_each(&mut self, told: Vec<Written<A::Id>>, call: &mut Call) {
+        for (id, told) in told {
+            if let Some(number) = self.numbers.get(&id).copied() {
+                self.told(number, told, false, call);
+            }
+        }
     }
 
     /// Nothing happened: tries again what is due. For a VMM that has a timer, and guests that are quiet.

@@ -14,7 +14,7 @@ use crate::rig::{DATA, Rig, Stop, page, unit};
 const BOTH: Access = Access { read: true, write: true };
 
 /// While `act` runs, again and again, DMA to a page never fails.
-fn without_a_miss(rig: &Rig, iova: u64, mut act: impl FnMut(u64)) {
+pub fn without_a_miss(rig: &Rig, iova: u64, mut act: impl FnMut(u64)) {
     let (stop, done) = (AtomicBool::new(false), AtomicU64::new(0));
     let device = rig.sim.device("nic").unwrap();
     std::thread::scope(|scope| {

@@ -16,7 +16,7 @@ use super::guests::{Arch, DATA, Guest};
 const IOVA: u64 = 0x12_3456_7000;
 
 /// The plugins, compiled once.
-fn plugins() -> Arc<Plugins> {
+pub fn plugins() -> Arc<Plugins> {
     static PLUGINS: OnceLock<Arc<Plugins>> = OnceLock::new();
     Arc::clone(PLUGINS.get_or_init(|| Arc::new(Plugins::builtin(&Engine::new(Config::default()).unwrap()).unwrap())))
 }

@@ -6,6 +6,7 @@ mod failures;
 mod guests;
 mod host;
 mod kernel;
+mod memory;
 mod nested;
 mod plain;
 mod real;
