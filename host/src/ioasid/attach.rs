@@ -13,14 +13,15 @@ use super::strategy::{Candidate, Choice};
 use super::tables::PoolTables;
 use super::{Chosen, Device, Error, Explanation, Ioasid, Kind, Property, Refusal, Strategy};
 use crate::kernel::{Errno, HwptFlags, Pasid};
-use crate::sync::{AreaLimits, Areas, Nested, NestedTable};
+use crate::sync::{AreaLimits, Areas, Nested, NestedTable, Report};
 
 impl Ioasid {
-    /// Attaches a device, or a PASID of it. The first device behind a unit has a strategy chosen for its path; further ones share what was made.
+    /// Attaches a device, or a PASID of it. The first device behind a unit has a strategy chosen for its path; further ones share what was made. What was read
+    /// of the guest's tables, if something was made, is told: entries that are blocked among it.
     ///
     /// # Errors
     /// [`Error::Refused`] with the property that says no. Nothing has changed then, and the device's DMA is blocked as before.
-    pub fn attach(&self, device: &Device, pasid: Option<Pasid>) -> Result<(), Error> {
+    pub fn attach(&self, device: &Device, pasid: Option<Pasid>) -> Result<Report, Error> {
         self.0.join(&device.0, pasid, false)
     }
 
@@ -28,7 +29,7 @@ impl Ioasid {
     ///
     /// # Errors
     /// As [`Ioasid::attach`]; the old attachment stays.
-    pub fn replace(&self, device: &Device, pasid: Option<Pasid>) -> Result<(), Error> {
+    pub fn replace(&self, device: &Device, pasid: Option<Pasid>) -> Result<Report, Error> {
         self.0.join(&device.0, pasid, true)
     }
 
@@ -143,21 +144,21 @@ impl Space {
         Err(Refusal::new(Property::Unit, reason))
     }
 
-    /// The part that a device gets, made if there is none; and whether it was made.
-    fn part_for(&self, state: &mut State, device: &Arc<Connected>, pasid: Option<Pasid>) -> Result<(usize, bool), Error> {
+    /// The part that a device gets, made if there is none; and what was read for it if it was made.
+    fn part_for(&self, state: &mut State, device: &Arc<Connected>, pasid: Option<Pasid>) -> Result<(usize, Option<Report>), Error> {
         // Areas are for all units: the kernel keeps a table for each of them.
         let is_shared = |part: &Part| matches!(part.host, Host::Areas(_));
         let same = state.parts.iter().position(|part| part.unit == device.unit());
         if let Some(place) = same.or_else(|| state.parts.iter().position(is_shared)) {
-            return Ok((place, false));
+            return Ok((place, None));
         }
         self.check_unit(state, device)?;
-        let part = self.build(state, device, pasid)?;
+        let (part, report) = self.build(state, device, pasid)?;
         state.parts.push(part);
-        Ok((state.parts.len() - 1, true))
+        Ok((state.parts.len() - 1, Some(report)))
     }
 
-    fn join(self: &Arc<Self>, device: &Arc<Connected>, pasid: Option<Pasid>, replace: bool) -> Result<(), Error> {
+    fn join(self: &Arc<Self>, device: &Arc<Connected>, pasid: Option<Pasid>, replace: bool) -> Result<Report, Error> {
         self.check(device, pasid)?;
         let _memory = self.context().hold_memory();
         let not_attached = || Refusal::new(Property::Attachment, format!("{} is not attached", Who(device.label(), pasid)));
@@ -169,7 +170,7 @@ impl Space {
                     return Err(Refusal::new(Property::Attachment, reason).into());
                 }
                 (None, true) => return Err(not_attached().into()),
-                (Some(space), true) if Arc::ptr_eq(space, self) => return Ok(()),
+                (Some(space), true) if Arc::ptr_eq(space, self) => return Ok(Report::default()),
                 (Some(_), true) | (None, false) => {}
             }
             // Locks in the order of numbers.
@@ -190,7 +191,7 @@ impl Space {
                 // Somebody else was faster.
                 continue;
             }
-            let (place, is_new) = self.part_for(&mut state, device, pasid)?;
+            let (place, made) = self.part_for(&mut state, device, pasid)?;
             let part = &mut state.parts[place];
             let moved = match (slots.get_mut(&pasid), &mut other) {
                 (Some(slot), Some(other)) => Self::move_to(part, device, pasid, slot, other).map(|()| slot.space = Arc::clone(self)),
@@ -199,23 +200,26 @@ impl Space {
                 }),
             };
             if let Err(error) = moved {
-                if is_new {
+                if made.is_some() {
                     state.parts.pop();
                 }
                 return Err(error);
             }
-            state.parts[place].joined(device, pasid);
+            let part = &mut state.parts[place];
+            part.joined(device, pasid);
+            part.is_new = false;
             if let Some(other) = &mut other {
                 let _ = other.parts.iter_mut().any(|part| part.left(Arc::as_ptr(device), pasid));
             }
             tracing::debug!(device = device.label(), ioasid = self.id().0, replace, "attached");
-            return Ok(());
+            return Ok(made.unwrap_or_default());
         }
     }
 
     /// The guest's structures say something else: parts whose units walk the guest's own table, or a table of the kernel's, are made anew, and those who use
     /// them are moved. On an error nobody was. What is in `dropped` then is to be dropped without locks.
-    pub(super) fn rebuild(self: &Arc<Self>, state: &mut State, dropped: &mut Vec<(Arc<Connected>, Option<Slot>)>) -> Result<(), Error> {
+    pub(super) fn rebuild(self: &Arc<Self>, state: &mut State, dropped: &mut Vec<(Arc<Connected>, Option<Slot>)>) -> Result<Report, Error> {
+        let mut all = Report::default();
         for place in 0..state.parts.len() {
             if state.parts[place].follows() {
                 continue;
@@ -225,7 +229,7 @@ impl Space {
             dropped.extend(users.iter().map(|(user, _)| (Arc::clone(user), None)));
             let Some((device, _)) = users.first() else { continue };
             let with_pasid = users.iter().find_map(|(_, pasid)| *pasid);
-            let mut part = self.build(state, device, with_pasid)?;
+            let (mut part, report) = self.build(state, device, with_pasid)?;
             let mut moved = Vec::new();
             for (device, pasid) in &users {
                 match self.hand_over(&mut part, device, *pasid) {
@@ -238,14 +242,15 @@ impl Space {
                     }
                 }
             }
+            all.join(report);
             part.users = std::mem::take(&mut state.parts[place].users);
             part.blocked = std::mem::take(&mut state.parts[place].blocked);
             state.parts[place] = part;
         }
         // Of what nobody uses nothing is kept: it would have to be made anew.
-        let Kind::Guest(_) = state.kind else { return Ok(()) };
+        let Kind::Guest(_) = state.kind else { return Ok(all) };
         state.parts.retain(|part| part.follows() || part.users.iter().any(|(user, _)| user.strong_count() > 0) || !part.blocked.is_empty());
-        Ok(())
+        Ok(all)
     }
 
     /// Moves an attachment of this IOASID to another part of it.
@@ -318,8 +323,8 @@ impl Space {
         act(part).inspect_err(|_| device.restore(before))
     }
 
-    /// Chooses a strategy for a device's path, and makes what it takes.
-    fn build(&self, state: &mut State, device: &Arc<Connected>, pasid: Option<Pasid>) -> Result<Part, Error> {
+    /// Chooses a strategy for a device's path, and makes what it takes; what was read for that.
+    fn build(&self, state: &mut State, device: &Arc<Connected>, pasid: Option<Pasid>) -> Result<(Part, Report), Error> {
         let span = tracing::debug_span!("build", ioasid = self.id().0, device = device.label());
         let _entered = span.enter();
         let mut explanation = Explanation::new(device.label());
@@ -334,12 +339,13 @@ impl Space {
             };
             let what = candidate.what();
             match self.make(state, device, pasid.is_some(), candidate) {
-                Ok(host) => {
+                Ok((host, report)) => {
                     tracing::debug!(%strategy, what, "chosen");
                     self.context().count(Counter::of(strategy), 1);
                     explanation.chosen = Some(Chosen { strategy, what });
                     explanation.notes = notes;
-                    return Ok(Part { unit: device.unit(), host, explanation, users: Vec::new(), blocked: Vec::new() });
+                    let part = Part { unit: device.unit(), host, explanation, users: Vec::new(), is_new: true, blocked: Vec::new() };
+                    return Ok((part, report));
                 }
                 Err(error) if is_no(&error) => explanation.reject(strategy, vec![error.to_string()]),
                 Err(error) => return Err(error),
@@ -348,7 +354,7 @@ impl Space {
         Err(Refusal::new(Property::Strategy, format!("device {}: {}", device.label(), explanation.why_not())).into())
     }
 
-    fn make(&self, state: &State, device: &Arc<Connected>, with_pasid: bool, candidate: Candidate) -> Result<Host, Error> {
+    fn make(&self, state: &State, device: &Arc<Connected>, with_pasid: bool, candidate: Candidate) -> Result<(Host, Report), Error> {
         let context = self.context();
         let whom = For { context, device, faults: state.faults.as_ref(), with_pasid };
         match candidate {
@@ -356,16 +362,16 @@ impl Space {
                 // The parent is kept: it hears when memory comes or goes.
                 let parent = context.parent(Under::Guest)?;
                 let direct = parent.direct(device).map_err(Error::kernel("making a page table of guest memory"))?;
-                Ok(Host::Kernel { hwpt: direct, _parent: Some(parent) })
+                Ok((Host::Kernel { hwpt: direct, _parent: Some(parent) }, Report::default()))
             }
             Candidate::Nothing => {
-                let empty = context.empty(device.unit());
-                empty.map(|hwpt| Host::Kernel { hwpt, _parent: None }).ok_or_else(|| Refusal::new(Property::Unit, "the unit is not known").into())
+                let empty = context.empty(device.unit()).map(|hwpt| Host::Kernel { hwpt, _parent: None });
+                empty.map(|host| (host, Report::default())).ok_or_else(|| Refusal::new(Property::Unit, "the unit is not known").into())
             }
             Candidate::Own(config) => {
                 let mut bound = Bound::new(whom, context.parent(Under::Guest)?, &config, Under::Guest)?;
                 let committer = committer(&mut bound)?;
-                Ok(Host::Own(Box::new(bound), Box::new(committer)))
+                Ok((Host::Own(Box::new(bound), Box::new(committer)), Report::default()))
             }
             Candidate::Table(mut config, format) => {
                 let parent = context.parent(Under::Host)?;
@@ -376,26 +382,26 @@ impl Space {
                 }
                 let mut bound = Bound::new(whom, parent, &config, Under::Host)?;
                 let sink = Nested::new(table, committer(&mut bound)?);
-                let mut engine = Engine::new(context, self.id(), &state.kind, limits, sink)?;
-                engine.fill(&context.memory(), &state.told())?;
+                let mut engine = Engine::new(context, self.watcher(), &state.kind, limits, sink)?;
+                let report = engine.fill(&context.memory(), &state.told())?;
                 // A device is not attached to half of a table, unless its guest asks for more than it may have.
                 let table = engine.sink().table();
                 if let Some(errno) = table.memory().failure().filter(|_| table.figures().without_memory > 0) {
                     return Err(Error::kernel("memory for host tables")(errno));
                 }
-                Ok(Host::Table(Box::new(bound), Box::new(engine)))
+                Ok((Host::Table(Box::new(bound), Box::new(engine)), report))
             }
             Candidate::Areas => self.areas(state, device),
         }
     }
 
     /// What the kernel keeps in its own tables.
-    fn areas(&self, state: &State, device: &Connected) -> Result<Host, Error> {
+    fn areas(&self, state: &State, device: &Connected) -> Result<(Host, Report), Error> {
         let dirty = if self.request().dirty_tracking { HwptFlags::DIRTY_TRACKING } else { HwptFlags::NONE };
         let flags = device.pasid_flag() | dirty;
         if let Content::Managed(managed) = &state.content {
             let made = managed.ioas().hwpt(device.bound(), flags, state.faults.as_ref());
-            return made.map(|hwpt| Host::Kernel { hwpt, _parent: None }).map_err(|errno| match errno {
+            return made.map(|hwpt| (Host::Kernel { hwpt, _parent: None }, Report::default())).map_err(|errno| match errno {
                 Errno::EADDRINUSE => Refusal::new(Property::Iova, "areas lie where the unit cannot translate").into(),
                 errno => Error::kernel("making a page table for the device's unit")(errno),
             });
@@ -405,8 +411,8 @@ impl Space {
         }
         let limits = &self.request().limits;
         let areas = Areas::new(self.context().pins(), AreaLimits { flags, ..limits.areas }).map_err(Error::kernel("making an address space"))?;
-        let mut engine = Engine::new(self.context(), self.id(), &state.kind, limits, areas)?;
-        engine.fill(&self.context().memory(), &state.told())?;
+        let mut engine = Engine::new(self.context(), self.watcher(), &state.kind, limits, areas)?;
+        let report = engine.fill(&self.context().memory(), &state.told())?;
         if engine.sink().figures().pending > 0 {
             // What was refused once is tried again, and then given up.
             engine.commit().map_err(Error::Blocked)?;
@@ -414,7 +420,7 @@ impl Space {
                 return Err(Error::kernel("mapping guest memory for the device")(Errno::ENOMEM));
             }
         }
-        Ok(Host::Areas(Box::new(engine)))
+        Ok((Host::Areas(Box::new(engine)), report))
     }
 }
 

@@ -328,16 +328,25 @@ impl Context {
     /// # Errors
     /// [`Error::Refused`] by [`ContextLimits::spaces`]; [`Error::Plugins`], [`Error::Call`] and [`Error::Open`] for tables; [`Error::Kernel`].
     pub fn allocate(&self, request: Request) -> Result<Ioasid, Error> {
-        self.allocate_as(SpaceId(self.0.next_space.fetch_add(1, Ordering::Relaxed)), request)
+        self.allocate_as(SpaceId(self.0.next_space.fetch_add(1, Ordering::Relaxed)), request, None)
+    }
+
+    /// The same with a watcher of its own: it hears which guest pages hold tables of this IOASID, instead of [`Setup::watcher`]. What is written there is told
+    /// with [`Ioasid::table_written`].
+    ///
+    /// # Errors
+    /// As [`Context::allocate`].
+    pub fn allocate_watched(&self, request: Request, watcher: Box<dyn Watcher>) -> Result<Ioasid, Error> {
+        self.allocate_as(SpaceId(self.0.next_space.fetch_add(1, Ordering::Relaxed)), request, Some(watcher))
     }
 
     /// The same under a number that an earlier context gave.
-    pub(super) fn allocate_as(&self, id: SpaceId, request: Request) -> Result<Ioasid, Error> {
+    pub(super) fn allocate_as(&self, id: SpaceId, request: Request, watcher: Option<Box<dyn Watcher>>) -> Result<Ioasid, Error> {
         self.0.next_space.fetch_max(id.0.saturating_add(1), Ordering::Relaxed);
         if lock(&self.0.spaces).len() >= self.0.limits.spaces {
             return Err(Refusal::new(Property::Limit, format!("the context has {} IOASIDs already", self.0.limits.spaces)).into());
         }
-        let space = Space::new(&self.0, id, request)?;
+        let space = Space::new(&self.0, id, request, watcher)?;
         lock(&self.0.spaces).insert(id.0, Arc::downgrade(&space));
         Ok(Ioasid(space))
     }
@@ -362,8 +371,8 @@ impl Context {
         ioasid.serves(device)
     }
 
-    /// `length` bytes of guest memory from `address` on were written: tells every IOASID with tables there. Needs a [`Setup::watcher`], which has to be told
-    /// which pages these are.
+    /// `length` bytes of guest memory from `address` on were written: tells every IOASID with tables there, but those that have
+    /// watchers of their own. Needs a [`Setup::watcher`], which has to be told which pages these are.
     ///
     /// # Errors
     /// The first error; all IOASIDs were told nevertheless.

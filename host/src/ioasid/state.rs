@@ -164,12 +164,12 @@ impl Saved {
             if ioasids.iter().any(|ioasid| ioasid.id().0 >= saved.id) {
                 return Err(no_sense("its IOASIDs are not in the order of their numbers"));
             }
-            let ioasid = context.allocate_as(SpaceId(saved.id), saved.request()?)?;
+            let ioasid = context.allocate_as(SpaceId(saved.id), saved.request()?, None)?;
             saved.fill(&ioasid, &mut user)?;
             for (label, pasid) in &saved.attached {
                 let device = devices.iter().find(|device| device.label() == label);
                 let device = device.ok_or_else(|| no_sense(&format!("device {label} is attached, and not there")))?;
-                ioasid.attach(device, pasid.map(Pasid))?;
+                drop(ioasid.attach(device, pasid.map(Pasid))?);
             }
             if saved.lookups {
                 ioasid.lookup()?;

@@ -1,19 +1,20 @@
 //! Address spaces of a [`Context`]: the host's side of a vIOMMU over a kernel.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use super::host::{AddressSpaces, HostError, Way, Written};
+use super::host::{AddressSpaces, HostError, Told, Way};
 use crate::Gpa;
 use crate::ioasid::{self, Context, Device, Error, GuestMemory, GuestView, Ioasid, Kind, Request, SpaceId};
 use crate::kernel::Pasid;
+use crate::lookup::Lookup;
 use crate::plugin::queue::Invalidation;
 use crate::plugin::{Outcome, Requester, Tag, Translated};
 use crate::sync::{self, Report, Watcher};
 
 /// IOASIDs of a context, for one vIOMMU.
 ///
-/// The context watches tables itself: its watcher is to be the same as the vIOMMU's, such as another handle of [`Watching`](super::Watching). Formats are opened by
-/// the context's own supervisors; the vIOMMU's supervisor is to be one of them, so that the plugin is one for both.
+/// Pages with tables are watched by the vIOMMU's watcher. Formats are opened by the context's own supervisors; the vIOMMU's supervisor is to be one of them, so
+/// that the plugin is one for both.
 #[derive(Debug)]
 pub struct ContextSpaces {
     context: Context,
@@ -21,6 +22,10 @@ pub struct ContextSpaces {
     template: Request,
     devices: BTreeMap<u64, Device>,
     spaces: BTreeMap<SpaceId, Ioasid>,
+    /// Device models of the VMM's.
+    emulated: BTreeSet<u64>,
+    /// What these look up.
+    lookups: BTreeMap<Requester, Lookup>,
     /// Why devices might reach memory that went: none is attached until that is over.
     unsettled: Option<String>,
 }
@@ -29,7 +34,15 @@ impl ContextSpaces {
     /// IOASIDs with the strategies, limits and other wishes of `template`; what is in them is the guest's to say.
     #[must_use]
     pub const fn new(context: Context, template: Request) -> Self {
-        Self { context, template, devices: BTreeMap::new(), spaces: BTreeMap::new(), unsettled: None }
+        Self {
+            context,
+            template,
+            devices: BTreeMap::new(),
+            spaces: BTreeMap::new(),
+            emulated: BTreeSet::new(),
+            lookups: BTreeMap::new(),
+            unsettled: None,
+        }
     }
 
     /// The context.
@@ -48,9 +61,23 @@ impl ContextSpaces {
         Ok(device)
     }
 
+    /// A device model of the VMM's, which the guest knows by `id`: before [`Viommu::connect`](super::Viommu::connect). It looks IOVAs up in software, by
+    /// [`ContextSpaces::lookup`].
+    pub fn emulate(&mut self, id: u64) {
+        self.emulated.insert(id);
+    }
+
+    /// What a requester of a device model looks up now; none if it is blocked. A call of the vIOMMU may put it on another address space: ask again after each, and use
+    /// no older one.
+    #[must_use]
+    pub fn lookup(&self, requester: Requester) -> Option<&Lookup> {
+        self.lookups.get(&requester)
+    }
+
     /// Lets go of a device: after [`Viommu::disconnect`](super::Viommu::disconnect).
     pub fn disconnect(&mut self, id: u64) {
         self.devices.remove(&id);
+        self.emulated.remove(&id);
     }
 
     /// An IOASID of this vIOMMU.
@@ -59,8 +86,8 @@ impl ContextSpaces {
         self.spaces.get(&id)
     }
 
-    /// What became of all spaces in a call that failed for some: devices of those were detached by the context.
-    fn stale(&self, error: &Error) -> Vec<Written<SpaceId>> {
+    /// What became of spaces in a call of the context that failed for some: devices of those were detached by the context.
+    fn stale(&self, error: &Error) -> Vec<Told<SpaceId>> {
         let blocked = self.spaces.values().filter(|ioasid| ioasid.stats().blocked > 0);
         blocked.map(|ioasid| (ioasid.id(), Err(HostError::Stale(error.to_string().into())))).collect()
     }
@@ -94,9 +121,9 @@ impl AddressSpaces for ContextSpaces {
     type Memory = GuestMemory;
 
     /// Tables are read when the first device is attached.
-    fn allocate(&mut self, way: &Way, _: sync::Way, _: Box<dyn Watcher>) -> Result<(SpaceId, Report), HostError> {
+    fn allocate(&mut self, way: &Way, _: sync::Way, watcher: Box<dyn Watcher>) -> Result<(SpaceId, Report), HostError> {
         let request = Request { kind: Kind::Guest(view(way)), ..self.template.clone() };
-        let ioasid = self.context.allocate(request).map_err(host_error)?;
+        let ioasid = self.context.allocate_watched(request, watcher).map_err(host_error)?;
         let id = ioasid.id();
         self.spaces.insert(id, ioasid);
         Ok((id, Report::default()))
@@ -111,18 +138,20 @@ impl AddressSpaces for ContextSpaces {
             return Err(HostError::Refused(format!("memory that went may still be reached: {reason}").into()));
         }
         let ioasid = self.find(space)?;
+        if self.emulated.contains(&requester.id) {
+            let (lookup, report) = ioasid.look_up().map_err(host_error)?;
+            self.lookups.insert(requester, lookup);
+            return Ok(report);
+        }
         let missing = || HostError::Refused(format!("nobody connected device {:#x}", requester.id).into());
         let device = self.devices.get(&requester.id).ok_or_else(missing)?;
         let pasid = requester.pasid.map(Pasid);
-        let is_first = ioasid.stats().attached == 0;
         let attached = device.attached().iter().any(|(of, _)| *of == pasid);
-        let joined = if attached { ioasid.replace(device, pasid) } else { ioasid.attach(device, pasid) };
-        joined.map_err(host_error)?;
-        // What was blocked when it was read for the first time is told by a second look.
-        if is_first { ioasid.synchronise().map_err(host_error) } else { Ok(Report::default()) }
+        if attached { ioasid.replace(device, pasid) } else { ioasid.attach(device, pasid) }.map_err(host_error)
     }
 
     fn detach(&mut self, requester: Requester) -> Result<(), HostError> {
+        self.lookups.remove(&requester);
         let Some(device) = self.devices.get(&requester.id) else { return Ok(()) };
         let pasid = requester.pasid.map(Pasid);
         // Those that a failed invalidation concerned were detached by the context.
@@ -141,17 +170,8 @@ impl AddressSpaces for ContextSpaces {
         self.find(space)?.table_written(address, length).map_err(host_error)
     }
 
-    fn written(&mut self, address: Gpa, length: u64) -> Option<Vec<Written<SpaceId>>> {
-        let told = match self.context.table_written(address, length) {
-            Ok(reports) => reports.into_iter().map(|(id, report)| (id, Ok(report))).collect(),
-            // Whose devices were detached is out of step; of the others there is nothing to tell.
-            Err(error) => self.stale(&error),
-        };
-        Some(told)
-    }
-
     /// The context of several vIOMMUs hears the same from each.
-    fn memory_changed(&mut self, memory: GuestMemory) -> Result<Vec<Written<SpaceId>>, HostError> {
+    fn memory_changed(&mut self, memory: GuestMemory) -> Result<Vec<Told<SpaceId>>, HostError> {
         let wanted = memory.regions().to_vec();
         self.unsettled = None;
         match self.context.memory_changed(memory) {

@@ -68,8 +68,8 @@ pub enum HostError {
     Stale(#[source] Source),
 }
 
-/// What one space was told of a write, or of memory that came or went; or why it is out of step.
-pub type Written<I> = (I, Result<Report, HostError>);
+/// What memory that came or went did to one space, or why it is out of step.
+pub type Told<I> = (I, Result<Report, HostError>);
 
 /// Makes address spaces, keeps them in step, and attaches devices to them.
 ///
@@ -139,12 +139,5 @@ pub trait AddressSpaces {
     /// # Errors
     /// [`HostError::Refused`]: what came is not there for DMA, and what went is gone all the same. [`HostError::Stale`]: DMA may still reach what went; everybody is
     /// detached from all spaces.
-    fn memory_changed(&mut self, memory: Self::Memory) -> Result<Vec<Written<Self::Id>>, HostError>;
-
-    /// For a host that watches tables itself and does not use the watchers that spaces are given: tells all spaces with tables in these bytes. None for any other
-    /// host, which is called for each space with [`AddressSpaces::table_written`].
-    fn written(&mut self, address: Gpa, length: u64) -> Option<Vec<Written<Self::Id>>> {
-        let _ = (address, length);
-        None
-    }
+    fn memory_changed(&mut self, memory: Self::Memory) -> Result<Vec<Told<Self::Id>>, HostError>;
 }

@@ -53,7 +53,7 @@ mod watching;
 pub use commands::{CommandError, Illegal};
 pub use context::ContextSpaces;
 pub use events::{BlockedDma, Events, Response};
-pub use host::{AddressSpaces, HostError, Way, Written};
+pub use host::{AddressSpaces, HostError, Told, Way};
 pub use replace::ReplaceError;
 pub use watching::Watching;
 
@@ -431,9 +431,6 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
             self.told(number, told, whole, &mut call);
         }
         self.written = written;
-        if let Some(told) = self.host.written(address, length) {
-            self.told_each(told, &mut call);
-        }
         self.finish(call)
     }
 
@@ -467,7 +464,7 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
         self.finish(call)
     }
 
-    fn told_each(&mut self, told: Vec<Written<A::Id>>, call: &mut Call) {
+    fn told_each(&mut self, told: Vec<Told<A::Id>>, call: &mut Call) {
         for (id, told) in told {
             if let Some(number) = self.numbers.get(&id).copied() {
                 self.told(number, told, false, call);

@@ -10,7 +10,7 @@ use stagecraft::memory::{MemoryMap, VmMemory};
 use stagecraft::plugin::queue::Invalidation;
 use stagecraft::plugin::{Requester, Supervisor, TableConfig, Tag};
 use stagecraft::sync::{self, CommitError, Committer, Live, LiveError, Needed, Nested, NestedTable, RegionTables, Report, ShadowLimits, Watcher};
-use stagecraft::viommu::{AddressSpaces, HostError, Way, Written};
+use stagecraft::viommu::{AddressSpaces, HostError, Told, Way};
 use stagecraft::{Gpa, Iova};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MmapRegion};
 
@@ -223,7 +223,7 @@ impl AddressSpaces for Host {
         self.look(space, |live, memory| live.table_written(memory, address, length).map_err(self::live))
     }
 
-    fn memory_changed(&mut self, (memory, map): (GuestMemoryMmap, MemoryMap)) -> Result<Vec<Written<u32>>, HostError> {
+    fn memory_changed(&mut self, (memory, map): (GuestMemoryMmap, MemoryMap)) -> Result<Vec<Told<u32>>, HostError> {
         (self.memory, self.map) = (memory, map);
         let numbers: Vec<u32> = self.spaces.iter().filter(|(_, space)| matches!(space, Space::Tables { .. })).map(|(number, _)| *number).collect();
         let map = self.map.clone();

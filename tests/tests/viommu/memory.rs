@@ -31,7 +31,7 @@ struct Rig {
     viommu: Viommu<GuestMemoryMmap, ContextSpaces>,
     guest: Guest,
     sim: Arc<Sim>,
-    watched: [Watched; 2],
+    watched: Watched,
     high: Arc<GuestRegionMmap>,
 }
 
@@ -63,10 +63,9 @@ impl Rig {
         sim.register_memory(&Arc::new(guest.memory.clone())).unwrap();
         let kernel: Arc<dyn Kernel> = Arc::clone(&sim) as Arc<dyn Kernel>;
         let supervisors = Supervisors::new(plugins(), Policy::default());
-        let watched = [Watched::default(), Watched::default()];
+        let watched = Watched::default();
         let setup = Setup {
             tables: Arc::clone(&sim) as Arc<dyn TableSupply>,
-            watcher: Some(Box::new(watched[0].clone())),
             supervisors: Some(supervisors.clone()),
             ..Setup::new(kernel, plugins(), ioasid::GuestMemory::of_mmap(&guest.memory).unwrap())
         };
@@ -80,7 +79,7 @@ impl Rig {
             limits: Limits::default(),
         };
         let supervisor = supervisors.by_unit(arch.kind()).unwrap();
-        let viommu = Viommu::new(supervisor, unit, guest.memory.clone(), spaces, Box::new(watched[1].clone()));
+        let viommu = Viommu::new(supervisor, unit, guest.memory.clone(), spaces, Box::new(watched.clone()));
         let mut this = Self { viommu, guest, sim, watched, high };
         let handled = this.viommu.connect(ONE, false);
         assert_eq!((handled.loose.len(), handled.blocked), (0, 0));
@@ -127,7 +126,7 @@ impl Rig {
     fn end(mut self, what: &str) {
         self.viommu.disconnect(ONE);
         self.viommu.host_mut().disconnect(ONE);
-        assert!(self.watched.iter().all(|watched| watched.0.lock().unwrap().is_empty()), "{what}");
+        assert!(self.watched.0.lock().unwrap().is_empty(), "{what}");
         let Self { viommu, sim, .. } = self;
         drop(viommu);
         assert_eq!((sim.objects(), sim.pinned_pages(), sim.areas()), (0, 0, 0), "{what}: nothing is left in the kernel");

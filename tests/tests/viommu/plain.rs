@@ -6,7 +6,7 @@ use stagecraft::Gpa;
 use stagecraft::plugin::Requester;
 use stagecraft::plugin::queue::Invalidation;
 use stagecraft::sync::{self, Report, Watcher};
-use stagecraft::viommu::{AddressSpaces, HostError, Way, Written};
+use stagecraft::viommu::{AddressSpaces, HostError, Told, Way};
 
 /// One call.
 #[derive(Clone, Debug, PartialEq)]
@@ -101,7 +101,7 @@ impl AddressSpaces for Recorder {
         self.look(Asked::Written(space, address.0, length))
     }
 
-    fn memory_changed(&mut self, (): ()) -> Result<Vec<Written<u32>>, HostError> {
+    fn memory_changed(&mut self, (): ()) -> Result<Vec<Told<u32>>, HostError> {
         if self.refuse_looks { Err(HostError::Stale("told to fail".into())) } else { Ok(Vec::new()) }
     }
 }
