@@ -329,7 +329,7 @@ fn structures(view: &GuestView, invalidations: &[Invalidation]) -> Report {
                 report.illegal = Some(code);
                 break;
             }
-            Effect::Nothing | Effect::Everything | Effect::Range { .. } | Effect::DeviceTlb { .. } => {}
+            Effect::Nothing | Effect::Everything | Effect::Range { .. } | Effect::DeviceTlb { .. } | Effect::Response(_) => {}
         }
     }
     report
@@ -351,7 +351,7 @@ fn own(committer: &mut KernelCommitter, view: &GuestView, invalidations: &[Inval
                 tables |= !scope.leaf;
             }
             Effect::Illegal(_) => break,
-            Effect::Nothing | Effect::Range { .. } | Effect::Structures(_) | Effect::DeviceTlb { .. } => {}
+            Effect::Nothing | Effect::Range { .. } | Effect::Structures(_) | Effect::DeviceTlb { .. } | Effect::Response(_) => {}
         }
     }
     if spans.contains(&Span::ALL) {

@@ -541,26 +541,46 @@ impl Ioasid {
         })
     }
 
+    fn faults(&self) -> Result<FaultQueue, Refusal> {
+        let queue = self.0.lock().faults.clone();
+        queue.ok_or_else(|| Refusal::new(Property::PageRequests, "the IOASID was made without page requests"))
+    }
+
+    /// Recoverable faults that wait, each once: for whoever asks a guest before [`Ioasid::answer_fault`]. See [`Ioasid::serve_faults`].
+    ///
+    /// # Errors
+    /// [`Error::Refused`]: the IOASID was made without [`Request::page_requests`]. [`Error::Kernel`].
+    pub fn read_faults(&self) -> Result<Vec<PageFault>, Error> {
+        let queue = self.faults()?;
+        let faults = self.0.context.kernel().read_faults(queue.id()).map_err(Error::kernel("reading faults"))?;
+        self.0.context.count(Counter::Faults, faults.len() as u64);
+        Ok(faults)
+    }
+
+    /// Answers a fault of [`Ioasid::read_faults`]. If the device has given up meanwhile nothing happens.
+    ///
+    /// # Errors
+    /// As [`Ioasid::read_faults`].
+    pub fn answer_fault(&self, answer: PageResponse) -> Result<(), Error> {
+        let queue = self.faults()?;
+        // EINVAL: nobody waits for it any more.
+        let told = self.0.context.kernel().respond(queue.id(), answer).or_else(|errno| if errno == Errno::EINVAL { Ok(()) } else { Err(errno) });
+        told.map_err(Error::kernel("answering a fault"))
+    }
+
     /// Answers all recoverable faults that wait, after [`Ioasid::fault`]; what they were and what became of them.
     ///
     /// # Errors
     /// [`Error::Refused`]: the IOASID was made without [`Request::page_requests`]. [`Error::Kernel`]: what was read and not answered is answered as invalid
     /// when its device is detached. A fault whose tables cannot be walked is answered as invalid, and is the error after the others were answered.
     pub fn serve_faults(&self) -> Result<Vec<(PageFault, Response)>, Error> {
-        let queue = self.0.lock().faults.clone();
-        let queue = queue.ok_or_else(|| Refusal::new(Property::PageRequests, "the IOASID was made without page requests"))?;
-        let kernel = self.0.context.kernel();
-        let faults = kernel.read_faults(queue.id()).map_err(Error::kernel("reading faults"))?;
+        let faults = self.read_faults()?;
         let mut served = Vec::new();
         let mut failed = Ok(());
         for fault in faults {
             let response = self.fault(fault.address, Access { read: fault.read, write: fault.write });
-            self.0.context.count(Counter::Faults, 1);
             let code = if matches!(response, Ok(Response::Mapped)) { ResponseCode::Success } else { ResponseCode::Invalid };
-            let answer = PageResponse { cookie: fault.cookie, code };
-            // EINVAL: the device has given up meanwhile.
-            let told = kernel.respond(queue.id(), answer).or_else(|errno| if errno == Errno::EINVAL { Ok(()) } else { Err(errno) });
-            failed = failed.and(told.map_err(Error::kernel("answering a fault")));
+            failed = failed.and(self.answer_fault(PageResponse { cookie: fault.cookie, code }));
             match response {
                 Ok(response) => served.push((fault, response)),
                 Err(error) => failed = failed.and(Err(error)),

@@ -188,8 +188,8 @@ impl<S: Sink> Live<S> {
         let mut report = Report::default();
         for invalidation in invalidations {
             match invalidation.effect {
-                // What device TLBs keep is the device's: the host's table does not depend on it.
-                Effect::Nothing | Effect::DeviceTlb { .. } => {}
+                // What device TLBs keep is the device's, and so are answers: the host's table does not depend on them.
+                Effect::Nothing | Effect::DeviceTlb { .. } | Effect::Response(_) => {}
                 Effect::Everything => self.spans.push((Span::ALL, false)),
                 Effect::Range { scope, iova } if scope.includes(self.tag, self.id) => {
                     if scope.second_stage { &mut self.second } else { &mut self.spans }.push((iova, scope.leaf));

@@ -7,7 +7,7 @@ use vm_memory::GuestMemory;
 use super::host::AddressSpaces;
 use super::{Call, Handled, Viommu};
 use crate::memory::{Kind, read_bytes};
-use crate::plugin::queue::{Effect, Invalidation, MAX_COMMAND_BYTES, Scope};
+use crate::plugin::queue::{Effect, GroupResponse, Invalidation, MAX_COMMAND_BYTES, Scope};
 use crate::plugin::{Requester, SuperviseError};
 use crate::{Gpa, Span};
 
@@ -48,6 +48,8 @@ struct Plan {
     everything: bool,
     /// Ranges by space.
     ranges: BTreeMap<u64, Vec<Invalidation>>,
+    /// Answers to page requests.
+    responses: Vec<GroupResponse>,
 }
 
 impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
@@ -114,6 +116,7 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
                 self.invalidate_space(number, &ranges, false, call);
             }
         }
+        self.answered(&plan.responses, call);
     }
 
     fn plan(&self, items: &[Invalidation], call: &mut Call) -> Plan {
@@ -138,6 +141,7 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
                         add(plan.ranges.entry(*number).or_default(), invalidation);
                     }
                 }
+                Effect::Response(response) => plan.responses.push(response),
                 Effect::Illegal(code) => {
                     call.handled.illegal = Some(Illegal { index: item.index, code });
                     break;

@@ -2,14 +2,15 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::PageResponse;
 use super::host::{AddressSpaces, HostError, Told, Way};
-use crate::Gpa;
 use crate::ioasid::{self, Context, Device, Error, GuestMemory, GuestView, Ioasid, Kind, Request, SpaceId};
-use crate::kernel::Pasid;
+use crate::kernel::{self, Pasid, ResponseCode};
 use crate::lookup::Lookup;
-use crate::plugin::queue::Invalidation;
+use crate::plugin::queue::{Answer, GROUPS, Invalidation, PageRequest};
 use crate::plugin::{Outcome, Requester, Tag, Translated};
 use crate::sync::{self, Report, Watcher};
+use crate::{Access, Gpa};
 
 /// IOASIDs of a context, for one vIOMMU.
 ///
@@ -26,6 +27,8 @@ pub struct ContextSpaces {
     emulated: BTreeSet<u64>,
     /// What these look up.
     lookups: BTreeMap<Requester, Lookup>,
+    /// Page requests that were read and not answered: by the number of the group that the vIOMMU knows, which is one for each.
+    waiting: BTreeMap<(Requester, u16), (SpaceId, u32)>,
     /// Why devices might reach memory that went: none is attached until that is over.
     unsettled: Option<String>,
 }
@@ -41,6 +44,7 @@ impl ContextSpaces {
             spaces: BTreeMap::new(),
             emulated: BTreeSet::new(),
             lookups: BTreeMap::new(),
+            waiting: BTreeMap::new(),
             unsettled: None,
         }
     }
@@ -131,6 +135,7 @@ impl AddressSpaces for ContextSpaces {
 
     fn release(&mut self, space: SpaceId) {
         self.spaces.remove(&space);
+        self.waiting.retain(|_, (of, _)| *of != space);
     }
 
     fn attach(&mut self, requester: Requester, space: SpaceId) -> Result<Report, HostError> {
@@ -189,5 +194,43 @@ impl AddressSpaces for ContextSpaces {
                 Err(HostError::Stale(Box::new(error)))
             }
         }
+    }
+
+    /// Those of all IOASIDs, if the template has them.
+    fn page_requests(&mut self) -> Result<Vec<PageRequest>, HostError> {
+        let mut requests = Vec::new();
+        if !self.template.page_requests {
+            return Ok(requests);
+        }
+        for (space, ioasid) in &self.spaces {
+            for fault in ioasid.read_faults().map_err(host_error)? {
+                let device = self.devices.iter().find(|(_, device)| device.bound().id() == fault.device);
+                let requester = device.map(|(id, _)| Requester { id: *id, pasid: fault.pasid.map(|pasid| pasid.0) });
+                let free = requester.and_then(|requester| (0..GROUPS).find(|group| !self.waiting.contains_key(&(requester, *group))));
+                let (Some(requester), Some(group)) = (requester, free) else {
+                    // Nobody's, or more than there are numbers for.
+                    let answer = kernel::PageResponse { cookie: fault.cookie, code: ResponseCode::Invalid };
+                    ioasid.answer_fault(answer).map_err(host_error)?;
+                    continue;
+                };
+                self.waiting.insert((requester, group), (*space, fault.cookie));
+                let access = Access { read: fault.read, write: fault.write };
+                let (address, last) = (fault.address, true);
+                requests.push(PageRequest { requester, address, access, execute: false, privileged: false, group, last });
+            }
+        }
+        Ok(requests)
+    }
+
+    fn answer(&mut self, responses: &[PageResponse]) -> Result<(), HostError> {
+        let mut result = Ok(());
+        for response in responses {
+            let Some((space, cookie)) = self.waiting.remove(&(response.requester, response.group)) else { continue };
+            // With the space its queue is gone, and whoever waited there was answered.
+            let Some(ioasid) = self.spaces.get(&space) else { continue };
+            let code = if response.answer == Answer::Success { ResponseCode::Success } else { ResponseCode::Invalid };
+            result = result.and(ioasid.answer_fault(kernel::PageResponse { cookie, code }).map_err(host_error));
+        }
+        result
     }
 }

@@ -2,8 +2,9 @@
 
 use std::fmt;
 
+use super::PageResponse;
 use crate::Gpa;
-use crate::plugin::queue::Invalidation;
+use crate::plugin::queue::{Invalidation, PageRequest};
 use crate::plugin::{Direct, Requester, TableConfig};
 use crate::sync::{self, Report, Watcher};
 use crate::table::{Format, Intercept};
@@ -140,4 +141,21 @@ pub trait AddressSpaces {
     /// [`HostError::Refused`]: what came is not there for DMA, and what went is gone all the same. [`HostError::Stale`]: DMA may still reach what went; everybody is
     /// detached from all spaces.
     fn memory_changed(&mut self, memory: Self::Memory) -> Result<Vec<Told<Self::Id>>, HostError>;
+
+    /// Page requests of devices that wait for an answer, each once; none where devices cannot ask.
+    ///
+    /// # Errors
+    /// The kernel could not be asked.
+    fn page_requests(&mut self) -> Result<Vec<PageRequest>, HostError> {
+        Ok(Vec::new())
+    }
+
+    /// Answers to page requests, for the devices. Those that nobody waits for any more are passed over.
+    ///
+    /// # Errors
+    /// The kernel could not be told.
+    fn answer(&mut self, responses: &[PageResponse]) -> Result<(), HostError> {
+        let _ = responses;
+        Ok(())
+    }
 }

@@ -11,6 +11,7 @@
 //!    | table_written(page) -------> who looks at this page? --- structures of a stream: look up again, as above
 //!    |                              |                       --- tables of a space: table_written
 //!    | memory_changed -----------> tables and structures in it ------------------------------> memory_changed
+//!    | page_requests -------------> in the guest's tables? else the architecture's record ---> bytes for its queue; its command is the answer
 //!    | faults(blocked DMA) -------> walk the guest's tables ---> the architecture's record (plugin) ---> bytes for the guest's event queue
 //! ```
 //!
@@ -47,14 +48,16 @@ mod lookups;
 mod moves;
 mod pages;
 mod replace;
+mod requests;
 mod retry;
 mod watching;
 
 pub use commands::{CommandError, Illegal};
 pub use context::ContextSpaces;
-pub use events::{BlockedDma, Events, Response};
+pub use events::{BlockedDma, Events};
 pub use host::{AddressSpaces, HostError, Told, Way};
 pub use replace::ReplaceError;
+pub use requests::PageResponse;
 pub use watching::Watching;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -73,6 +76,7 @@ use crate::{Gpa, Span};
 
 use index::Index;
 use pages::{Holder, Pages};
+use requests::Group;
 use retry::{Again, Retry};
 
 /// How much a guest may make one vIOMMU do and keep.
@@ -84,6 +88,8 @@ pub struct Limits {
     pub pasids: usize,
     /// Event records of one call; further ones are counted.
     pub events: u32,
+    /// Page requests that wait for the guest's answer. Devices that ask beyond it are told to try again.
+    pub page_requests: usize,
     /// Questions to a format for the sake of one fault.
     pub questions: u64,
     /// What one lookup may read and ask.
@@ -98,6 +104,7 @@ impl Default for Limits {
             spaces: 1024,
             pasids: 1024,
             events: 16,
+            page_requests: 4096,
             questions: 256,
             lookup: memory::Limits { bytes: 1 << 22, ..memory::Limits::default() },
             retries: 4,
@@ -189,6 +196,12 @@ pub struct Handled {
     pub events: Vec<EventRecord>,
     /// Further ones that there was no room or no record for.
     pub lost_events: u64,
+    /// Records for the guest's queue of page requests.
+    pub page_requests: Vec<EventRecord>,
+    /// Groups of page requests that were answered, by the guest or for it.
+    pub responses: Vec<PageResponse>,
+    /// Why the host could not tell devices of answers.
+    pub unanswered: Option<HostError>,
     /// Changes of translations.
     pub changes: u64,
     /// Streams that the plugin was asked about.
@@ -238,6 +251,10 @@ pub struct Figures {
     pub events: u64,
     /// Those that there was no room or no record for.
     pub lost_events: u64,
+    /// Page requests that the guest was told of.
+    pub page_requests: u64,
+    /// Those that there was no room for.
+    pub refused_requests: u64,
 }
 
 /// One call while it runs.
@@ -271,6 +288,9 @@ pub struct Viommu<M, A: AddressSpaces> {
     calls: u64,
     due: BTreeSet<(u64, Again)>,
     written: Vec<Holder>,
+    /// Groups of page requests that were not answered yet, and how many requests are in them.
+    groups: BTreeMap<(Requester, u16), Group>,
+    requested: usize,
     figures: Figures,
 }
 
@@ -351,6 +371,8 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
             calls: 0,
             due: BTreeSet::new(),
             written: Vec::new(),
+            groups: BTreeMap::new(),
+            requested: 0,
             figures: Figures::default(),
         }
     }
@@ -487,6 +509,7 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
         if !self.due.is_empty() {
             self.catch_up(self.limits.retries, &mut call);
         }
+        self.respond(&mut call);
         call.handled
     }
 

@@ -73,6 +73,48 @@ impl Arch {
         registers.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect()
     }
 
+    /// The registers of a unit that has a queue of page requests.
+    pub fn registers_with_requests(self) -> Vec<(String, u64)> {
+        // IDR0.PRI; ECAP.PRS; EFR.PPRSup; capabilities.ATS.
+        let (name, bit) = match self {
+            Self::Smmu => ("IDR0", 16),
+            Self::Vtd => ("ECAP", 29),
+            Self::Amd => ("EXT_FEATURES", 1),
+            Self::Riscv => ("CAPABILITIES", 25),
+        };
+        let mut registers = self.registers();
+        registers.iter_mut().filter(|(known, _)| known == name).for_each(|(_, value)| *value |= 1 << bit);
+        registers
+    }
+
+    /// What a driver reads of a page request without PASID: whose, the page, whether it writes, the group, and whether it is its last.
+    pub fn requested(self, record: &[u8]) -> (u64, u64, bool, u64, bool) {
+        let word = |index: usize| u64::from_le_bytes(record[index * 8..index * 8 + 8].try_into().unwrap());
+        let (low, high) = (word(0), word(1));
+        let page = high & !0xfff;
+        match self {
+            Self::Smmu => (low & 0xffff_ffff, page, low >> 61 & 1 == 1, high & 0x1ff, low >> 62 & 1 == 1),
+            Self::Vtd => (low >> 16 & 0xffff, page, high >> 1 & 1 == 1, high >> 3 & 0x1ff, high >> 2 & 1 == 1),
+            Self::Amd => (low & 0xffff, page, low >> 53 & 1 == 1, low >> 32 & 0x1ff, low >> 41 & 1 == 1),
+            Self::Riscv => (low >> 40, page, high >> 1 & 1 == 1, high >> 3 & 0x1ff, high >> 2 & 1 == 1),
+        }
+    }
+
+    /// The driver's answer to a group: whether the device tries again.
+    pub fn answer(self, id: u64, group: u64, success: bool) -> Vec<u8> {
+        let invalid = u64::from(!success);
+        words(&match self {
+            // CMD_PRI_RESP: success is 2, an invalid request 1.
+            Self::Smmu => [0x41 | id << 32, group | (2 - invalid) << 12],
+            // Page group response.
+            Self::Vtd => [9 | invalid << 12 | id << 16, group << 3],
+            // COMPLETE_PPR_REQUEST.
+            Self::Amd => [7 << 60 | id, group << 32 | invalid << 44],
+            // ATS.PRGR.
+            Self::Riscv => [4 | 1 << 7 | id << 40, group << 32 | invalid << 44],
+        })
+    }
+
     fn table(self, address: u64, height: u32) -> u64 {
         match self {
             Self::Smmu | Self::Vtd => address | 3,

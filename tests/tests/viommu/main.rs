@@ -10,4 +10,5 @@ mod memory;
 mod nested;
 mod plain;
 mod real;
+mod requests;
 mod watching;
