@@ -13,12 +13,7 @@
 
 mod book;
 mod fill;
-mod managed;
-mod mirror;
 mod swap;
-
-pub use managed::{Managed, MapError, UnmapError};
-pub use mirror::Mirror;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -99,6 +94,12 @@ pub enum AreasError {
         /// Why not.
         errno: Errno,
     },
+}
+
+impl From<AreasError> for CommitError {
+    fn from(error: AreasError) -> Self {
+        Self(Box::new(error))
+    }
 }
 
 /// A device, or a PASID of it, on this address space.
