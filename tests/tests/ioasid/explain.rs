@@ -35,19 +35,22 @@ fn it_says_what_was_chosen_and_why_nothing_better() {
         said(Arch::Arm, unit(Arch::Vtd).without_nesting(), all),
         "device nic: mapped by the kernel: the kernel's own tables\n  \
          not bound as it is: unit 1 of the path takes no tables of its users\n  \
-         not converted, nested: unit 1 of the path takes no tables of its users"
+         not converted, nested: unit 1 of the path takes no tables of its users\n  \
+         note: a page whose permissions or target change is not there for a moment: the kernel cannot change an area, and a swap for changes was not asked for"
     );
     assert_eq!(
         said(Arch::Arm, unit(Arch::Riscv).without_nesting(), all),
         "device nic: mapped by the kernel: the kernel's own tables\n  \
          not bound as it is: unit 1 of the path is of a kind that no plugin knows (0x0); unit 1 of the path takes no tables of its users\n  \
-         not converted, nested: unit 1 of the path is of a kind that no plugin knows (0x0); unit 1 of the path takes no tables of its users"
+         not converted, nested: unit 1 of the path is of a kind that no plugin knows (0x0); unit 1 of the path takes no tables of its users\n  \
+         note: a page whose permissions or target change is not there for a moment: the kernel cannot change an area, and a swap for changes was not asked for"
     );
     assert_eq!(
         said(Arch::Vtd, unit(Arch::Vtd), &[Strategy::Areas]),
         "device nic: mapped by the kernel: the kernel's own tables\n  \
          not bound as it is: the request does not allow it\n  \
-         not converted, nested: the request does not allow it"
+         not converted, nested: the request does not allow it\n  \
+         note: a page whose permissions or target change is not there for a moment: the kernel cannot change an area, and a swap for changes was not asked for"
     );
     // The same architecture with less than the guest wants: five levels of tables where the unit has four.
     let mut narrow = unit(Arch::Vtd);
