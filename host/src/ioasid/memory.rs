@@ -30,7 +30,7 @@ impl MemoryRegion {
     /// The same memory at these addresses of it.
     const fn part(self, span: Span) -> Self {
         let user_address = match self.user_address {
-            Some(address) => Some(address + (span.first - self.span.first)),
+            Some(address) => Some(address.wrapping_add(span.first - self.span.first)),
             None => None,
         };
         Self { span, user_address, ..self }
@@ -229,7 +229,7 @@ mod tests {
         let region = |first, last, block| MemoryRegion {
             span: Span { first, last },
             kind: Kind::Ram,
-            user_address: Some(0x7000_0000 + first),
+            user_address: Some(0x7000_0000_u64.wrapping_add(first)),
             writable: true,
             block,
         };

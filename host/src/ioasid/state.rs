@@ -65,6 +65,8 @@ struct SavedLimits {
     swap: usize,
     pieces: usize,
     join: u64,
+    #[serde(default)]
+    hitless_changes: bool,
     lookup_nodes: u32,
     mappings: usize,
 }
@@ -325,6 +327,7 @@ impl SavedLimits {
             swap: areas.swap,
             pieces: areas.pieces,
             join: areas.join,
+            hitless_changes: areas.hitless_changes,
             lookup_nodes: lookup.nodes,
             mappings,
         }
@@ -335,7 +338,14 @@ impl SavedLimits {
             shadow: ShadowLimits { table_pages: self.table_pages, leaves: self.leaves },
             questions: self.questions,
             table_bytes: self.table_bytes,
-            areas: AreaLimits { areas: self.areas, swap: self.swap, pieces: self.pieces, join: self.join, flags: HwptFlags::NONE },
+            areas: AreaLimits {
+                areas: self.areas,
+                swap: self.swap,
+                pieces: self.pieces,
+                join: self.join,
+                hitless_changes: self.hitless_changes,
+                flags: HwptFlags::NONE,
+            },
             lookup: lookup::Limits { nodes: self.lookup_nodes },
             mappings: self.mappings,
         }

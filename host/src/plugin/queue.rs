@@ -363,7 +363,7 @@ mod tests {
             let error = invalidations(words.as_flattened(), 32).expect_err("refused");
             assert!(error.contains(reason), "{error}");
         };
-        refused(&[[7, 0, 0, 0]], "kind 6; there are 0 to 6");
+        refused(&[[7, 0, 0, 0]], "kind 7; there are 0 to 6");
         refused(&[[0x10, 0, 0, 0]], "bits 0x10, which have no meaning");
         refused(&[[0x202, 0, 0, 1]], "bits 0x200, which");
         refused(&[[0x1002, 0, 0, 1]], "a number that does not count");

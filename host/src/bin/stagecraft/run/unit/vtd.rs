@@ -54,7 +54,8 @@ impl Architecture for Vtd {
             } else {
                 // Section 9.3: P, TT 0; AW 2:0, DID 23:8.
                 let levels = device.setting("levels").clamp(3, 5);
-                memory.write(contexts + device.id * 16, &[device.root() | 1, levels - 2 | u64::from(device.space) << 8])?;
+                let width = levels - 2;
+                memory.write(contexts + device.id * 16, &[device.root() | 1, width | u64::from(device.space) << 8])?;
             }
         }
         let snoop = u64::from(devices.iter().any(|device| device.setting("snoop-control") != 0)) << 7;
