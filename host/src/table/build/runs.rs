@@ -359,7 +359,7 @@ impl Builder<'_> {
         let group = prepared.larger.map_or(1, |larger| larger.group as u64);
         let entry_bytes = u64::from(self.layout.bytes);
         let groups = (first >> page | count).is_multiple_of(group);
-        let lines = (index * entry_bytes | slots * entry_bytes).is_multiple_of(64);
+        let lines = ((index | slots) * entry_bytes).is_multiple_of(64);
         if count == 0 || !groups || !lines {
             return None;
         }
