@@ -164,7 +164,7 @@ fn what_is_fast_becomes_what_is_read_first() {
     for (source_index, source) in SIDES.into_iter().enumerate() {
         for (target_index, target) in SIDES.into_iter().enumerate() {
             // All sources, all targets, and another third of the pairs with each seed.
-            if (source_index + target_index + seed as usize) % 3 != 0 {
+            if !(source_index + target_index + seed as usize).is_multiple_of(3) {
                 continue;
             }
             let larger = if random.below(4) == 0 { 16 } else { 12 };

@@ -188,15 +188,14 @@ mod wide {
     /// # Safety
     /// `from` is a multiple of 16, and entries of 4 or 8 bytes may be read there that fill `entries`. The processor has AVX-512F and AVX-512BW.
     pub(super) unsafe fn load(from: *const u8, narrow: bool, swap: bool, entries: &mut [u64]) {
+        let load: unsafe fn(*const u8, &mut [u64]) = match (narrow, swap) {
+            (false, false) => load_lines::<false, false>,
+            (false, true) => load_lines::<false, true>,
+            (true, false) => load_lines::<true, false>,
+            (true, true) => load_lines::<true, true>,
+        };
         // SAFETY: the caller's promise.
-        unsafe {
-            match (narrow, swap) {
-                (false, false) => load_lines::<false, false>(from, entries),
-                (false, true) => load_lines::<false, true>(from, entries),
-                (true, false) => load_lines::<true, false>(from, entries),
-                (true, true) => load_lines::<true, true>(from, entries),
-            }
-        }
+        unsafe { load(from, entries) };
     }
 
     /// See [`load`].

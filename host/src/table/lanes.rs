@@ -371,3 +371,64 @@ pub(super) fn fence() {
         std::arch::x86_64::_mm_sfence();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Attributes;
+
+    /// What [`scan`] is to find, entry by entry.
+    fn plainly(entries: &[u64], Pattern { mask, kinds, address, moved }: Pattern, first: u64, room: u64) -> (usize, u64, bool, bool) {
+        let is_expected = |entry: &&u64| kinds.is_gap(**entry) || kinds.leaf_distance(**entry, mask) == 0;
+        let count = entries.iter().take_while(is_expected).count();
+        let leaves = || entries[..count].iter().filter(|entry| !kinds.is_gap(**entry));
+        let outside = leaves().any(|entry| (entry & address | moved.apply(*entry)).wrapping_sub(first) > room);
+        let gaps = (count - leaves().count()) as u64;
+        (count, gaps, outside, gaps == 0 && leaves().all(|entry| !kinds.is_second(*entry)))
+    }
+
+    #[test]
+    fn what_is_scanned_is_what_each_entry_says() {
+        let mut state = 0x5eed_u64;
+        let mut below = |bound: u64| {
+            state ^= state >> 12;
+            state ^= state << 25;
+            state ^= state >> 27;
+            ((state.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 32) * bound) >> 32
+        };
+        let (mut long, mut outside) = (0, 0);
+        for round in 0..if cfg!(miri) { 50 } else { 5000 } {
+            let whole = 0xff_ffff_f000_u64;
+            let mut kinds = Kinds::one(3, Attributes::READ);
+            if below(2) == 0 {
+                kinds = kinds.with(3 | [1 << 7, 1 << 54, 0x11 << 6][below(3) as usize], Attributes::READ);
+            }
+            if below(2) == 0 {
+                kinds = kinds.with_gaps([0, 0x400][below(2) as usize]);
+            }
+            let moved = if below(2) == 0 { Move { mask: whole, turn: 62 } } else { Move::default() };
+            let pattern = Pattern { mask: !whole, kinds, address: if moved.mask == 0 { whole } else { 0 }, moved };
+            let (first, room) = if below(2) == 0 { (0, u64::MAX >> 8) } else { (0x1000, whole >> 2) };
+            let (strange, far, seconds) = (below(2) * 2, below(2), below(2));
+            let entries: Vec<u64> = (0..[1, 63, 64, 200, 512][below(5) as usize])
+                .map(|_| {
+                    let frame = if below(200) < far { whole } else { 0x10_0000 | below(1 << 20) << 12 };
+                    let leaf = frame & whole | if below(3) < seconds { kinds.pattern() ^ kinds.difference() } else { 3 };
+                    match below(1000) {
+                        0..100 if kinds.has_gaps() => kinds.gap(),
+                        other if other >= 1000 - strange => leaf ^ 1 << below(64),
+                        _ => leaf,
+                    }
+                })
+                .collect();
+            let found = scan(&entries, pattern, first, room);
+            let (count, gaps, is_outside, uniform) = plainly(&entries, pattern, first, room);
+            assert_eq!((found.count, found.gaps, found.outside), (count, gaps, is_outside), "round {round}: {pattern:?}");
+            // It may be uniform without anybody noticing.
+            assert!(uniform || !found.uniform, "round {round}: {pattern:?}");
+            long += u64::from(count >= 200);
+            outside += u64::from(is_outside);
+        }
+        assert!(cfg!(miri) || long > 300 && (100..4500).contains(&outside), "{long} {outside}");
+    }
+}

@@ -6,7 +6,7 @@
 
 use crate::Span;
 use crate::table::lanes::Pattern;
-use crate::table::recode::{Expected, Form, recode_expected};
+use crate::table::recode::{Expected, Form, Group, merge, recode_expected};
 
 /// So many bytes of the next table are asked for early. The processor sees by itself how a table goes on; what it does not see is where it starts.
 pub(super) const START: u64 = 1024;
@@ -61,13 +61,37 @@ pub struct Receiver<'a> {
     pub(super) slot: usize,
     /// So many entries, not more, have a place there.
     pub(super) count: usize,
+    /// Several of them become one.
+    pub(super) merging: Option<Merged<'a>>,
+}
+
+/// How entries become fewer.
+#[derive(Debug)]
+pub struct Merged<'a> {
+    pub(super) group: &'a Group,
+    /// Bytes of a page that follow those of its first leaf.
+    pub(super) more: u64,
+    /// Where the first leaf of each page is put.
+    pub(super) firsts: &'a mut Vec<u64>,
 }
 
 impl Receiver<'_> {
     /// Writes what becomes of `entries` if all of them are as usual. None: this processor cannot do it, or not with these.
     pub(super) fn pass(self, entries: &[u64], usual: &Usual) -> Option<Passed> {
-        let (recoded, others, gaps) = recode_expected(entries, usual.expected(), self.table, self.slot, self.form)?;
-        Some(Passed { expected: recoded, others, gaps })
+        let mut expected = usual.expected();
+        let Self { form, table, slot, merging, .. } = self;
+        let (entries, times) = match merging {
+            None => (entries, 1),
+            Some(Merged { group, more, firsts }) => {
+                if !merge(entries, expected.pattern.kinds, group, firsts) {
+                    return Some(Passed::default());
+                }
+                expected.room = expected.room.checked_sub(more)?;
+                (firsts.as_slice(), group.len() as u64)
+            }
+        };
+        let (expected, others, gaps) = recode_expected(entries, expected, table, slot, form)?;
+        Some(Passed { expected, others: others * times, gaps: gaps * times })
     }
 }
 

@@ -521,10 +521,9 @@ mod wide {
         firsts.clear();
         // Lines are written whole.
         firsts.resize(groups + 8, 0);
-        // SAFETY: the caller has asked the processor; there is room for a line more than is needed.
-        let whole = unsafe {
-            if kinds.has_gaps() { merge_lines::<true>(entries, kinds, group, firsts) } else { merge_lines::<false>(entries, kinds, group, firsts) }
-        };
+        let merge: unsafe fn(&[u64], Kinds, &Group, &mut [u64]) -> bool = if kinds.has_gaps() { merge_lines::<true> } else { merge_lines::<false> };
+        // SAFETY: the caller has asked the processor.
+        let whole = unsafe { merge(entries, kinds, group, firsts) };
         firsts.truncate(groups);
         whole
     }
@@ -549,8 +548,10 @@ mod wide {
                 let (words, mut part) = (load(words), load(part));
                 if index == 0 {
                     first = _mm512_permutexvar_epi64(load(place), words);
-                    // SAFETY: eight words: the caller promises that much room.
-                    unsafe { _mm512_storeu_si512(firsts[at..at + 8].as_mut_ptr().cast::<__m512i>(), _mm512_maskz_compress_epi64(begins, words)) };
+                    let compressed = _mm512_maskz_compress_epi64(begins, words);
+                    let room = firsts[at..at + 8].as_mut_ptr();
+                    // SAFETY: eight words.
+                    unsafe { _mm512_storeu_si512(room.cast::<__m512i>(), compressed) };
                     at += per_line;
                 }
                 if GAPS {
@@ -580,8 +581,13 @@ mod wide {
         let mut at = lines.target.cast::<__m512i>();
         let mut put = |line: __m512i| {
             let line = if form.big { _mm512_shuffle_epi8(line, swap) } else { line };
-            // SAFETY: the caller's promise: one line after the other; `Stage` fences before it lets go of the memory.
-            unsafe { if form.past_cache { _mm512_stream_si512(at, line) } else { _mm512_storeu_si512(at, line) } };
+            if form.past_cache {
+                // SAFETY: the caller's promise: one line after the other; `Stage` fences before it lets go of the memory.
+                unsafe { _mm512_stream_si512(at, line) };
+            } else {
+                // SAFETY: the same.
+                unsafe { _mm512_storeu_si512(at, line) };
+            }
             at = at.wrapping_add(1);
         };
         let sources = lines.source.as_chunks::<8>().0;
@@ -696,7 +702,7 @@ mod tests {
     fn all_forms_are_written_as_entry_by_entry() {
         let mut random = Random(0x5eed);
         let (mut judged, mut unexpected) = (0, 0);
-        for round in 0..6000 {
+        for round in 0..if cfg!(miri) { 40 } else { 6000 } {
             let (narrow, big) = (random.below(2) == 0, random.below(2) == 0);
             let moves = some_moves(&mut random, narrow);
             let parts = 1_usize << if random.below(2) == 0 { 0 } else { random.below(6) };
@@ -735,37 +741,37 @@ mod tests {
             let slot = [0, 0, 8, 16, 64, 2 * random.below(20)][random.below(6) as usize] as usize;
             let past_cache = random.below(2) == 0 && (!narrow || slots.is_multiple_of(2));
             let form = Form { moves: &moves, patterns, absent, parts: &parts, lines: &lines, narrow, big, in_place, past_cache };
-            // Aligned to a line, as tables are.
-            let mut memory = vec![0xdead_beef_u64; 8 + slot + slots + 8];
-            let aligned = memory.as_ptr().align_offset(64);
-            let before = memory.clone();
-            let mut wanted = memory.clone();
-            let found = plainly(&source, expected, &mut wanted[aligned..], slot, form);
+            // From a line on, as tables are; nothing before and after may change.
+            let fresh = || vec![0xdead_beef_u64; 8 + slot + slots + 8];
+            let wanted_in = |memory: &[u64]| {
+                let (mut wanted, aligned) = (fresh(), memory.as_ptr().align_offset(64));
+                let found = plainly(&source, expected, &mut wanted[aligned..], slot, form);
+                (wanted, aligned, found)
+            };
+            let mut memory = fresh();
+            let (wanted, aligned, found) = wanted_in(&memory);
             let counts = recode(&source, kinds, &mut memory[aligned..], slot, form);
             crate::table::lanes::fence();
             assert_eq!(counts, (found.1, found.2), "round {round}: {form:?}");
             assert_eq!(first_difference(&memory, &wanted), None, "round {round}: {form:?}");
-            let mut memory = before;
-            // Where it is aligned otherwise, it cannot go past the cache.
-            let aligned = memory.as_ptr().align_offset(64);
-            let mut wanted = memory.clone();
-            plainly(&source, expected, &mut wanted[aligned..], slot, form);
-            if let Some((as_expected, others, gaps)) = recode_expected(&source, expected, &mut memory[aligned..], slot, form) {
+            let mut memory = fresh();
+            let (wanted, aligned, found) = wanted_in(&memory);
+            if let Some(counts) = recode_expected(&source, expected, &mut memory[aligned..], slot, form) {
                 crate::table::lanes::fence();
-                assert_eq!((as_expected, others, gaps), found, "round {round}: {expected:?} {form:?}");
+                assert_eq!(counts, found, "round {round}: {expected:?} {form:?}");
                 assert_eq!(first_difference(&memory, &wanted), None, "round {round}: {form:?}");
                 judged += 1;
-                unexpected += u64::from(!as_expected);
+                unexpected += u64::from(!counts.0);
             }
         }
-        assert!(!has_one_pass() || judged > 1000 && unexpected > 100 && unexpected < judged / 2, "{judged}, {unexpected} unexpected");
+        assert!(cfg!(miri) || !has_one_pass() || judged > 1000 && unexpected > 100 && unexpected < judged / 2, "{judged}, {unexpected} unexpected");
     }
 
     #[test]
     fn groups_are_whole_where_each_entry_says_so() {
         let mut random = Random(0x3eed);
         let mut whole = 0;
-        for round in 0..4000 {
+        for round in 0..if cfg!(miri) { 40 } else { 4000 } {
             let parts = 1_u64 << (1 + random.below(5));
             let group = Group::new((0..parts).map(|part| part << 12).collect(), (parts - 1) << 12);
             let mut kinds = Kinds::one(3, Attributes::READ);
@@ -776,16 +782,18 @@ mod tests {
             let mut entries: Vec<u64> = Vec::new();
             for _ in 0..[1, 16, 32, 1 + random.below(40)][random.below(4) as usize] {
                 let first = random.next() & 0xffff_ffff_f000 & !group.below | 3;
+                // Back to front, they are not one.
+                let turned = if random.below(40) == 0 { group.below } else { 0 };
                 let gap = absent && random.below(3) == 0;
-                entries.extend(group.parts.iter().map(|part| if gap { 0 } else { first | part }));
+                entries.extend(group.parts.iter().map(|part| if gap { 0 } else { first ^ part ^ turned }));
             }
             if random.below(2) == 0 {
                 let place = random.below(entries.len() as u64) as usize;
                 entries[place] ^= 1 << random.below(64);
             }
             let is_whole = |entries: &[u64]| {
-                let gap = kinds.has_gaps() && entries.iter().all(|entry| *entry == kinds.gap());
-                let begins = entries[0] & group.below == 0;
+                let gap = entries.iter().all(|entry| kinds.is_gap(*entry));
+                let begins = entries[0] & group.below == 0 && !kinds.is_gap(entries[0]);
                 gap || begins && entries.iter().zip(&group.parts).all(|(entry, part)| *entry == entries[0] ^ part)
             };
             let wanted = entries.chunks(parts as usize).all(is_whole);
@@ -794,6 +802,6 @@ mod tests {
             assert!(firsts.iter().eq(entries.iter().step_by(parts as usize)), "round {round}");
             whole += u64::from(wanted);
         }
-        assert!((500..3500).contains(&whole), "{whole}");
+        assert!(cfg!(miri) || (500..3500).contains(&whole), "{whole}");
     }
 }

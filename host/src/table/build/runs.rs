@@ -10,7 +10,7 @@ use crate::table::build::{BuildError, Builder, Leaf, low_bits, note};
 use crate::table::geometry::{AddressField, ByteOrder, Move};
 use crate::table::lanes;
 use crate::table::leaves::{Piece, Run};
-use crate::table::passage::{Passed, Receiver};
+use crate::table::passage::{Merged, Passed, Receiver};
 use crate::table::recode::{self, Form, Group};
 use crate::table::stage::is_staged;
 use crate::{Attributes, Iova, Span};
@@ -54,6 +54,8 @@ pub(super) struct Upcoming {
     /// The table, which may not be handed out yet, and its size.
     offset: u64,
     bytes: u64,
+    /// The size of the pages.
+    page: u8,
 }
 
 /// How leaves that are smaller than the target's pages make up such pages.
@@ -331,24 +333,33 @@ impl Builder<'_> {
     /// or to the first ones of the next table.
     pub(super) fn ready_for(&mut self, run: &Run<'_>) -> Option<Receiver<'_>> {
         self.forget_upcoming();
-        let prepared = self.prepared.as_ref().filter(|prepared| prepared.serves(run))?;
+        let prepared = self.prepared.as_ref()?;
+        // Leaves that are smaller than the target's pages make up some.
+        let merging = self.merging.as_ref().filter(|merging| merging.from == run.size_log2 && merging.field == *run.field);
+        let merging = merging.filter(|merging| prepared.serves(&Run { size_log2: merging.page, ..*run }));
+        let page = merging.map_or(run.size_log2, |merging| merging.page);
+        if merging.is_none() && !prepared.serves(run) {
+            return None;
+        }
+        let merge_log2 = page - run.size_log2;
         let window = &self.windows[prepared.window];
         let rung = &self.chains[window.chain].rungs[prepared.depth];
         let first = run.iova.0;
         let last = first.checked_add(((run.entries.len() as u64) << run.size_log2) - 1)?;
-        if !window.holds(Span { first, last }) || run.within.last > prepared.last_address {
+        let whole = first & low_bits(page) == 0 && run.entries.len().is_multiple_of(1 << merge_log2);
+        if !whole || !window.holds(Span { first, last }) || run.within.last > prepared.last_address {
             return None;
         }
         // As many as fit into a table; the others are asked about again.
         let index = (first - window.base) >> prepared.slot & (prepared.table_entries - 1);
         let base = first - (index << prepared.slot);
-        let count = (run.entries.len() as u64).min((prepared.table_entries - index) >> prepared.split_log2);
+        let count = (run.entries.len() as u64 >> merge_log2).min((prepared.table_entries - index) >> prepared.split_log2);
         let slots = count << prepared.split_log2;
         // Whole groups that may be larger pages, and whole lines.
         let group = prepared.larger.map_or(1, |larger| larger.group as u64);
         let entry_bytes = u64::from(self.layout.bytes);
-        let groups = (first >> run.size_log2 | count).is_multiple_of(group);
-        let lines = (index * entry_bytes | slots * entry_bytes).is_multiple_of(64);
+        let groups = (first >> page | count).is_multiple_of(group);
+        let lines = ((index | slots) * entry_bytes).is_multiple_of(64);
         if count == 0 || !groups || !lines {
             return None;
         }
@@ -366,15 +377,26 @@ impl Builder<'_> {
                 self.arena.upcoming(rung.room)?
             }
         };
-        self.upcoming = Some(Upcoming { offset, bytes: rung.room });
-        let (form, slot) = (prepared.form(self.layout, true), index as usize);
-        Some(Receiver { form, table: self.arena.words(offset), slot, count: count as usize })
+        self.upcoming = Some(Upcoming { offset, bytes: rung.room, page });
+        let more = low_bits(page) - low_bits(run.size_log2);
+        let merging = merging.map(|merging| Merged { group: &merging.group, more, firsts: &mut self.merged });
+        let (form, slot, count) = (prepared.form(self.layout, true), index as usize, (count << merge_log2) as usize);
+        Some(Receiver { form, table: self.arena.words(offset), slot, count, merging })
     }
 
     /// Leaves were written where [`Builder::ready_for`] said; false if they are needed elsewhere.
     pub(super) fn map_passed(&mut self, run: &Run<'_>, passed: Passed) -> Result<bool, BuildError> {
         let (Some(upcoming), Some(prepared)) = (self.upcoming, self.prepared.take()) else { return Ok(false) };
-        let result = self.take_passed(run, &prepared, upcoming, passed);
+        let result = if upcoming.page == run.size_log2 {
+            self.take_passed(run, &prepared, upcoming, passed)
+        } else {
+            let merged = std::mem::take(&mut self.merged);
+            let log2 = upcoming.page - run.size_log2;
+            let pages = Run { size_log2: upcoming.page, entries: &merged, ..*run };
+            let result = self.take_passed(&pages, &prepared, upcoming, Passed { others: passed.others >> log2, gaps: passed.gaps >> log2, ..passed });
+            self.merged = merged;
+            result
+        };
         self.prepared = Some(prepared);
         if matches!(result, Ok(true)) {
             self.upcoming = None;
