@@ -68,9 +68,11 @@ impl Ioasid {
     pub fn explain_for(&self, device: &Device, pasid: Option<Pasid>) -> Result<Explanation, Error> {
         let company = pasid.is_some() || device.0.slots().keys().any(Option::is_some);
         let state = self.0.lock();
-        let part = state.parts.iter().find(|part| part.unit == device.0.unit());
-        if let Some(part) = part.filter(|part| !company || part.has_pasids()) {
-            return Ok(part.explanation.clone());
+        let shared = state.parts.iter().position(|part| part.unit == device.0.unit() && (!company || part.has_pasids()));
+        if let Some(place) = shared
+            && !(state.parts[place].is_unused() && self.0.has_better(&state, place, &device.0, company)?)
+        {
+            return Ok(state.parts[place].explanation.clone());
         }
         let mut explanation = Explanation::new(device.label());
         for strategy in Strategy::ALL {
@@ -282,6 +284,13 @@ impl Space {
         // Areas are for all units: the kernel keeps a table for each of them.
         let is_shared = |part: &Part| matches!(part.host, Host::Areas(_));
         let same = state.parts.iter().position(|part| part.unit == device.unit());
+        // What nobody uses any more was chosen for others.
+        if let Some(place) = same.filter(|place| state.parts[*place].is_unused())
+            && self.has_better(state, place, device, company)?
+        {
+            state.parts.remove(place);
+            return self.part_for(state, device, company);
+        }
         if let Some(place) = same.or_else(|| state.parts.iter().position(is_shared)) {
             return Ok((place, None));
         }
@@ -291,6 +300,20 @@ impl Space {
         };
         state.parts.push(part);
         Ok((state.parts.len() - 1, Some(report)))
+    }
+
+    /// Whether a better strategy than a part's would be chosen for a device, as far as that can be known without making it.
+    fn has_better(&self, state: &State, place: usize, device: &Connected, company: bool) -> Result<bool, Error> {
+        let chosen = state.parts[place].explanation.chosen.as_ref().map(|chosen| chosen.strategy);
+        let memory = self.context().memory();
+        for strategy in Strategy::ALL.into_iter().take_while(|strategy| chosen != Some(*strategy)) {
+            if let Ok((candidate, _)) = self.choice(state, device, &memory).judge(strategy)?
+                && (!company || self.takes_pasids(device, &candidate)?)
+            {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     fn join(self: &Arc<Self>, device: &Arc<Connected>, pasid: Option<Pasid>, replace: bool) -> Result<Report, Error> {

@@ -305,6 +305,11 @@ impl Part {
         dropped
     }
 
+    /// Nobody is attached, or waits to be again.
+    pub(super) fn is_unused(&self) -> bool {
+        self.blocked.is_empty() && self.users.iter().all(|(user, _)| user.strong_count() == 0)
+    }
+
     /// Somebody is attached.
     pub(super) fn joined(&mut self, device: &Arc<Connected>, pasid: Option<Pasid>) {
         self.users.retain(|(user, _)| user.strong_count() > 0);

@@ -149,7 +149,10 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
         for response in responses {
             let key = (Requester { id: response.id.into(), pasid: response.pasid }, response.group);
             // An answer to nothing is what hardware would pass on to a device that does not wait.
-            let Some(group) = self.groups.remove(&key).filter(|group| group.told) else { continue };
+            if !self.groups.get(&key).is_some_and(|group| group.told) {
+                continue;
+            }
+            let Some(group) = self.groups.remove(&key) else { continue };
             if response.answer == Answer::Success {
                 // What it mapped it need not have announced. If it is not there after all, the device finds out.
                 let _ = self.first_missing(&group.pages, call);

@@ -1,4 +1,4 @@
-//! Invalidation descriptors, fault records and page requests: D51397 sections 6.5.2, 11.4.14 and 7.4.1. A descriptor has 16 bytes, or 32 with `IQA.DW`; a fault
+//! Invalidation descriptors, fault records and page requests: D51397 sections 6.5.2 and 11.4.14, and chapter 7. A descriptor has 16 bytes, or 32 with `IQA.DW`; a fault
 //! record has 16, a page request 32.
 //!
 //! Where more is forgotten than a descriptor asks for:
@@ -16,7 +16,7 @@ use crate::spec::registers::{ecap, iqa, rtaddr};
 
 const DESCRIPTORS: &str = "D51397 section 6.5.2";
 const RECORDS: &str = "D51397 section 11.4.14";
-const REQUESTS: &str = "D51397 section 7.4.1";
+const REQUESTS: &str = "D51397 chapter 7";
 
 /// Word 0.
 mod low {
@@ -108,7 +108,7 @@ fn effect(low: u64, high: u64) -> Option<Effect> {
             let scope = if high::GLOBAL.of(high) == 1 { device } else { device.space(low::PASID.of(low)) };
             Some(Effect::DeviceTlb(sized(scope, high, high::PASID_S)))
         }
-        // Page group response, section 7.7.1. Answers that PCI Express has not named count as its failure.
+        // Page group response, chapter 7. Answers that PCI Express has not named count as its failure.
         (9, _) => {
             let answer = match low::RESPONSE.of(low) {
                 0 => Answer::Success,

@@ -162,7 +162,7 @@ proptest! {
     }
 }
 
-/// Page request descriptors, section 7.4.1, and page group response descriptors, section 7.7.1.
+/// Page request descriptors, and page group response descriptors: chapter 7.
 #[test]
 fn page_requests_and_their_answers() {
     use stagecraft_sdk::{Answer, PageRequest, Response};

@@ -244,6 +244,14 @@ fn pasids_come_first_share_a_space_or_are_refused_with_the_reason() {
             device.detach(Some(Pasid(7))).unwrap();
             assert_eq!((ioasids[1].strategies(), at(Some(7))), (vec![Strategy::Nested], None), "{host:?}");
             device.detach(None).unwrap();
+            // What was made for a PASID that is gone is not what the device itself gets.
+            ioasids[0].attach(&device, Some(Pasid(5))).unwrap();
+            device.detach(Some(Pasid(5))).unwrap();
+            assert_eq!(ioasids[0].strategies(), [Strategy::Areas], "{host:?}");
+            assert_eq!(ioasids[0].explain_for(&device, None).unwrap().chosen.map(|chosen| chosen.strategy), Some(Strategy::Nested), "{host:?}");
+            ioasids[0].attach(&device, None).unwrap();
+            assert_eq!((ioasids[0].strategies(), at(None)), (vec![Strategy::Nested], Some(DATA + 0x1000)), "{host:?}");
+            device.detach(None).unwrap();
             // Whoever wants nothing but a nested table keeps it, and the PASID is refused.
             let strict = context.allocate(Request::guest(guests[1].view()).with_strategies(&[Strategy::Nested])).unwrap();
             strict.attach(&device, None).unwrap();
