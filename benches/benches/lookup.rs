@@ -11,6 +11,7 @@ use stagecraft::lookup::{Limits, Lookup, LookupIommu, Miss, Updater};
 use stagecraft::table::Piece;
 use stagecraft::{Attributes, Change, Iova, Span};
 use stagecraft_benches::contest::{Contestant, contest, is_measuring, is_wanted, processor_time};
+use stagecraft_benches::guest::Random;
 use vm_memory::iommu::{Error, IotlbIterator, IovaRange};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Iommu, IommuMemory, Iotlb, Permissions};
 
@@ -22,18 +23,6 @@ const STRIDE: u64 = 2 * PAGE;
 const ENTRIES: usize = 8192;
 /// Pages of the guest's memory, all of them target of some extents.
 const FRAMES: u64 = 16_384;
-
-/// The same numbers everywhere (xorshift64*).
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, bound: u64) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        ((self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 32) * bound) >> 32
-    }
-}
 
 /// IOVA and address of each extent.
 fn extents() -> Vec<(u64, u64)> {

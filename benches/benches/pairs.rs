@@ -89,8 +89,7 @@ fn pairs(criterion: &mut Criterion) {
             }
             let (_, tables) = made.iter().find(|(known, made)| (*known, made.bytes) == (unit, size)).unwrap();
             // The comparison has as many entries.
-            let slot = if source.page_log2 == 13 { 12 } else { source.page_log2 };
-            let same = size >> slot.min(target.page_log2) << 12;
+            let same = size >> source.slot_log2.min(target.slot_log2) << 12;
             if !compared.iter().any(|made| made.bytes == same) {
                 compared.push(make(&plugins, first, 12, same, mebibytes));
             }

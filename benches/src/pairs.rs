@@ -27,6 +27,8 @@ pub struct Side {
     pub settings: &'static [(&'static str, u64)],
     /// The size of the pages that are mapped, in log2 bytes.
     pub page_log2: u8,
+    /// That of the slots of the tables: pages may fill several.
+    pub slot_log2: u8,
     /// Input addresses are below `2^bits`, and output addresses of 32 bits if these are.
     pub bits: u8,
     /// Only so many different pages are mapped, time and again: for entries that the format must see whole.
@@ -34,7 +36,7 @@ pub struct Side {
 }
 
 const fn side(name: &'static str, format: &'static str, settings: &'static [(&'static str, u64)], page_log2: u8, bits: u8) -> Side {
-    Side { name, format, settings, page_log2, bits, distinct: None }
+    Side { name, format, settings, page_log2, slot_log2: page_log2, bits, distinct: None }
 }
 
 /// Where the source of comparison stands in [`SIDES`], and the target.
@@ -66,8 +68,8 @@ pub const SIDES: [Side; 20] = [
 
 /// Sources alone: their leaves are above their slots, and NextLevel 7 must be seen whole.
 pub const LARGE: [Side; 2] = [
-    Side { distinct: Some(1024), ..side("amd NL7 8K", "amd-vi/v1", &[("next-level-7", 1)], 13, 48) },
-    side("napot 64K", "riscv-iommu/first-stage", &[("svnapot", 1)], 16, 38),
+    Side { distinct: Some(1024), slot_log2: 12, ..side("amd NL7 8K", "amd-vi/v1", &[("next-level-7", 1)], 13, 48) },
+    Side { slot_log2: 12, ..side("napot 64K", "riscv-iommu/first-stage", &[("svnapot", 1)], 16, 38) },
 ];
 
 /// Bytes that `source` and `target` can both map, in entries of the finer of the two, of which there are at most `entries`.
@@ -75,9 +77,7 @@ pub const LARGE: [Side; 2] = [
 pub fn bytes(source: &Side, target: &Side, entries: u64) -> u64 {
     let bits = source.bits.min(target.bits);
     let most = if bits <= 32 { 1 << 30 } else { 1 << (bits - 1) };
-    // The finer side has an entry for each slot, whatever its pages are.
-    let slot = if source.page_log2 == 13 { 12 } else { source.page_log2 };
-    (entries << slot.min(target.page_log2)).min(most)
+    (entries << source.slot_log2.min(target.slot_log2)).min(most)
 }
 
 /// Source tables in guest memory.

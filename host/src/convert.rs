@@ -201,6 +201,10 @@ impl<V: Visitor> Visitor for AllPrivileged<'_, V> {
         self.0.takes_gaps()
     }
 
+    fn takes_large(&self) -> bool {
+        self.0.takes_large()
+    }
+
     fn receive(&mut self, run: &Run<'_>) -> Option<Receiver<'_>> {
         self.0.receive(&for_all(run))
     }

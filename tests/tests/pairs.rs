@@ -7,55 +7,15 @@ use stagecraft::memory::{Budget, Kind, Limits, MemoryMap, Region};
 use stagecraft::plugin::{Config, Engine, Plugins, TableConfig};
 use stagecraft::table::{Arena, Builder, Built, Collector, Format, Piece, Run, Step, Table, Visitor, WalkError};
 use stagecraft::{Attributes, Span};
+use stagecraft_tests::random::Random;
+use stagecraft_tests::sides::{SIDES, Side};
 
 static PLUGINS: LazyLock<Plugins> = LazyLock::new(|| Plugins::builtin(&Engine::new(Config::default()).unwrap()).unwrap());
-
-type Side = (&'static str, &'static [(&'static str, u64)]);
-
-/// Formats in all that concerns where addresses are, how wide entries are, and which pages there are.
-const SIDES: [Side; 25] = [
-    ("arm-smmuv3/stage1", &[]),
-    ("arm-smmuv3/stage1", &[("granule", 16384)]),
-    ("arm-smmuv3/stage1", &[("granule", 65536), ("output-bits", 52)]),
-    ("arm-smmuv3/stage1", &[("lpa2", 1), ("input-bits", 52), ("output-bits", 52), ("big-endian", 1)]),
-    ("arm-smmuv3/stage2", &[]),
-    ("intel-vtd/first-stage", &[]),
-    ("intel-vtd/second-stage", &[]),
-    ("intel-vtd/second-stage", &[("page-2m", 0), ("page-1g", 0)]),
-    ("amd-vi/v1", &[]),
-    ("amd-vi/v1", &[("next-level-7", 1)]),
-    ("amd-vi/v2", &[]),
-    ("riscv-iommu/first-stage", &[]),
-    ("riscv-iommu/first-stage", &[("svnapot", 1)]),
-    ("riscv-iommu/first-stage", &[("svnapot", 1), ("big-endian", 1)]),
-    ("riscv-iommu/first-stage", &[("levels", 2)]),
-    ("riscv-iommu/first-stage", &[("levels", 2), ("big-endian", 1)]),
-    ("riscv-iommu/second-stage", &[]),
-    ("s390-zpci/dma", &[]),
-    ("loongarch/paging", &[]),
-    ("loongarch/paging", &[("granule", 4096)]),
-    ("apple-dart/dart1", &[("granule", 4096)]),
-    ("apple-dart/dart1", &[("input-bits", 36)]),
-    ("apple-dart/dart2", &[("input-bits", 36)]),
-    ("arm-v7s/short", &[]),
-    ("arm-v7s/short", &[("split", 1), ("output-bits", 40)]),
-];
 
 fn open((format, settings): Side, roots: &[(String, u64)]) -> Box<dyn Format> {
     let roots = roots.iter().map(|(name, root)| (name.as_str(), *root));
     let settings: Vec<(&str, u64)> = settings.iter().copied().chain(roots).collect();
     Box::new(PLUGINS.by_format(format).unwrap().open(&TableConfig::new(format, &settings)).unwrap())
-}
-
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, bound: u64) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        ((self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 32) * bound) >> 32
-    }
 }
 
 /// Pages of `2^unit` bytes and stretches of them, of three kinds, with gaps; some addresses are beyond what narrow entries can say.
@@ -158,7 +118,7 @@ fn maps() -> [MemoryMap; 2] {
 
 #[test]
 fn many_at_a_time_are_written_as_one_by_one() {
-    let mut random = Random(0x9a17);
+    let mut random = Random::new(0x9a17);
     let (mut leaves, mut refused) = (0, 0);
     for source in SIDES {
         // Pages as small as the source has, and such that the others have too.
@@ -187,7 +147,7 @@ fn many_at_a_time_are_written_as_one_by_one() {
 
 #[test]
 fn what_is_walked_is_what_was_mapped() {
-    let mut random = Random(0x3a9d);
+    let mut random = Random::new(0x3a9d);
     let [everything, holes] = maps();
     for side in SIDES {
         let mut compared = 0;

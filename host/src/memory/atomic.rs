@@ -11,9 +11,10 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
 
-use crate::table::widen;
+use crate::memory::EntryLayout;
 #[cfg(all(target_arch = "x86_64", not(miri)))]
-use crate::table::{Passage, Registers};
+use crate::table::widen;
+use crate::table::{ByteOrder, swap_bytes};
 
 /// Where bytes of guest memory stand in this process. It can be used for one thing: to tell the processor which bytes near them will be read soon. Nothing is
 /// read through it, so it may outlive the memory, or point into the void.
@@ -50,38 +51,71 @@ pub(super) fn nearby<B: BitmapSlice>(slice: &VolatileSlice<'_, B>) -> Nearby {
     Nearby(Some(slice.ptr_guard().as_ptr()))
 }
 
-/// Words of a cache line.
+/// Words of a cache line, and its bytes.
 const LINE: usize = 8;
+const LINE_BYTES: usize = 8 * LINE;
 
-/// Loads `entries.len()` words from the start of `slice`, each once and atomically; false if they are not all there or not aligned.
+/// Loads `entries.len()` entries of `layout` from the start of `slice`, each once and atomically; false if they are not all there or not aligned.
 #[inline]
-pub(super) fn load_u64<B: BitmapSlice>(slice: &VolatileSlice<'_, B>, entries: &mut [u64]) -> bool {
+pub(super) fn load<B: BitmapSlice>(slice: &VolatileSlice<'_, B>, layout: EntryLayout, entries: &mut [u64]) -> bool {
     let guard = slice.ptr_guard();
-    let first = guard.as_ptr().cast::<AtomicU64>();
-    if !first.is_aligned() || slice.len() / 8 < entries.len() {
+    let first = guard.as_ptr();
+    let bytes = usize::from(layout.bytes);
+    if !first.addr().is_multiple_of(bytes) || slice.len() / bytes < entries.len() {
         return false;
     }
+    let swap = (layout.order == ByteOrder::Big) != cfg!(target_endian = "big");
     #[cfg(all(target_arch = "x86_64", not(miri)))]
-    if entries.len() >= LINE && entries.len().is_multiple_of(LINE) && first.addr().is_multiple_of(16) && is_x86_feature_detected!("avx") {
-        let (from, to, lines) = (first.cast(), entries.as_mut_ptr(), entries.len() / LINE);
+    if let lines @ 1.. = entries.len() * bytes / LINE_BYTES
+        && lines * LINE_BYTES == entries.len() * bytes
+        && first.addr().is_multiple_of(16)
+        && is_x86_feature_detected!("avx")
+    {
         // A `VolatileSlice` vouches for its bytes being valid for reading while the guard lives, and somebody else may write them; `lines` lines are within
-        // both. The loads are aligned.
-        if is_x86_feature_detected!("avx512f") {
-            // SAFETY: see above; the processor has AVX-512F.
-            unsafe { load_lines_wide(from, to, lines) };
-        } else {
-            // SAFETY: see above; the processor has AVX.
-            unsafe { load_lines(from, to, lines) };
+        // both. The loads are aligned, and what is loaded 16 bytes at a time tears no entry of 8 or of 4.
+        if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") {
+            // SAFETY: see above; the processor has AVX-512F and AVX-512BW.
+            unsafe { wide::load(first, bytes == 4, swap, entries) };
+            return true;
         }
+        if bytes == 8 {
+            // SAFETY: see above; the processor has AVX.
+            unsafe { load_lines(first, entries.as_mut_ptr(), lines) };
+        } else {
+            let mut words = [0_u64; 16 * LINE];
+            for (index, part) in entries.chunks_mut(2 * words.len()).enumerate() {
+                let lines = part.len() / (2 * LINE);
+                // SAFETY: as above, some lines at a time: all of them are within the slice, and these fit into `words`.
+                unsafe { load_lines(first.wrapping_add(index * size_of_val(&words)), words.as_mut_ptr(), lines) };
+                widen(&words[..lines * LINE], part);
+            }
+        }
+        swap_if(swap, layout, entries);
         return true;
     }
-    // SAFETY: a `VolatileSlice` vouches for its bytes being valid for reading while the guard lives. The words are within it and aligned, and atomics may
-    // be read while somebody else writes them.
-    let words = unsafe { std::slice::from_raw_parts(first, entries.len()) };
-    for (entry, word) in entries.iter_mut().zip(words) {
-        *entry = word.load(Ordering::Relaxed);
+    // A `VolatileSlice` vouches for its bytes being valid for reading while the guard lives. The entries are within it and aligned, and atomics may be read
+    // while somebody else writes them.
+    if bytes == 8 {
+        // SAFETY: see above.
+        let words = unsafe { std::slice::from_raw_parts(first.cast::<AtomicU64>(), entries.len()) };
+        for (entry, word) in entries.iter_mut().zip(words) {
+            *entry = word.load(Ordering::Relaxed);
+        }
+    } else {
+        // SAFETY: see above.
+        let words = unsafe { std::slice::from_raw_parts(first.cast::<AtomicU32>(), entries.len()) };
+        for (entry, word) in entries.iter_mut().zip(words) {
+            *entry = u64::from(word.load(Ordering::Relaxed));
+        }
     }
+    swap_if(swap, layout, entries);
     true
+}
+
+fn swap_if(swap: bool, layout: EntryLayout, entries: &mut [u64]) {
+    if swap {
+        swap_bytes(entries, 64 - u32::from(layout.bytes) * 8);
+    }
 }
 
 /// Copies `lines` lines, 16 bytes with each load: what is wider is joined from them.
@@ -115,97 +149,86 @@ unsafe fn load_lines(from: *const u8, to: *mut u64, lines: usize) {
     }
 }
 
-/// The same with one store for a line, so that the loads of further ones need not wait.
-///
-/// # Safety
-/// As [`load_lines`]; the processor has AVX-512F.
+/// For processors with registers of 64 bytes.
 #[cfg(all(target_arch = "x86_64", not(miri)))]
-#[target_feature(enable = "avx512f")]
-unsafe fn load_lines_wide(from: *const u8, to: *mut u64, lines: usize) {
-    // SAFETY: the caller's promise; no stack, no flags kept.
-    unsafe {
-        std::arch::asm!(
-            "2:",
-            "vmovdqa {a:x}, xmmword ptr [{from}]",
-            "vinserti32x4 {a}, {a}, xmmword ptr [{from} + 16], 1",
-            "vinserti32x4 {a}, {a}, xmmword ptr [{from} + 32], 2",
-            "vinserti32x4 {a}, {a}, xmmword ptr [{from} + 48], 3",
-            "vmovdqu64 zmmword ptr [{to}], {a}",
-            "add {from}, 64",
-            "add {to}, 64",
-            "dec {lines}",
-            "jnz 2b",
-            from = inout(reg) from => _,
-            to = inout(reg) to => _,
-            lines = inout(reg) lines => _,
-            a = out(zmm_reg) _,
-            options(nostack)
-        );
-    }
-}
+mod wide {
+    use std::arch::asm;
+    use std::arch::x86_64::{
+        __m512i, _mm512_castsi512_si256, _mm512_cvtepu32_epi64, _mm512_extracti64x4_epi64, _mm512_set4_epi32, _mm512_shuffle_epi8,
+        _mm512_storeu_si512,
+    };
 
-/// A whole page of words passes through `passage`, and is kept in `entries`; false if it cannot.
-#[cfg(all(target_arch = "x86_64", not(miri)))]
-pub(super) fn pass_u64<B: BitmapSlice>(slice: &VolatileSlice<'_, B>, entries: &mut [u64; 512], passage: &mut Passage<'_>) -> bool {
-    let guard = slice.ptr_guard();
-    let first = guard.as_ptr();
-    if !first.addr().is_multiple_of(16) || slice.len() != size_of_val(entries) {
-        return false;
-    }
-    let pass: unsafe fn(_, &mut _, &mut Passage<'_>) = if passage.has_gaps() { pass_lines::<true> } else { pass_lines::<false> };
-    // SAFETY: as for `load_u64`: the page is within the slice, the loads are aligned. A passage is only made where the processor has what this needs, for an
-    // aligned target.
-    unsafe { pass(first, entries, passage) };
-    true
-}
+    use super::LINE;
 
-/// See [`pass_u64`].
-///
-/// # Safety
-/// `from` is a multiple of 16, and a page may be read there; the passage's target is a multiple of 64. The processor has AVX-512F.
-#[cfg(all(target_arch = "x86_64", not(miri)))]
-#[target_feature(enable = "avx512f")]
-unsafe fn pass_lines<const GAPS: bool>(from: *const u8, entries: &mut [u64; 512], passage: &mut Passage<'_>) {
-    use std::arch::x86_64::{__m512i, _mm512_loadu_si512};
-    // All is loaded before any of it is written: loads, and stores past the cache, get in each other's way.
-    // SAFETY: the caller's promise: a page is there, and has room; a processor with AVX-512 has AVX.
-    unsafe { load_lines_wide(from, entries.as_mut_ptr(), entries.len() / LINE) };
-    passage.is_there();
-    let (registers, mut found) = Registers::new(passage);
-    let target = passage.target();
-    for (line, words) in entries.as_chunks::<LINE>().0.iter().enumerate() {
-        // SAFETY: eight words.
-        let words = unsafe { _mm512_loadu_si512(words.as_ptr().cast::<__m512i>()) };
-        // SAFETY: a line of the target, as the caller promises.
-        unsafe { registers.line::<GAPS>(words, &mut found, target.wrapping_add(line * LINE)) };
-    }
-    passage.end(found);
-}
-
-/// The same for words of 32 bits.
-#[inline]
-pub(super) fn load_u32<B: BitmapSlice>(slice: &VolatileSlice<'_, B>, entries: &mut [u64]) -> bool {
-    let guard = slice.ptr_guard();
-    let first = guard.as_ptr().cast::<AtomicU32>();
-    if !first.is_aligned() || slice.len() / 4 < entries.len() {
-        return false;
-    }
-    #[cfg(all(target_arch = "x86_64", not(miri)))]
-    if entries.len() >= 2 * LINE && entries.len().is_multiple_of(2 * LINE) && first.addr().is_multiple_of(16) && is_x86_feature_detected!("avx") {
-        // What is loaded 16 bytes at a time tears no entry of 4 either.
-        let mut words = [0_u64; 16 * LINE];
-        for (index, part) in entries.chunks_mut(2 * words.len()).enumerate() {
-            let lines = part.len() / (2 * LINE);
-            // SAFETY: as for words of 64 bits, some lines at a time: all of them are within the slice, and these fit into `words`.
-            unsafe { load_lines(first.cast::<u8>().wrapping_add(index * size_of_val(&words)), words.as_mut_ptr(), lines) };
-            widen(&words[..lines * LINE], part);
+    /// Loads a line, 16 bytes with each load: one register for a line, so that the loads of further ones need not wait.
+    ///
+    /// # Safety
+    /// `from` is a multiple of 16, and 64 bytes may be read there.
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    unsafe fn line(from: *const u8) -> __m512i {
+        let line;
+        // SAFETY: the caller's promise; no stack, no flags.
+        unsafe {
+            asm!(
+                "vmovdqa {line:x}, xmmword ptr [{from}]",
+                "vinserti32x4 {line}, {line}, xmmword ptr [{from} + 16], 1",
+                "vinserti32x4 {line}, {line}, xmmword ptr [{from} + 32], 2",
+                "vinserti32x4 {line}, {line}, xmmword ptr [{from} + 48], 3",
+                from = in(reg) from,
+                line = out(zmm_reg) line,
+                options(nostack, readonly, preserves_flags)
+            );
         }
-        return true;
+        line
     }
-    // SAFETY: as above.
-    let words = unsafe { std::slice::from_raw_parts(first, entries.len()) };
-    for (entry, word) in entries.iter_mut().zip(words) {
-        *entry = u64::from(word.load(Ordering::Relaxed));
+
+    /// Loads entries that fill whole lines.
+    ///
+    /// # Safety
+    /// `from` is a multiple of 16, and entries of 4 or 8 bytes may be read there that fill `entries`. The processor has AVX-512F and AVX-512BW.
+    pub(super) unsafe fn load(from: *const u8, narrow: bool, swap: bool, entries: &mut [u64]) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match (narrow, swap) {
+                (false, false) => load_lines::<false, false>(from, entries),
+                (false, true) => load_lines::<false, true>(from, entries),
+                (true, false) => load_lines::<true, false>(from, entries),
+                (true, true) => load_lines::<true, true>(from, entries),
+            }
+        }
     }
-    true
+
+    /// See [`load`].
+    ///
+    /// # Safety
+    /// As for [`load`].
+    #[target_feature(enable = "avx512f,avx512bw")]
+    unsafe fn load_lines<const NARROW: bool, const SWAP: bool>(from: *const u8, entries: &mut [u64]) {
+        // Within each 16 bytes: every four of them back to front, or every eight.
+        let order = if NARROW {
+            _mm512_set4_epi32(0x0c0d_0e0f, 0x0809_0a0b, 0x0405_0607, 0x0001_0203)
+        } else {
+            _mm512_set4_epi32(0x0809_0a0b, 0x0c0d_0e0f, 0x0001_0203, 0x0405_0607)
+        };
+        let next = |at: usize| {
+            // SAFETY: the caller's promise.
+            let line = unsafe { line(from.wrapping_add(at * 8 * LINE)) };
+            if SWAP { _mm512_shuffle_epi8(line, order) } else { line }
+        };
+        // SAFETY: eight words.
+        let put = |eight: &mut [u64; LINE], line: __m512i| unsafe { _mm512_storeu_si512(eight.as_mut_ptr().cast(), line) };
+        let lines = entries.as_chunks_mut::<LINE>().0;
+        if NARROW {
+            for (at, [low, high]) in lines.as_chunks_mut::<2>().0.iter_mut().enumerate() {
+                let line = next(at);
+                put(low, _mm512_cvtepu32_epi64(_mm512_castsi512_si256(line)));
+                put(high, _mm512_cvtepu32_epi64(_mm512_extracti64x4_epi64::<1>(line)));
+            }
+        } else {
+            for (at, eight) in lines.iter_mut().enumerate() {
+                put(eight, next(at));
+            }
+        }
+    }
 }

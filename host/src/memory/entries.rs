@@ -6,7 +6,7 @@ use vm_memory::{GuestAddress, GuestMemory, Permissions, VolatileMemory};
 
 use crate::Gpa;
 use crate::memory::atomic::{self, Nearby};
-use crate::table::{ByteOrder, Passage, swap_bytes};
+use crate::table::ByteOrder;
 
 /// The unit in which tables are read, and the smallest page of any guest: 4 KiB.
 pub const PAGE: u64 = 4096;
@@ -56,13 +56,6 @@ pub trait EntryMemory {
     fn read_entries_nearby(&self, address: Gpa, layout: EntryLayout, entries: &mut [u64]) -> Result<Nearby, ReadError> {
         self.read_entries(address, layout, entries).map(|()| Nearby::UNKNOWN)
     }
-
-    /// A page of entries of eight bytes, the lowest byte first, is read into `entries` and passes through `passage` on its way. None: this memory cannot do
-    /// that, and nothing was read.
-    fn read_passing(&self, address: Gpa, entries: &mut [u64; 512], passage: &mut Passage<'_>) -> Option<Nearby> {
-        let _ = (address, entries, passage);
-        None
-    }
 }
 
 /// Any guest memory of the `vm-memory` crate.
@@ -90,31 +83,13 @@ impl<M: GuestMemory + ?Sized> EntryMemory for VmMemory<'_, M> {
                 return Err(at); // an entry that straddles two regions is no entry
             }
             let part = &mut entries[done..done + count];
-            let loaded = if layout.bytes == 8 { atomic::load_u64(&slice, part) } else { atomic::load_u32(&slice, part) };
-            if !loaded {
+            if !atomic::load(&slice, layout, part) {
                 return Err(at);
             }
             done += count;
         }
-        to_native(layout, entries);
         Ok(nearby)
     }
-
-    #[cfg(all(target_arch = "x86_64", not(miri)))]
-    fn read_passing(&self, address: Gpa, entries: &mut [u64; 512], passage: &mut Passage<'_>) -> Option<Nearby> {
-        let mut slices = self.0.get_slices(GuestAddress(address.0), size_of_val(entries), Permissions::Read).ok()?;
-        let slice = slices.next()?.ok()?;
-        atomic::pass_u64(&slice, entries, passage).then(|| atomic::nearby(&slice))
-    }
-}
-
-fn to_native(layout: EntryLayout, entries: &mut [u64]) {
-    let big = layout.order == ByteOrder::Big;
-    if big == cfg!(target_endian = "big") {
-        return;
-    }
-    let unused = 64 - u32::from(layout.bytes) * 8;
-    swap_bytes(entries, unused);
 }
 
 /// `length` bytes from `address`, each read once: for device structures.

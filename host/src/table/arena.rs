@@ -164,16 +164,25 @@ impl Arena {
         self.live[page] = bytes.trailing_zeros() as u8;
     }
 
-    /// The offset and the words of the page that [`Arena::allocate`] would hand out next, if that is known.
-    pub(crate) fn upcoming(&mut self) -> Option<(u64, &mut [u64; (PAGE / 8) as usize])> {
-        if self.free.get(&PAGE).is_some_and(|free| !free.is_empty()) {
-            return None;
+    /// The offset of the table of `bytes` bytes that [`Arena::allocate`] would hand out next, if there is memory for it.
+    pub(crate) fn upcoming(&self, bytes: u64) -> Option<u64> {
+        let bytes = bytes.next_power_of_two().max(SMALLEST);
+        if let Some(offset) = self.free.get(&bytes).and_then(|free| free.last()) {
+            return Some(*offset);
         }
-        let offset = self.used.next_multiple_of(PAGE);
-        let chunk = self.chunks.get_mut((offset / 8) as usize / CHUNK)?;
-        let word = (offset / 8) as usize % CHUNK;
-        let words = chunk.words_mut(word).first_chunk_mut()?;
-        (offset + PAGE <= self.limit).then_some((offset, words))
+        if bytes < PAGE {
+            return self.upcoming(PAGE);
+        }
+        let offset = self.used.next_multiple_of(bytes);
+        (offset + bytes <= self.limit.min(self.capacity())).then_some(offset)
+    }
+
+    /// Clears a small table that is not handed out, and to which something was written all the same: the page that it shares may be handed out as it is.
+    pub(crate) fn wipe(&mut self, offset: u64, bytes: u64) {
+        let bytes = bytes.next_power_of_two().max(SMALLEST);
+        if bytes < PAGE && self.free.get(&bytes).is_some_and(|free| free.contains(&offset)) {
+            self.words(offset)[..(bytes / 8) as usize].fill(0);
+        }
     }
 
     /// Tells the processor that the table after the last one will be written soon.

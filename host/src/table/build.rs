@@ -10,15 +10,17 @@ use std::sync::Arc;
 
 use crate::memory::{EntryLayout, EntryMemory};
 use crate::table::arena::{Arena, Full, write_entry};
-use crate::table::build::runs::Prepared;
+use crate::table::build::runs::{Merging, Prepared, Upcoming};
 use crate::table::format::{Format, FormatError};
 use crate::table::geometry::{ByteOrder, Geometry, Nonsense};
 use crate::table::lanes;
+use crate::table::leaves::{Piece, Run};
 use crate::table::loss::{Loss, Losses};
 use crate::table::passage::{Passed, Receiver};
 use crate::table::stage::{Page, Stage};
 use crate::table::target::{Leaf, Rung, Target, low_bits};
-use crate::table::walk::{FaultAt, Piece, Run, Step, Visitor, WalkError};
+use crate::table::visit::{FaultAt, Step, Visitor};
+use crate::table::walk::WalkError;
 use crate::{Attributes, Gpa, Span};
 
 /// A table cannot be built.
@@ -74,14 +76,21 @@ impl Window {
     }
 }
 
-/// The leaves of all sizes of one chain for given attributes.
+/// The leaves of one chain for given attributes. The format is asked about a size when it matters: some have dozens.
 #[derive(Debug)]
 struct Encoding {
     chain: usize,
     attributes: Attributes,
-    leaves: Vec<Option<Arc<Leaf>>>,
-    /// Those that there are, largest first: size and rung.
+    /// The sizes that the format was asked about: bit `n` is for `2^n` bytes.
+    asked: u64,
+    /// Those that it has, largest first: size, rung and leaf.
     usable: Arc<[(u8, usize, Arc<Leaf>)]>,
+}
+
+impl Encoding {
+    fn leaf(&self, size: u8) -> Option<&Arc<Leaf>> {
+        self.usable.iter().find(|(known, _, _)| *known == size).map(|(_, _, leaf)| leaf)
+    }
 }
 
 /// Whether a table's entries so far are one contiguous range.
@@ -121,9 +130,11 @@ pub struct Builder<'a> {
     pending: Option<Piece>,
     encodings: Vec<Encoding>,
     /// For runs like the last one.
-    prepared: Option<Prepared>,
-    /// Where the next table will be, to which entries were written in advance.
-    upcoming: Option<u64>,
+    prepared: Option<Box<Prepared>>,
+    /// For leaves like the last that were smaller than the target's pages.
+    merging: Option<Box<Merging>>,
+    /// Where entries were written in advance.
+    upcoming: Option<Upcoming>,
     /// The first leaves of pages that several make up.
     merged: Vec<u64>,
     losses: Losses,
@@ -160,6 +171,7 @@ impl<'a> Builder<'a> {
             pending: None,
             encodings: Vec::new(),
             prepared: None,
+            merging: None,
             upcoming: None,
             merged: Vec::new(),
             losses: Losses::default(),
@@ -266,9 +278,8 @@ impl<'a> Builder<'a> {
     /// Maps the part of a piece that lies in a window, with the largest pages that fit.
     fn place(&mut self, window: usize, piece: &Piece, part: Span) -> Result<(), BuildError> {
         let chain = self.windows[window].chain;
-        let encoding = self.encoding(chain, piece.attributes)?;
-        let usable = Arc::clone(&self.encodings[encoding].usable);
-        let Some(&(smallest, _, _)) = usable.last() else {
+        let encoding = self.encoding(chain, piece.attributes);
+        let Some(smallest) = self.ask_smallest(encoding)? else {
             self.lose(Loss::Permission, piece, part);
             return Ok(());
         };
@@ -276,6 +287,8 @@ impl<'a> Builder<'a> {
         loop {
             let address = piece.address + (first - piece.iova.first);
             let left = part.last - first;
+            self.ask_what_fits(encoding, (first, address), part.last)?;
+            let usable = Arc::clone(&self.encodings[encoding].usable);
             let fits = |size: u8| (first | address) & low_bits(size) == 0 && left >= low_bits(size);
             let reaches = |size: u8, leaf: &Leaf| address.saturating_add(low_bits(size)) <= leaf.last_address;
             let step = match usable.iter().position(|(size, _, leaf)| fits(*size) && reaches(*size, leaf)) {
@@ -360,19 +373,74 @@ impl<'a> Builder<'a> {
         }
     }
 
-    /// The encodings of `attributes` in a chain: asked once, and checked against the format's own decoding.
-    fn encoding(&mut self, chain: usize, attributes: Attributes) -> Result<usize, BuildError> {
+    /// The encodings of `attributes` in a chain.
+    fn encoding(&mut self, chain: usize, attributes: Attributes) -> usize {
         if let Some(known) = self.encodings.iter().position(|encoding| encoding.chain == chain && encoding.attributes == attributes) {
-            return Ok(known);
+            return known;
         }
-        let sizes = self.chains[chain].sizes.clone();
-        let mut leaves = Vec::with_capacity(sizes.len());
-        for (size, depth) in &sizes {
-            leaves.push(self.target.leaf(&self.chains[chain].rungs[*depth], *size, attributes)?.map(Arc::new));
+        self.encodings.push(Encoding { chain, attributes, asked: 0, usable: Arc::default() });
+        self.encodings.len() - 1
+    }
+
+    /// The leaf of one size, if the format has it: asked once, and checked against the format's own decoding.
+    fn ask(&mut self, encoding: usize, size: u8) -> Result<Option<&Arc<Leaf>>, BuildError> {
+        let Encoding { chain, attributes, asked, .. } = self.encodings[encoding];
+        if asked >> size & 1 == 0 {
+            let Some(&(_, depth)) = self.chains[chain].sizes.iter().find(|(known, _)| *known == size) else { return Ok(None) };
+            let leaf = self.target.leaf(&self.chains[chain].rungs[depth], size, attributes)?;
+            let encoding = &mut self.encodings[encoding];
+            encoding.asked |= 1 << size;
+            if let Some(leaf) = leaf {
+                let new = (size, depth, Arc::new(leaf));
+                let (larger, smaller) = encoding.usable.split_at(encoding.usable.partition_point(|(known, _, _)| *known > size));
+                encoding.usable = larger.iter().chain([&new]).chain(smaller).cloned().collect();
+            }
         }
-        let usable = sizes.iter().zip(&leaves).filter_map(|(&(size, depth), leaf)| leaf.clone().map(|leaf| (size, depth, leaf))).collect();
-        self.encodings.push(Encoding { chain, attributes, leaves, usable });
-        Ok(self.encodings.len() - 1)
+        Ok(self.encodings[encoding].leaf(size))
+    }
+
+    /// The smallest leaf that the format has for these attributes.
+    fn ask_smallest(&mut self, encoding: usize) -> Result<Option<u8>, BuildError> {
+        let chain = self.encodings[encoding].chain;
+        for position in (0..self.chains[chain].sizes.len()).rev() {
+            let (size, _) = self.chains[chain].sizes[position];
+            if self.ask(encoding, size)?.is_some() {
+                return Ok(Some(size));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Asks about the leaves that decide how a mapping up to `last` begins: the largest that fits at its beginning, and the next larger one that may
+    /// fit later.
+    fn ask_what_fits(&mut self, encoding: usize, (first, address): (u64, u64), last: u64) -> Result<(), BuildError> {
+        let Encoding { chain, asked, .. } = self.encodings[encoding];
+        if self.chains[chain].sizes.iter().all(|(size, _)| asked >> size & 1 != 0) {
+            return Ok(());
+        }
+        let reaches = |leaf: Option<&Arc<Leaf>>, size: u8| leaf.is_some_and(|leaf| address.saturating_add(low_bits(size)) <= leaf.last_address);
+        let fits = |size: u8| (first | address) & low_bits(size) == 0 && last - first >= low_bits(size);
+        let count = self.chains[chain].sizes.len();
+        let mut chosen = None;
+        for position in 0..count {
+            let (size, _) = self.chains[chain].sizes[position];
+            if fits(size) && reaches(self.ask(encoding, size)?, size) {
+                chosen = Some(position);
+                break;
+            }
+        }
+        for position in (0..chosen.unwrap_or(count)).rev() {
+            let (size, _) = self.chains[chain].sizes[position];
+            // Where IOVA and address disagree below a size, they do so below all larger ones.
+            if (first ^ address) & low_bits(size) != 0 || first | low_bits(size) >= last && chosen.is_some() {
+                break;
+            }
+            let leaf = self.ask(encoding, size)?;
+            if if chosen.is_some() { leaf.is_some() } else { reaches(leaf, size) } {
+                break;
+            }
+        }
+        Ok(())
     }
 
     /// The words of an open table.
@@ -496,14 +564,11 @@ impl<'a> Builder<'a> {
     fn promote(&mut self, chain: usize, child: usize, closed: &Open) -> Result<Option<(Arc<Leaf>, Attributes, u64)>, BuildError> {
         let Contents::Contiguous { attributes, first, .. } = closed.contents else { return Ok(None) };
         let size = self.chains[chain].rungs[child - 1].lsb;
-        let Some(position) = self.chains[chain].sizes.iter().position(|(candidate, depth)| (*candidate, *depth) == (size, child - 1)) else {
-            return Ok(None);
-        };
-        if first & low_bits(size) != 0 {
+        if first & low_bits(size) != 0 || !self.chains[chain].sizes.contains(&(size, child - 1)) {
             return Ok(None);
         }
-        let encoding = self.encoding(chain, attributes)?;
-        let leaf = self.encodings[encoding].leaves[position].clone();
+        let encoding = self.encoding(chain, attributes);
+        let leaf = self.ask(encoding, size)?.cloned();
         Ok(leaf.filter(|leaf| first.saturating_add(low_bits(size)) <= leaf.last_address).map(|leaf| (leaf, attributes, first)))
     }
 
@@ -526,6 +591,7 @@ impl<'a> Builder<'a> {
         self.flush()?;
         self.close_to(0)?;
         self.leave_root();
+        self.forget_upcoming();
         let mut roots = Vec::with_capacity(self.chains.len());
         for chain in &mut self.chains {
             let rung = &chain.rungs[0];
@@ -575,6 +641,10 @@ impl Visitor for Builder<'_> {
     }
 
     fn takes_gaps(&self) -> bool {
+        true
+    }
+
+    fn takes_large(&self) -> bool {
         true
     }
 

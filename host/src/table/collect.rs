@@ -1,8 +1,10 @@
 //! Collecting what a walk finds: maximal runs of mappings, and faults.
 
 use crate::memory::Exhausted;
+use crate::table::leaves::Piece;
 use crate::table::stages::Fault;
-use crate::table::walk::{Cause, FaultAt, Piece, Step, Visitor, WalkError};
+use crate::table::visit::{Cause, FaultAt, Step, Visitor};
+use crate::table::walk::WalkError;
 use crate::{Access, Span};
 
 /// A maximal run: IOVAs that continue each other, to addresses that continue each other, with the same access.

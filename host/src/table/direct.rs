@@ -1,8 +1,10 @@
 //! Address spaces without tables: windows of IOVAs that go to guest memory at an offset.
 
 use crate::memory::{Budget, MemoryMap};
+use crate::table::leaves::Piece;
 use crate::table::source::Source;
-use crate::table::walk::{Cause, FaultAt, Piece, Visitor, WalkError};
+use crate::table::visit::{Cause, FaultAt, Visitor};
+use crate::table::walk::WalkError;
 use crate::{Attributes, Span};
 
 /// IOVAs that go to guest-physical memory without any table.

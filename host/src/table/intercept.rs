@@ -2,7 +2,9 @@
 
 use crate::Span;
 use crate::memory::Budget;
-use crate::table::walk::{Cause, FaultAt, Piece, Step, Visitor, WalkError};
+use crate::table::leaves::Piece;
+use crate::table::visit::{Cause, FaultAt, Step, Visitor};
+use crate::table::walk::WalkError;
 
 /// Addresses with `address & mask == value`, which do not go the way of the tables.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]

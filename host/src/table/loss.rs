@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::table::walk::Piece;
+use crate::table::leaves::Piece;
 use crate::{Access, Attributes};
 
 /// Something that the target format cannot say. The first group is refused (not mapped at all), the second narrowed (mapped with less).

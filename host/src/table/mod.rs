@@ -10,13 +10,16 @@ mod format;
 mod geometry;
 mod intercept;
 mod lanes;
+mod leaves;
 mod loss;
 mod passage;
+mod recode;
 mod remember;
 mod source;
 mod stage;
 mod stages;
 mod target;
+mod visit;
 mod walk;
 
 pub use arena::{Arena, Full};
@@ -29,13 +32,13 @@ pub use geometry::{AddressField, ByteOrder, Geometry, Level, Mark, Nonsense, Roo
 pub use intercept::Intercept;
 pub(crate) use intercept::{Compared, Intercepted};
 pub(crate) use lanes::{swap_bytes, widen};
+pub use leaves::{Kinds, Piece, Run};
 pub(crate) use loss::narrowed;
 pub use loss::{Count, Loss, Losses};
-#[cfg(all(target_arch = "x86_64", not(miri)))]
-pub(crate) use passage::wide::Registers;
-pub use passage::{Passage, Passed, Receiver};
+pub use passage::{Passed, Receiver};
 pub(crate) use remember::{Judge, JudgeError, LevelPlan, MAX_REMEMBERED, Plan};
 pub use source::Source;
 pub use stages::{AddressSpace, Fault, Translation};
 pub(crate) use target::{Leaf, Rung, Target, low_bits};
-pub use walk::{Cause, FaultAt, Kinds, OpenError, Piece, Run, Step, Table, Visitor, WalkError};
+pub use visit::{Cause, FaultAt, Step, Visitor};
+pub use walk::{OpenError, Table, WalkError};

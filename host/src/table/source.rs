@@ -4,7 +4,8 @@ use std::fmt;
 
 use crate::Span;
 use crate::memory::{Budget, MemoryMap};
-use crate::table::walk::{Visitor, WalkError};
+use crate::table::visit::Visitor;
+use crate::table::walk::WalkError;
 
 /// An address space without tables.
 ///

@@ -9,8 +9,10 @@ use std::sync::Arc;
 use crate::memory::{Budget, EntryLayout, EntryMemory, MemoryMap, ReadError};
 use crate::table::direct::{Window, Windows};
 use crate::table::intercept::{Compared, Intercept, Intercepted};
+use crate::table::leaves::Piece;
 use crate::table::source::Source;
-use crate::table::walk::{Cause, FaultAt, Piece, Step, Table, Visitor, WalkError};
+use crate::table::visit::{Cause, FaultAt, Step, Visitor};
+use crate::table::walk::{Table, WalkError};
 use crate::table::{FaultKind, Finding, FormatError};
 use crate::{Access, Attributes, Gpa, Iova, Span};
 

@@ -7,10 +7,12 @@ use std::fmt;
 
 use crate::memory::{Budget, EntryLayout, EntryMemory, Exhausted, MemoryMap, Nearby, PAGE};
 use crate::table::format::{FaultKind, Finding, Format, FormatError, Meaning, Missing};
-use crate::table::geometry::{AddressField, ByteOrder, Geometry, Nonsense, Root};
-use crate::table::lanes::{Pattern, Scanned, all_in_place_within, all_within, run_length, scan};
-use crate::table::passage::{ENTRIES, Passage, Passed, Receiver};
+use crate::table::geometry::{AddressField, Geometry, Nonsense, Root};
+use crate::table::lanes::{Pattern, Scanned, all_in_place_within, all_within, repeated, run_length, scan};
+use crate::table::leaves::{Kinds, Piece, Run};
+use crate::table::passage::{FEWEST, Misses, START, Usual};
 use crate::table::remember::{Judge, JudgeError, LevelPlan, Plan, Remembered};
+use crate::table::visit::{Cause, FaultAt, Step, Visitor};
 use crate::{Attributes, Gpa, Iova, Span};
 
 /// A table in memory, with the format that explains it and what that format said so far.
@@ -75,304 +77,6 @@ impl From<JudgeError> for WalkError {
             JudgeError::Exhausted(error) => Self::Exhausted(error),
             JudgeError::Format(error) => Self::Format(error),
         }
-    }
-}
-
-/// One table on the way to an entry, and the entry.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub struct Step {
-    /// Kind of table: index into the geometry's levels.
-    pub level: u8,
-    /// The level as the architecture counts it.
-    pub number: i8,
-    /// The table.
-    pub table: Gpa,
-    /// Which entry.
-    pub index: u64,
-    /// The entry as it was read; none if it could not be.
-    pub entry: Option<u64>,
-    /// The format's word for this table.
-    pub inherited: u64,
-}
-
-impl fmt::Debug for Step {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
-}
-
-impl fmt::Display for Step {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "level {} table {} entry {}", self.number, self.table, self.index)?;
-        self.entry.map_or(Ok(()), |entry| write!(f, " = {entry:#018x}"))
-    }
-}
-
-/// Why a request fails.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Cause {
-    /// The entry says so.
-    Entry(FaultKind),
-    /// An address outside the guest's memory map.
-    OutsideMemory,
-    /// A page that the memory map promises and that cannot be read.
-    Missing,
-    /// Something else than the tables serves this address: an [`Intercept`](crate::table::Intercept).
-    Intercepted,
-}
-
-impl Cause {
-    /// A short name with hyphens.
-    #[must_use]
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Entry(kind) => kind.as_str(),
-            Self::OutsideMemory => "outside-memory",
-            Self::Missing => "missing-page",
-            Self::Intercepted => "intercepted",
-        }
-    }
-}
-
-/// A fault, as the walk meets it.
-#[derive(Clone, Copy, Debug)]
-pub struct FaultAt<'a> {
-    /// Which stage: 1, or 2 for the second of two.
-    pub stage: u8,
-    /// Why.
-    pub cause: Cause,
-    /// The IOVAs that fault. For stage 2 of two: the intermediate addresses.
-    pub span: Span,
-    /// The address that is at fault, if one is.
-    pub address: Option<u64>,
-    /// The second stage failed while a table of the first was read.
-    pub reading_table: bool,
-    /// From the root to the entry; empty if no root covers the IOVA.
-    pub path: &'a [Step],
-}
-
-/// One or two patterns of leaves, and perhaps the value of absent entries between them. The two are told apart by one bit, so that leaves of both, in any
-/// order, are as fast as leaves of one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Kinds {
-    patterns: [u64; 2],
-    /// A bit in which the patterns differ; zero if there is one only.
-    test: u64,
-    attributes: [Attributes; 2],
-    /// The absent entry, if there may be any.
-    absent: u64,
-    gaps: bool,
-}
-
-impl Kinds {
-    const fn one(pattern: u64, attributes: Attributes) -> Self {
-        Self { patterns: [pattern; 2], test: 0, attributes: [attributes; 2], absent: 0, gaps: false }
-    }
-
-    const fn with(self, pattern: u64, attributes: Attributes) -> Self {
-        let difference = self.patterns[0] ^ pattern;
-        Self {
-            patterns: [self.patterns[0], pattern],
-            test: difference & difference.wrapping_neg(),
-            attributes: [self.attributes[0], attributes],
-            ..self
-        }
-    }
-
-    const fn with_gaps(self, absent: u64) -> Self {
-        Self { absent, gaps: true, ..self }
-    }
-
-    /// What leaves of the first and of the second kind allow; the same if there is one kind only.
-    #[must_use]
-    pub const fn attributes(&self) -> [Attributes; 2] {
-        self.attributes
-    }
-
-    /// Whether there is one kind only, without gaps.
-    #[must_use]
-    pub const fn is_one(&self) -> bool {
-        self.test == 0 && !self.gaps
-    }
-
-    /// The same kinds, with other attributes.
-    #[must_use]
-    pub fn map(self, change: impl Fn(Attributes) -> Attributes) -> Self {
-        Self { attributes: self.attributes.map(change), ..self }
-    }
-
-    /// Whether an entry is absent.
-    #[inline]
-    #[must_use]
-    pub const fn is_gap(&self, entry: u64) -> bool {
-        self.gaps && entry == self.absent
-    }
-
-    /// Whether a leaf is of the second kind; anything for an absent entry.
-    #[inline]
-    #[must_use]
-    pub const fn is_second(&self, entry: u64) -> bool {
-        (entry ^ self.patterns[0]) & self.test != 0
-    }
-
-    pub(crate) const fn pattern(&self) -> u64 {
-        self.patterns[0]
-    }
-
-    /// What an absent entry is, if there may be any.
-    pub(crate) const fn gap(&self) -> u64 {
-        self.absent
-    }
-
-    /// The bit that tells the second kind from the first.
-    pub(crate) const fn test(&self) -> u64 {
-        self.test
-    }
-
-    /// The bits in which the patterns differ.
-    pub(crate) const fn difference(&self) -> u64 {
-        self.patterns[0] ^ self.patterns[1]
-    }
-
-    /// That bit, if the patterns differ in no other.
-    #[inline]
-    pub(crate) const fn only_difference(&self) -> u64 {
-        if self.patterns[0] ^ self.patterns[1] == self.test { self.test } else { 0 }
-    }
-
-    const fn without_gaps(self) -> Self {
-        Self { gaps: false, ..self }
-    }
-
-    /// The first kind alone.
-    const fn first(self) -> Self {
-        Self::one(self.patterns[0], self.attributes[0])
-    }
-
-    /// Zero for a leaf of one of these kinds.
-    #[inline]
-    pub(crate) const fn leaf_distance(&self, entry: u64, mask: u64) -> u64 {
-        (entry ^ if self.is_second(entry) { self.patterns[1] } else { self.patterns[0] }) & mask
-    }
-
-    /// The same, and for an absent entry.
-    #[inline]
-    pub(crate) const fn distance(&self, entry: u64, mask: u64) -> u64 {
-        if self.is_gap(entry) { 0 } else { self.leaf_distance(entry, mask) }
-    }
-
-    pub(crate) const fn has_gaps(&self) -> bool {
-        self.gaps
-    }
-
-    /// What a leaf allows that is of one of these kinds.
-    #[inline]
-    #[must_use]
-    pub const fn of(&self, entry: u64) -> Attributes {
-        self.attributes[self.is_second(entry) as usize]
-    }
-}
-
-/// Leaves of one or two kinds, one per slot, side by side, perhaps with absent entries between them; their targets are in guest memory and aligned. The first
-/// and the last entry are leaves.
-#[derive(Clone, Copy, Debug)]
-pub struct Run<'a> {
-    /// IOVA of the first.
-    pub iova: Iova,
-    /// Each maps `2^size_log2` bytes.
-    pub size_log2: u8,
-    /// The entries, in native byte order.
-    pub entries: &'a [u64],
-    /// Where their addresses are.
-    pub field: &'a AddressField,
-    /// What they allow.
-    pub kinds: Kinds,
-    /// Every target lies in this span.
-    pub within: Span,
-}
-
-impl Run<'_> {
-    /// The leaves one by one.
-    pub fn pieces(&self) -> impl Iterator<Item = Piece> + '_ {
-        self.entries.iter().enumerate().filter(|(_, entry)| !self.kinds.is_gap(**entry)).map(|(index, entry)| Piece {
-            iova: Span::of_log2(self.iova.0 + ((index as u64) << self.size_log2), self.size_log2),
-            address: self.field.extract(*entry),
-            attributes: self.kinds.of(*entry),
-        })
-    }
-}
-
-/// A part of a leaf.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Piece {
-    /// The IOVAs.
-    pub iova: Span,
-    /// Where the first of them goes.
-    pub address: u64,
-    /// What it allows.
-    pub attributes: Attributes,
-}
-
-/// Hears what a walk finds, in ascending order of IOVA.
-pub trait Visitor {
-    /// Whether runs of leaves may have gaps, about which [`Visitor::absent`] is then not told.
-    fn takes_gaps(&self) -> bool {
-        false
-    }
-
-    /// Leaves that are as large as their slots. `path` leads to the first one's entry.
-    ///
-    /// # Errors
-    /// [`WalkError::Stopped`] ends the walk.
-    fn leaves(&mut self, run: &Run<'_>, path: &[Step]) -> Result<(), WalkError> {
-        for piece in run.pieces() {
-            self.piece(&piece, path)?;
-        }
-        Ok(())
-    }
-
-    /// A table with leaves like those of `run` will be read, whose entries are not known yet: how they can be written while they are read, and where. None:
-    /// they are told when they are there.
-    fn receive(&mut self, run: &Run<'_>) -> Option<Receiver<'_>> {
-        let _ = run;
-        None
-    }
-
-    /// The entries that the last [`Visitor::receive`] was about were written: all of a table, gaps at both ends included, and `passed` says what they are.
-    /// False: that is of no use, and they are told as always.
-    ///
-    /// # Errors
-    /// [`WalkError::Stopped`] ends the walk.
-    fn received(&mut self, run: &Run<'_>, passed: Passed) -> Result<bool, WalkError> {
-        let _ = (run, passed);
-        Ok(false)
-    }
-
-    /// Entries are about to be read: a moment to get ready for them, and nothing more.
-    fn table(&mut self) {}
-
-    /// Any other leaf, or the part of one that is in the span and in guest memory. `path` leads to its entry.
-    ///
-    /// # Errors
-    /// [`WalkError::Stopped`] ends the walk.
-    fn piece(&mut self, piece: &Piece, path: &[Step]) -> Result<(), WalkError>;
-
-    /// Nothing is mapped here. `path` leads to the entry that says so, if there is one.
-    ///
-    /// # Errors
-    /// [`WalkError::Stopped`] ends the walk.
-    fn absent(&mut self, span: Span, path: &[Step]) -> Result<(), WalkError> {
-        let _ = (span, path);
-        Ok(())
-    }
-
-    /// A request here faults, for another reason than that nothing is mapped.
-    ///
-    /// # Errors
-    /// [`WalkError::Stopped`] ends the walk.
-    fn fault(&mut self, fault: &FaultAt<'_>) -> Result<(), WalkError> {
-        let _ = fault;
-        Ok(())
     }
 }
 
@@ -491,9 +195,6 @@ struct Place {
     ahead: Option<u64>,
 }
 
-/// So many bytes of the next table are asked for early. The processor sees by itself how a table goes on; what it does not see is where it starts.
-pub(super) const START: u64 = 1024;
-
 /// Where the last entries were read from.
 #[derive(Clone, Copy)]
 struct LastRead {
@@ -502,48 +203,15 @@ struct LastRead {
     nearby: Nearby,
 }
 
-/// What the leaves of a table were like.
+/// Where leaves that are alike begin, and what the first of them is.
 #[derive(Clone, Copy)]
-struct Usual {
-    level: u8,
-    inherited: u64,
-    shape: Option<u8>,
-    pattern: Pattern,
-    within: Span,
-    room: u64,
-}
-
-/// Tables that were not like the last: the more of them in a row, the more are not tried.
-#[derive(Clone, Copy, Default)]
-struct Misses {
-    in_a_row: u32,
-    skip: u32,
-}
-
-impl Misses {
-    fn miss(&mut self) {
-        self.in_a_row = (self.in_a_row + 1).min(6);
-        self.skip = (1 << self.in_a_row) - 2;
-    }
-
-    fn skips(&mut self) -> bool {
-        let skips = self.skip > 0;
-        self.skip = self.skip.saturating_sub(1);
-        skips
-    }
-}
-
-/// The only entries that are passed through a visitor's hands while they are read.
-const PASSING: EntryLayout = EntryLayout { bytes: 8, order: ByteOrder::Little };
-
-/// What became of a table that might be like the last.
-enum Read {
-    /// It was not read.
-    Not,
-    /// It was read, and nobody was told.
-    Untold,
-    /// It was read and told.
-    Told,
+struct Leaves<'a> {
+    /// Index of the first slot.
+    index: u64,
+    iova: u64,
+    place: Place,
+    known: &'a Remembered,
+    attributes: Attributes,
 }
 
 struct Walker<'a, M: ?Sized, V> {
@@ -619,22 +287,18 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
                 last: span.last.min(Span::of_log2(place.base + ((index + count - 1) << lsb), lsb).last),
             };
             self.visitor.table();
-            let passed = match <&mut [u64; ENTRIES]>::try_from(&mut *entries) {
-                Ok(page) if index == 0 => self.pass(place, address, page, here)?,
-                _ => Read::Not,
-            };
-            let read = match passed {
-                Read::Told => break,
-                Read::Untold => Ok(()),
-                Read::Not => self.read(address, entries),
-            };
-            match read {
+            match self.read(address, entries) {
                 Ok(()) => {
                     let more = index + count <= last;
                     if let Some(ahead) = if more { Some(address.wrapping_add(PAGE)) } else { place.ahead } {
                         self.expect(ahead);
                     }
-                    self.entries(place, index, entries, here)?;
+                    let told = self.pass(place, index, entries, here)?;
+                    if told < entries.len() {
+                        let next = index + told as u64;
+                        let rest = Span { first: here.first.max(place.base + (next << lsb)), ..here };
+                        self.entries(place, next, &entries[told..], rest)?;
+                    }
                 }
                 Err(cause) => {
                     self.set_step(index, None);
@@ -652,37 +316,37 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
         Ok(())
     }
 
-    /// Reads a table as one that is like the last, if the visitor can make use of that.
-    fn pass(&mut self, place: Place, address: u64, entries: &mut [u64; ENTRIES], span: Span) -> Result<Read, WalkError> {
-        let Some(usual) = self.usual.filter(|usual| (usual.level, usual.inherited) == (place.level, place.inherited)) else { return Ok(Read::Not) };
+    /// Tells of entries as of those that are like the last, as far as they are, and the visitor can make use of that; how many these are.
+    fn pass(&mut self, place: Place, index: u64, entries: &[u64], span: Span) -> Result<usize, WalkError> {
+        let Some(usual) = self.usual.filter(|usual| (usual.level, usual.inherited) == (place.level, place.inherited)) else { return Ok(0) };
         let level = &self.plan.levels[usize::from(place.level)];
         let size_log2 = level.index_lsb;
-        let whole = level.entries() == ENTRIES as u64 && span == Span::of_log2(place.base, size_log2 + ENTRIES.trailing_zeros() as u8);
-        if !whole || self.layout != PASSING {
-            return Ok(Read::Not);
+        let first = place.base + (index << size_log2);
+        let whole = (span.first, span.last - span.first) == (first, ((entries.len() as u64) << size_log2) - 1);
+        if !whole || entries.len() < FEWEST || self.misses.skips() {
+            return Ok(0);
         }
-        if self.misses.skips() {
-            return Ok(Read::Not);
+        let mut run =
+            Run { iova: Iova(first), size_log2, entries, field: level.field(usual.shape), kinds: usual.pattern.kinds, within: usual.within };
+        let mut told = 0;
+        while told < entries.len() {
+            run = Run { iova: Iova(first + ((told as u64) << size_log2)), entries: &entries[told..], ..run };
+            let Some(receiver) = self.visitor.receive(&run) else { break };
+            run.entries = &run.entries[..receiver.count.min(run.entries.len())];
+            let Some(passed) = receiver.pass(run.entries, &usual) else { break };
+            let count = run.entries.len();
+            if !passed.expected || passed.gaps == count as u64 {
+                self.misses.miss();
+                break;
+            }
+            self.misses = Misses::default();
+            if !self.visitor.received(&run, passed)? {
+                break;
+            }
+            self.budget.charge_leaves(count as u64 - passed.gaps)?;
+            told += count;
         }
-        let Some(region) = self.map.region(address) else { return Ok(Read::Not) };
-        let (field, kinds, within) = (level.field(usual.shape), usual.pattern.kinds, usual.within);
-        let run = Run { iova: Iova(place.base), size_log2, entries: &[], field, kinds, within };
-        let ahead = place.ahead.map_or(Nearby::UNKNOWN, |ahead| self.near(ahead));
-        let Some(receiver) = self.visitor.receive(&run) else { return Ok(Read::Not) };
-        let Some(mut passage) = Passage::new(usual.pattern, (within.first, usual.room), receiver, ahead) else { return Ok(Read::Not) };
-        let Some(nearby) = self.memory.read_passing(Gpa(address), entries, &mut passage) else { return Ok(Read::Not) };
-        let passed = passage.passed();
-        self.last_read = Some(LastRead { address, region: region.span, nearby });
-        if !passed.expected || passed.gaps == ENTRIES as u64 {
-            self.misses.miss();
-            return Ok(Read::Untold);
-        }
-        self.misses = Misses::default();
-        if !self.visitor.received(&Run { entries, ..run }, passed)? {
-            return Ok(Read::Untold);
-        }
-        self.budget.charge_leaves(ENTRIES as u64 - passed.gaps)?;
-        Ok(Read::Told)
+        Ok(told)
     }
 
     fn read(&mut self, address: u64, entries: &mut [u64]) -> Result<(), Cause> {
@@ -740,10 +404,20 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
                     self.visitor.absent(Span { first: part.first, last }, self.path)?;
                     count
                 }
-                Meaning::Leaf { size_log2, attributes } if size_log2 == lsb && part == slot && known.meaning != Meaning::WholeEntry => {
+                Meaning::Leaf { size_log2, attributes } if size_log2 >= lsb && part == slot && known.meaning != Meaning::WholeEntry => {
                     let whole = ((span.last - iova).saturating_add(1) >> lsb).max(1);
                     let candidates = &entries[at..entries.len().min(at + whole as usize)];
-                    self.leaves(index + at as u64, candidates, iova, place, &known, attributes)?
+                    let first = Leaves { index: index + at as u64, iova, place, known: &known, attributes };
+                    let count = match size_log2 == lsb {
+                        true => self.leaves(first, candidates)?,
+                        false if self.visitor.takes_large() => self.large_leaves(first, candidates, size_log2)?,
+                        false => 0,
+                    };
+                    if count == 0 {
+                        self.set_step(index + at as u64, Some(entry));
+                        self.single_leaf(level, lsb, &known, entry, part, size_log2, attributes, NOTHING_MISSING)?;
+                    }
+                    count.max(1)
                 }
                 Meaning::Leaf { size_log2, attributes } => {
                     self.set_step(index + at as u64, Some(entry));
@@ -848,22 +522,33 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
     }
 
     /// Leaves as large as their slots: all of the first kind, and of one more, that stand side by side; how many entries these are.
-    fn leaves(
-        &mut self,
-        index: u64,
-        entries: &[u64],
-        iova: u64,
-        place: Place,
-        known: &Remembered,
-        attributes: Attributes,
-    ) -> Result<usize, WalkError> {
+    fn leaves(&mut self, first: Leaves<'_>, entries: &[u64]) -> Result<usize, WalkError> {
+        self.alike(first, entries, 0)
+    }
+
+    /// Leaves that fill several slots each, with the same entry; how many entries these are. Zero: `entries` does not begin with one that does.
+    fn large_leaves(&mut self, first: Leaves<'_>, entries: &[u64], size_log2: u8) -> Result<usize, WalkError> {
+        let repeat_log2 = size_log2 - self.plan.levels[usize::from(first.place.level)].index_lsb;
+        if first.iova & Span::of_log2(0, size_log2).last != 0 || entries.len() >> repeat_log2.min(63) == 0 {
+            return Ok(0);
+        }
+        let mut buffer = self.buffers.pop().unwrap_or_else(|| Box::new(Buffer([0; BUFFER])));
+        let count = repeated(entries, 1 << repeat_log2, &mut buffer.0);
+        let result = if count == 0 { Ok(0) } else { self.alike(first, &buffer.0[..count], repeat_log2) };
+        self.buffers.push(buffer);
+        result.map(|count| count << repeat_log2)
+    }
+
+    /// Leaves like the first of `entries`, and of one more kind, that stand side by side, each of which fills `2^repeat_log2` slots; how many these are.
+    fn alike(&mut self, first: Leaves<'_>, entries: &[u64], repeat_log2: u8) -> Result<usize, WalkError> {
+        let Leaves { index, iova, place, known, attributes } = first;
         let level = &self.plan.levels[usize::from(place.level)];
-        let (size_log2, field) = (level.index_lsb, level.field(known.shape));
+        let (size_log2, field) = (level.index_lsb + repeat_log2, level.field(known.shape));
         let size_mask = Span::of_log2(0, size_log2).last;
         let within = self.map.target(field.extract(entries[0])).and_then(|target| target.intersection(self.output));
         // Where this does not hold, every address counts as one outside of memory, and is looked at again.
         let plain = within.filter(|within| field.is_plain() && within.length_minus_one() >= size_mask);
-        let (first, room) = plain.map_or((0, 0), |within| (within.first, within.length_minus_one() - size_mask));
+        let (lowest, room) = plain.map_or((0, 0), |within| (within.first, within.length_minus_one() - size_mask));
         let mut pattern = Pattern { mask: known.mask, kinds: Kinds::one(known.pattern, attributes), address: field.in_place, moved: field.moved };
         // Tables that had leaves of another kind a moment ago have some again.
         if let Some((other, attributes)) = self.judge.companion(place.level, known) {
@@ -874,11 +559,11 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
         {
             pattern.kinds = pattern.kinds.with_gaps(absent);
         }
-        if plain.is_some() && field.is_in_place() && field.address_mask & size_mask == 0 {
+        if plain.is_some() && repeat_log2 == 0 && field.address_mask & size_mask == 0 {
             let (level, inherited) = (place.level, place.inherited);
             self.usual = within.map(|within| Usual { level, inherited, shape: known.shape, pattern, within, room });
         }
-        let Scanned { count, gaps, outside, uniform } = scan(entries, pattern, first, room);
+        let Scanned { count, gaps, outside, uniform } = scan(entries, pattern, lowest, room);
         if uniform {
             pattern.kinds = pattern.kinds.first();
         } else if gaps == 0 {
@@ -886,7 +571,7 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
         }
         let run = &entries[..count];
         let run = &run[..run.iter().rposition(|entry| !pattern.kinds.is_gap(*entry)).map_or(0, |last| last + 1)];
-        self.budget.charge_leaves(count as u64 - gaps)?;
+        self.budget.charge_leaves((count as u64 - gaps) << repeat_log2)?;
         let within = if outside || plain.is_none() { self.targets_of(run, field, &pattern.kinds, size_mask) } else { within };
         if field.address_mask & size_mask == 0
             && let Some(within) = within
@@ -896,9 +581,12 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
             return Ok(count);
         }
         for (offset, entry) in run.iter().enumerate().filter(|(_, entry)| !pattern.kinds.is_gap(**entry)) {
-            let slot = Span::of_log2(iova + ((offset as u64) << size_log2), size_log2);
-            self.set_step(index + offset as u64, Some(*entry));
-            self.leaf(slot, field.extract(*entry), 0, size_log2, pattern.kinds.of(*entry))?;
+            // Slot by slot: each shows the piece of the leaf under it.
+            for slot in (offset as u64) << repeat_log2..(offset as u64 + 1) << repeat_log2 {
+                let span = Span::of_log2(iova + (slot << level.index_lsb), level.index_lsb);
+                self.set_step(index + slot, Some(*entry));
+                self.leaf(span, field.extract(*entry), span.first & size_mask, size_log2, pattern.kinds.of(*entry))?;
+            }
         }
         Ok(count)
     }

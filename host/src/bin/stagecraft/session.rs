@@ -1,5 +1,6 @@
 //! What every question needs first: the plugins, the snapshot, the device that is meant.
 
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
@@ -52,18 +53,19 @@ impl Session {
 
 /// The engine, with a cache for compiled plugins. A cache that was asked for must be fit for use; the default one is used if it is.
 fn engine(global: &Global) -> Result<Engine> {
+    let config = Config::default().with_compile_threads(std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN));
     if let Some(cache) = &global.cache {
-        return Ok(with_room(&Config::default().with_cache(cache))?);
+        return Ok(with_room(&config.with_cache(cache))?);
     }
     if let Some(cache) = default_cache() {
-        match with_room(&Config::default().with_cache(&cache)) {
+        match with_room(&config.clone().with_cache(&cache)) {
             Ok(engine) if rustix::fs::access(&cache, rustix::fs::Access::WRITE_OK).is_ok() => return Ok(engine),
             Ok(_) => tracing::debug!(cache = %cache.display(), "no cache for compiled plugins: it cannot be written"),
             Err(EngineError::Cache(error)) => tracing::debug!(%error, "no cache for compiled plugins"),
             Err(error) => return Err(error.into()),
         }
     }
-    Ok(with_room(&Config::default())?)
+    Ok(with_room(&config)?)
 }
 
 /// An engine for as many instances as there is room for.

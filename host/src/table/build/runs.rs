@@ -5,17 +5,21 @@
 
 use std::sync::Arc;
 
-use crate::memory::PAGE;
+use crate::memory::{EntryLayout, PAGE};
 use crate::table::build::{BuildError, Builder, Leaf, low_bits, note};
 use crate::table::geometry::{AddressField, ByteOrder, Move};
 use crate::table::lanes;
-use crate::table::passage::{ENTRIES, Passed, Receiver};
+use crate::table::leaves::{Piece, Run};
+use crate::table::passage::{Passed, Receiver};
+use crate::table::recode::{self, Form, Group};
 use crate::table::stage::is_staged;
-use crate::table::walk::{Piece, Run};
 use crate::{Attributes, Iova, Span};
 
 /// A leaf that becomes more leaves than this, or of which a page needs more, takes the slow way.
-const MAX_SPLIT_LOG2: u8 = lanes::MAX_PARTS.trailing_zeros() as u8;
+const MAX_SPLIT_LOG2: u8 = recode::MAX_PARTS.trailing_zeros() as u8;
+
+/// The first part of a table is large if so many like it fill the table.
+const PARTS_OF_TABLE: u64 = 4;
 
 /// How runs of leaves of one size, of one or two kinds, are written.
 #[derive(Debug)]
@@ -44,6 +48,26 @@ pub(super) struct Prepared {
     leaves: [Arc<Leaf>; 2],
 }
 
+/// Where entries were written that may be of no use.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Upcoming {
+    /// The table, which may not be handed out yet, and its size.
+    offset: u64,
+    bytes: u64,
+}
+
+/// How leaves that are smaller than the target's pages make up such pages.
+#[derive(Debug)]
+pub(super) struct Merging {
+    /// The size of the leaves.
+    from: u8,
+    /// Where their addresses are.
+    field: AddressField,
+    /// The size of the pages.
+    page: u8,
+    group: Group,
+}
+
 /// The next larger pages that the same table may have, of several of the leaves each.
 #[derive(Clone, Copy, Debug)]
 struct Larger {
@@ -56,10 +80,25 @@ struct Larger {
 }
 
 impl Prepared {
-    /// What is written where addresses and their bytes stay where they are.
-    fn in_place_target(&self, run: &Run<'_>) -> lanes::Target {
+    /// How entries are written.
+    fn form(&self, layout: EntryLayout, past_cache: bool) -> Form<'_> {
         let [leaf, other] = &self.leaves;
-        lanes::Target { patterns: [leaf.pattern, other.pattern], absent: self.absent.to_le(), address: run.field.in_place & leaf.field.in_place }
+        Form {
+            moves: &self.moves,
+            patterns: [leaf.pattern, other.pattern],
+            absent: self.absent,
+            parts: &self.parts,
+            lines: &self.lines,
+            narrow: layout.bytes == 4,
+            big: layout.order == ByteOrder::Big,
+            in_place: self.in_place,
+            past_cache,
+        }
+    }
+
+    /// Whether a larger page may begin anywhere, in slots of one table that begin and end where larger pages do.
+    fn has_larger(&self, entries: &[u64], field: &AddressField) -> bool {
+        self.larger.is_some_and(|larger| lanes::any_in_a_row(entries, larger.group, larger.below, larger.next, field.entry_mask))
     }
 
     fn serves(&self, run: &Run<'_>) -> bool {
@@ -94,31 +133,41 @@ impl Builder<'_> {
 
     /// Leaves that are smaller than the target's pages: those that make up whole pages become a run of such pages.
     fn map_merged(&mut self, run: &Run<'_>) -> Result<(), BuildError> {
-        let smallest = self.chains.iter().filter_map(|chain| chain.sizes.last()).map(|(size, _)| *size).min();
-        let Some(smallest) = smallest.filter(|smallest| (1..=MAX_SPLIT_LOG2).contains(&smallest.saturating_sub(run.size_log2))) else {
-            return self.map_pieces(run);
-        };
-        let merge_log2 = smallest - run.size_log2;
+        let known = self.merging.take_if(|known| known.from == run.size_log2 && known.field == *run.field);
+        let Some(merging) = known.or_else(|| self.prepare_merging(run)) else { return self.map_pieces(run) };
+        let mut merged = std::mem::take(&mut self.merged);
+        let result = self.map_whole_pages(run, &merging, &mut merged);
+        self.merged = merged;
+        self.merging = Some(merging);
+        result
+    }
+
+    /// How leaves like these make up the target's smallest pages; none: not a few of them do.
+    fn prepare_merging(&self, run: &Run<'_>) -> Option<Box<Merging>> {
+        let smallest = self.chains.iter().filter_map(|chain| chain.sizes.last()).map(|(size, _)| *size).min()?;
+        let merge_log2 = smallest.checked_sub(run.size_log2).filter(|log2| (1..=MAX_SPLIT_LOG2).contains(log2))?;
+        let parts = (0..1 << merge_log2).map(|part| run.field.insert(part << run.size_log2)).collect::<Option<Vec<u64>>>()?;
+        let group = Group::new(parts, bits_below(run.field, smallest));
+        Some(Box::new(Merging { from: run.size_log2, field: run.field.clone(), page: smallest, group }))
+    }
+
+    fn map_whole_pages(&mut self, run: &Run<'_>, merging: &Merging, merged: &mut Vec<u64>) -> Result<(), BuildError> {
+        let (page, group) = (merging.page, &merging.group);
         // What stands before the first whole page, and after the last.
-        let before = ((run.iova.0.wrapping_neg() & low_bits(smallest)) >> run.size_log2) as usize;
-        let count = run.entries.len().saturating_sub(before) >> merge_log2 << merge_log2;
-        let parts: Option<Vec<u64>> = (0..1 << merge_log2).map(|part| run.field.insert(part << run.size_log2)).collect();
-        let (Some(parts), true, true) = (parts, count > 0, before < run.entries.len()) else { return self.map_pieces(run) };
-        let (head, middle, tail) = (&run.entries[..before], &run.entries[before..before + count], &run.entries[before + count..]);
-        let below = bits_below(run.field, smallest);
-        if run.kinds.has_gaps() && middle.iter().any(|entry| run.kinds.is_gap(*entry)) || !lanes::are_whole(middle, &parts, below) {
+        let before = ((run.iova.0.wrapping_neg() & low_bits(page)) >> run.size_log2) as usize;
+        let count = run.entries.len().saturating_sub(before) & !(group.len() - 1);
+        if count == 0 || !recode::merge(&run.entries[before..before + count], run.kinds, group, merged) {
             return self.map_pieces(run);
         }
-        let mut merged = std::mem::take(&mut self.merged);
-        merged.clear();
-        merged.extend(middle.iter().step_by(1 << merge_log2));
+        let is_leaf = |entry: &u64| !run.kinds.is_gap(*entry);
+        let (head, tail) = (&run.entries[..before], &run.entries[before + count..]);
+        self.map_part(run, head, run.iova.0)?;
         let first = run.iova.0 + ((before as u64) << run.size_log2);
-        let result = self
-            .map_part(run, head, run.iova.0)
-            .and_then(|()| self.map_run(&Run { iova: Iova(first), size_log2: smallest, entries: &merged, ..*run }))
-            .and_then(|()| self.map_part(run, tail, first.wrapping_add((count as u64) << run.size_log2)));
-        self.merged = merged;
-        result
+        // A run begins and ends with a leaf.
+        if let (Some(begin), Some(end)) = (merged.iter().position(is_leaf), merged.iter().rposition(is_leaf)) {
+            self.map_run(&Run { iova: Iova(first + ((begin as u64) << page)), size_log2: page, entries: &merged[begin..=end], ..*run })?;
+        }
+        self.map_part(run, tail, first.wrapping_add((count as u64) << run.size_log2))
     }
 
     /// Some of a run's entries, the slow way.
@@ -127,7 +176,7 @@ impl Builder<'_> {
     }
 
     /// How runs like this one are written; none: one piece after the other.
-    fn prepare(&mut self, run: &Run<'_>, span: Span) -> Result<Option<Prepared>, BuildError> {
+    fn prepare(&mut self, run: &Run<'_>, span: Span) -> Result<Option<Box<Prepared>>, BuildError> {
         let here = self.window.filter(|window| self.windows[*window].holds(span));
         let Some(window) = here.or_else(|| self.windows.iter().position(|window| window.holds(span))) else { return Ok(None) };
         let chain = self.windows[window].chain;
@@ -158,8 +207,8 @@ impl Builder<'_> {
         let attributes = run.kinds.attributes();
         let mut leaves = [None, None];
         for (leaf, attributes) in leaves.iter_mut().zip(attributes) {
-            let encoding = self.encoding(chain, attributes)?;
-            leaf.clone_from(&self.encodings[encoding].leaves[position]);
+            let encoding = self.encoding(chain, attributes);
+            *leaf = self.ask(encoding, size)?.cloned();
         }
         let [Some(leaf), Some(other)] = leaves else { return Ok(None) };
         if leaf.field != other.field {
@@ -167,13 +216,13 @@ impl Builder<'_> {
         }
         let parts: Option<Vec<u64>> = (0..1 << split_log2).map(|part: u64| leaf.field.insert(part << slot & !low_bits(size))).collect();
         let Some(parts) = parts else { return Ok(None) };
-        let lines = lanes::lines(&parts);
+        let lines = recode::lines(&parts);
         let last_address = leaf.last_address.min(other.last_address);
         let moves = run.field.to(&leaf.field);
         let in_memory_order = self.layout.bytes == 8 && (self.layout.order == ByteOrder::Big) == cfg!(target_endian = "big");
         let in_place = run.field.is_in_place() && leaf.field.is_in_place() && in_memory_order && split_log2 == 0;
         let (from, field, leaves) = ((run.size_log2, attributes), run.field.clone(), [leaf, other]);
-        Ok(Some(Prepared {
+        Ok(Some(Box::new(Prepared {
             from,
             field,
             window,
@@ -189,7 +238,7 @@ impl Builder<'_> {
             in_place,
             larger,
             leaves,
-        }))
+        })))
     }
 
     fn map_prepared(&mut self, run: &Run<'_>, prepared: &Prepared) -> Result<(), BuildError> {
@@ -212,7 +261,7 @@ impl Builder<'_> {
             let entries = &run.entries[done..before + count][..room.min(before + count - done)];
             let part = Run { iova: Iova(iova), entries, ..*run };
             done += entries.len();
-            if lanes::any_in_a_row(entries, larger.group, larger.below, larger.next, run.field.entry_mask) {
+            if prepared.has_larger(entries, run.field) {
                 self.map_pieces(&part)?;
             } else {
                 self.map_slots(&part, prepared)?;
@@ -278,82 +327,111 @@ impl Builder<'_> {
         }
     }
 
-    /// Where a table that is expected to be of leaves like those of `run` can be written while it is read: whole tables, past the cache, whose leaves are not
-    /// larger than the target's slots, and of which the target cannot make larger pages before they are whole.
+    /// Where entries that are expected to be leaves like those of `run` can be written while they are looked at: past the cache, to the next slots of a table,
+    /// or to the first ones of the next table.
     pub(super) fn ready_for(&mut self, run: &Run<'_>) -> Option<Receiver<'_>> {
+        self.forget_upcoming();
         let prepared = self.prepared.as_ref().filter(|prepared| prepared.serves(run))?;
         let window = &self.windows[prepared.window];
-        let span = Span { first: run.iova.0, last: run.iova.0.checked_add((prepared.table_entries << run.size_log2) - 1)? };
-        let plain = prepared.in_place && prepared.larger.is_none() && prepared.table_entries == ENTRIES as u64;
-        let whole = window.holds(span) && (span.first - window.base) & (span.last - span.first) == 0;
-        let bytes = ENTRIES as u64 * 8;
-        let far = is_staged(bytes, self.arena.bytes().saturating_sub(self.before));
-        let room = self.chains[window.chain].rungs[prepared.depth].room;
-        if !plain || !whole || !far || room != bytes || run.within.last > prepared.last_address {
+        let rung = &self.chains[window.chain].rungs[prepared.depth];
+        let first = run.iova.0;
+        let last = first.checked_add(((run.entries.len() as u64) << run.size_log2) - 1)?;
+        if !window.holds(Span { first, last }) || run.within.last > prepared.last_address {
             return None;
         }
-        let entries = prepared.in_place_target(run);
-        let (offset, table) = self.arena.upcoming()?;
-        self.upcoming = Some(offset);
-        Some(Receiver { entries, table })
+        // As many as fit into a table; the others are asked about again.
+        let index = (first - window.base) >> prepared.slot & (prepared.table_entries - 1);
+        let base = first - (index << prepared.slot);
+        let count = (run.entries.len() as u64).min((prepared.table_entries - index) >> prepared.split_log2);
+        let slots = count << prepared.split_log2;
+        // Whole groups that may be larger pages, and whole lines.
+        let group = prepared.larger.map_or(1, |larger| larger.group as u64);
+        let entry_bytes = u64::from(self.layout.bytes);
+        let groups = (first >> run.size_log2 | count).is_multiple_of(group);
+        let lines = (index * entry_bytes | slots * entry_bytes).is_multiple_of(64);
+        if count == 0 || !groups || !lines {
+            return None;
+        }
+        // A table that is open, or the next one.
+        let same = self.window == Some(prepared.window) && self.open.len() > prepared.depth;
+        let offset = match self.open.get(prepared.depth).filter(|open| same && open.base == base) {
+            Some(open) if open.past_cache && open.filled <= index => open.offset,
+            Some(_) => return None,
+            None => {
+                let before = self.arena.bytes().saturating_sub(self.before);
+                let far = is_staged(rung.bytes, before) && is_large(slots, prepared.table_entries) || goes_past_cache(rung.bytes, before);
+                if !far || index != 0 || prepared.depth == 0 {
+                    return None;
+                }
+                self.arena.upcoming(rung.room)?
+            }
+        };
+        self.upcoming = Some(Upcoming { offset, bytes: rung.room });
+        let (form, slot) = (prepared.form(self.layout, true), index as usize);
+        Some(Receiver { form, table: self.arena.words(offset), slot, count: count as usize })
     }
 
-    /// A table of leaves was written where [`Builder::ready_for`] said; false if it is needed elsewhere.
+    /// Leaves were written where [`Builder::ready_for`] said; false if they are needed elsewhere.
     pub(super) fn map_passed(&mut self, run: &Run<'_>, passed: Passed) -> Result<bool, BuildError> {
-        let (Some(prepared), Some(upcoming)) = (self.prepared.take(), self.upcoming.take()) else { return Ok(false) };
+        let (Some(upcoming), Some(prepared)) = (self.upcoming, self.prepared.take()) else { return Ok(false) };
         let result = self.take_passed(run, &prepared, upcoming, passed);
         self.prepared = Some(prepared);
+        if matches!(result, Ok(true)) {
+            self.upcoming = None;
+        }
         result
     }
 
-    fn take_passed(&mut self, run: &Run<'_>, prepared: &Prepared, upcoming: u64, passed: Passed) -> Result<bool, BuildError> {
+    /// What was written in advance was of no use.
+    pub(super) fn forget_upcoming(&mut self) {
+        if let Some(Upcoming { offset, bytes, .. }) = self.upcoming.take() {
+            self.arena.wipe(offset, bytes);
+        }
+    }
+
+    fn take_passed(&mut self, run: &Run<'_>, prepared: &Prepared, upcoming: Upcoming, passed: Passed) -> Result<bool, BuildError> {
+        if prepared.has_larger(run.entries, run.field) {
+            return Ok(false);
+        }
         let depth = prepared.depth;
         self.flush()?;
         self.open_to(prepared.window, depth, run.iova.0)?;
-        let open = self.open[depth];
-        if (open.offset, open.filled, open.base) != (upcoming, 0, run.iova.0) || self.staged[depth].is_none() {
-            return Ok(false);
+        // Whatever was flushed or closed may have taken the place. The table is open now: it must be filled.
+        let foreseen = self.open[depth].offset == upcoming.offset;
+        if foreseen {
+            self.stage.skip(self.staged[depth].take());
+            self.open[depth].past_cache = true;
         }
-        self.stage.skip(self.staged[depth].take());
-        self.note_slots(run, run.entries, prepared, 0, ENTRIES as u64, passed.gaps);
-        let leaves = ENTRIES as u64 - passed.gaps;
-        self.leaves += leaves;
-        self.note_run(run, prepared, leaves - passed.others, passed.others);
+        let index = self.fill_to(depth, run.iova.0)?;
+        let slots = run.entries.len() << prepared.split_log2;
+        let (others, gaps) = match foreseen {
+            true => (passed.others, passed.gaps),
+            false => self.write_slots(run.entries, run, prepared, index as usize, slots),
+        };
+        self.note_slots(run, run.entries, prepared, index, slots as u64, gaps);
+        let leaves = run.entries.len() as u64 - gaps;
+        self.leaves += leaves << prepared.split_log2;
+        self.note_run(run, prepared, leaves - others, others);
         Ok(true)
     }
 
     /// Writes leaves into the open table from slot `index`; how many are of the second kind, and how many entries are gaps.
     fn write_slots(&mut self, part: &[u64], run: &Run<'_>, prepared: &Prepared, index: usize, slots: usize) -> (u64, u64) {
         let depth = prepared.depth;
-        let [leaf, other] = &prepared.leaves;
-        let patterns = [leaf.pattern, other.pattern];
-        let (narrow, big) = (self.layout.bytes == 4, self.layout.order == ByteOrder::Big);
-        // A whole table needs no page to be filled in, and a table of several pages has none: they are written where they belong, past the cache.
-        let whole = slots as u64 == prepared.table_entries && self.staged[depth].is_some();
-        let past_cache = (whole || self.open[depth].past_cache) && (!narrow || (index | slots).is_multiple_of(2));
-        let form = lanes::Form {
-            moves: &prepared.moves,
-            patterns,
-            absent: prepared.absent,
-            parts: &prepared.parts,
-            lines: &prepared.lines,
-            narrow,
-            big,
-            past_cache,
-        };
-        if past_cache && !(prepared.in_place && run.kinds.has_gaps()) {
+        let narrow = self.layout.bytes == 4;
+        // A table needs no page to be filled in if most of it comes in a few large parts: they are written where they belong, past the cache.
+        let large = index == 0 && is_large(slots as u64, prepared.table_entries) && (slots * usize::from(self.layout.bytes)).is_multiple_of(64);
+        // What has gaps takes longer where that is not done in one pass.
+        if large && self.staged[depth].is_some() && (!prepared.in_place || !run.kinds.has_gaps() || recode::has_one_pass()) {
             self.stage.skip(self.staged[depth].take());
-            let target = self.arena.words(self.open[depth].offset);
-            let words = if narrow { index / 2..(index + slots) / 2 } else { index..index + slots };
-            if let Some(others) = lanes::recode_past_cache(part, run.kinds, &mut target[words], form) {
-                return (others, 0);
-            }
-            return lanes::recode(part, run.kinds, target, index, form);
+            self.open[depth].past_cache = true;
         }
-        if prepared.in_place {
-            return lanes::transcode(part, run.kinds, &mut self.words(depth)[index..index + slots], prepared.in_place_target(run));
+        let past_cache = self.open[depth].past_cache && (!narrow || (index | slots).is_multiple_of(2));
+        if past_cache {
+            self.stage.skip(None);
         }
-        lanes::recode(part, run.kinds, self.words(depth), index, form)
+        let form = prepared.form(self.layout, past_cache);
+        recode::recode(part, run.kinds, self.words(depth), index, form)
     }
 
     /// Notes what `count` leaves of one of two kinds lose.
@@ -368,6 +446,11 @@ impl Builder<'_> {
             self.losses.add(*loss, example, count, u128::from(count) << run.size_log2);
         }
     }
+}
+
+/// Whether `slots` slots are a large part of a table.
+const fn is_large(slots: u64, table_entries: u64) -> bool {
+    slots * PARTS_OF_TABLE >= table_entries
 }
 
 /// Whether parts of a table of `bytes` bytes are written past the cache as they come: tables of more than a page are not staged.
