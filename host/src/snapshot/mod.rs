@@ -145,6 +145,6 @@ impl Snapshot {
     /// The device with this id.
     #[must_use]
     pub fn device(&self, id: u64) -> Option<&Device> {
-        self.devices.iter().find(|device| device.id == id)
+        self.devices.binary_search_by_key(&id, |device| device.id).ok().and_then(|index| self.devices.get(index))
     }
 }

@@ -44,6 +44,29 @@ fn pasids_follow_their_device() {
     assert_eq!(report["violations"][0]["shared"], json!([{"id": "0x30", "pasid": 1}]));
 }
 
+/// A list that is cut says so; a device has 2^20 PASIDs at most.
+#[test]
+fn more_pasids_than_are_listed() {
+    const TABLE: u64 = 0x7000_0000;
+    for (bits, status) in [(9, 0), (11, 1)] {
+        let mut copy = Copy::new("many-pasids", "arm64-s1-4k");
+        let entry = stream_table_entry(&copy);
+        let contexts = copy.word(entry) & 0x000f_ffff_ffff_ffc0;
+        (0..1 << bits >> 6).for_each(|page| copy.add_page(TABLE + page * 4096));
+        for place in (0..8 << bits).map(|word| word * 8) {
+            copy.set_word(TABLE + place, copy.word(contexts + place % 64));
+        }
+        copy.set_register("IDR1", copy.register("IDR1") | bits << 6);
+        copy.set_word(entry, copy.word(entry) & !0x000f_ffff_ffff_ffc0 | TABLE | bits << 59);
+        copy.set_word(entry + 8, copy.word(entry + 8) & !3 | 2);
+        let found = run(&["inspect", copy.write().path(), "--device", "0x30", "--format", "json"]);
+        let line = "error: device 0x30 (0000:00:06.0): 1024 PASIDs are listed, and it may have more; `translate --pasid` asks about any\n";
+        assert_eq!((found.status, &*found.stderr), (status, if status == 0 { "" } else { line }));
+        assert_eq!(found.json()["streams"].as_array().unwrap().len(), if status == 0 { 512 } else { 1025 });
+        assert_eq!(run(&["validate", copy.path(), "--device", "0x30"]).status, status);
+    }
+}
+
 /// A level 1 table of stage 2 that maps gigabyte to gigabyte, and what is changed in it.
 fn nested(test: &str, change: impl Fn(&mut Copy, u64)) -> Copy {
     const TABLE: u64 = 0x7000_0000;

@@ -41,13 +41,18 @@ pub fn printable(text: &str) -> String {
         .map(|c| {
             if c == '\n' {
                 ' '
-            } else if c.is_control() {
+            } else if c.is_control() || is_invisible(c) {
                 char::REPLACEMENT_CHARACTER
             } else {
                 c
             }
         })
         .collect()
+}
+
+/// Characters that are not seen and change how others are: marks and overrides of direction, separators, joiners.
+const fn is_invisible(c: char) -> bool {
+    matches!(c, '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
 }
 
 /// A size: exact where a unit fits, else rounded to one digit after the point.
@@ -188,5 +193,6 @@ mod tests {
     #[test]
     fn nothing_in_a_file_reaches_the_terminal_as_a_command() {
         assert_eq!(printable("a\u{1b}[31m\nb\n"), "a\u{fffd}[31m b");
+        assert_eq!(printable("0x1\u{202e}83"), "0x1\u{fffd}83", "nor reads it the other way round");
     }
 }

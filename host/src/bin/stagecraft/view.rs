@@ -7,7 +7,7 @@ use stagecraft::device::LookupError;
 use stagecraft::guest::{Collected, Guest, GuestError, State, StreamState};
 use stagecraft::memory::PAGE;
 use stagecraft::plugin::CallError;
-use stagecraft::snapshot::Device;
+use stagecraft::snapshot::{Device, Source};
 
 use crate::failure::{Status, complain};
 use crate::progress::Progress;
@@ -97,8 +97,7 @@ impl View {
         }
         let stopped = |seen: &Seen| seen.stopped.clone().or_else(|| self.tables[seen.table?].collected.stopped.clone());
         let (seen, stopped) = self.streams.iter().find_map(|seen| Some((seen, stopped(seen)?)))?;
-        let what = format!("device {}: {stopped}; --budget-tables and --budget-leaves allow more", stream_name(&seen.stream));
-        Some((Status::Found, what))
+        Some((Status::Found, stopped_at(&stopped, &seen.stream)))
     }
 
     /// Says what is not known, and which status that is.
@@ -108,6 +107,15 @@ impl View {
             status
         })
     }
+}
+
+/// PASIDs of one device that a plugin lists at most: `pasids` of the contract.
+const MOST_PASIDS: usize = 1024;
+
+/// The line that says why what is known of a stream is not all, and what would help.
+pub fn stopped_at(stopped: &str, stream: &StreamState) -> String {
+    let hint = if stopped.starts_with("stopped by budget") { "; --budget-tables and --budget-leaves allow more" } else { "" };
+    format!("device {}: {stopped}{hint}", stream_name(stream))
 }
 
 /// The line that says that the snapshot is not complete.
@@ -129,9 +137,11 @@ pub fn streams(guest: &Guest<'_>, only: Option<&Device>) -> Result<Vec<(StreamSt
         streams.push(stream(guest, device, None)?);
         let pasids = match guest.pasids(device.id) {
             Ok(found) => {
-                let first = streams.last_mut().map(|(stream, _)| stream);
-                if let Some(stream) = first {
+                if let Some((stream, stopped)) = streams.last_mut() {
                     stream.missing = stream.missing.or(found.missing);
+                    if found.value.len() >= MOST_PASIDS && matches!(guest.snapshot().source, Source::Unit { .. }) {
+                        stopped.get_or_insert(format!("{MOST_PASIDS} PASIDs are listed, and it may have more; `translate --pasid` asks about any"));
+                    }
                 }
                 found.value
             }

@@ -21,7 +21,7 @@ use crate::output::{human, raw};
 use crate::progress::Progress;
 use crate::session::{Session, device, load};
 use crate::translate::{describe, worst};
-use crate::view::{missing_page, stream_name, streams};
+use crate::view::{missing_page, stopped_at, streams};
 
 use examine::{Entry, Examine, FaultSeen};
 
@@ -166,8 +166,7 @@ impl Report {
     }
 
     fn stops(&mut self, stopped: &str, stream: &StreamState) {
-        let what = format!("device {}: {stopped}; --budget-tables and --budget-leaves allow more", stream_name(stream));
-        self.incomplete(Status::Found, what);
+        self.incomplete(Status::Found, stopped_at(stopped, stream));
     }
 
     fn add(&mut self, violation: Violation) {
