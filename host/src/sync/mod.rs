@@ -29,6 +29,7 @@ mod shadow;
 mod sink;
 mod spans;
 mod stages;
+mod wanted;
 
 pub use areas::{AreaLimits, Areas, AreasError, AreasFigures, Managed, MapError, Mirror, UnmapError};
 pub use changes::{Blocked, Changes, Reason};
