@@ -73,6 +73,14 @@ impl<M: vm_memory::GuestMemory> EntryMemory for Shared<M> {
     fn read_entries_nearby(&self, address: Gpa, layout: EntryLayout, entries: &mut [u64]) -> Result<Nearby, ReadError> {
         VmMemory(&self.0).read_entries_nearby(address, layout, entries)
     }
+
+    fn read_entry(&self, address: Gpa, layout: EntryLayout) -> Result<u64, ReadError> {
+        VmMemory(&self.0).read_entry(address, layout)
+    }
+
+    fn read_changed(&self, address: Gpa, layout: EntryLayout, known: &[u64], fresh: &mut [u64]) -> Result<u128, ReadError> {
+        VmMemory(&self.0).read_changed(address, layout, known, fresh)
+    }
 }
 
 impl<M: vm_memory::GuestMemory> MarkMemory for Shared<M> {

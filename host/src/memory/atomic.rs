@@ -12,6 +12,7 @@ use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
 
 use crate::memory::EntryLayout;
+use crate::memory::entries::{LINE, changed_lines};
 #[cfg(all(target_arch = "x86_64", not(miri)))]
 use crate::table::widen;
 use crate::table::{ByteOrder, swap_bytes};
@@ -51,8 +52,26 @@ pub(super) fn nearby<B: BitmapSlice>(slice: &VolatileSlice<'_, B>) -> Nearby {
     Nearby(Some(slice.ptr_guard().as_ptr()))
 }
 
-/// Words of a cache line, and its bytes.
-const LINE: usize = 8;
+/// Loads the word of 4 or 8 bytes at the start of `slice`, once and atomically; none if it is not all there or not aligned.
+#[inline]
+pub(super) fn load_one<B: BitmapSlice>(slice: &VolatileSlice<'_, B>, bytes: usize) -> Option<u64> {
+    let guard = slice.ptr_guard();
+    let first = guard.as_ptr();
+    if slice.len() < bytes {
+        return None;
+    }
+    // A `VolatileSlice` vouches for its bytes being valid for reading while the guard lives. The word is within it and aligned, and an atomic may be read while
+    // somebody else writes it.
+    match (first.cast::<AtomicU64>(), first.cast::<AtomicU32>()) {
+        // SAFETY: see above.
+        (word, _) if bytes == 8 && word.is_aligned() => Some(unsafe { &*word }.load(Ordering::Relaxed)),
+        // SAFETY: see above.
+        (_, word) if bytes == 4 && word.is_aligned() => Some(unsafe { &*word }.load(Ordering::Relaxed).into()),
+        _ => None,
+    }
+}
+
+/// Bytes of a cache line.
 const LINE_BYTES: usize = 8 * LINE;
 
 /// Loads `entries.len()` entries of `layout` from the start of `slice`, each once and atomically; false if they are not all there or not aligned.
@@ -147,6 +166,66 @@ unsafe fn load_lines(from: *const u8, to: *mut u64, lines: usize) {
             options(nostack)
         );
     }
+}
+
+/// Loads `known.len()` entries of 8 bytes in the processor's order from the start of `slice`, each once and atomically, and tells in which lines any is another, with all words of these lines in
+/// `fresh`. None: they are not all there or not aligned.
+#[inline]
+pub(super) fn changed_u64<B: BitmapSlice>(slice: &VolatileSlice<'_, B>, layout: EntryLayout, known: &[u64], fresh: &mut [u64]) -> Option<u128> {
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    {
+        let guard = slice.ptr_guard();
+        let first = guard.as_ptr();
+        let whole = known.len().is_multiple_of(LINE) && fresh.len() == known.len() && slice.len() / 8 >= known.len();
+        if whole && first.addr().is_multiple_of(16) && is_x86_feature_detected!("avx2") {
+            // SAFETY: as for `load`: the lines are within the slice, the loads are aligned, the processor has AVX2.
+            return Some(unsafe { compare_lines(first, known, fresh) });
+        }
+    }
+    load(slice, layout, fresh).then(|| changed_lines(known, fresh))
+}
+
+/// Compares lines from `from` on with those in `known`. Guest memory is loaded 16 bytes at a time: what is wider is joined from that. Words stay in registers
+/// unless they are of a line that differs.
+///
+/// # Safety
+/// `from` is a multiple of 16, and as many bytes as are in `known` may be read there. The processor has AVX2.
+#[cfg(all(target_arch = "x86_64", not(miri)))]
+#[target_feature(enable = "avx2")]
+unsafe fn compare_lines(mut from: *const u8, known: &[u64], fresh: &mut [u64]) -> u128 {
+    use std::arch::x86_64::{__m256i, _mm256_loadu_si256, _mm256_or_si256, _mm256_storeu_si256, _mm256_testz_si256, _mm256_xor_si256};
+    let mut changed = 0;
+    for (line, (known, fresh)) in known.as_chunks::<LINE>().0.iter().zip(fresh.as_chunks_mut::<LINE>().0).enumerate() {
+        let (front, back): (__m256i, __m256i);
+        // SAFETY: the caller's promise; no stack, no flags, nothing is written.
+        unsafe {
+            std::arch::asm!(
+                "vmovdqa {front:x}, xmmword ptr [{from}]",
+                "vinserti128 {front}, {front}, xmmword ptr [{from} + 16], 1",
+                "vmovdqa {back:x}, xmmword ptr [{from} + 32]",
+                "vinserti128 {back}, {back}, xmmword ptr [{from} + 48], 1",
+                from = in(reg) from,
+                front = out(ymm_reg) front,
+                back = out(ymm_reg) back,
+                options(readonly, nostack, preserves_flags)
+            );
+        }
+        from = from.wrapping_add(64);
+        let half = LINE / 2;
+        // SAFETY: four of the eight words.
+        let known_front = unsafe { _mm256_loadu_si256(known.as_ptr().cast()) };
+        // SAFETY: the other four.
+        let known_back = unsafe { _mm256_loadu_si256(known.as_ptr().wrapping_add(half).cast()) };
+        let differs = _mm256_or_si256(_mm256_xor_si256(front, known_front), _mm256_xor_si256(back, known_back));
+        if _mm256_testz_si256(differs, differs) == 0 {
+            // SAFETY: four of the eight words.
+            unsafe { _mm256_storeu_si256(fresh.as_mut_ptr().cast(), front) };
+            // SAFETY: the other four.
+            unsafe { _mm256_storeu_si256(fresh.as_mut_ptr().wrapping_add(half).cast(), back) };
+            changed |= 1 << line;
+        }
+    }
+    changed
 }
 
 /// For processors with registers of 64 bytes.

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
-use vm_memory::{GuestAddress, GuestMemory, Permissions, VolatileMemory};
+use vm_memory::{GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryRegion, Permissions, VolatileMemory};
 
 use crate::Gpa;
 use crate::memory::atomic::{self, Nearby};
@@ -56,6 +56,33 @@ pub trait EntryMemory {
     fn read_entries_nearby(&self, address: Gpa, layout: EntryLayout, entries: &mut [u64]) -> Result<Nearby, ReadError> {
         self.read_entries(address, layout, entries).map(|()| Nearby::UNKNOWN)
     }
+
+    /// One entry.
+    ///
+    /// # Errors
+    /// It is not there.
+    fn read_entry(&self, address: Gpa, layout: EntryLayout) -> Result<u64, ReadError> {
+        let mut entry = [0];
+        self.read_entries(address, layout, &mut entry).map(|()| entry[0])
+    }
+
+    /// Reads entries of which `known` has as many as were there before, at most a page, and tells in which lines of [`LINE`] entries any is another: bit `n` for
+    /// line `n`, counted from the first entry. Of these lines, `fresh` has all entries as they were read; of others it has anything.
+    ///
+    /// # Errors
+    /// As [`EntryMemory::read_entries`].
+    fn read_changed(&self, address: Gpa, layout: EntryLayout, known: &[u64], fresh: &mut [u64]) -> Result<u128, ReadError> {
+        self.read_entries(address, layout, fresh).map(|()| changed_lines(known, fresh))
+    }
+}
+
+/// Entries that are compared at once: those of a cache line, if they have eight bytes.
+pub const LINE: usize = 8;
+
+/// In which lines any entry is another than was known.
+pub(super) fn changed_lines(known: &[u64], fresh: &[u64]) -> u128 {
+    let lines = known.chunks(LINE).zip(fresh.chunks(LINE)).enumerate();
+    lines.fold(0, |changed, (line, (known, fresh))| changed | u128::from(known != fresh) << line)
 }
 
 /// Any guest memory of the `vm-memory` crate.
@@ -89,6 +116,29 @@ impl<M: GuestMemory + ?Sized> EntryMemory for VmMemory<'_, M> {
             done += count;
         }
         Ok(nearby)
+    }
+
+    #[inline]
+    fn read_entry(&self, address: Gpa, layout: EntryLayout) -> Result<u64, ReadError> {
+        let (at, bytes) = (GuestAddress(address.0), usize::from(layout.bytes));
+        // Most memory is plain memory, whose regions can be asked without an iterator over slices.
+        let word = match self.0.physical_memory() {
+            Some(memory) => memory.to_region_addr(at).and_then(|(region, at)| atomic::load_one(&region.get_slice(at, bytes).ok()?, bytes)),
+            None => self.0.get_slices(at, bytes, Permissions::Read).ok().and_then(|mut slices| atomic::load_one(&slices.next()?.ok()?, bytes)),
+        };
+        word.map(|word| layout.word(word)).ok_or(ReadError(address))
+    }
+
+    fn read_changed(&self, address: Gpa, layout: EntryLayout, known: &[u64], fresh: &mut [u64]) -> Result<u128, ReadError> {
+        if let (Some(memory), 8, true) = (self.0.physical_memory(), layout.bytes, layout.order.is_native()) {
+            let place = memory.to_region_addr(GuestAddress(address.0));
+            let slice = place.and_then(|(region, at)| region.get_slice(at, size_of_val(known)).ok());
+            // None: two regions meet within the page, or it is not there. Nothing was read yet.
+            if let Some(slice) = slice {
+                return atomic::changed_u64(&slice, layout, known, fresh).ok_or(ReadError(address));
+            }
+        }
+        self.read_entries(address, layout, fresh).map(|()| changed_lines(known, fresh))
     }
 }
 
@@ -145,5 +195,40 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// Entries alone, and compared with what was known of them: all that is told is what stands in memory, wherever the first one is and whatever differs.
+    #[test]
+    fn what_changed_is_told_by_line() {
+        let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0x1000), 4096), (GuestAddress(0x2000), 2048), (GuestAddress(0x2800), 2048)]);
+        let memory = memory.expect("three regions");
+        let bytes: Vec<u8> = (0..8192_u32).map(|index| (index.wrapping_mul(0x9e37_79b9) >> 13) as u8).collect();
+        memory.write_slice(&bytes, GuestAddress(0x1000)).expect("in memory");
+        for (size, order) in [(4, ByteOrder::Little), (4, ByteOrder::Big), (8, ByteOrder::Little), (8, ByteOrder::Big)] {
+            let layout = EntryLayout { bytes: size as u8, order };
+            // The second page is of two regions.
+            for (page, skipped, count) in [(0, 0, 4096 / size), (0, 1, 64), (0, 2, 64), (0, 3, 33), (0, 16, 7), (1, 0, 4096 / size), (1, 5, 300)] {
+                let address = Gpa(0x1000 + page * 0x1000 + (skipped * size) as u64);
+                let mut entries = vec![0; count];
+                VmMemory(&memory).read_entries(address, layout, &mut entries).expect("in memory");
+                for (index, entry) in entries.iter().enumerate() {
+                    let at = Gpa(address.0 + (index * size) as u64);
+                    assert_eq!(VmMemory(&memory).read_entry(at, layout), Ok(*entry), "{size} bytes, {order:?}, {at}");
+                }
+                for different in [vec![], vec![0], vec![count - 1], vec![count / 2], (0..count).collect()] {
+                    let mut known = entries.clone();
+                    different.iter().for_each(|index| known[*index] ^= 1 << (index % 32));
+                    let mut fresh = vec![u64::MAX; count];
+                    let lines = VmMemory(&memory).read_changed(address, layout, &known, &mut fresh).expect("in memory");
+                    let wanted = different.iter().fold(0_u128, |lines, index| lines | 1 << (index / LINE));
+                    assert_eq!(lines, wanted, "{size} bytes, {order:?}, {address}, {count} entries");
+                    let same = |index: usize| lines >> (index / LINE) & 1 == 0 || fresh[index] == entries[index];
+                    assert!((0..count).all(same), "{size} bytes, {order:?}, {address}, {count} entries");
+                }
+            }
+        }
+        let layout = EntryLayout { bytes: 8, order: ByteOrder::Little };
+        assert_eq!(VmMemory(&memory).read_entry(Gpa(0x3000), layout), Err(ReadError(Gpa(0x3000))));
+        assert!(VmMemory(&memory).read_changed(Gpa(0x3000), layout, &[0; 512], &mut [0; 512]).is_err());
     }
 }

@@ -96,6 +96,16 @@ impl MemoryMap {
         self.regions.get(index).copied().filter(|region| region.span.contains(address))
     }
 
+    /// Whether both addresses exist.
+    #[inline]
+    pub(crate) fn has_both(&self, first: u64, last: u64) -> bool {
+        let exists = |address: u64| {
+            let index = self.regions.partition_point(|region| region.span.last < address);
+            self.regions.get(index).filter(|region| region.span.first <= address)
+        };
+        exists(first).is_some_and(|region| last <= region.span.last || exists(last).is_some())
+    }
+
     /// The widest span around `address` that leaves may point to; neighbouring regions count as one.
     #[must_use]
     pub fn target(&self, address: u64) -> Option<Span> {

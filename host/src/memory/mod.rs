@@ -8,6 +8,6 @@ mod marks;
 
 pub use atomic::Nearby;
 pub use budget::{Budget, Exhausted, Limits};
-pub use entries::{EntryLayout, EntryMemory, PAGE, ReadError, VmMemory, read_bytes};
+pub use entries::{EntryLayout, EntryMemory, LINE, PAGE, ReadError, VmMemory, read_bytes};
 pub use map::{Kind, MemoryMap, MemoryMapError, Region};
 pub use marks::{MarkMemory, WriteError};

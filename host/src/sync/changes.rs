@@ -55,12 +55,15 @@ const EXAMPLES: usize = 16;
 /// keeps the promises of [`Change`].
 #[derive(Debug, Default)]
 pub struct Changes {
-    unmaps: Vec<Span>,
-    maps: Vec<Piece>,
+    unmaps: Vec<Change>,
+    maps: Vec<Change>,
     /// Where in `maps` the piece is that begins at an IOVA; made when somebody looks for one.
     places: Option<HashMap<u64, usize>>,
     /// No piece in `maps` begins beyond this.
     highest: u64,
+    /// Unmaps, or maps, do not ascend.
+    mixed: (bool, bool),
+    /// Both kinds, for a batch that has both.
     batch: Vec<Change>,
     blocked: Vec<Blocked>,
     blocked_count: u64,
@@ -96,25 +99,32 @@ impl Changes {
         if let Some(places) = &mut self.places {
             places.insert(piece.iova.first, self.maps.len());
         }
+        self.mixed.1 |= piece.iova.first < self.highest;
         self.highest = self.highest.max(piece.iova.first);
-        self.maps.push(piece);
+        self.maps.push(Change::Map(piece));
     }
 
     /// A piece that was mapped is gone. If this batch mapped it (a guest that writes while it is being read), the two are nothing.
     #[inline]
     pub(super) fn unmap(&mut self, span: Span) {
-        if !self.maps.is_empty() && self.highest >= span.first {
-            let maps = &self.maps;
-            let places = self.places.get_or_insert_with(|| maps.iter().enumerate().map(|(place, piece)| (piece.iova.first, place)).collect());
-            if let Some(place) = places.remove(&span.first) {
-                self.maps.swap_remove(place);
-                if let Some(moved) = self.maps.get(place) {
-                    places.insert(moved.iova.first, place);
-                }
-                return;
-            }
+        if self.maps.is_empty() || self.highest < span.first || !self.unmap_again(span.first) {
+            self.mixed.0 |= self.unmaps.last().is_some_and(|last| last.span().first > span.first);
+            self.unmaps.push(Change::Unmap(span));
         }
-        self.unmaps.push(span);
+    }
+
+    /// Takes out the piece that begins at an IOVA, if this batch mapped it.
+    #[inline(never)]
+    fn unmap_again(&mut self, first: u64) -> bool {
+        let maps = &self.maps;
+        let places = self.places.get_or_insert_with(|| maps.iter().enumerate().map(|(place, piece)| (piece.span().first, place)).collect());
+        let Some(place) = places.remove(&first) else { return false };
+        self.maps.swap_remove(place);
+        if let Some(moved) = self.maps.get(place) {
+            places.insert(moved.span().first, place);
+        }
+        self.mixed.1 = true;
+        true
     }
 
     pub(super) fn block(&mut self, iova: Span, reason: Reason) {
@@ -138,17 +148,24 @@ impl Changes {
 
     /// The batch.
     pub fn batch(&mut self) -> &[Change] {
-        if !self.unmaps.is_sorted() {
-            self.unmaps.sort_unstable();
+        if self.mixed.0 {
+            self.unmaps.sort_unstable_by_key(Change::span);
         }
-        if !self.maps.is_sorted_by_key(|piece| piece.iova) {
-            self.maps.sort_unstable_by_key(|piece| piece.iova);
+        if self.mixed.1 {
+            self.maps.sort_unstable_by_key(Change::span);
             self.places = None;
         }
-        self.batch.clear();
-        self.batch.extend(self.unmaps.iter().map(|span| Change::Unmap(*span)));
-        self.batch.extend(self.maps.iter().map(|piece| Change::Map(*piece)));
-        &self.batch
+        self.mixed = (false, false);
+        match (self.unmaps.is_empty(), self.maps.is_empty()) {
+            (true, _) => &self.maps,
+            (_, true) => &self.unmaps,
+            _ => {
+                self.batch.clear();
+                self.batch.extend_from_slice(&self.unmaps);
+                self.batch.extend_from_slice(&self.maps);
+                &self.batch
+            }
+        }
     }
 
     /// Forgets everything and keeps the memory.
@@ -157,7 +174,7 @@ impl Changes {
         self.maps.clear();
         self.places = None;
         self.highest = 0;
-        self.batch.clear();
+        self.mixed = (false, false);
         self.blocked.clear();
         self.blocked_count = 0;
     }

@@ -9,6 +9,7 @@ use crate::plugin::queue::{Effect, Invalidation};
 use crate::sync::changes::{Blocked, Changes};
 use crate::sync::sink::{CommitError, Sink};
 use crate::sync::stages::{Space, Way};
+use crate::sync::wanted::{Wanted, join};
 use crate::table::{Format, OpenError};
 use crate::{Change, Gpa, Span};
 
@@ -93,9 +94,16 @@ pub struct Live<S> {
     pub(super) questions: u64,
     pub(super) tracks_dirty: bool,
     changes: Changes,
-    spans: Vec<(Span, bool)>,
+    wanted: Vec<Wanted>,
     /// Inputs of the second of two stages.
-    second: Vec<(Span, bool)>,
+    second: Vec<Wanted>,
+}
+
+/// What commands said besides.
+#[derive(Clone, Copy, Default)]
+struct Heard {
+    structures: bool,
+    illegal: Option<u32>,
 }
 
 impl<S: Sink> Live<S> {
@@ -105,7 +113,7 @@ impl<S: Sink> Live<S> {
     /// Nothing is read yet: [`Live::synchronise`] does.
     pub fn new(space: impl Into<Space>, sink: S, tag: Tag, id: u64, questions: u64) -> Self {
         let space = space.into();
-        Self { space, sink, tag, id, questions, tracks_dirty: false, changes: Changes::new(), spans: Vec::new(), second: Vec::new() }
+        Self { space, sink, tag, id, questions, tracks_dirty: false, changes: Changes::new(), wanted: Vec::new(), second: Vec::new() }
     }
 
     /// What the requester's DMA gets, as far as it was seen.
@@ -171,10 +179,10 @@ impl<S: Sink> Live<S> {
     /// # Errors
     /// [`LiveError::Commit`].
     pub fn synchronise<M: EntryMemory + ?Sized>(&mut self, memory: &M) -> Result<Report, LiveError> {
-        self.spans.clear();
+        self.wanted.clear();
         self.second.clear();
-        self.spans.push((Span::ALL, false));
-        self.look(memory, Report::default())
+        self.wanted.push(Wanted::whole(Span::ALL));
+        self.look(memory, Heard::default())
     }
 
     /// The guest's commands, decoded. When this returns without an error, no DMA uses what the guest took away in the address spaces and ranges that they
@@ -183,26 +191,26 @@ impl<S: Sink> Live<S> {
     /// # Errors
     /// [`LiveError::Commit`].
     pub fn invalidate<M: EntryMemory + ?Sized>(&mut self, memory: &M, invalidations: &[Invalidation]) -> Result<Report, LiveError> {
-        self.spans.clear();
+        self.wanted.clear();
         self.second.clear();
-        let mut report = Report::default();
+        let mut heard = Heard::default();
         for invalidation in invalidations {
             match invalidation.effect {
                 // What device TLBs keep is the device's, and so are answers: the host's table does not depend on them.
                 Effect::Nothing | Effect::DeviceTlb { .. } | Effect::Response(_) => {}
-                Effect::Everything => self.spans.push((Span::ALL, false)),
+                Effect::Everything => self.wanted.push(Wanted::whole(Span::ALL)),
                 Effect::Range { scope, iova } if scope.includes(self.tag, self.id) => {
-                    if scope.second_stage { &mut self.second } else { &mut self.spans }.push((iova, scope.leaf));
+                    if scope.second_stage { &mut self.second } else { &mut self.wanted }.push(Wanted { span: iova, leaf_only: scope.leaf });
                 }
                 Effect::Range { .. } => {}
-                Effect::Structures(scope) => report.structures |= scope.includes(self.tag, self.id),
+                Effect::Structures(scope) => heard.structures |= scope.includes(self.tag, self.id),
                 Effect::Illegal(code) => {
-                    report.illegal = Some(code);
+                    heard.illegal = Some(code);
                     break;
                 }
             }
         }
-        self.look(memory, report)
+        self.look(memory, heard)
     }
 
     /// `length` bytes of guest memory from `address` on were written, and may hold tables. The same promise as for [`Live::invalidate`].
@@ -212,7 +220,7 @@ impl<S: Sink> Live<S> {
     pub fn table_written<M: EntryMemory + ?Sized>(&mut self, memory: &M, address: Gpa, length: u64) -> Result<Report, LiveError> {
         let budget = Budget::new(Limits { questions: self.questions, ..Limits::default() });
         self.space.table_written(memory, address, length, &budget, &mut self.changes);
-        self.hand_over(Report::default())
+        self.hand_over(Heard::default(), S::apply)
     }
 
     /// The guest's structures say something else: `way` is what its DMA gets from now on; a format stands for one table.
@@ -222,7 +230,7 @@ impl<S: Sink> Live<S> {
     pub fn switch<M: EntryMemory + ?Sized>(&mut self, way: impl Into<Way>, memory: &M) -> Result<Report, LiveError> {
         let budget = Budget::new(Limits { questions: self.questions, ..Limits::default() });
         self.space.switch(way.into(), memory, &budget, &mut self.changes)?;
-        self.hand_over(Report::default())
+        self.hand_over(Heard::default(), S::apply)
     }
 
     /// Guest memory came or went: it is what `map` says from now on. When this returns without an error, no DMA reaches what is gone. As
@@ -233,7 +241,7 @@ impl<S: Sink> Live<S> {
     pub fn memory_changed<M: EntryMemory + ?Sized>(&mut self, memory: &M, map: MemoryMap) -> Result<Report, LiveError> {
         let budget = Budget::new(Limits { questions: self.questions, ..Limits::default() });
         self.space.memory_changed(memory, map, &budget, &mut self.changes);
-        self.hand_over_to(Report::default(), S::remap)
+        self.hand_over(Heard::default(), S::remap)
     }
 
     /// The format of the only table, or of the first, failed and was opened again: blocked entries are judged by the new instance.
@@ -261,37 +269,36 @@ impl<S: Sink> Live<S> {
         self.offer_again().map(|_| ())
     }
 
-    /// Looks at the spans that were collected.
-    fn look<M: EntryMemory + ?Sized>(&mut self, memory: &M, report: Report) -> Result<Report, LiveError> {
+    /// Looks at what was collected.
+    fn look<M: EntryMemory + ?Sized>(&mut self, memory: &M, heard: Heard) -> Result<Report, LiveError> {
         let budget = Budget::new(Limits { questions: self.questions, ..Limits::default() });
         // What the second stage says decides where the first one's tables are.
         join(&mut self.second);
-        for (span, leaf_only) in &self.second {
-            self.space.synchronise_second(memory, *span, *leaf_only, &budget, &mut self.changes);
+        for one in &self.second {
+            self.space.synchronise_second(memory, one.span, one.leaf_only, &budget, &mut self.changes);
         }
-        join(&mut self.spans);
-        for (span, leaf_only) in &self.spans {
-            self.space.synchronise(memory, *span, *leaf_only, &budget, &mut self.changes);
+        join(&mut self.wanted);
+        if !self.wanted.is_empty() {
+            self.space.synchronise_all(memory, &self.wanted, &budget, &mut self.changes);
         }
-        self.hand_over(report)
+        self.hand_over(heard, S::apply)
     }
 
-    fn hand_over(&mut self, report: Report) -> Result<Report, LiveError> {
-        self.hand_over_to(report, S::apply)
-    }
-
-    fn hand_over_to(&mut self, mut report: Report, apply: fn(&mut S, &[Change])) -> Result<Report, LiveError> {
-        report.blocked.extend(self.changes.blocked());
-        report.blocked_count = self.changes.blocked_count();
+    fn hand_over(&mut self, heard: Heard, apply: fn(&mut S, &[Change])) -> Result<Report, LiveError> {
+        let Heard { structures, illegal } = heard;
+        let (blocked, blocked_count) = (self.changes.blocked().to_vec(), self.changes.blocked_count());
+        let mut changes = 0;
         if !self.changes.is_empty() {
             let batch = self.changes.batch();
-            report.changes = batch.len() as u64;
+            changes = batch.len() as u64;
             apply(&mut self.sink, batch);
         }
-        self.changes.clear();
+        if changes + blocked_count != 0 {
+            self.changes.clear();
+        }
         self.sink.commit()?;
-        report.offered = self.offer_again()?;
-        Ok(report)
+        let offered = if self.sink.wants().is_some() { self.offer_again()? } else { 0 };
+        Ok(Report { changes, offered, blocked, blocked_count, structures, illegal })
     }
 
     /// Offers the sink what it wants, as long as it wants something else each time; how many pieces these were.
@@ -313,24 +320,4 @@ impl<S: Sink> Live<S> {
         }
         Ok(offered)
     }
-}
-
-/// Sorts spans and joins those that overlap or touch; leaves only, if both are.
-fn join(spans: &mut Vec<(Span, bool)>) {
-    if spans.len() < 2 {
-        return;
-    }
-    if !spans.is_sorted_by_key(|(span, _)| span.first) {
-        spans.sort_unstable_by_key(|(span, _)| span.first);
-    }
-    spans.dedup_by(|next, last| {
-        let touches = last.0.last.saturating_add(1) >= next.0.first;
-        // Two that only touch stay apart if one of them is for leaves only.
-        let joined = touches && (last.1 == next.1 || next.0.first <= last.0.last);
-        if joined {
-            last.0.last = last.0.last.max(next.0.last);
-            last.1 &= next.1;
-        }
-        joined
-    });
 }

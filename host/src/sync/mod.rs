@@ -29,6 +29,7 @@ mod shadow;
 mod sink;
 mod spans;
 mod stages;
+mod wanted;
 
 pub use areas::{AreaLimits, Areas, AreasError, AreasFigures};
 pub use changes::{Blocked, Changes, Reason};

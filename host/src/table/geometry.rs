@@ -104,6 +104,13 @@ pub enum ByteOrder {
     Big,
 }
 
+impl ByteOrder {
+    /// Whether it is this processor's.
+    pub(crate) const fn is_native(self) -> bool {
+        matches!(self, Self::Big) == cfg!(target_endian = "big")
+    }
+}
+
 /// A table that IOVAs `first..=last` are walked from.
 ///
 /// Roots with the same `setting`, `address` and `level` are one table with several windows (x86's canonical halves).

@@ -14,6 +14,7 @@ use stagecraft_tests::reference::snapshot::{Memory, Snapshot};
 use stagecraft_tests::reference::tables;
 use stagecraft_tests::reference::walk::Walker;
 
+use super::behaviour::range;
 use super::support::{Host, View, append, format, walk};
 use crate::configs;
 use crate::mutate::{Words, mutate};
@@ -158,6 +159,13 @@ impl Case {
         memory
     }
 
+    /// What the naive walk finds, if it comes to an end.
+    fn mappings(&self) -> Option<Vec<Mapping>> {
+        let (memory, stages) = (self.memory(), [self.config]);
+        let naive = Walker::new(&memory, &stages).unwrap().with_budget(1 << 20).walk();
+        (!naive.exhausted).then(|| clipped(&naive.runs, &self.map))
+    }
+
     fn synchronise(&mut self) -> Report {
         self.live.synchronise(&View(&self.snapshot.memory)).unwrap()
     }
@@ -181,6 +189,23 @@ impl Case {
             blocked += self.live.table_written(&View(after), Gpa(address), length).unwrap().blocked_count;
         }
         blocked
+    }
+
+    /// Tells as one batch of commands where translations differ from those before: by the page, or in larger parts, in any order.
+    fn tell_commands(&mut self, before: &[Mapping], after: &[Mapping], rng: &mut Rng) -> u64 {
+        let different = before.iter().filter(|mapping| !after.contains(mapping)).chain(after.iter().filter(|mapping| !before.contains(mapping)));
+        let mut commands = Vec::new();
+        for Mapping { iova, .. } in different {
+            let pages = (iova.length_minus_one() >> 12) + 1;
+            let step = if pages <= 256 && rng.percent(70) { 1 } else { pages / 16 + 1 + rng.below(pages) };
+            let step = step << 12;
+            let parts = (iova.first..=iova.last).step_by(usize::try_from(step).unwrap());
+            commands.extend(parts.map(|first| range(first, first.saturating_add(step - 1).min(iova.last), false)));
+        }
+        for index in (1..commands.len()).rev() {
+            commands.swap(index, rng.below(index as u64 + 1) as usize);
+        }
+        self.live.invalidate(&View(&self.snapshot.memory), &commands).unwrap().blocked_count
     }
 
     /// The shadow tells again what it told, all of it and of any span.
@@ -242,8 +267,9 @@ fn run(format_: Format, seed: u64) -> (u64, u64) {
     case.synchronise();
     case.check("at first");
     for round in 0..6 {
-        let before = case.snapshot.memory.clone();
-        if maps.percent(25) {
+        let (before, mapped) = (case.snapshot.memory.clone(), case.mappings());
+        let changed = maps.percent(25);
+        if changed {
             case.change_map(&mut maps);
             case.check(&format!("round {round}, memory came and went"));
         }
@@ -262,6 +288,13 @@ fn run(format_: Format, seed: u64) -> (u64, u64) {
             mutate(&mut case.snapshot, &mut rng, words)
         };
         let written = rng.percent(50);
+        // Memory that came and went is no business of commands.
+        if let (Some(mapped), Some(after), true) = (mapped, case.mappings(), !changed && maps.percent(30)) {
+            let blocked = case.tell_commands(&mapped, &after, &mut maps);
+            if blocked == 0 {
+                case.check(&format!("round {round}, {when}, commands told"));
+            }
+        }
         let blocked = if written { case.tell_writes(&before, &mut rng) } else { case.synchronise().blocked_count };
         case.check(&format!("round {round}, {when}, {}", if written { "writes told" } else { "all invalidated" }));
         if blocked > 0 {

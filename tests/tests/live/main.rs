@@ -1,6 +1,7 @@
 //! Address spaces that are kept in step with a guest that runs.
 #![allow(clippy::unwrap_used)]
 
+mod batches;
 mod behaviour;
 #[path = "../configs/mod.rs"]
 mod configs;

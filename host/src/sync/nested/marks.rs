@@ -5,7 +5,8 @@
 //! is in it any longer.
 
 use crate::sync::marks::Marked;
-use crate::sync::nested::{HostTable, NestedTable, Place, Slot, TableMemory};
+use crate::sync::nested::slots::Place;
+use crate::sync::nested::{HostTable, NestedTable, Slot, TableMemory};
 use crate::sync::spans::Spans;
 use crate::table::{Level, Mark, Rung};
 use crate::{Change, Gpa, Span};
@@ -70,7 +71,7 @@ impl<M: TableMemory> NestedTable<M> {
     /// Writes leaves that nobody accessed without the mark from now on, where hardware sets it: what is accessed is then told by [`NestedTable::marks`]. Before, and where the
     /// format has no such mark, every leaf counts as accessed. Only for hardware that can write into tables.
     pub fn track_accessed(&mut self) {
-        self.plan.take_accessed();
+        self.plan.leaves.take_accessed();
     }
 
     /// As [`Sink::track_dirty`](crate::sync::Sink::track_dirty) says.
@@ -78,7 +79,7 @@ impl<M: TableMemory> NestedTable<M> {
         if !self.geometry().levels.iter().any(|level| level.dirty.exists()) {
             return false;
         }
-        self.plan.takes_dirty = on;
+        self.plan.leaves.takes_dirty = on;
         self.log = if on { self.log.take().or_else(|| Some(Spans::up_to(LOG))) } else { None };
         self.begins = on;
         true

@@ -13,9 +13,11 @@
 //! Pages are the largest that the format has within each piece that is mapped, never across two of them, and always as large as one slot: a leaf that
 //! fills several slots could not be replaced with one store.
 
+mod exchange;
 mod marks;
 mod memory;
 mod plan;
+mod slots;
 
 pub use memory::{RegionTables, TableMemory};
 
@@ -26,9 +28,11 @@ use crate::sync::marks::Marked;
 use crate::sync::sink::{CommitError, Committer, Sink};
 use crate::sync::spans::Spans;
 use crate::table::{BuildError, Geometry, Loss, Losses, Piece, low_bits};
-use crate::{Attributes, Change, Gpa, Span};
+use crate::{Change, Gpa, Span};
+use exchange::{Writer, leaf};
 use marks::{Retired, Tracks};
-use plan::{Chain, HostPlan, Leaves};
+use plan::HostPlan;
+use slots::{One, Place, covers, extent, piece_of, split, touching};
 
 /// What hardware may have cached and must forget.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -113,6 +117,8 @@ pub struct NestedTable<M> {
     /// The root of each chain.
     roots: Vec<u32>,
     retired: Vec<Retired>,
+    /// The table that was changed last, while it is linked.
+    near: Option<Near>,
     needed: Needed,
     losses: Losses,
     without_memory: u64,
@@ -144,7 +150,7 @@ impl<M> NestedTable<M> {
         NestedFigures {
             tables: (self.tables.len() - self.free.len()) as u64,
             retired: self.retired.len() as u64,
-            questions: self.plan.target.questions,
+            questions: self.plan.leaves.target.questions,
             without_memory: self.without_memory,
             format_failures: self.format_failures,
         }
@@ -197,6 +203,7 @@ impl<M: TableMemory> NestedTable<M> {
             free: Vec::new(),
             roots: Vec::new(),
             retired: Vec::new(),
+            near: None,
             needed: Needed::default(),
             losses: Losses::default(),
             without_memory: 0,
@@ -223,61 +230,94 @@ impl<M: TableMemory> NestedTable<M> {
     pub fn apply(&mut self, batch: &[Change]) -> &Needed {
         self.full = false;
         if let [change] = batch
-            && self.apply_one(change)
+            && self.apply_near(change)
         {
             return &self.needed;
         }
-        let (unmaps, maps) = batch.split_at(batch.partition_point(|change| matches!(change, Change::Unmap(_))));
+        let (unmaps, maps) = split(batch);
         self.needed.add(unmaps.iter().map(Change::span));
+        let mut all = false;
         for index in 0..self.plan.windows.len() {
-            let window = self.plan.windows[index];
-            let (unmaps, maps) = (touching(unmaps, window.span), touching(maps, window.span));
-            if unmaps.is_empty() && maps.is_empty() {
-                continue;
-            }
-            let (chain, root) = (Arc::clone(&self.plan.chains[window.chain]), self.roots[window.chain]);
-            let place = Place { chain: &chain, number: window.chain, depth: 0, base: window.base, span: window.span };
-            self.update(root, place, unmaps, maps);
+            let span = self.plan.windows[index].span;
+            let (here, those) = (touching(unmaps, span), touching(maps, span));
+            let Some(extent) = extent(here, those) else { continue };
+            all |= those.len() == maps.len() && span.first <= extent.first && extent.last <= span.last;
+            self.update_window(index, extent, here, those);
         }
-        self.lose_outside(maps);
+        if !all {
+            self.lose_outside(maps);
+        }
         &self.needed
     }
 
-    /// Makes one change, if it concerns one slot of a table that is there and stays. False: nothing was done.
-    fn apply_one(&mut self, change: &Change) -> bool {
-        let span = change.span();
-        let Some(window) = self.plan.windows.iter().find(|window| window.span.contains(span.first)).copied() else { return false };
-        let chain = Arc::clone(&self.plan.chains[window.chain]);
-        let (mut id, mut place) = (self.roots[window.chain], Place { chain: &chain, number: window.chain, depth: 0, base: window.base, span });
-        loop {
-            let rung = &chain.rungs[place.depth];
-            let index = (span.first - place.base) >> rung.lsb;
-            let Some(table) = self.tables[id as usize].as_ref() else { return false };
-            let (slot, whole) = (table.slots[index as usize], place.whole());
-            if let Slot::Table(below) = slot
-                && span.last <= whole.last
-                && span != whole
-            {
-                (id, place) = (below, place.below());
-                continue;
-            }
-            // A table that becomes empty goes, which is not for here.
-            let stays = table.live > 1 || place.depth == 0;
-            let new = match (change, slot) {
-                _ if span != whole || span.last > window.span.last => None,
-                (Change::Map(piece), Slot::Absent) => self.leaf(place, piece),
-                (Change::Unmap(_), Slot::Leaf(_)) if stays => Some((Slot::Absent, rung.absent)),
-                _ => None,
-            };
-            let Some((new, entry)) = new else { return false };
-            let Some(mut table) = self.tables[id as usize].take() else { return false };
-            if matches!(change, Change::Unmap(_)) {
-                self.needed.add(std::iter::once(span));
-            }
-            self.set(&mut table, place, index, new, entry);
-            self.tables[id as usize] = Some(table);
-            return true;
+    /// Makes one change, if it concerns one slot of the table that was changed last, and this stays. False: nothing was done.
+    #[inline]
+    fn apply_near(&mut self, change: &Change) -> bool {
+        let (Some(near), iova, false) = (&self.near, change.span(), self.looks_at_marks()) else { return false };
+        let chain = &*self.plan.chains[near.chain];
+        let (lsb, below) = (chain.rungs[near.depth].lsb, low_bits(chain.rungs[near.depth].lsb));
+        let inside = near.span.first <= iova.first && iova.last <= near.span.last;
+        let Some(table) = &mut self.tables[near.id as usize] else { return false };
+        let map = piece_of(change);
+        if !inside || iova.first & below != 0 || iova.last != iova.first | below || map.is_none() && table.live == 1 {
+            return false;
         }
+        let (leaves, losses, memory) = (&mut self.plan.leaves, &mut self.losses, &mut self.memory);
+        let mut writer = Writer { chain, number: near.chain, depth: near.depth, leaves, losses, memory, layout: self.layout };
+        let made = writer.put(table, One { index: (iova.first - near.base) >> lsb, unmap: map.is_none(), map });
+        if made && map.is_none() {
+            self.needed.add(std::iter::once(iova));
+        }
+        made
+    }
+
+    /// Whether what stood in an entry must be looked at when it goes.
+    const fn looks_at_marks(&self) -> bool {
+        self.log.is_some() || self.keeps_marks
+    }
+
+    /// Makes the changes in a window, beginning at the lowest table that has all of them and stays.
+    #[inline]
+    fn update_window(&mut self, number: usize, extent: Span, unmaps: &[Change], maps: &[Change]) {
+        let chain = &self.plan.chains[self.plan.windows[number].chain];
+        let root = self.root(number);
+        let mut at = match &self.near {
+            Some(near) if near.chain == root.chain && near.span.first <= extent.first && extent.last <= near.span.last => *near,
+            _ => root,
+        };
+        while let Some(table) = self.tables[at.id as usize].as_ref() {
+            let (lsb, below) = (chain.rungs[at.depth].lsb, low_bits(chain.rungs[at.depth].lsb));
+            let whole = Span { first: extent.first & !below, last: extent.first | below };
+            if extent.last > whole.last || extent == whole {
+                break;
+            }
+            let Slot::Table(id) = table.slots[((whole.first - at.base) >> lsb) as usize] else { break };
+            let span = Span { first: whole.first.max(at.span.first), last: whole.last.min(at.span.last) };
+            at = Near { id, depth: at.depth + 1, base: whole.first, span, ..at };
+        }
+        // A table that may become empty is looked at by the one that it hangs from.
+        let lsb = chain.rungs[at.depth].lsb;
+        let gone: u64 = unmaps.iter().map(|unmap| (unmap.span().last >> lsb) - (unmap.span().first >> lsb) + 1).sum();
+        let stays = self.tables[at.id as usize].as_ref().is_some_and(|table| table.live > gone);
+        let from = if at.depth > 0 && stays { at } else { root };
+        self.near = (from.depth > 0).then_some(from);
+        let place = Place { chain, number: from.chain, depth: from.depth, base: from.base, span: from.span };
+        let mut slots = place.slots(unmaps, maps);
+        let looks_at_marks = self.looks_at_marks();
+        if let (Some(table), false) = (&mut self.tables[from.id as usize], looks_at_marks) {
+            let (leaves, losses, memory) = (&mut self.plan.leaves, &mut self.losses, &mut self.memory);
+            Writer { chain, number: from.chain, depth: from.depth, leaves, losses, memory, layout: self.layout }.exchange(table, &mut slots);
+        }
+        if let Some((unmaps, maps)) = slots.rest() {
+            let chain = Arc::clone(chain);
+            self.update(from.id, Place { chain: &chain, ..place }, unmaps, maps);
+        }
+    }
+
+    /// The root of a window.
+    fn root(&self, number: usize) -> Near {
+        let window = &self.plan.windows[number];
+        Near { id: self.roots[window.chain], chain: window.chain, depth: 0, base: window.base, span: window.span }
     }
 
     /// What must be invalidated.
@@ -356,12 +396,20 @@ impl<M: TableMemory> NestedTable<M> {
 
     /// Makes the changes in the part of a table that `place` says.
     fn update(&mut self, id: u32, place: Place<'_>, unmaps: &[Change], maps: &[Change]) {
-        let Some(mut table) = self.tables.get_mut(id as usize).and_then(Option::take) else { return };
         let mut slots = place.slots(unmaps, maps);
-        while let Some((index, slot, unmaps, maps)) = slots.next() {
+        loop {
+            let looks_at_marks = self.looks_at_marks();
+            let Some(table) = self.tables.get_mut(id as usize).and_then(Option::as_mut) else { return };
+            if !looks_at_marks {
+                let (leaves, losses, memory) = (&mut self.plan.leaves, &mut self.losses, &mut self.memory);
+                let (chain, number, depth) = (place.chain, place.number, place.depth);
+                Writer { chain, number, depth, leaves, losses, memory, layout: self.layout }.exchange(table, &mut slots);
+            }
+            let Some((index, slot, unmaps, maps)) = slots.next() else { return };
+            let Some(mut table) = self.tables[id as usize].take() else { return };
             self.change(&mut table, index, place.at(slot), unmaps, maps);
+            self.tables[id as usize] = Some(table);
         }
-        self.tables[id as usize] = Some(table);
     }
 
     /// Makes the changes in one slot; `slot` has the part of it that can be mapped.
@@ -412,6 +460,7 @@ impl<M: TableMemory> NestedTable<M> {
     fn retire(&mut self, id: u32, chain: usize, depth: usize) {
         let Some(table) = self.tables.get_mut(id as usize).and_then(Option::take) else { return };
         self.free.push(id);
+        self.near = None;
         self.needed.tables = true;
         for slot in &table.slots {
             if let Slot::Table(below) = slot {
@@ -421,30 +470,8 @@ impl<M: TableMemory> NestedTable<M> {
         self.retired.push(Retired { table, chain, depth });
     }
 
-    /// The entry of a leaf that fills a slot, if the piece has one there.
     fn leaf(&mut self, slot: Place<'_>, piece: &Piece) -> Option<(Slot, u64)> {
-        let size = slot.chain.rungs[slot.depth].lsb;
-        let whole = slot.whole();
-        if whole != slot.span || piece.iova.first > whole.first || piece.iova.last < whole.last {
-            return None;
-        }
-        let address = piece.address + (whole.first - piece.iova.first);
-        if address & low_bits(size) != 0 {
-            return None;
-        }
-        let leaves = self.leaves(slot.number, piece)?;
-        let (leaf, tracks) = leaves[slot.depth].as_ref()?;
-        let entry = leaf.entry(address, size)?;
-        let wanted = |loss: &&Loss| **loss != Loss::DirtyTracking || piece.attributes.contains(Attributes::WRITABLE_WHEN_DIRTY);
-        for loss in leaf.narrowed.iter().filter(wanted) {
-            let part = Piece { iova: whole, address, attributes: piece.attributes };
-            self.losses.add(*loss, || part, 1, u128::from(low_bits(size)) + 1);
-        }
-        Some((Slot::Leaf(*tracks), entry))
-    }
-
-    fn leaves(&mut self, chain: usize, piece: &Piece) -> Option<Leaves> {
-        self.plan.leaves(chain, piece.attributes).ok()
+        leaf(&mut self.plan.leaves, &mut self.losses, slot, piece)
     }
 
     /// Makes and fills the table that shows what `maps` has in a slot: the table and the entry that points to it. None: there is nothing that it could show.
@@ -529,7 +556,7 @@ impl<M: TableMemory> NestedTable<M> {
     /// Whether not even the smallest page can show any byte that a piece has in a slot; it is counted if so.
     fn is_lost(&mut self, slot: Place<'_>, piece: &Piece) -> bool {
         let Some(part) = piece.iova.intersection(slot.span) else { return true };
-        let Some(leaves) = self.leaves(slot.number, piece) else {
+        let Some(leaves) = self.plan.leaves.of(slot.chain, slot.number, piece.attributes) else {
             self.format_failures += 1;
             return true;
         };
@@ -552,107 +579,15 @@ impl<M: TableMemory> NestedTable<M> {
     }
 }
 
-/// A table, or a slot of one, and the IOVAs that are looked at there.
-#[derive(Clone, Copy)]
-struct Place<'a> {
-    chain: &'a Chain,
-    number: usize,
+/// A table, and what it serves.
+#[derive(Clone, Copy, Debug)]
+struct Near {
+    id: u32,
+    chain: usize,
     depth: usize,
-    /// IOVA of entry 0 of the table.
+    /// IOVA of entry 0.
     base: u64,
-    /// What is wanted of the table, or of the slot.
     span: Span,
-}
-
-impl<'a> Place<'a> {
-    /// The part `span` of it.
-    #[inline]
-    const fn at(self, span: Span) -> Self {
-        Self { span, ..self }
-    }
-
-    /// All IOVAs of the slot that `span` is in.
-    #[inline]
-    fn whole(&self) -> Span {
-        let lsb = self.chain.rungs[self.depth].lsb;
-        Span::of_log2(self.span.first >> lsb << lsb, lsb)
-    }
-
-    /// The table in the slot.
-    #[inline]
-    fn below(self) -> Self {
-        Self { depth: self.depth + 1, base: self.whole().first, ..self }
-    }
-
-    fn slots<'c>(self, unmaps: &'c [Change], maps: &'c [Change]) -> Slots<'a, 'c> {
-        Slots { place: self, next: Some(self.span.first), unmaps, maps }
-    }
-}
-
-/// Goes through the slots that changes touch.
-struct Slots<'a, 'c> {
-    place: Place<'a>,
-    next: Option<u64>,
-    unmaps: &'c [Change],
-    maps: &'c [Change],
-}
-
-impl<'c> Slots<'_, 'c> {
-    /// Index, the part of the slot that is wanted, and what touches it.
-    fn next(&mut self) -> Option<(u64, Span, &'c [Change], &'c [Change])> {
-        let first = [self.unmaps.first(), self.maps.first()].into_iter().flatten().map(|change| change.span().first).min()?;
-        let at = first.max(self.next?);
-        if at > self.place.span.last {
-            return None;
-        }
-        let lsb = self.place.chain.rungs[self.place.depth].lsb;
-        let slot = Span::of_log2(at >> lsb << lsb, lsb).intersection(self.place.span)?;
-        let (unmaps, maps) = (up_to(self.unmaps, slot.last), up_to(self.maps, slot.last));
-        (self.unmaps, self.maps) = (beyond(self.unmaps, slot.last), beyond(self.maps, slot.last));
-        self.next = slot.last.checked_add(1);
-        Some(((slot.first - self.place.base) >> lsb, slot, unmaps, maps))
-    }
-}
-
-const fn piece_of(change: &Change) -> Option<&Piece> {
-    match change {
-        Change::Map(piece) => Some(piece),
-        Change::Unmap(_) => None,
-    }
-}
-
-/// Of changes in ascending order, those that begin at or before `last`.
-#[inline]
-fn up_to(changes: &[Change], last: u64) -> &[Change] {
-    &changes[..count(changes, |change| change.span().first <= last)]
-}
-
-/// Those that reach beyond `last`.
-#[inline]
-fn beyond(changes: &[Change], last: u64) -> &[Change] {
-    &changes[count(changes, |change| change.span().last <= last)..]
-}
-
-/// How many changes from the first one on are as `is` says, which those behind them are not: mostly none, or one.
-#[inline]
-fn count(changes: &[Change], is: impl Fn(&Change) -> bool) -> usize {
-    match changes {
-        [] => 0,
-        [first, ..] if !is(first) => 0,
-        [_] => 1,
-        [_, second, ..] if !is(second) => 1,
-        _ => 2 + changes[2..].partition_point(is),
-    }
-}
-
-fn touching(changes: &[Change], span: Span) -> &[Change] {
-    let changes = up_to(changes, span.last);
-    &changes[changes.partition_point(|change| change.span().last < span.first)..]
-}
-
-/// Whether one of the changes has the whole span.
-fn covers(changes: &[Change], span: Span) -> bool {
-    changes.first().is_some_and(|change| change.span().first <= span.first && change.span().last >= span.last)
 }
 
 /// A [`NestedTable`] with somebody who invalidates, as a sink.

@@ -32,19 +32,24 @@ pub(super) struct Window {
 }
 
 /// The leaves of all rungs of one chain for given attributes, and what their marks tell.
-pub(super) type Leaves = Arc<[Option<(Leaf, Tracks)>]>;
+type OfRungs = Arc<[Option<(Leaf, Tracks)>]>;
 
 /// A host format, and what it said so far.
 pub(super) struct HostPlan {
-    pub(super) target: Target,
     pub(super) chains: Vec<Arc<Chain>>,
     pub(super) windows: Vec<Window>,
+    pub(super) leaves: Leaves,
+}
+
+/// How leaves are written.
+pub(super) struct Leaves {
+    pub(super) target: Target,
     /// Leaves that nobody accessed are written without the mark.
     takes_accessed: bool,
     /// All writable leaves are written clean.
     pub(super) takes_dirty: bool,
-    known: HashMap<(usize, Attributes), Leaves>,
-    recent: Option<(usize, Attributes, Leaves)>,
+    known: HashMap<(usize, Attributes), OfRungs>,
+    recent: Option<(usize, Attributes, OfRungs)>,
 }
 
 const fn fills_slots(rung: &Rung) -> bool {
@@ -53,21 +58,15 @@ const fn fills_slots(rung: &Rung) -> bool {
 
 impl HostPlan {
     pub(super) fn new(format: Box<dyn Format>) -> Result<Self, BuildError> {
-        let mut this = Self {
-            target: Target::new(format)?,
-            chains: Vec::new(),
-            windows: Vec::new(),
-            takes_accessed: false,
-            takes_dirty: false,
-            known: HashMap::new(),
-            recent: None,
-        };
+        let target = Target::new(format)?;
+        let leaves = Leaves { target, takes_accessed: false, takes_dirty: false, known: HashMap::new(), recent: None };
+        let mut this = Self { chains: Vec::new(), windows: Vec::new(), leaves };
         for root in this.geometry().roots.clone() {
             let same = |chain: &Arc<Chain>| chain.setting == root.setting && chain.rungs[0].kind == root.level;
             let chain = match this.chains.iter().position(same) {
                 Some(chain) => chain,
                 None => {
-                    let rungs = this.target.rungs(root.level, root.inherited)?;
+                    let rungs = this.leaves.target.rungs(root.level, root.inherited)?;
                     if !rungs.iter().any(fills_slots) {
                         return Err(Nonsense("no pages as large as their slots can be reached from a root".to_owned()).into());
                     }
@@ -75,12 +74,32 @@ impl HostPlan {
                     this.chains.len() - 1
                 }
             };
-            let base = this.target.base(root.level, root.first);
+            let base = this.leaves.target.base(root.level, root.first);
             this.windows.push(Window { span: Span { first: root.first, last: root.last }, chain, base });
         }
         Ok(this)
     }
 
+    pub(super) fn geometry(&self) -> &Geometry {
+        &self.leaves.target.plan.geometry
+    }
+
+    pub(super) fn level(&self, rung: &Rung) -> &Level {
+        self.leaves.target.level(rung.kind)
+    }
+
+    /// Where a leaf of a rung goes that fills a slot.
+    pub(super) fn address(&self, rung: &Rung, entry: u64) -> Span {
+        let plan = &self.leaves.target.plan.levels[usize::from(rung.kind)];
+        Span::of_log2(plan.field(plan.shape_of(entry)).extract(entry) >> rung.lsb << rung.lsb, rung.lsb)
+    }
+
+    pub(super) fn layout(&self) -> EntryLayout {
+        EntryLayout { bytes: self.geometry().entry_bytes, order: self.geometry().order }
+    }
+}
+
+impl Leaves {
     /// Leaves that nobody accessed are written without the mark from now on.
     pub(super) fn take_accessed(&mut self) {
         self.takes_accessed = true;
@@ -88,46 +107,24 @@ impl HostPlan {
         self.recent = None;
     }
 
-    pub(super) fn geometry(&self) -> &Geometry {
-        &self.target.plan.geometry
-    }
-
-    pub(super) fn level(&self, rung: &Rung) -> &Level {
-        self.target.level(rung.kind)
-    }
-
-    /// Where a leaf of a rung goes that fills a slot.
-    pub(super) fn address(&self, rung: &Rung, entry: u64) -> Span {
-        let plan = &self.target.plan.levels[usize::from(rung.kind)];
-        Span::of_log2(plan.field(plan.shape_of(entry)).extract(entry) >> rung.lsb << rung.lsb, rung.lsb)
-    }
-
-    pub(super) fn layout(&self) -> EntryLayout {
-        EntryLayout { bytes: self.geometry().entry_bytes, order: self.geometry().order }
-    }
-
-    /// How leaves with `attributes` are written in each rung of a chain: asked once.
+    /// How leaves with `attributes` are written in each rung of a chain, which has this number: asked once. None: the format failed or contradicted itself.
     #[inline]
-    pub(super) fn leaves(&mut self, chain: usize, attributes: Attributes) -> Result<Leaves, BuildError> {
+    pub(super) fn of(&mut self, chain: &Chain, number: usize, attributes: Attributes) -> Option<&[Option<(Leaf, Tracks)>]> {
         let clean = self.takes_dirty && attributes.contains(Attributes::WRITE);
         let asked = if clean { attributes.with(Attributes::WRITABLE_WHEN_DIRTY).without(Attributes::DIRTY) } else { attributes };
-        match &self.recent {
-            Some((of, known, leaves)) if *of == chain && *known == asked => Ok(Arc::clone(leaves)),
-            _ => self.leaves_slowly(chain, asked),
+        if !matches!(&self.recent, Some((of, known, _)) if *of == number && *known == asked) {
+            self.recent = Some((number, asked, self.of_slowly(chain, number, asked).ok()?));
         }
+        self.recent.as_ref().map(|(_, _, leaves)| &**leaves)
     }
 
-    fn leaves_slowly(&mut self, chain: usize, asked: Attributes) -> Result<Leaves, BuildError> {
-        let leaves = match self.known.get(&(chain, asked)) {
-            Some(known) => Arc::clone(known),
-            None => {
-                let rungs = Arc::clone(&self.chains[chain]);
-                let leaves: Leaves = rungs.rungs.iter().map(|rung| self.leaf(rung, asked)).collect::<Result<_, _>>()?;
-                self.known.insert((chain, asked), Arc::clone(&leaves));
-                leaves
-            }
-        };
-        self.recent = Some((chain, asked, Arc::clone(&leaves)));
+    #[inline(never)]
+    fn of_slowly(&mut self, chain: &Chain, number: usize, asked: Attributes) -> Result<OfRungs, BuildError> {
+        if let Some(known) = self.known.get(&(number, asked)) {
+            return Ok(Arc::clone(known));
+        }
+        let leaves: OfRungs = chain.rungs.iter().map(|rung| self.leaf(rung, asked)).collect::<Result<_, _>>()?;
+        self.known.insert((number, asked), Arc::clone(&leaves));
         Ok(leaves)
     }
 

@@ -6,6 +6,7 @@ use crate::Span;
 use crate::memory::{Budget, EntryMemory, MemoryMap};
 use crate::sync::changes::Changes;
 use crate::sync::shadow::pass::Pass;
+use crate::sync::shadow::words::Words;
 use crate::sync::shadow::{Shadow, ShadowLimits, Watcher, same_shape};
 use crate::table::{Format, Judge, OpenError, Plan};
 
@@ -41,6 +42,7 @@ impl Shadow {
             self.roots = vec![None; plan.geometry.roots.len()];
         }
         self.judge = Judge::new(format, plan.levels.len());
+        self.words = Words::new(plan.levels.len());
         self.plan = plan;
         for root in 0..self.roots.len() {
             let whole = self.root_span(root);

@@ -21,7 +21,7 @@ impl Shadow {
             self.targets_changed(&map, &targets, changes);
         }
         let tables = differences(self.map.regions().iter().chain(map.regions()).map(|region| region.span));
-        self.map = map;
+        (self.map, self.target) = (map, None);
         let whole = |page: Gpa| Span::of_log2(page.0, PAGE.trailing_zeros() as u8);
         let mut pages: Vec<Span> = self.pages.watched().map(whole).filter(|page| meets(&tables, *page)).collect();
         pages.sort_unstable();

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use crate::memory::Budget;
 use crate::sync::changes::Reason;
 use crate::sync::shadow::Shadow;
-use crate::table::{JudgeError, LevelPlan, Meaning, Missing, Piece};
+use crate::table::{JudgeError, LevelPlan, Meaning, Missing, Piece, low_bits};
 use crate::{Attributes, Span};
 
 /// All that must be known about a leaf besides its entry.
@@ -31,7 +31,10 @@ pub(super) struct Asked {
     pub(super) meaning: Meaning,
     pub(super) shape: Option<u8>,
     /// The entry was looked at as a whole.
-    whole: bool,
+    pub(super) whole: bool,
+    /// All entries with this pattern are meant: `entry & mask == pattern`.
+    pub(super) mask: u64,
+    pub(super) pattern: u64,
 }
 
 impl Shadow {
@@ -45,7 +48,7 @@ impl Shadow {
         let known = self.judge.judge(&self.plan.levels[usize::from(level)], level, inherited, entry, budget).map_err(reason)?;
         let whole = known.meaning == Meaning::WholeEntry;
         let meaning = if whole { self.judge.judge_whole(level, inherited, entry, budget).map_err(reason)? } else { known.meaning };
-        Ok(Asked { meaning, shape: known.shape, whole })
+        Ok(Asked { meaning, shape: known.shape, whole, mask: known.mask, pattern: known.pattern })
     }
 
     /// The number of the kind of leaf that an entry is; none if it is none, or there are too many kinds.
@@ -66,22 +69,25 @@ impl Kind {
     /// What the part of a slot shows of the leaf in it, before anybody asked which of that exists. None: requests fault.
     #[inline]
     pub(super) fn piece(&self, level: &LevelPlan, part: Span, entry: u64, output: Span) -> Option<Piece> {
-        let below = Span::of_log2(0, self.size_log2).last;
+        let below = low_bits(self.size_log2);
         let address = level.field(self.shape).extract(entry);
         let address = if self.whole { address & !below } else { address };
-        if self.size_log2 < level.index_lsb || address & below != 0 || !output.contains(address) {
+        if self.size_log2 < level.index_lsb || address & below != 0 || address > output.last {
             return None;
         }
-        let base = part.first & !below;
-        let here = if self.missing == NOTHING_MISSING {
-            part
-        } else {
-            Span::new(base.saturating_add(self.missing.front.into()), (base | below).saturating_sub(self.missing.back.into()))?.intersection(part)?
-        };
+        let here = if self.missing == NOTHING_MISSING { part } else { self.shown(part)? };
         let first = address | (here.first & below);
-        let reachable = Span { first, last: first.saturating_add(here.length_minus_one()) }.intersection(output)?;
-        let iova = Span { first: here.first, last: here.first + reachable.length_minus_one() };
+        let room = output.last.checked_sub(first)?;
+        let iova = Span { first: here.first, last: here.last.min(here.first.saturating_add(room)) };
         Some(Piece { iova, address: first, attributes: self.attributes })
+    }
+
+    /// What a leaf shows of a part of its slot that does not show all of its bytes.
+    fn shown(&self, part: Span) -> Option<Span> {
+        let below = low_bits(self.size_log2);
+        let base = part.first & !below;
+        let shown = Span::new(base.saturating_add(self.missing.front.into()), (base | below).saturating_sub(self.missing.back.into()));
+        shown?.intersection(part)
     }
 }
 

@@ -6,7 +6,7 @@
 //!
 //! ```text
 //!    Everything:  read pages, compare with copies (at the speed of memory), look at entries that differ
-//!    a span:      one entry per level on the way down, then the entries of the span
+//!    some spans:  in ascending order, as one list: one entry per level on the way down to several of them, then the entries of the spans
 //!    leaf only:   tables on the way down are taken from the copies
 //!    a write:     guest page -> nodes in it -> the entries that were written
 //! ```
@@ -14,6 +14,7 @@
 //! What cannot be followed, because a limit is reached or the format failed, is *blocked*: it counts as absent, is told as such, and is judged again
 //! whenever it is read.
 
+mod entry;
 mod hooks;
 mod hotplug;
 mod kind;
@@ -21,6 +22,8 @@ mod mark;
 mod node;
 mod pass;
 mod replay;
+mod spare;
+mod words;
 
 pub(in crate::sync) use hooks::Prepared;
 pub(in crate::sync) use kind::alike;
@@ -30,11 +33,14 @@ use std::fmt;
 
 use crate::memory::{Budget, EntryLayout, EntryMemory, MemoryMap};
 use crate::sync::changes::Changes;
+use crate::sync::wanted::{Wanted, join, within};
 use crate::table::{Format, FormatError, Geometry, Judge, OpenError, Plan};
 use crate::{Gpa, Span};
 use kind::Kinds;
-use node::{Node, NodeId, Nodes, Pages, State};
+use node::{Node, NodeId, Nodes, Pages};
 use pass::{Pass, Scratch};
+use spare::Spare;
+use words::Words;
 
 /// How much a guest may make the engine keep for one address space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,15 +89,19 @@ pub struct Shadow {
     plan: Plan,
     judge: Judge,
     kinds: Kinds,
+    words: Words,
     nodes: Nodes,
     pages: Pages,
     /// The node of each root, once it was read.
     roots: Vec<Option<NodeId>>,
     map: MemoryMap,
+    /// Of the map, where the last leaf pointed to: other leaves point there as well.
+    target: Option<Span>,
     limits: ShadowLimits,
     leaves: u64,
     blocked: u64,
     scratch: Scratch,
+    spare: Spare,
 }
 
 impl fmt::Debug for Shadow {
@@ -109,19 +119,22 @@ impl Shadow {
     pub fn open(mut format: Box<dyn Format>, map: MemoryMap, limits: ShadowLimits, watcher: Box<dyn Watcher>) -> Result<Self, OpenError> {
         let plan = Plan::new(format.geometry().map_err(OpenError::Format)?)?;
         let judge = Judge::new(format, plan.levels.len());
-        let roots = vec![None; plan.geometry.roots.len()];
+        let (roots, words) = (vec![None; plan.geometry.roots.len()], Words::new(plan.levels.len()));
         Ok(Self {
             plan,
             judge,
             kinds: Kinds::default(),
+            words,
             nodes: Nodes::default(),
             pages: Pages::new(watcher),
             roots,
             map,
+            target: None,
             limits,
             leaves: 0,
             blocked: 0,
             scratch: Scratch::default(),
+            spare: Spare::default(),
         })
     }
 
@@ -153,10 +166,36 @@ impl Shadow {
     /// A table that was not there before is read whole. The budget is charged for questions to the format alone: what else there is to do is bounded by
     /// the limits.
     pub fn synchronise<M: EntryMemory + ?Sized>(&mut self, memory: &M, span: Span, leaf_only: bool, budget: &Budget, changes: &mut Changes) {
+        self.synchronise_all(memory, &[Wanted { span, leaf_only }], budget, changes);
+    }
+
+    /// The same for IOVAs that ascend, in one pass: what serves several of them is looked at once.
+    pub(in crate::sync) fn synchronise_all<M: EntryMemory + ?Sized>(
+        &mut self,
+        memory: &M,
+        wanted: &[Wanted],
+        budget: &Budget,
+        changes: &mut Changes,
+    ) {
+        if Pass::new(self, memory, budget, changes).near(wanted) {
+            return;
+        }
         for root in 0..self.roots.len() {
-            if let Some(part) = self.part_of_root(root, span) {
-                Pass::new(self, memory, budget, changes).root(root, part, leaf_only);
+            if self.plan.geometry.roots[root].ignored == 0 {
+                let here = within(wanted, self.root_span(root));
+                if !here.is_empty() {
+                    Pass::new(self, memory, budget, changes).root(root, here);
+                }
+                continue;
             }
+            let mut canonical = std::mem::take(&mut self.scratch.canonical);
+            canonical.clear();
+            canonical.extend(wanted.iter().filter_map(|one| Some(Wanted { span: self.part_of_root(root, one.span)?, ..*one })));
+            join(&mut canonical);
+            if !canonical.is_empty() {
+                Pass::new(self, memory, budget, changes).root(root, &canonical);
+            }
+            self.scratch.canonical = canonical;
         }
     }
 
@@ -215,12 +254,23 @@ impl Shadow {
         Some(whole)
     }
 
+    /// Whether leaves may point to all of `first..=first + beyond`, in one of the map's targets.
+    #[inline]
+    fn is_target(&mut self, first: u64, beyond: u64) -> bool {
+        let has = |target: &Span| target.contains(first) && target.last - first >= beyond;
+        if !self.target.as_ref().is_some_and(has) {
+            self.target = self.map.target(first);
+        }
+        self.target.as_ref().is_some_and(has)
+    }
+
+    #[inline]
     fn layout(&self) -> EntryLayout {
         EntryLayout { bytes: self.plan.geometry.entry_bytes, order: self.plan.geometry.order }
     }
 
     /// A node for a table of kind `level` whose entries `exists` exist; none of them was read. None: there is no room, or nothing to keep.
-    fn new_node(&self, level: u8, table: u64, base: u64, inherited: u64, within: Span, exists: (u64, u64)) -> Option<Box<Node>> {
+    fn new_node(&mut self, level: u8, table: u64, base: u64, inherited: u64, within: Span, exists: (u64, u64)) -> Option<Box<Node>> {
         let plan = &self.plan.levels[usize::from(level)];
         let lsb = plan.index_lsb;
         let first = ((within.first - base) >> lsb).max(exists.0);
@@ -236,18 +286,8 @@ impl Shadow {
             first: within.first.max(base + (first << lsb)),
             last: within.last.min(Span::of_log2(base + ((first + count - 1) << lsb), lsb).last),
         };
-        Some(Box::new(Node {
-            level,
-            table,
-            base,
-            inherited,
-            first,
-            span,
-            entries: vec![0; count as usize].into_boxed_slice(),
-            states: vec![State::UNKNOWN; count as usize].into_boxed_slice(),
-            tables: 0,
-            unknown: count as u32,
-        }))
+        let (entries, states) = self.spare.take(count as usize, self.nodes.len());
+        Some(Box::new(Node { level, table, base, inherited, first, span, entries, states, tables: 0, unknown: count as u32 }))
     }
 }
 

@@ -310,6 +310,15 @@ impl Pages {
         }
     }
 
+    /// The node whose table is in this page, if there is one only.
+    #[inline]
+    pub(super) fn only_holder(&self, page: u64) -> Option<NodeId> {
+        match self.holders.get(&page) {
+            Some(Holders::One(node)) => Some(*node),
+            _ => None,
+        }
+    }
+
     /// Pages of tables, each as often as there are nodes in it.
     pub(super) const fn count(&self) -> u64 {
         self.count

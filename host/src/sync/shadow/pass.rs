@@ -1,16 +1,23 @@
-//! One pass over tables: reading, comparing, and following what differs.
+//! One pass over tables: which entries are looked at, and how they are read.
+//!
+//! All that is wanted of an address space at once is one list of IOVAs that ascend. A table is gone to with those it serves, each entry with those of its slot, so
+//! that nothing on the way is read once for each of them.
 
-use crate::memory::{Budget, EntryMemory, PAGE};
-use crate::sync::changes::{Changes, Reason};
+use std::ops::Range;
+
+use crate::memory::{Budget, EntryMemory, LINE, PAGE};
+use crate::sync::changes::Changes;
 use crate::sync::shadow::Shadow;
-use crate::sync::shadow::kind::alike;
-use crate::sync::shadow::node::{Node, NodeId, Pages, State, What};
-use crate::sync::shadow::replay::parts;
-use crate::table::{Meaning, Next, Piece};
+use crate::sync::shadow::entry::Below;
+use crate::sync::shadow::node::{Node, NodeId, State, What};
+use crate::sync::wanted::{Wanted, extent, within};
 use crate::{Gpa, Span};
 
 /// Entries that are read at once: a page of the smallest entries.
 const BUFFER: usize = (PAGE / 4) as usize;
+
+/// Entries of one page that are wanted, from which on all between them are read as well: at once, instead of one by one.
+const MANY: usize = 4;
 
 /// Begins at a cache line, for wide registers.
 #[repr(align(64))]
@@ -21,42 +28,36 @@ struct Buffer([u64; BUFFER]);
 pub(super) struct Scratch {
     buffers: Vec<Box<Buffer>>,
     written: Vec<NodeId>,
+    /// What is wanted, in the form that a root has IOVAs.
+    pub(super) canonical: Vec<Wanted>,
+    /// The table that was looked at last by itself. It may be gone, and its number another's: whoever goes there looks what it serves.
+    near: Option<NodeId>,
 }
 
 /// How a node is looked at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Mode {
+pub(super) enum Mode {
     /// Entries that are the same as before are the same.
     Compare,
-    /// So are tables, without reading their entries.
-    LeafOnly,
     /// Every entry is judged: the words on the way to it are others.
     Judge,
 }
 
-/// What an entry stands for that was just judged.
-enum Judged {
-    Nothing,
-    Blocked(Reason),
-    Leaf(u32),
-    Table(Below),
-}
-
-/// The table that an entry points to.
-struct Below {
-    level: u8,
-    table: u64,
-    base: u64,
-    inherited: u64,
-    within: Span,
-    exists: (u64, u64),
+/// What plays a part of the lowest table below another.
+enum Lowest {
+    /// Several entries, or none.
+    Entries,
+    /// One, which is no table and was not read yet.
+    One(usize),
+    /// One that was a table, and is something else, as it was read, or is not there.
+    Other(usize, Option<u64>),
 }
 
 pub(super) struct Pass<'a, M: ?Sized> {
-    shadow: &'a mut Shadow,
+    pub(super) shadow: &'a mut Shadow,
     memory: &'a M,
-    budget: &'a Budget,
-    changes: &'a mut Changes,
+    pub(super) budget: &'a Budget,
+    pub(super) changes: &'a mut Changes,
 }
 
 impl<'a, M: EntryMemory + ?Sized> Pass<'a, M> {
@@ -64,10 +65,10 @@ impl<'a, M: EntryMemory + ?Sized> Pass<'a, M> {
         Self { shadow, memory, budget, changes }
     }
 
-    /// Looks at the part of a root's tables that is wanted.
-    pub(super) fn root(&mut self, root: usize, part: Span, leaf_only: bool) {
+    /// Looks at what is wanted of a root's tables; `wanted` ascends.
+    pub(super) fn root(&mut self, root: usize, wanted: &[Wanted]) {
         match self.shadow.roots[root] {
-            Some(node) => self.visit(node, part, if leaf_only { Mode::LeafOnly } else { Mode::Compare }),
+            Some(node) => self.visit(node, wanted, Mode::Compare),
             None => self.root_anew(root, self.shadow.root_span(root)),
         }
     }
@@ -83,7 +84,7 @@ impl<'a, M: EntryMemory + ?Sized> Pass<'a, M> {
             if self.is_place_of(node, &below) {
                 self.shadow.roots[root] = Some(node);
                 self.move_to(node, table, inherited);
-                return self.visit(node, whole, Mode::Judge);
+                return self.visit(node, &[Wanted::whole(whole)], Mode::Judge);
             }
             self.remove(node);
         }
@@ -95,6 +96,11 @@ impl<'a, M: EntryMemory + ?Sized> Pass<'a, M> {
 
     /// Looks at the entries of all tables among bytes that were written.
     pub(super) fn written(&mut self, bytes: Span) {
+        if bytes.first / PAGE == bytes.last / PAGE
+            && let Some(node) = self.shadow.pages.only_holder(bytes.first / PAGE)
+        {
+            return self.written_in(node, bytes);
+        }
         let mut nodes = std::mem::take(&mut self.shadow.scratch.written);
         for page in bytes.first / PAGE..=bytes.last / PAGE {
             nodes.clear();
@@ -113,327 +119,253 @@ impl<'a, M: EntryMemory + ?Sized> Pass<'a, M> {
         self.shadow.scratch.written = nodes;
     }
 
+    #[inline]
     fn written_in(&mut self, id: NodeId, written: Span) {
-        let entry_bytes = u64::from(self.shadow.plan.geometry.entry_bytes);
+        let layout = self.shadow.layout();
         // A node that went meanwhile, or whose number is another's by now, is in other pages.
-        let Some(node) = self.shadow.nodes.get(id) else { return };
-        let Some(here) = node.bytes(entry_bytes).and_then(|bytes| bytes.intersection(written)) else { return };
-        let (first, last) = ((here.first - node.table) / entry_bytes, (here.last - node.table) / entry_bytes);
-        let lsb = self.shadow.plan.levels[usize::from(node.level)].index_lsb;
-        let slots = Span { first: node.base + (first << lsb), last: Span::of_log2(node.base + (last << lsb), lsb).last };
-        if let Some(part) = node.span.intersection(slots) {
-            self.entries_of(id, part, Mode::Compare, false);
-        }
-    }
-
-    /// Looks at a part of a table, and at what is below it.
-    fn visit(&mut self, id: NodeId, part: Span, mode: Mode) {
-        let id = if mode == Mode::LeafOnly { self.lowest(id, part) } else { id };
-        self.entries_of(id, part, mode, true);
-    }
-
-    /// The lowest table below one of which all other entries play no part in `part`, going by what was seen.
-    fn lowest(&self, mut id: NodeId, part: Span) -> NodeId {
-        while let Some(node) = self.shadow.nodes.get(id) {
-            let Some(part) = node.span.intersection(part) else { break };
-            let places = self.shadow.places(node, part);
-            match node.states[*places.start()].what() {
-                What::Table(child) if places.start() == places.end() => id = child,
-                _ => break,
-            }
-        }
-        id
-    }
-
-    /// Looks at the entries of a table for `part`; at the tables below that did not move only if `deep`.
-    fn entries_of(&mut self, id: NodeId, part: Span, mode: Mode, deep: bool) {
+        let Some(bytes) = self.shadow.nodes.get(id).and_then(|node| node.bytes(layout.bytes.into())) else { return };
+        let Some(here) = bytes.intersection(written) else { return };
         let Some(mut node) = self.shadow.nodes.take(id) else { return };
-        if let Some(part) = node.span.intersection(part) {
-            let lsb = self.shadow.plan.levels[usize::from(node.level)].index_lsb;
-            let (first, last) = ((part.first - node.base) >> lsb, (part.last - node.base) >> lsb);
-            if first == last {
-                self.one_entry(&mut node, first, part, mode, deep);
-            } else {
-                self.pages_of(&mut node, (first, last), part, mode, deep);
-            }
+        let place = |address: u64| ((address - bytes.first) >> layout.bytes.trailing_zeros()) as usize;
+        let (from, to, whole) = (place(here.first), place(here.last), Wanted::whole(node.span));
+        match from == to {
+            true => self.one_entry(&mut node, from, &[whole], Mode::Compare, false),
+            false => self.pages_of(&mut node, (from, to), whole, Mode::Compare, false),
         }
         self.shadow.nodes.put(id, node);
     }
 
-    fn one_entry(&mut self, node: &mut Node, index: u64, part: Span, mode: Mode, deep: bool) {
-        let at = (index - node.first) as usize;
-        if mode == Mode::LeafOnly
-            && let What::Table(child) = node.states[at].what()
-        {
-            return self.visit(child, part, mode);
+    /// Looks at what is wanted, if tables on the way are not looked at and the table that was looked at last serves all of it; false: nothing was done.
+    #[inline]
+    pub(super) fn near(&mut self, wanted: &[Wanted]) -> bool {
+        // One table at each level serves an IOVA, so that this one is on the way from a root.
+        let Some((id, all)) = self.shadow.scratch.near.zip(extent(wanted)) else { return false };
+        let serves = self.shadow.nodes.get(id).is_some_and(|node| node.span.first <= all.first && all.last <= node.span.last);
+        let near = serves && wanted.iter().all(|one| one.leaf_only);
+        if near {
+            self.visit(id, wanted, Mode::Compare);
         }
-        let mut entry = [0];
-        match self.read(node.table + index * u64::from(self.shadow.plan.geometry.entry_bytes), &mut entry) {
-            true => self.entry(node, at, entry[0], part, mode, deep),
-            false => self.unreadable(node, at),
+        near
+    }
+
+    /// Looks at what is wanted of a table, and of what is below it.
+    pub(super) fn visit(&mut self, id: NodeId, wanted: &[Wanted], mode: Mode) {
+        let is_whole = |node: &Node| matches!(wanted, [one] if one.span.first <= node.span.first && node.span.last <= one.span.last);
+        if self.shadow.nodes.get(id).is_some_and(is_whole) {
+            return self.visit_all(id, wanted[0], mode);
+        }
+        let (id, place) = if mode == Mode::Compare { self.lowest(id, wanted) } else { (id, Lowest::Entries) };
+        let Some(mut node) = self.shadow.nodes.take(id) else { return };
+        match place {
+            Lowest::Entries => self.entries_of(&mut node, wanted, mode, true),
+            Lowest::One(at) => match self.read_one(&node, at) {
+                Some(entry) => self.entry(&mut node, at, entry, wanted, mode, true),
+                None => self.unreadable(&mut node, at),
+            },
+            Lowest::Other(at, Some(entry)) => self.entry(&mut node, at, entry, wanted, mode, true),
+            Lowest::Other(at, None) => self.unreadable(&mut node, at),
+        }
+        self.shadow.nodes.put(id, node);
+    }
+
+    /// Looks at all entries of a table, and at what is below it.
+    fn visit_all(&mut self, id: NodeId, wanted: Wanted, mode: Mode) {
+        let Some(mut node) = self.shadow.nodes.take(id) else { return };
+        let last = node.entries.len() - 1;
+        self.pages_of(&mut node, (0, last), wanted, mode, true);
+        self.shadow.nodes.put(id, node);
+    }
+
+    /// The lowest table below one of which all other entries play no part in what is wanted, as long as the entries on the way are as they were.
+    #[inline]
+    fn lowest(&mut self, mut id: NodeId, wanted: &[Wanted]) -> (NodeId, Lowest) {
+        let leaf_only = wanted.iter().all(|one| one.leaf_only);
+        let Some(all) = extent(wanted) else { return (id, Lowest::Entries) };
+        while let Some(node) = self.shadow.nodes.get(id) {
+            let Some(part) = node.span.intersection(all) else { break };
+            let at = self.shadow.place(node, part.first);
+            if at != self.shadow.place(node, part.last) {
+                break;
+            }
+            let What::Table(child) = node.states[at].what() else {
+                self.shadow.scratch.near = Some(id);
+                return (id, Lowest::One(at));
+            };
+            if !leaf_only {
+                let entry = self.read_one(node, at);
+                if entry != Some(node.entries[at]) {
+                    return (id, Lowest::Other(at, entry));
+                }
+            }
+            id = child;
+        }
+        self.shadow.scratch.near = Some(id);
+        (id, Lowest::Entries)
+    }
+
+    /// Looks at the entries of a table for what is wanted of it, each once; at the tables below that did not move only if `deep`.
+    fn entries_of(&mut self, node: &mut Node, wanted: &[Wanted], mode: Mode, deep: bool) {
+        let mut rest = within(wanted, node.span);
+        let mut next = 0;
+        while let [first, ..] = rest {
+            let Some(part) = node.span.intersection(first.span) else { return };
+            let (from, to) = self.shadow.places(node, part).into_inner();
+            let from = from.max(next);
+            if from < to {
+                // Its last slot may be another's, too.
+                let shared = rest.get(1).is_some_and(|second| self.shadow.place(node, second.span.first) == to);
+                next = if shared { to } else { to + 1 };
+                self.pages_of(node, (from, next - 1), Wanted { span: part, ..*first }, mode, deep);
+                rest = if shared { rest } else { &rest[1..] };
+            } else if let Some(run) = self.run(node, rest) {
+                rest = &rest[run.len()..];
+                let beyond = rest.first().map_or(node.entries.len(), |second| self.shadow.place(node, second.span.first));
+                next = self.many(node, run, next..beyond, mode, deep);
+            } else {
+                let last = self.shadow.slot(node, from).last;
+                let count = count(rest, |one| one.span.first <= last);
+                self.one_entry(node, from, &rest[..count], mode, deep);
+                // What goes on behind the slot is looked at there.
+                rest = if rest[count - 1].span.last.min(node.span.last) <= last { &rest[count..] } else { &rest[count - 1..] };
+                next = from + 1;
+            }
         }
     }
 
-    /// Entries by the page, as they are read.
-    fn pages_of(&mut self, node: &mut Node, (first, last): (u64, u64), part: Span, mode: Mode, deep: bool) {
-        let mut buffer = self.shadow.scratch.buffers.pop().unwrap_or_else(|| Box::new(Buffer([0; BUFFER])));
+    /// The first few that each need one entry of the same page, and share none with others; none if they are too few.
+    fn run<'w>(&self, node: &Node, wanted: &'w [Wanted]) -> Option<&'w [Wanted]> {
+        if wanted.len() < MANY {
+            return None;
+        }
         let bytes = u64::from(self.shadow.plan.geometry.entry_bytes);
-        let mut index = first;
-        while index <= last {
-            let address = node.table + index * bytes;
-            let count = ((PAGE - address % PAGE) / bytes).min(last - index + 1) as usize;
-            let from = (index - node.first) as usize;
-            let fresh = &mut buffer.0[..count];
-            if self.read(address, fresh) {
-                self.compare(node, from, fresh, part, mode, deep);
-            } else {
-                (from..from + count).for_each(|at| self.unreadable(node, at));
+        let first = self.shadow.place(node, wanted[0].span.first.max(node.span.first));
+        let address = node.table + (node.first + first as u64) * bytes;
+        let last = first + ((PAGE - address % PAGE) >> bytes.trailing_zeros()) as usize - 1;
+        let places = |one: &Wanted| self.shadow.places(node, node.span.intersection(one.span).unwrap_or(node.span)).into_inner();
+        let mut count = count(wanted, |one| places(one).0 == places(one).1 && places(one).1 <= last);
+        while count > 0 && wanted.get(count).is_some_and(|next| self.shadow.place(node, next.span.first) == places(&wanted[count - 1]).1) {
+            count -= 1;
+        }
+        (count >= MANY).then(|| &wanted[..count])
+    }
+
+    #[inline]
+    fn one_entry(&mut self, node: &mut Node, at: usize, wanted: &[Wanted], mode: Mode, deep: bool) {
+        if let What::Table(child) = node.states[at].what()
+            && mode == Mode::Compare
+            && wanted.iter().all(|one| one.leaf_only)
+        {
+            return self.visit(child, wanted, mode);
+        }
+        match self.read_one(node, at) {
+            Some(entry) => self.entry(node, at, entry, wanted, mode, deep),
+            None => self.unreadable(node, at),
+        }
+    }
+
+    /// Entries of one page, far apart perhaps: what is between them is read as well, and of that nothing is used. No place out of `unread` is read; tells the first
+    /// that is still unread.
+    fn many(&mut self, node: &mut Node, run: &[Wanted], unread: Range<usize>, mode: Mode, deep: bool) -> usize {
+        let Some(part) = extent(run).and_then(|extent| extent.intersection(node.span)) else { return unread.start };
+        let (from, to) = self.shadow.places(node, part).into_inner();
+        // Whole lines are read faster, and do not cross pages where tables begin at one.
+        let bytes = u64::from(self.shadow.plan.geometry.entry_bytes);
+        let in_lines = (node.table + node.first * bytes) & (LINE as u64 * bytes - 1) == 0;
+        let (from, to) = if in_lines { (from / LINE * LINE, to / LINE * LINE + LINE - 1) } else { (from, to) };
+        let (from, to) = (from.max(unread.start), to.min(unread.end - 1));
+        let mut buffer = self.buffer();
+        let changed = self.read(node, from, &mut buffer.0[..to + 1 - from]);
+        let mut rest = run;
+        while let [first, ..] = rest {
+            let at = self.shadow.place(node, first.span.first.max(node.span.first));
+            let last = self.shadow.slot(node, at).last;
+            let (here, others) = rest.split_at(count(rest, |one| one.span.first <= last));
+            rest = others;
+            let Some(changed) = changed else {
+                self.one_entry(node, at, here, mode, deep);
+                continue;
+            };
+            let is_new = changed >> ((at - from) / LINE) & 1 != 0;
+            let entry = if is_new { buffer.0[at - from] } else { node.entries[at] };
+            if is_new && mode == Mode::Compare && self.exchange(node, at, entry) {
+                continue;
             }
-            index += count as u64;
+            match node.states[at].what() {
+                What::Table(child) if mode == Mode::Compare && here.iter().all(|one| one.leaf_only) => self.visit(child, here, mode),
+                _ => self.entry(node, at, entry, here, mode, deep),
+            }
+        }
+        self.shadow.scratch.buffers.push(buffer);
+        to + 1
+    }
+
+    /// Entries by the page, as they are read; `wanted` has the part of the table that these serve.
+    fn pages_of(&mut self, node: &mut Node, (from, to): (usize, usize), wanted: Wanted, mode: Mode, deep: bool) {
+        let mut buffer = self.buffer();
+        let bytes = u64::from(self.shadow.plan.geometry.entry_bytes);
+        let mut at = from;
+        while at <= to {
+            let address = node.table + (node.first + at as u64) * bytes;
+            let count = (((PAGE - address % PAGE) >> bytes.trailing_zeros()) as usize).min(to - at + 1);
+            let fresh = &mut buffer.0[..count];
+            match self.read(node, at, fresh) {
+                Some(changed) => self.compare(node, at, (changed, fresh), wanted, mode, deep),
+                None => (at..at + count).for_each(|at| self.unreadable(node, at)),
+            }
+            at += count;
         }
         self.shadow.scratch.buffers.push(buffer);
     }
 
-    /// Goes through entries that were read; `from` is the place of the first.
-    fn compare(&mut self, node: &mut Node, from: usize, fresh: &[u64], part: Span, mode: Mode, deep: bool) {
-        /// Entries that are compared at once.
-        const BLOCK: usize = 16;
-        let plain = |node: &Node| mode != Mode::Judge && node.unknown == 0 && (node.tables == 0 || !deep);
-        if plain(node) && node.entries[from..from + fresh.len()] == *fresh {
-            return;
-        }
-        for start in (0..fresh.len()).step_by(BLOCK) {
-            let block = &fresh[start..fresh.len().min(start + BLOCK)];
-            if plain(node) && node.entries[from + start..from + start + block.len()] == *block {
-                continue;
-            }
-            for (offset, entry) in block.iter().enumerate() {
-                let at = from + start + offset;
-                let state = node.states[at];
-                if state == State::NOTHING && node.entries[at] == *entry && mode != Mode::Judge {
+    /// Goes through entries that were read, `from` is the place of the first: lines that are `changed` are in `fresh`.
+    fn compare(&mut self, node: &mut Node, from: usize, (changed, fresh): (u128, &[u64]), wanted: Wanted, mode: Mode, deep: bool) {
+        let plain = mode != Mode::Judge && node.unknown == 0 && (node.tables == 0 || !deep);
+        let mut lines = if plain { changed } else { u128::MAX >> (u128::BITS as usize - fresh.len().div_ceil(LINE)) };
+        while lines != 0 {
+            let line = lines.trailing_zeros() as usize;
+            lines &= lines - 1;
+            let is_new = changed >> line & 1 != 0;
+            for offset in line * LINE..fresh.len().min((line + 1) * LINE) {
+                let (at, state) = (from + offset, node.states[from + offset]);
+                let entry = if is_new { fresh[offset] } else { node.entries[at] };
+                if state == State::NOTHING && node.entries[at] == entry && mode != Mode::Judge {
                     continue;
                 }
-                let slot = self.shadow.slot(node, at).intersection(part).unwrap_or(part);
+                let slot = self.shadow.slot(node, at).intersection(wanted.span).unwrap_or(wanted.span);
+                let here = [Wanted { span: slot, ..wanted }];
                 match state.what() {
-                    What::Table(child) if mode == Mode::LeafOnly => self.visit(child, slot, mode),
-                    _ => self.entry(node, at, *entry, slot, mode, deep),
+                    What::Table(child) if mode == Mode::Compare && wanted.leaf_only => self.visit(child, &here, mode),
+                    _ => self.entry(node, at, entry, &here, mode, deep),
                 }
             }
         }
     }
 
-    /// Reads entries within one page; false if they are not there.
-    fn read(&self, address: u64, entries: &mut [u64]) -> bool {
+    fn buffer(&mut self) -> Box<Buffer> {
+        self.shadow.scratch.buffers.pop().unwrap_or_else(|| Box::new(Buffer([0; BUFFER])))
+    }
+
+    /// Reads an entry; none if it is not there.
+    #[inline]
+    fn read_one(&self, node: &Node, at: usize) -> Option<u64> {
         let layout = self.shadow.layout();
-        let last = address.saturating_add(entries.len() as u64 * u64::from(layout.bytes) - 1);
-        let exists = self.shadow.map.region(address).is_some_and(|region| region.span.contains(last) || self.shadow.map.region(last).is_some());
-        exists && self.memory.read_entries(Gpa(address), layout, entries).is_ok()
+        let address = node.table + (node.first + at as u64) * u64::from(layout.bytes);
+        let exists = self.shadow.map.has_both(address, address + (u64::from(layout.bytes) - 1));
+        if exists { self.memory.read_entry(Gpa(address), layout).ok() } else { None }
     }
 
-    fn set(&mut self, node: &mut Node, at: usize, state: State) {
-        self.shadow.blocked += u64::from(state == State::BLOCKED);
-        self.shadow.blocked -= u64::from(node.states[at] == State::BLOCKED);
-        node.set(at, state);
-    }
-
-    fn unreadable(&mut self, node: &mut Node, at: usize) {
-        self.drop_entry(node, at);
-        self.set(node, at, State::UNKNOWN);
-    }
-
-    /// An entry was read: makes the copy equal, and follows it. `part` is what is wanted of its slot.
-    fn entry(&mut self, node: &mut Node, at: usize, entry: u64, part: Span, mode: Mode, deep: bool) {
-        let old = node.states[at].what();
-        if mode != Mode::Judge && node.entries[at] == entry && old != What::Unknown {
-            if deep && let What::Table(child) = old {
-                self.visit(child, part, mode);
-            }
-            return;
-        }
-        let slot = self.shadow.slot(node, at);
-        let judged = self.judge(node, entry, slot);
-        match (old, judged) {
-            (What::Leaf(old), Judged::Leaf(new)) => self.replace_leaf(node, at, entry, slot, old, new),
-            (What::Table(child), Judged::Table(below)) if self.is_place_of(child, &below) => {
-                node.entries[at] = entry;
-                let moved = self.move_to(child, below.table, below.inherited);
-                match moved {
-                    Moved::Elsewhere => self.visit(child, below.within, if mode == Mode::Judge { mode } else { Mode::Compare }),
-                    Moved::OtherWord => self.visit(child, below.within, Mode::Judge),
-                    Moved::Not if mode == Mode::Judge => self.visit(child, below.within, mode),
-                    Moved::Not if deep => self.visit(child, part, mode),
-                    Moved::Not => {}
-                }
-            }
-            (_, judged) => {
-                self.drop_entry(node, at);
-                node.entries[at] = entry;
-                self.add(node, at, slot, judged);
-            }
-        }
-    }
-
-    fn replace_leaf(&mut self, node: &mut Node, at: usize, entry: u64, slot: Span, old: u32, new: u32) {
-        let (before, after) = (self.shadow.piece(node.level, slot, node.entries[at], old), self.shadow.piece(node.level, slot, entry, new));
-        // The word that a kind stood for may be another's after a switch, and then this is still what was told.
-        if !alike(before, after) {
-            self.unmap(before);
-            self.map(after);
-        }
-        node.entries[at] = entry;
-        self.set(node, at, State::leaf(new));
-    }
-
-    /// What a new entry stands for comes to life.
-    fn add(&mut self, node: &mut Node, at: usize, slot: Span, judged: Judged) {
-        let state = match judged {
-            Judged::Nothing => Ok(State::NOTHING),
-            Judged::Blocked(reason) => Err(reason),
-            Judged::Leaf(_) if self.shadow.leaves >= self.shadow.limits.leaves => Err(Reason::Leaves),
-            Judged::Leaf(kind) => {
-                self.shadow.leaves += 1;
-                self.map(self.shadow.piece(node.level, slot, node.entries[at], kind));
-                Ok(State::leaf(kind))
-            }
-            Judged::Table(below) => self.create(&below).map(|child| child.map_or(State::NOTHING, State::table)),
-        };
-        match state {
-            Ok(state) => self.set(node, at, state),
-            Err(reason) => {
-                self.changes.block(slot, reason);
-                self.set(node, at, State::BLOCKED);
-            }
-        }
-    }
-
-    /// What an entry stood for is gone.
-    fn drop_entry(&mut self, node: &mut Node, at: usize) {
-        match node.states[at].what() {
-            What::Nothing | What::Unknown => {}
-            What::Leaf(kind) => {
-                self.shadow.leaves -= 1;
-                self.unmap(self.shadow.piece(node.level, self.shadow.slot(node, at), node.entries[at], kind));
-            }
-            What::Table(child) => self.remove(child),
-        }
-        self.set(node, at, State::NOTHING);
-    }
-
-    /// Makes and reads a table that was not there before. No node: no entry of it is in reach.
-    fn create(&mut self, below: &Below) -> Result<Option<NodeId>, Reason> {
-        let Below { level, table, base, inherited, within, exists } = *below;
-        let entry_bytes = u64::from(self.shadow.plan.geometry.entry_bytes);
-        // What it will cost, before it is paid.
-        let lsb = self.shadow.plan.levels[usize::from(level)].index_lsb;
-        let entries = (within.length_minus_one() >> lsb).saturating_add(1);
-        if self.shadow.pages.count().saturating_add(entries.saturating_mul(entry_bytes) / PAGE) > self.shadow.limits.table_pages {
-            return Err(Reason::TablePages);
-        }
-        let Some(node) = self.shadow.new_node(level, table, base, inherited, within, exists) else { return Ok(None) };
-        let Some(bytes) = node.bytes(entry_bytes) else { return Ok(None) };
-        if self.shadow.pages.count() + Pages::needed(bytes) > self.shadow.limits.table_pages {
-            return Err(Reason::TablePages);
-        }
-        let span = node.span;
-        let id = self.shadow.nodes.insert(node).ok_or(Reason::TablePages)?;
-        // Watched before it is read: a write in between is told, and seen.
-        self.shadow.pages.add(bytes, id);
-        self.visit(id, span, Mode::Judge);
-        Ok(Some(id))
-    }
-
-    /// Drops a table and everything below it.
-    pub(super) fn remove(&mut self, id: NodeId) {
-        let Some(mut node) = self.shadow.nodes.take(id) else { return };
-        for at in 0..node.states.len() {
-            self.drop_entry(&mut node, at);
-        }
-        if let Some(bytes) = node.bytes(u64::from(self.shadow.plan.geometry.entry_bytes)) {
-            self.shadow.pages.remove(bytes, id);
-        }
-        self.shadow.nodes.forget(id);
-    }
-
-    /// Whether a node has the entries of this table, wherever it was before.
-    fn is_place_of(&self, child: NodeId, below: &Below) -> bool {
-        let Some(child) = self.shadow.nodes.get(child) else { return false };
-        let lsb = self.shadow.plan.levels[usize::from(below.level)].index_lsb;
-        let end = self.shadow.plan.levels[usize::from(below.level)].entries() - 1;
-        let first = ((below.within.first - below.base) >> lsb).max(below.exists.0);
-        let last = ((below.within.last - below.base) >> lsb).min(below.exists.1).min(end);
-        let whole = below.table.checked_add((last + 1) * u64::from(self.shadow.plan.geometry.entry_bytes)).is_some();
-        whole && (child.level, child.base, child.first, child.first + child.entries.len() as u64) == (below.level, below.base, first, last + 1)
-    }
-
-    /// A node's table is at `table` now.
-    fn move_to(&mut self, id: NodeId, table: u64, inherited: u64) -> Moved {
-        let entry_bytes = u64::from(self.shadow.plan.geometry.entry_bytes);
-        let Some(mut node) = self.shadow.nodes.take(id) else { return Moved::Not };
-        let moved = match (node.table != table, node.inherited != inherited) {
-            (_, true) => Moved::OtherWord,
-            (true, _) => Moved::Elsewhere,
-            _ => Moved::Not,
-        };
-        if node.table != table {
-            let before = node.bytes(entry_bytes);
-            node.table = table;
-            self.shadow.pages.replace(before, node.bytes(entry_bytes), id);
-        }
-        node.inherited = inherited;
-        self.shadow.nodes.put(id, node);
-        moved
-    }
-
-    fn judge(&mut self, node: &Node, entry: u64, slot: Span) -> Judged {
-        let asked = match self.shadow.meaning(node.level, node.inherited, entry, self.budget) {
-            Ok(asked) => asked,
-            Err(reason) => return Judged::Blocked(reason),
-        };
-        match asked.meaning {
-            Meaning::Absent | Meaning::Fault(_) => Judged::Nothing,
-            Meaning::WholeEntry => Judged::Blocked(Reason::Nonsense),
-            Meaning::Table { next, inherited } => {
-                let table = self.shadow.plan.levels[usize::from(node.level)].field(asked.shape).extract(entry);
-                self.judge_table(node, next, table, inherited, slot)
-            }
-            Meaning::Leaf { .. } | Meaning::Part { .. } => self.shadow.leaf(asked).map_or(Judged::Blocked(Reason::Questions), Judged::Leaf),
-        }
-    }
-
-    /// The table that an entry points to, if it can be there.
-    fn judge_table(&self, node: &Node, next: Next, table: u64, inherited: u64, slot: Span) -> Judged {
-        let plan = &self.shadow.plan;
-        let Some(below) = plan.levels.get(usize::from(next.level)) else { return Judged::Blocked(Reason::Nonsense) };
-        let this = &plan.levels[usize::from(node.level)];
-        let top = below.index_lsb + below.index_bits;
-        if top > this.index_lsb || below.index_bits > crate::table::MAX_INDEX_BITS {
-            return Judged::Blocked(Reason::Nonsense);
-        }
-        let output = Span::of_log2(0, plan.geometry.output_bits);
-        if !output.contains(table) || !table.is_multiple_of(u64::from(plan.geometry.entry_bytes)) {
-            return Judged::Nothing;
-        }
-        // A level that was skipped: IOVA bits between the two tables must be zero.
-        let base = slot.first >> this.index_lsb << this.index_lsb;
-        let Some(within) = slot.intersection(Span::of_log2(base, top)) else { return Judged::Nothing };
-        let last = if next.last == u16::MAX { u64::MAX } else { u64::from(next.last) };
-        Judged::Table(Below { level: next.level, table, base, inherited, within, exists: (next.first.into(), last) })
-    }
-
-    fn map(&mut self, piece: Option<Piece>) {
-        parts(&self.shadow.map, piece).for_each(|part| self.changes.map(part));
-    }
-
-    fn unmap(&mut self, piece: Option<Piece>) {
-        parts(&self.shadow.map, piece).for_each(|part| self.changes.unmap(part.iova));
+    /// Reads entries within one page, the first of which is at the place `from`, as [`EntryMemory::read_changed`] does; none if they are not there.
+    fn read(&self, node: &Node, from: usize, fresh: &mut [u64]) -> Option<u128> {
+        let layout = self.shadow.layout();
+        let address = node.table + (node.first + from as u64) * u64::from(layout.bytes);
+        let exists = self.shadow.map.has_both(address, address + (fresh.len() as u64 * u64::from(layout.bytes) - 1));
+        let known = &node.entries[from..from + fresh.len()];
+        if exists { self.memory.read_changed(Gpa(address), layout, known, fresh).ok() } else { None }
     }
 }
 
-/// What became of a node's table.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Moved {
-    Not,
-    Elsewhere,
-    /// Entries have another meaning now.
-    OtherWord,
+/// How many from the first one on are as `is` says.
+#[inline]
+fn count(wanted: &[Wanted], is: impl Fn(&Wanted) -> bool) -> usize {
+    wanted.iter().take_while(|one| is(one)).count()
 }

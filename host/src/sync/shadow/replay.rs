@@ -6,7 +6,7 @@ use crate::Span;
 use crate::memory::MemoryMap;
 use crate::sync::shadow::Shadow;
 use crate::sync::shadow::node::{Node, NodeId, What};
-use crate::table::Piece;
+use crate::table::{Piece, low_bits};
 
 impl Shadow {
     /// Tells `each` every piece that is mapped at some IOVA of `span`, in ascending order, as the last changes left it.
@@ -52,23 +52,28 @@ impl Shadow {
     /// Where the entries for `part`, which the node serves, are among those that are kept.
     #[inline]
     pub(super) fn places(&self, node: &Node, part: Span) -> std::ops::RangeInclusive<usize> {
-        let lsb = self.plan.levels[usize::from(node.level)].index_lsb;
-        let place = |iova: u64| (((iova - node.base) >> lsb) - node.first) as usize;
-        place(part.first)..=place(part.last)
+        self.place(node, part.first)..=self.place(node, part.last)
+    }
+
+    /// Where the entry for an IOVA is.
+    #[inline]
+    pub(super) fn place(&self, node: &Node, iova: u64) -> usize {
+        (((iova - node.base) >> self.plan.levels[usize::from(node.level)].index_lsb) - node.first) as usize
     }
 
     /// The IOVAs of an entry, as far as the node serves them.
     #[inline]
     pub(super) fn slot(&self, node: &Node, at: usize) -> Span {
         let lsb = self.plan.levels[usize::from(node.level)].index_lsb;
-        let slot = Span::of_log2(node.base + ((node.first + at as u64) << lsb), lsb);
-        slot.intersection(node.span).unwrap_or(slot)
+        let first = node.base + ((node.first + at as u64) << lsb);
+        // No slot is beyond the end of all addresses.
+        Span { first: first.max(node.span.first), last: (first | low_bits(lsb)).min(node.span.last) }
     }
 
     /// What an entry of a kind shows, before anybody asks which of that exists.
     #[inline]
     pub(super) fn piece(&self, level: u8, slot: Span, entry: u64, kind: u32) -> Option<Piece> {
-        let output = Span::of_log2(0, self.plan.geometry.output_bits);
+        let output = Span { first: 0, last: low_bits(self.plan.geometry.output_bits) };
         let kind = self.kinds.get(kind)?;
         kind.piece(&self.plan.levels[usize::from(level)], slot, entry, output).filter(|piece| !piece.attributes.grants_nothing())
     }

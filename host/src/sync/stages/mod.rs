@@ -32,6 +32,7 @@ use crate::memory::{Budget, EntryMemory, MarkMemory, MemoryMap};
 use crate::sync::changes::{Changes, Reason};
 use crate::sync::marks::{Marked, MarksWritten};
 use crate::sync::shadow::{Prepared, ReopenError, Shadow, ShadowFigures, ShadowLimits, Watcher};
+use crate::sync::wanted::Wanted;
 use crate::table::{AddressSpace, Format, Intercept, OpenError, Piece, Window};
 use crate::{Gpa, Span};
 use look::{Look, Teller};
@@ -110,11 +111,19 @@ impl Space {
     /// The budget is charged for questions to formats, and for leaves: each piece of the second stage that a piece of the first is compared with, and
     /// each part that an intercept makes. All else is bounded by the limits.
     pub fn synchronise<M: EntryMemory + ?Sized>(&mut self, memory: &M, span: Span, leaf_only: bool, budget: &Budget, changes: &mut Changes) {
+        self.synchronise_all(memory, &[Wanted { span, leaf_only }], budget, changes);
+    }
+
+    /// The same for IOVAs that ascend, at once.
+    pub(super) fn synchronise_all<M: EntryMemory + ?Sized>(&mut self, memory: &M, wanted: &[Wanted], budget: &Budget, changes: &mut Changes) {
+        if let Some(shadow) = self.straight() {
+            return shadow.synchronise_all(memory, wanted, budget, changes);
+        }
         self.look(memory, budget, changes, |kind, look, ground| match kind {
             Kind::Blocked => {}
             Kind::Direct(windows) => show_windows(windows, look, ground),
-            Kind::One(one) => one.synchronise(look, span, leaf_only),
-            Kind::Two(two) => two.synchronise(look, span, leaf_only),
+            Kind::One(one) => one.synchronise(look, wanted),
+            Kind::Two(two) => wanted.iter().for_each(|one| two.synchronise(look, one.span, one.leaf_only)),
         });
     }
 
@@ -134,6 +143,9 @@ impl Space {
 
     /// `length` bytes of guest memory from `address` on were written: reads the entries among them again, of all tables, and adds what changed to `changes`.
     pub fn table_written<M: EntryMemory + ?Sized>(&mut self, memory: &M, address: Gpa, length: u64, budget: &Budget, changes: &mut Changes) {
+        if let Some(shadow) = self.straight() {
+            return shadow.table_written(memory, address, length, budget, changes);
+        }
         self.look(memory, budget, changes, |kind, look, _| match kind {
             Kind::Blocked | Kind::Direct(_) => {}
             Kind::One(one) => one.table_written(look, address, length),
@@ -200,7 +212,7 @@ impl Space {
                 self.look_at_told(memory, budget, changes, |kind, look, ground| match kind {
                     Kind::Blocked => {}
                     Kind::Direct(windows) => show_windows(windows, look, ground),
-                    Kind::One(one) => one.synchronise(look, Span::ALL, false),
+                    Kind::One(one) => one.synchronise(look, &[Wanted::whole(Span::ALL)]),
                     Kind::Two(two) => two.synchronise(look, Span::ALL, false),
                 });
                 drop(before);
@@ -298,6 +310,15 @@ impl Space {
     /// Changes of the table are changes of the address space.
     fn is_straight(&self) -> bool {
         matches!(self.kind, Kind::One(_)) && self.intercepts.is_empty()
+    }
+
+    /// The only table, if its changes are those of the address space and nothing else is to be done.
+    #[inline]
+    fn straight(&mut self) -> Option<&mut Shadow> {
+        match &mut self.kind {
+            Kind::One(one) if self.intercepts.is_empty() && !one.wants() => Some(&mut one.shadow),
+            _ => None,
+        }
     }
 
     /// From here on [`Space::told`] has everything.

@@ -7,6 +7,7 @@ use crate::memory::{Budget, EntryMemory, MemoryMap};
 use crate::sync::changes::Changes;
 use crate::sync::shadow::{Prepared, Shadow, ShadowFigures};
 use crate::sync::stages::look::{Look, Rules};
+use crate::sync::wanted::Wanted;
 use crate::table::{Compared, Piece};
 use crate::{Change, Gpa, Span};
 
@@ -37,9 +38,15 @@ impl One {
         ShadowFigures { blocked: figures.blocked + self.wanting.len() as u64, ..figures }
     }
 
-    pub(super) fn synchronise<M: EntryMemory + ?Sized>(&mut self, look: &mut Look<'_, M>, span: Span, leaf_only: bool) {
-        self.with(look, |shadow, memory, budget, changes| shadow.synchronise(memory, span, leaf_only, budget, changes));
-        self.try_again(look, span);
+    /// Whether there are pieces of which not all parts were told.
+    pub(super) fn wants(&self) -> bool {
+        !self.wanting.is_empty()
+    }
+
+    /// Looks at IOVAs that ascend.
+    pub(super) fn synchronise<M: EntryMemory + ?Sized>(&mut self, look: &mut Look<'_, M>, wanted: &[Wanted]) {
+        self.with(look, |shadow, memory, budget, changes| shadow.synchronise_all(memory, wanted, budget, changes));
+        wanted.iter().for_each(|one| self.try_again(look, one.span));
     }
 
     pub(super) fn table_written<M: EntryMemory + ?Sized>(&mut self, look: &mut Look<'_, M>, address: Gpa, length: u64) {

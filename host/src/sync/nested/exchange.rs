@@ -1,0 +1,88 @@
+//! Leaves that come, go and become other leaves, each in one slot of a table that stays: most of what a running guest does.
+
+use crate::memory::EntryLayout;
+use crate::sync::nested::plan::{Chain, Leaves};
+use crate::sync::nested::slots::{One, Place, Slots};
+use crate::sync::nested::{HostTable, Slot, TableMemory};
+use crate::table::{Loss, Losses, Piece, low_bits};
+use crate::{Attributes, Span};
+
+/// What is needed to write leaves into a table.
+pub(super) struct Writer<'a, M> {
+    pub(super) chain: &'a Chain,
+    pub(super) number: usize,
+    pub(super) depth: usize,
+    pub(super) leaves: &'a mut Leaves,
+    pub(super) losses: &'a mut Losses,
+    pub(super) memory: &'a mut M,
+    pub(super) layout: EntryLayout,
+}
+
+impl<M: TableMemory> Writer<'_, M> {
+    /// Makes the next few changes of a table, as long as they are such.
+    #[inline]
+    pub(super) fn exchange(&mut self, table: &mut HostTable, slots: &mut Slots<'_, '_>) {
+        while let Some(one) = slots.peek() {
+            if !self.put(table, one) {
+                return;
+            }
+            slots.made(&one);
+        }
+    }
+
+    /// Makes a change of one slot; false: it is another kind of change, and nothing was done.
+    #[inline]
+    pub(super) fn put(&mut self, table: &mut HostTable, One { index, unmap, map }: One<'_>) -> bool {
+        let Some(slot) = table.slots.get_mut(index as usize) else { return false };
+        let was_leaf = matches!(slot, Slot::Leaf(_));
+        if unmap != was_leaf || !was_leaf && *slot != Slot::Absent {
+            return false;
+        }
+        let (new, entry) = match map {
+            None => (Slot::Absent, self.chain.rungs[self.depth].absent),
+            Some(piece) => match page(self.leaves, self.losses, (self.chain, self.number, self.depth), piece, piece.address) {
+                Some(leaf) => leaf,
+                None => return false,
+            },
+        };
+        self.memory.store(table.address, self.layout, index, entry);
+        *slot = new;
+        table.live = table.live + u64::from(map.is_some()) - u64::from(was_leaf);
+        true
+    }
+}
+
+/// The entry of a leaf that fills a slot, if the piece has one there.
+#[inline]
+pub(super) fn leaf(leaves: &mut Leaves, losses: &mut Losses, slot: Place<'_>, piece: &Piece) -> Option<(Slot, u64)> {
+    let whole = slot.whole();
+    if whole != slot.span || piece.iova.first > whole.first || piece.iova.last < whole.last {
+        return None;
+    }
+    page(leaves, losses, (slot.chain, slot.number, slot.depth), piece, piece.address + (whole.first - piece.iova.first))
+}
+
+/// The same for a piece that has all of a slot, and the address that this goes to.
+#[inline]
+fn page(
+    leaves: &mut Leaves,
+    losses: &mut Losses,
+    (chain, number, depth): (&Chain, usize, usize),
+    piece: &Piece,
+    address: u64,
+) -> Option<(Slot, u64)> {
+    let size = chain.rungs[depth].lsb;
+    if address & low_bits(size) != 0 {
+        return None;
+    }
+    let (leaf, tracks) = leaves.of(chain, number, piece.attributes)?.get(depth)?.as_ref()?;
+    let entry = leaf.entry(address, size)?;
+    if !leaf.narrowed.is_empty() {
+        let wanted = |loss: &&Loss| **loss != Loss::DirtyTracking || piece.attributes.contains(Attributes::WRITABLE_WHEN_DIRTY);
+        for loss in leaf.narrowed.iter().filter(wanted) {
+            let iova = Span::of_log2((piece.iova.first + (address - piece.address)) >> size << size, size);
+            losses.add(*loss, || Piece { iova, address, attributes: piece.attributes }, 1, u128::from(low_bits(size)) + 1);
+        }
+    }
+    Some((Slot::Leaf(*tracks), entry))
+}

@@ -1,0 +1,94 @@
+//! What the entries stand for that a guest writes all the time: for each kind of table the few patterns that were met last, with all that is needed to tell what
+//! they show. They hold as long as the format's answers do.
+
+use crate::Attributes;
+use crate::sync::shadow::kind::{Asked, Kind, NOTHING_MISSING};
+use crate::sync::shadow::node::State;
+use crate::table::{LevelPlan, Move, low_bits};
+
+/// Patterns of one kind of table.
+const RECENT: usize = 4;
+
+/// What all entries with one pattern stand for: nothing, or a leaf.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Word {
+    mask: u64,
+    pattern: u64,
+    inherited: u64,
+    pub(super) state: State,
+    /// A leaf that shows a page, as large as its slot, if its address can be. Otherwise nothing is shown.
+    is_page: bool,
+    /// Where its address is: bits that stand in place, and those that move.
+    in_place: u64,
+    moved: Move,
+    /// Address bits that no page has: below its size, and beyond all outputs.
+    never: u64,
+    pub(super) attributes: Attributes,
+}
+
+/// No entry is this.
+const NONE: Word = Word {
+    mask: 0,
+    pattern: 1,
+    inherited: 0,
+    state: State::NOTHING,
+    is_page: false,
+    in_place: 0,
+    moved: Move { mask: 0, turn: 0 },
+    never: 0,
+    attributes: Attributes::none(),
+};
+
+impl Word {
+    /// Where the page goes that an entry shows, if it shows one.
+    #[inline]
+    pub(super) const fn page(&self, entry: u64) -> Option<u64> {
+        let address = entry & self.in_place | self.moved.apply(entry);
+        if self.is_page && address & self.never == 0 { Some(address) } else { None }
+    }
+}
+
+/// All words.
+#[derive(Debug)]
+pub(super) struct Words(Vec<[Word; RECENT]>);
+
+impl Words {
+    /// None yet, for so many kinds of tables.
+    pub(super) fn new(levels: usize) -> Self {
+        Self(vec![[NONE; RECENT]; levels])
+    }
+
+    /// What two entries of one table stand for, if that is remembered.
+    #[inline]
+    pub(super) fn find(&self, level: u8, inherited: u64, entries: [u64; 2]) -> Option<[&Word; 2]> {
+        let words = self.0.get(usize::from(level))?;
+        let find = |entry: u64| words.iter().find(|word| entry & word.mask == word.pattern && word.inherited == inherited);
+        Some([find(entries[0])?, find(entries[1])?])
+    }
+
+    /// Remembers what was asked about an entry, if that is simple: its pattern tells what it is, and it is nothing, or a leaf of a kind as large as its slot.
+    pub(super) fn learn(&mut self, level: u8, plan: &LevelPlan, inherited: u64, asked: &Asked, leaf: Option<(State, &Kind)>, output_bits: u8) {
+        let Some(words) = self.0.get_mut(usize::from(level)) else { return };
+        let mut word = Word { mask: asked.mask, pattern: asked.pattern, inherited, ..NONE };
+        if let Some((state, kind)) = leaf {
+            let field = plan.field(kind.shape);
+            let simple = kind.size_log2 == plan.index_lsb && kind.missing == NOTHING_MISSING && field.is_plain();
+            if asked.whole || !simple {
+                return;
+            }
+            word = Word {
+                state,
+                is_page: !kind.attributes.grants_nothing(),
+                in_place: field.in_place,
+                moved: field.moved,
+                never: low_bits(kind.size_log2) | !low_bits(output_bits),
+                attributes: kind.attributes,
+                ..word
+            };
+        }
+        if !asked.whole {
+            words.rotate_right(1);
+            words[0] = word;
+        }
+    }
+}
