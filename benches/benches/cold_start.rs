@@ -44,6 +44,8 @@ fn cold_start(criterion: &mut Criterion) {
     let folder = tempfile::tempdir().unwrap();
     let cached = || Engine::new(Config::default().with_cache(folder.path().join("cache"))).unwrap();
     let uncached = Engine::new(Config::default()).unwrap();
+    let two = std::num::NonZeroUsize::new(2).unwrap();
+    let threads = Engine::new(Config::default().with_compile_threads(two)).unwrap();
     let engine = cached();
     let mut rows = Vec::new();
     for (name, table) in plugins() {
@@ -52,6 +54,7 @@ fn cold_start(criterion: &mut Criterion) {
         let mut format = plugin.open(&table).unwrap();
         let mut steps: Vec<Step<'_>> = vec![
             ("compile, without a cache", 10, Box::new(|| drop(black_box(Plugin::load(&uncached, &bytes).unwrap())))),
+            ("compile on two threads", 10, Box::new(|| drop(black_box(Plugin::load(&threads, &bytes).unwrap())))),
             ("admission alone", 50, Box::new(|| drop(black_box(admit(&bytes, engine.limits()).unwrap())))),
             ("load from the cache", 50, Box::new(|| drop(black_box(Plugin::load(&engine, &bytes).unwrap())))),
             ("instantiate", 100, Box::new(|| drop(black_box(plugin.instantiate().unwrap())))),

@@ -7,7 +7,8 @@
 //! cargo run -p stagecraft --example emulated_device [SNAPSHOT] [DEVICE ID]
 //! ```
 use std::error::Error;
-use std::path::PathBuf;
+use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::Ordering;
 
@@ -119,7 +120,12 @@ fn main() -> Result<()> {
     let mut arguments = std::env::args().skip(1);
     let folder = arguments.next().map_or_else(|| PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/arm64-s1-4k")), PathBuf::from);
     let id = arguments.next().map_or(Ok(0x38), |id| u64::from_str_radix(id.trim_start_matches("0x"), 16))?;
-    let snapshot = Snapshot::load(&folder)?;
+    run(&folder, id, &mut std::io::stdout())
+}
+
+/// Plays a few moments in the life of a device, and says what happened.
+pub fn run(folder: &Path, id: u64, out: &mut impl Write) -> Result<()> {
+    let snapshot = Snapshot::load(folder)?;
     let plugins = Plugins::builtin(&Engine::new(Config::default())?)?;
     let guest = Guest::new(&snapshot, &plugins)?;
     let stream = guest.stream(id, None)?;
@@ -150,7 +156,7 @@ fn main() -> Result<()> {
     };
     let dma = IommuMemory::new(memory.clone(), LookupIommu::new(lookup, resolve), true, ());
 
-    println!("{} {id:#x}: ring at IOVA {:#x}, {} buffers", stream.label, ring.iova.first, buffers.len());
+    writeln!(out, "{} {id:#x}: ring at IOVA {:#x}, {} buffers", stream.label, ring.iova.first, buffers.len())?;
     let mut served = 0;
     for round in 1..=32_u8 {
         for buffer in buffers {
@@ -167,18 +173,17 @@ fn main() -> Result<()> {
         }
     }
     let walks = space.lock().map_err(|error| error.to_string())?.walks;
-    println!("{served} requests served, {walks} walks of the guest's tables");
+    writeln!(out, "{served} requests served, {walks} walks of the guest's tables")?;
 
     let gone = buffers[0];
     space.lock().map_err(|error| error.to_string())?.unmap(gone.iova.first)?;
     request(&memory, ring.address, gone.iova.first, 1500)?;
     match serve(&dma, ring.iova.first, &mut served) {
-        Err(error) => println!("after the guest unmapped {:#x}: {error}", gone.iova.first),
+        Err(error) => writeln!(out, "after the guest unmapped {:#x}: {error}", gone.iova.first)?,
         Ok(()) => return Err("the device reached a page that was unmapped".into()),
     }
     // Its neighbours are there as before.
     request(&memory, ring.address, buffers[1].iova.first, 1500)?;
     serve(&dma, ring.iova.first, &mut served)?;
-    println!("and {:#x} still works", buffers[1].iova.first);
-    Ok(())
+    Ok(writeln!(out, "and {:#x} still works", buffers[1].iova.first)?)
 }

@@ -16,6 +16,7 @@
 //! ```
 use std::collections::HashMap;
 use std::error::Error;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -82,13 +83,7 @@ impl Vmm {
         // A plugin that fails is opened again, or put into quarantine; the guest's DMA is never wider than what was said before.
         let supervisors = Supervisors::new(Arc::clone(&plugins), Policy::default());
         // One context per guest: it owns the kernel's fd and pins guest memory once. Limits bound what the guest can make it hold.
-        let watched = Watched::default();
-        let setup = Setup {
-            tables,
-            watcher: Some(Box::new(watched.clone())),
-            supervisors: Some(supervisors.clone()),
-            ..Setup::new(kernel, plugins, GuestMemory::of_mmap(&memory)?)
-        };
+        let setup = Setup { tables, supervisors: Some(supervisors.clone()), ..Setup::new(kernel, plugins, GuestMemory::of_mmap(&memory)?) };
         // What address spaces are made like: any strategy. What is in them is the guest's to say.
         let template = Request::guest(GuestView { outcome: Outcome::Bypass, id: 0 });
         let spaces = ContextSpaces::new(Context::with(setup)?, template);
@@ -96,6 +91,7 @@ impl Vmm {
         let Source::Unit { kind, registers } = snapshot.source.clone() else { return Err("this snapshot has no registers".into()) };
         let supervisor = supervisors.by_unit(&kind)?;
         let unit = viommu::UnitConfig { kind, registers, map: Arc::new(snapshot.map.clone()), limits: Limits::default() };
+        let watched = Watched::default();
         let viommu = Viommu::new(supervisor, unit, memory.clone(), spaces, Box::new(watched.clone()));
         Ok(Self { viommu, memory, watched })
     }
@@ -220,11 +216,11 @@ fn main() -> Result<()> {
     let mut arguments = std::env::args().skip(1);
     let folder = arguments.next().map_or_else(|| PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/arm64-s1-4k")), PathBuf::from);
     let id = arguments.next().map_or(Ok(0x38), |id| u64::from_str_radix(id.trim_start_matches("0x"), 16))?;
-    run(&folder, id)
+    run(&folder, id, &mut std::io::stdout())
 }
 
-/// Plays a few moments in the life of a guest.
-pub fn run(folder: &Path, id: u64) -> Result<()> {
+/// Plays a few moments in the life of a guest, and says what happened.
+pub fn run(folder: &Path, id: u64, out: &mut impl Write) -> Result<()> {
     let snapshot = Snapshot::load(folder)?;
     let memory = ram(&snapshot)?;
     let buffers = buffers(&snapshot, id)?;
@@ -240,7 +236,7 @@ pub fn run(folder: &Path, id: u64) -> Result<()> {
 
     let mut vmm = Vmm::new(&snapshot, memory.clone(), Arc::clone(&sim) as Arc<dyn Kernel>, Arc::clone(&sim) as Arc<dyn TableSupply>)?;
     vmm.plug(LABEL, id)?;
-    println!("{}", vmm.explain(id)?);
+    writeln!(out, "{}", vmm.explain(id)?)?;
 
     // The device does DMA to IOVAs; no call of the VMM is in its way.
     for buffer in &buffers {
@@ -250,7 +246,7 @@ pub fn run(folder: &Path, id: u64) -> Result<()> {
             return Err(format!("DMA to {:#x} did not arrive at {:#x}", buffer.iova, buffer.address).into());
         }
     }
-    println!("DMA to {} buffers arrived in guest memory", buffers.len());
+    writeln!(out, "DMA to {} buffers arrived in guest memory", buffers.len())?;
 
     // The guest's driver unmaps a buffer: it clears the entry and queues commands.
     let entry: u64 = memory.load(GuestAddress(gone.entry), Ordering::Acquire)?;
@@ -262,12 +258,17 @@ pub fn run(folder: &Path, id: u64) -> Result<()> {
     device.write(None, Iova(kept.iova), &[1])?;
     // The guest is told of the DMA that was blocked, in its own architecture's words.
     let records = vmm.blocked(id, gone.iova);
-    println!("DMA to {:#x} is blocked after the guest unmapped it; its event queue gets {:02x?}", gone.iova, records.first().ok_or("no event")?);
+    writeln!(
+        out,
+        "DMA to {:#x} is blocked after the guest unmapped it; its event queue gets {:02x?}",
+        gone.iova,
+        records.first().ok_or("no event")?
+    )?;
 
     // It maps the buffer again, and says nothing: its architecture does not want it. The page of the table is watched.
     vmm.write_entry(gone.entry, entry)?;
     device.write(None, Iova(gone.iova), &[1])?;
-    println!("and arrives again after it was mapped, unannounced");
+    writeln!(out, "and arrives again after it was mapped, unannounced")?;
 
     // The end: nothing is left in the kernel.
     vmm.unplug(id)?;

@@ -30,8 +30,8 @@ pub use bindings::*;
 use crate::queue::Access;
 use crate::{
     Attributes, BlockKind, Blocked, ByteOrder, Command, Direct, Error, Event, EventRecord, Extent, FaultKind, Format, GuestMemory, Intercept,
-    InvalidationTarget, Meaning, Need, Note, Outcome, Place, RangeEntry, Recipe, Registers, Requester, Settings, Severity, TableConfig, Tag,
-    Translated, Unit, Window,
+    InvalidationTarget, Meaning, Need, Note, Outcome, PageRequest, Place, RangeEntry, Recipe, Registers, Requester, Settings, Severity, TableConfig,
+    Tag, Translated, Unit, Window,
 };
 
 /// [`GuestMemory`] through the component's import.
@@ -184,6 +184,22 @@ pub fn encode_event<U: Unit>(unit: &str, registers: Vec<types::Named>, event: qu
         domain: event.domain,
     };
     let EventRecord { queue, bytes } = U::encode_event(&registers_in(unit, registers), &event).map_err(error_out)?;
+    Ok(queue::EventRecord { queue, bytes })
+}
+
+/// `queue.encode-page-request` of unit `U`.
+///
+/// # Errors
+/// As [`Unit::encode_page_request`].
+pub fn encode_page_request<U: Unit>(
+    unit: &str,
+    registers: Vec<types::Named>,
+    request: &queue::PageRequest,
+) -> Result<queue::EventRecord, types::Error> {
+    install_panic_hook();
+    let queue::PageRequest { id, pasid, address, read, write, execute, privileged, group, last } = *request;
+    let request = PageRequest { id, pasid, address, read, write, execute, privileged, group, last };
+    let EventRecord { queue, bytes } = U::encode_page_request(&registers_in(unit, registers), &request).map_err(error_out)?;
     Ok(queue::EventRecord { queue, bytes })
 }
 
@@ -454,6 +470,13 @@ macro_rules! export_format {
                 }
                 fn encode_event(unit: String, registers: Vec<types::Named>, event: queue::Event) -> Result<queue::EventRecord, types::Error> {
                     export::encode_event::<$unit>(&unit, registers, event)
+                }
+                fn encode_page_request(
+                    unit: String,
+                    registers: Vec<types::Named>,
+                    request: queue::PageRequest,
+                ) -> Result<queue::EventRecord, types::Error> {
+                    export::encode_page_request::<$unit>(&unit, registers, &request)
                 }
             }
 

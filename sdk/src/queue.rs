@@ -17,6 +17,32 @@ pub enum Effect {
     DeviceTlb(Scope),
     /// The command is illegal, and hardware goes no further; with the code that it reports.
     Illegal(u32),
+    /// A group of page requests is answered.
+    Response(Response),
+}
+
+/// The guest's answer to a group of page requests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Response {
+    /// The requester.
+    pub id: u32,
+    /// The PASID of the requests.
+    pub pasid: Option<u32>,
+    /// Which group: 9 bits.
+    pub group: u16,
+    /// What the device is told.
+    pub answer: Answer,
+}
+
+/// What a device is told that asked for pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// They are there: it tries again.
+    Success,
+    /// At least one is not to be had.
+    Invalid,
+    /// It is not to ask any more.
+    Failure,
 }
 
 /// One effect of one command.
@@ -134,6 +160,13 @@ impl Command {
             Effect::Structures(scope) => scope.pack(3, self.index),
             Effect::DeviceTlb(scope) => scope.pack(4, self.index),
             Effect::Illegal(code) => [5 | index, code as u64, 0, 0],
+            Effect::Response(Response { id, pasid, group, answer }) => {
+                let space = match pasid {
+                    Some(pasid) => 1 << 7 | ((pasid & 0xf_ffff) as u64) << 12,
+                    None => 0,
+                };
+                [6 | 1 << 8 | space | index, id as u64, group as u64, answer as u64]
+            }
         }
     }
 }
@@ -211,6 +244,29 @@ impl Event {
     }
 }
 
+/// A device asks for a page. The WIT says what each field means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PageRequest {
+    /// Requester id, StreamID or device id.
+    pub id: u64,
+    /// PASID or SubstreamID.
+    pub pasid: Option<u32>,
+    /// An address in the page.
+    pub address: u64,
+    /// It wants to read.
+    pub read: bool,
+    /// It wants to write.
+    pub write: bool,
+    /// It wants to execute.
+    pub execute: bool,
+    /// It asks with privilege.
+    pub privileged: bool,
+    /// Which group: 9 bits.
+    pub group: u16,
+    /// The last one of the group.
+    pub last: bool,
+}
+
 /// The bytes of an event record.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EventRecord {
@@ -238,6 +294,12 @@ mod tests {
         assert_eq!(pack(Effect::Nothing), [0x1234 << 48, 0, 0, 0]);
         assert_eq!(pack(Effect::Everything), [0x1234 << 48 | 1, 0, 0, 0]);
         assert_eq!(pack(Effect::Illegal(7)), [0x1234 << 48 | 5, 7, 0, 0]);
+        let response = Response { id: 0x12_3456, pasid: Some(0xa_bcde), group: 0x1ff, answer: Answer::Failure };
+        assert_eq!(pack(Effect::Response(response)), [0x1234_0000_abcd_e186, 0x12_3456, 0x1ff, 2]);
+        assert_eq!(
+            pack(Effect::Response(Response { pasid: None, answer: Answer::Success, ..response })),
+            [0x1234_0000_0000_0106, 0x12_3456, 0x1ff, 0]
+        );
         let scope = Scope::ALL.domain(0xfedc).space(0xa_bcde).leaf(true);
         assert_eq!(pack(Effect::Range(scope.range(0x1000, 0x1fff))), [0x1234_fedc_abcd_e0d2, 0, 0x1000, 0x1fff]);
         assert_eq!(pack(Effect::DeviceTlb(Scope::ALL.id(0x1ff).ignoring(7))), [0x1234_0000_0000_0104, 0x7_0000_01f8, 0, u64::MAX]);

@@ -1,6 +1,6 @@
 //! From a unit's registers to the tables that a device uses.
 
-use crate::{Attributes, Command, Error, Event, EventRecord, Severity, TableConfig};
+use crate::{Attributes, Command, Error, Event, EventRecord, PageRequest, Severity, TableConfig};
 
 /// Reads guest memory on behalf of [`Unit::lookup`]; bounded by the host. Read a structure once, whole, and keep it.
 pub trait GuestMemory {
@@ -394,5 +394,14 @@ pub trait Unit {
     fn encode_event(registers: &Registers, event: &Event) -> Result<EventRecord, Error> {
         let _ = (registers, event);
         Err(Error::Unsupported("event records of this architecture".to_owned()))
+    }
+
+    /// The architecture's record of a page request, and where it goes.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] if the unit has no queue for it, or this plugin does not know it; [`Error::Invalid`] for what a record cannot hold.
+    fn encode_page_request(registers: &Registers, request: &PageRequest) -> Result<EventRecord, Error> {
+        let _ = (registers, request);
+        Err(Error::Unsupported("page requests of this architecture".to_owned()))
     }
 }

@@ -137,3 +137,33 @@ fn many_at_once_fill_it_once_and_all_are_served() {
     });
     assert_eq!(std::fs::read_dir(&cache).expect("entries").count(), 1, "nothing temporary is left");
 }
+
+#[test]
+fn compiled_code_is_mapped_from_its_entry_and_not_copied() {
+    let (_folder, cache, entry) = filled();
+    let mapped =
+        || std::fs::read_to_string("/proc/self/maps").expect("Linux").lines().filter(|line| line.ends_with(&*entry.to_string_lossy())).count();
+    let plugin = load(&cache).expect("from the cache");
+    assert!(mapped() > 0, "{} is not mapped", entry.display());
+    works(&plugin);
+    // What replaces an entry is another file: the code that runs is not touched.
+    std::fs::remove_file(&entry).expect("removed");
+    std::fs::write(&entry, b"something else").expect("written");
+    works(&plugin);
+}
+
+#[test]
+fn threads_that_compile_end_with_the_compilation() {
+    let threads = || {
+        let names = std::fs::read_dir("/proc/self/task").expect("Linux").flatten().map(|task| task.path().join("comm"));
+        names.filter_map(|name| std::fs::read_to_string(name).ok()).filter(|name| name.starts_with("stagecraft-comp")).count()
+    };
+    let three = std::num::NonZeroUsize::new(3).expect("not zero");
+    works(&Plugin::load(&Engine::new(Config::default().with_compile_threads(three)).expect("an engine"), HOSTILE).expect("compiled"));
+    // They were told to end; the system takes its time.
+    let patience = std::time::Instant::now() + std::time::Duration::from_secs(30);
+    while threads() > 0 && std::time::Instant::now() < patience {
+        std::thread::yield_now();
+    }
+    assert_eq!(threads(), 0);
+}

@@ -3,7 +3,7 @@
 
 use proptest::prelude::*;
 use stagecraft::Span;
-use stagecraft::plugin::queue::{Effect, Event, EventAccess, Invalidation, MAX_COMMAND_BYTES, Scope};
+use stagecraft::plugin::queue::{Answer, Effect, Event, EventAccess, GroupResponse, Invalidation, MAX_COMMAND_BYTES, Scope};
 use stagecraft::plugin::{CallError, Config, Engine, Plugins, Refusal};
 use stagecraft::table::FaultKind;
 use stagecraft_sdk::{Effect as SdkEffect, Registers, Unit};
@@ -53,6 +53,16 @@ fn understood(command: stagecraft_sdk::Command) -> Invalidation {
         SdkEffect::Structures(range) => Effect::Structures(scope(&range)),
         SdkEffect::DeviceTlb(range) => Effect::DeviceTlb { scope: scope(&range), iova: Span { first: range.first, last: range.last } },
         SdkEffect::Illegal(code) => Effect::Illegal(code),
+        SdkEffect::Response(response) => Effect::Response(GroupResponse {
+            id: response.id,
+            pasid: response.pasid,
+            group: response.group,
+            answer: match response.answer {
+                stagecraft_sdk::Answer::Success => Answer::Success,
+                stagecraft_sdk::Answer::Invalid => Answer::Invalid,
+                stagecraft_sdk::Answer::Failure => Answer::Failure,
+            },
+        }),
     };
     Invalidation { index: command.index, effect }
 }

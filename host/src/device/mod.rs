@@ -132,6 +132,11 @@ impl<M: GuestMemory + Clone + Send + 'static> Unit<M> {
         self.registers = registers;
     }
 
+    /// The guest's memory is another.
+    pub fn set_memory(&mut self, memory: M, map: Arc<MemoryMap>) {
+        (self.memory, self.map) = (memory, map);
+    }
+
     /// What requests of `requester` get.
     ///
     /// # Errors

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::commit::KernelCommitter;
 use super::device::{Connected, Held, Slot, Who, outside};
 use super::metrics::Counter;
-use super::nested::{Bound, For};
+use super::nested::{Bound, For, OWNERS_PASIDS, takes_pasids};
 use super::parent::Under;
 use super::part::{Engine, Host, Part};
 use super::space::{Content, Space, State};
@@ -13,23 +13,40 @@ use super::strategy::{Candidate, Choice};
 use super::tables::PoolTables;
 use super::{Chosen, Device, Error, Explanation, Ioasid, Kind, Property, Refusal, Strategy};
 use crate::kernel::{Errno, HwptFlags, Pasid};
-use crate::sync::{AreaLimits, Areas, Nested, NestedTable};
+use crate::sync::{AreaLimits, Areas, Nested, NestedTable, Report};
+
+/// Users that were looked at, to be dropped without locks.
+type Dropped = Vec<(Arc<Connected>, Option<Slot>)>;
 
 impl Ioasid {
-    /// Attaches a device, or a PASID of it. The first device behind a unit has a strategy chosen for its path; further ones share what was made.
+    /// Attaches a device, or a PASID of it. The first device behind a unit has a strategy chosen for its path; further ones share what was made. What was read
+    /// of the guest's tables, if something was made, is told: entries that are blocked among it.
     ///
     /// # Errors
     /// [`Error::Refused`] with the property that says no. Nothing has changed then, and the device's DMA is blocked as before.
-    pub fn attach(&self, device: &Device, pasid: Option<Pasid>) -> Result<(), Error> {
-        self.0.join(&device.0, pasid, false)
+    pub fn attach(&self, device: &Device, pasid: Option<Pasid>) -> Result<Report, Error> {
+        self.0.join_with_company(&device.0, pasid, false)
     }
 
     /// Attaches a device, or a PASID of it, in the place of the IOASID that it is attached to: each of its transactions sees either the one or the other.
     ///
     /// # Errors
     /// As [`Ioasid::attach`]; the old attachment stays.
-    pub fn replace(&self, device: &Device, pasid: Option<Pasid>) -> Result<(), Error> {
-        self.0.join(&device.0, pasid, true)
+    pub fn replace(&self, device: &Device, pasid: Option<Pasid>) -> Result<Report, Error> {
+        self.0.join_with_company(&device.0, pasid, true)
+    }
+
+    /// Chooses strategies again: where a better one can be had now, another page table or host table is made and filled, and devices are put on it, so that each
+    /// of their transactions sees either the one or the other. What was read for that. It happens by itself when the guest's structures change
+    /// ([`Ioasid::switch`]), and when the last PASID of a device is detached.
+    ///
+    /// # Errors
+    /// The kernel or a plugin failed in the middle: units that were not moved stay as they are, and so does whoever is attached there.
+    pub fn reconsider(&self) -> Result<Report, Error> {
+        let _memory = self.0.context().hold_memory();
+        let mut detached = Vec::new();
+        let mut state = self.0.lock();
+        self.0.improve(&mut state, &mut detached, "because somebody asked")
     }
 
     /// Detaches a device, or a PASID of it, from this IOASID: its DMA is blocked from then on.
@@ -44,19 +61,24 @@ impl Ioasid {
         device.detach(pasid)
     }
 
-    /// What would be chosen for a device, without making anything.
+    /// What would be chosen for a device, or for a PASID of it, without making anything. Where a part for its unit is there that it would share, what was chosen for that.
     ///
     /// # Errors
     /// A plugin fails.
-    pub fn explain_for(&self, device: &Device) -> Result<Explanation, Error> {
+    pub fn explain_for(&self, device: &Device, pasid: Option<Pasid>) -> Result<Explanation, Error> {
+        let company = pasid.is_some() || device.0.slots().keys().any(Option::is_some);
         let state = self.0.lock();
-        if let Some(part) = state.parts.iter().find(|part| part.unit == device.0.unit()) {
+        let part = state.parts.iter().find(|part| part.unit == device.0.unit());
+        if let Some(part) = part.filter(|part| !company || part.has_pasids()) {
             return Ok(part.explanation.clone());
         }
         let mut explanation = Explanation::new(device.label());
         for strategy in Strategy::ALL {
             match self.0.choice(&state, &device.0, &self.0.context().memory()).judge(strategy)? {
                 Err(reasons) => explanation.reject(strategy, reasons),
+                Ok((candidate, _)) if company && !self.0.takes_pasids(&device.0, &candidate)? => {
+                    explanation.reject(strategy, vec![Error::from(Refusal::new(Property::Pasid, OWNERS_PASIDS)).to_string()]);
+                }
                 Ok((candidate, notes)) => {
                     explanation.chosen = Some(Chosen { strategy, what: candidate.what() });
                     explanation.notes = notes;
@@ -97,7 +119,119 @@ impl Ioasid {
     }
 }
 
+/// Why a part is made anew.
+#[derive(Clone, Copy)]
+struct Anew<'a> {
+    /// Only strategies that are better than this one.
+    better_than: Option<Strategy>,
+    /// A PASID is to be attached beside its users.
+    company: bool,
+    /// For [`Explanation::notes`]: the rest of a sentence.
+    why: &'a str,
+}
+
 impl Space {
+    /// [`Space::join`]; where a device's own table stands in the way of its PASIDs, that one is made anew so that it does not.
+    fn join_with_company(self: &Arc<Self>, device: &Arc<Connected>, pasid: Option<Pasid>, replace: bool) -> Result<Report, Error> {
+        let error = match self.join(device, pasid, replace) {
+            Err(Error::Refused(refusal)) if pasid.is_some() && refusal.property == Property::Pasid => refusal,
+            joined => return joined,
+        };
+        let own = device.slots().get(&None).map(|slot| Arc::clone(&slot.space));
+        let Some(own) = own else { return Err(error.into()) };
+        if !own.make_room_for_pasids(device)? {
+            return Err(error.into());
+        }
+        self.join(device, pasid, replace)
+    }
+
+    /// A PASID of a device is to be attached, and the device's own table is one that its PASIDs belong to: makes it anew as one that leaves them alone. False: that is not
+    /// what stands in the way.
+    fn make_room_for_pasids(self: &Arc<Self>, device: &Arc<Connected>) -> Result<bool, Error> {
+        let _memory = self.context().hold_memory();
+        let mut dropped = Vec::new();
+        let mut state = self.lock();
+        let is_user = |part: &Part| part.users.iter().any(|(user, pasid)| pasid.is_none() && std::ptr::eq(user.as_ptr(), Arc::as_ptr(device)));
+        let Some(place) = state.parts.iter().position(|part| is_user(part) && !part.has_pasids()) else { return Ok(false) };
+        let why = format!("because device {} uses PASIDs, which belong to such a table's owner on this unit", device.label());
+        let anew = Anew { better_than: None, company: true, why: &why };
+        match self.make_anew(&mut state, place, anew, &mut dropped) {
+            Ok(made) => Ok(made.is_some()),
+            Err(Error::Refused(refusal)) => Err(Refusal::new(Property::Pasid, format!("{}: {}", self.id(), refusal.reason)).into()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The last PASID of a device was detached: its own table may be a better one again.
+    pub(super) fn without_company(self: &Arc<Self>, device: &Connected) {
+        let _memory = self.context().hold_memory();
+        let mut dropped = Vec::new();
+        let mut state = self.lock();
+        let why = format!("because device {} uses no PASIDs any more", device.label());
+        if let Err(error) = self.improve(&mut state, &mut dropped, &why) {
+            tracing::debug!(%error, ioasid = self.id().0, "a better strategy was not to be had");
+        }
+    }
+
+    /// Chooses better strategies for units whose devices can have them now.
+    pub(super) fn improve(self: &Arc<Self>, state: &mut State, dropped: &mut Dropped, why: &str) -> Result<Report, Error> {
+        let mut all = Report::default();
+        for place in 0..state.parts.len() {
+            let Some(chosen) = state.parts[place].explanation.chosen.as_ref().map(|chosen| chosen.strategy) else { continue };
+            let anew = Anew { better_than: Some(chosen), company: false, why };
+            if let Some(report) = self.make_anew(state, place, anew, dropped)? {
+                all.join(report);
+            }
+        }
+        Ok(all)
+    }
+
+    /// Makes a part anew and moves its users there. None if nobody uses it, or there is nothing better. On an error nobody was moved.
+    fn make_anew(self: &Arc<Self>, state: &mut State, place: usize, anew: Anew<'_>, dropped: &mut Dropped) -> Result<Option<Report>, Error> {
+        let users: Vec<(Arc<Connected>, Option<Pasid>)> =
+            state.parts[place].users.iter().filter_map(|(user, pasid)| Some((user.upgrade()?, *pasid))).collect();
+        dropped.extend(users.iter().map(|(user, _)| (Arc::clone(user), None)));
+        let Some((device, _)) = users.first() else { return Ok(None) };
+        // The address space of a PASID, or of a device that uses PASIDs elsewhere.
+        let company = anew.company || users.iter().any(|(user, pasid)| pasid.is_some() || user.slots().keys().any(Option::is_some));
+        let Some((mut part, report)) = self.build(state, device, company, anew.better_than)? else { return Ok(None) };
+        let mut moved = Vec::new();
+        for (device, pasid) in &users {
+            match self.hand_over(&mut state.parts[place], &mut part, device, *pasid) {
+                Ok(()) => moved.push((device, *pasid)),
+                Err(error) => {
+                    for (device, pasid) in moved {
+                        let _ = self.hand_over(&mut part, &mut state.parts[place], device, pasid);
+                    }
+                    return Err(error);
+                }
+            }
+        }
+        let before = &mut state.parts[place];
+        let was = before.explanation.chosen.as_ref().map(|chosen| chosen.strategy);
+        let is_other = was != part.explanation.chosen.as_ref().map(|chosen| chosen.strategy);
+        if let Some(was) = was.filter(|_| is_other) {
+            part.explanation.notes.push(format!("chosen {}: was {was} before", anew.why));
+        }
+        part.users = std::mem::take(&mut before.users);
+        part.blocked = std::mem::take(&mut before.blocked);
+        state.parts[place] = part;
+        Ok(Some(report))
+    }
+
+    /// Whether single PASIDs can be attached to what a candidate makes.
+    fn takes_pasids(&self, device: &Connected, candidate: &Candidate) -> Result<bool, Error> {
+        match candidate {
+            Candidate::Memory | Candidate::Nothing | Candidate::Areas => Ok(true),
+            Candidate::Own(config) => takes_pasids(self.context(), device, config, Under::Guest),
+            Candidate::Table(config, format) => {
+                let mut config = config.clone();
+                format.geometry_ref().roots.iter().for_each(|root| config.settings.set(&root.setting, 0));
+                takes_pasids(self.context(), device, &config, Under::Host)
+            }
+        }
+    }
+
     fn choice<'a>(&'a self, state: &'a State, device: &'a Connected, memory: &'a super::GuestMemory) -> Choice<'a> {
         Choice {
             request: self.request(),
@@ -143,21 +277,23 @@ impl Space {
         Err(Refusal::new(Property::Unit, reason))
     }
 
-    /// The part that a device gets, made if there is none; and whether it was made.
-    fn part_for(&self, state: &mut State, device: &Arc<Connected>, pasid: Option<Pasid>) -> Result<(usize, bool), Error> {
+    /// The part that a device gets, made if there is none; and what was read for it if it was made.
+    fn part_for(&self, state: &mut State, device: &Arc<Connected>, company: bool) -> Result<(usize, Option<Report>), Error> {
         // Areas are for all units: the kernel keeps a table for each of them.
         let is_shared = |part: &Part| matches!(part.host, Host::Areas(_));
         let same = state.parts.iter().position(|part| part.unit == device.unit());
         if let Some(place) = same.or_else(|| state.parts.iter().position(is_shared)) {
-            return Ok((place, false));
+            return Ok((place, None));
         }
         self.check_unit(state, device)?;
-        let part = self.build(state, device, pasid)?;
+        let Some((part, report)) = self.build(state, device, company, None)? else {
+            return Err(Refusal::new(Property::Strategy, format!("device {}: there is no strategy", device.label())).into());
+        };
         state.parts.push(part);
-        Ok((state.parts.len() - 1, true))
+        Ok((state.parts.len() - 1, Some(report)))
     }
 
-    fn join(self: &Arc<Self>, device: &Arc<Connected>, pasid: Option<Pasid>, replace: bool) -> Result<(), Error> {
+    fn join(self: &Arc<Self>, device: &Arc<Connected>, pasid: Option<Pasid>, replace: bool) -> Result<Report, Error> {
         self.check(device, pasid)?;
         let _memory = self.context().hold_memory();
         let not_attached = || Refusal::new(Property::Attachment, format!("{} is not attached", Who(device.label(), pasid)));
@@ -169,7 +305,7 @@ impl Space {
                     return Err(Refusal::new(Property::Attachment, reason).into());
                 }
                 (None, true) => return Err(not_attached().into()),
-                (Some(space), true) if Arc::ptr_eq(space, self) => return Ok(()),
+                (Some(space), true) if Arc::ptr_eq(space, self) => return Ok(Report::default()),
                 (Some(_), true) | (None, false) => {}
             }
             // Locks in the order of numbers.
@@ -190,7 +326,9 @@ impl Space {
                 // Somebody else was faster.
                 continue;
             }
-            let (place, is_new) = self.part_for(&mut state, device, pasid)?;
+            // Whether PASIDs and the device itself are to have page tables side by side.
+            let company = pasid.is_some() || slots.keys().any(Option::is_some);
+            let (place, made) = self.part_for(&mut state, device, company)?;
             let part = &mut state.parts[place];
             let moved = match (slots.get_mut(&pasid), &mut other) {
                 (Some(slot), Some(other)) => Self::move_to(part, device, pasid, slot, other).map(|()| slot.space = Arc::clone(self)),
@@ -199,64 +337,71 @@ impl Space {
                 }),
             };
             if let Err(error) = moved {
-                if is_new {
+                if made.is_some() {
                     state.parts.pop();
                 }
                 return Err(error);
             }
-            state.parts[place].joined(device, pasid);
+            let part = &mut state.parts[place];
+            part.joined(device, pasid);
+            part.is_new = false;
             if let Some(other) = &mut other {
                 let _ = other.parts.iter_mut().any(|part| part.left(Arc::as_ptr(device), pasid));
             }
             tracing::debug!(device = device.label(), ioasid = self.id().0, replace, "attached");
-            return Ok(());
+            return Ok(made.unwrap_or_default());
         }
     }
 
     /// The guest's structures say something else: parts whose units walk the guest's own table, or a table of the kernel's, are made anew, and those who use
-    /// them are moved. On an error nobody was. What is in `dropped` then is to be dropped without locks.
-    pub(super) fn rebuild(self: &Arc<Self>, state: &mut State, dropped: &mut Vec<(Arc<Connected>, Option<Slot>)>) -> Result<(), Error> {
+    /// them are moved. On an error nobody was. Others follow, unless something better can be had now. What is in `dropped` then is to be dropped without locks.
+    pub(super) fn rebuild(self: &Arc<Self>, state: &mut State, dropped: &mut Dropped) -> Result<Report, Error> {
+        const WHY: &str = "because the guest's structures changed";
+        let mut all = Report::default();
         for place in 0..state.parts.len() {
-            if state.parts[place].follows() {
+            if !state.parts[place].follows() {
+                let anew = Anew { better_than: None, company: false, why: WHY };
+                all.join(self.make_anew(state, place, anew, dropped)?.unwrap_or_default());
+            }
+        }
+        for place in 0..state.parts.len() {
+            let Some(chosen) = state.parts[place].explanation.chosen.as_ref().map(|chosen| chosen.strategy) else { continue };
+            if !state.parts[place].follows() || state.parts[place].is_new {
                 continue;
             }
-            let users: Vec<(Arc<Connected>, Option<Pasid>)> =
-                state.parts[place].users.iter().filter_map(|(user, pasid)| Some((user.upgrade()?, *pasid))).collect();
-            dropped.extend(users.iter().map(|(user, _)| (Arc::clone(user), None)));
-            let Some((device, _)) = users.first() else { continue };
-            let with_pasid = users.iter().find_map(|(_, pasid)| *pasid);
-            let mut part = self.build(state, device, with_pasid)?;
-            let mut moved = Vec::new();
-            for (device, pasid) in &users {
-                match self.hand_over(&mut part, device, *pasid) {
-                    Ok(()) => moved.push((device, *pasid)),
-                    Err(error) => {
-                        for (device, pasid) in moved {
-                            let _ = self.hand_over(&mut state.parts[place], device, pasid);
-                        }
-                        return Err(error);
-                    }
-                }
+            let anew = Anew { better_than: Some(chosen), company: false, why: WHY };
+            match self.make_anew(state, place, anew, dropped) {
+                Ok(report) => all.join(report.unwrap_or_default()),
+                // It follows as it is.
+                Err(error) => tracing::debug!(%error, ioasid = self.id().0, "a better strategy was not to be had"),
             }
-            part.users = std::mem::take(&mut state.parts[place].users);
-            part.blocked = std::mem::take(&mut state.parts[place].blocked);
-            state.parts[place] = part;
         }
         // Of what nobody uses nothing is kept: it would have to be made anew.
-        let Kind::Guest(_) = state.kind else { return Ok(()) };
+        let Kind::Guest(_) = state.kind else { return Ok(all) };
         state.parts.retain(|part| part.follows() || part.users.iter().any(|(user, _)| user.strong_count() > 0) || !part.blocked.is_empty());
-        Ok(())
+        Ok(all)
     }
 
-    /// Moves an attachment of this IOASID to another part of it.
-    fn hand_over(self: &Arc<Self>, part: &mut Part, device: &Arc<Connected>, pasid: Option<Pasid>) -> Result<(), Error> {
+    /// Moves an attachment of this IOASID from one part of it to another; on an error it stays.
+    fn hand_over(self: &Arc<Self>, from: &mut Part, to: &mut Part, device: &Arc<Connected>, pasid: Option<Pasid>) -> Result<(), Error> {
         let mut slots = device.slots();
         let Some(slot) = slots.get_mut(&pasid).filter(|slot| Arc::ptr_eq(&slot.space, self)) else { return Ok(()) };
-        let Held::Here(attachment) = std::mem::replace(&mut slot.held, Held::Nowhere) else { return Ok(()) };
+        let (attachment, was_areas) = match std::mem::replace(&mut slot.held, Held::Nowhere) {
+            Held::Here(attachment) => (attachment, false),
+            Held::Areas => match from.release(device, pasid) {
+                Some(attachment) => (attachment, true),
+                // A swap left it behind: it is detached by now, and has to be attached anew.
+                None => {
+                    slot.held = Self::attach_to(to, device, pasid)?;
+                    return Ok(());
+                }
+            },
+            Held::Nowhere => return Ok(()),
+        };
         let before = device.vdevice();
-        let entered = part.viommu().map_or(Ok(()), |viommu| device.enter(viommu)).map_err(Error::kernel("telling the vIOMMU of the device"));
+        let entered = to.viommu().map_or(Ok(()), |viommu| device.enter(viommu)).map_err(Error::kernel("telling the vIOMMU of the device"));
         let result = match entered {
-            Ok(()) => part.adopt(attachment, pasid).map_err(|(attachment, errno)| (attachment, refused(errno, device, pasid))),
+            Ok(()) => to.adopt(attachment, pasid).map_err(|(attachment, errno)| (attachment, refused(errno, device, pasid))),
             Err(error) => Err((attachment, error)),
         };
         match result {
@@ -266,7 +411,8 @@ impl Space {
             }
             Err((attachment, error)) => {
                 device.restore(before);
-                slot.held = Held::Here(attachment);
+                // If areas do not take it back its DMA would go where nobody looks after it: better nothing.
+                slot.held = if was_areas { from.adopt(attachment, pasid).unwrap_or(Held::Nowhere) } else { Held::Here(attachment) };
                 Err(error)
             }
         }
@@ -308,8 +454,7 @@ impl Space {
         act: impl FnOnce(&mut Part) -> Result<T, Error>,
     ) -> Result<T, Error> {
         if pasid.is_some() && !part.has_pasids() {
-            let reason = format!("the unit of device {} takes PASIDs with structures of the guest's only, not one by one", device.label());
-            return Err(Refusal::new(Property::Pasid, reason).into());
+            return Err(Refusal::new(Property::Pasid, format!("device {}: {OWNERS_PASIDS}", device.label())).into());
         }
         let before = device.vdevice();
         if let Some(viommu) = part.viommu() {
@@ -318,13 +463,23 @@ impl Space {
         act(part).inspect_err(|_| device.restore(before))
     }
 
-    /// Chooses a strategy for a device's path, and makes what it takes.
-    fn build(&self, state: &mut State, device: &Arc<Connected>, pasid: Option<Pasid>) -> Result<Part, Error> {
+    /// Chooses a strategy for a device's path, and makes what it takes; what was read for that. None if there is none that is better than the given one. With `company`
+    /// page tables of the device itself and of its PASIDs are to be side by side.
+    fn build(
+        &self,
+        state: &mut State,
+        device: &Arc<Connected>,
+        company: bool,
+        better_than: Option<Strategy>,
+    ) -> Result<Option<(Part, Report)>, Error> {
         let span = tracing::debug_span!("build", ioasid = self.id().0, device = device.label());
         let _entered = span.enter();
         let mut explanation = Explanation::new(device.label());
         let memory = self.context().memory();
         for strategy in Strategy::ALL {
+            if better_than == Some(strategy) {
+                return Ok(None);
+            }
             let (candidate, notes) = match self.choice(state, device, &memory).judge(strategy)? {
                 Ok(candidate) => candidate,
                 Err(reasons) => {
@@ -333,13 +488,14 @@ impl Space {
                 }
             };
             let what = candidate.what();
-            match self.make(state, device, pasid.is_some(), candidate) {
-                Ok(host) => {
+            match self.make(state, device, company, candidate) {
+                Ok((host, report)) => {
                     tracing::debug!(%strategy, what, "chosen");
                     self.context().count(Counter::of(strategy), 1);
                     explanation.chosen = Some(Chosen { strategy, what });
                     explanation.notes = notes;
-                    return Ok(Part { unit: device.unit(), host, explanation, users: Vec::new(), blocked: Vec::new() });
+                    let part = Part { unit: device.unit(), host, explanation, users: Vec::new(), is_new: true, blocked: Vec::new() };
+                    return Ok(Some((part, report)));
                 }
                 Err(error) if is_no(&error) => explanation.reject(strategy, vec![error.to_string()]),
                 Err(error) => return Err(error),
@@ -348,24 +504,24 @@ impl Space {
         Err(Refusal::new(Property::Strategy, format!("device {}: {}", device.label(), explanation.why_not())).into())
     }
 
-    fn make(&self, state: &State, device: &Arc<Connected>, with_pasid: bool, candidate: Candidate) -> Result<Host, Error> {
+    fn make(&self, state: &State, device: &Arc<Connected>, company: bool, candidate: Candidate) -> Result<(Host, Report), Error> {
         let context = self.context();
-        let whom = For { context, device, faults: state.faults.as_ref(), with_pasid };
+        let whom = For { context, device, faults: state.faults.as_ref(), with_pasids: company };
         match candidate {
             Candidate::Memory => {
                 // The parent is kept: it hears when memory comes or goes.
                 let parent = context.parent(Under::Guest)?;
                 let direct = parent.direct(device).map_err(Error::kernel("making a page table of guest memory"))?;
-                Ok(Host::Kernel { hwpt: direct, _parent: Some(parent) })
+                Ok((Host::Kernel { hwpt: direct, _parent: Some(parent) }, Report::default()))
             }
             Candidate::Nothing => {
-                let empty = context.empty(device.unit());
-                empty.map(|hwpt| Host::Kernel { hwpt, _parent: None }).ok_or_else(|| Refusal::new(Property::Unit, "the unit is not known").into())
+                let empty = context.empty(device.unit()).map(|hwpt| Host::Kernel { hwpt, _parent: None });
+                empty.map(|host| (host, Report::default())).ok_or_else(|| Refusal::new(Property::Unit, "the unit is not known").into())
             }
             Candidate::Own(config) => {
                 let mut bound = Bound::new(whom, context.parent(Under::Guest)?, &config, Under::Guest)?;
                 let committer = committer(&mut bound)?;
-                Ok(Host::Own(Box::new(bound), Box::new(committer)))
+                Ok((Host::Own(Box::new(bound), Box::new(committer)), Report::default()))
             }
             Candidate::Table(mut config, format) => {
                 let parent = context.parent(Under::Host)?;
@@ -376,26 +532,26 @@ impl Space {
                 }
                 let mut bound = Bound::new(whom, parent, &config, Under::Host)?;
                 let sink = Nested::new(table, committer(&mut bound)?);
-                let mut engine = Engine::new(context, self.id(), &state.kind, limits, sink)?;
-                engine.fill(&context.memory(), &state.told())?;
+                let mut engine = Engine::new(context, self.watcher(), &state.kind, limits, sink)?;
+                let report = engine.fill(&context.memory(), &state.told())?;
                 // A device is not attached to half of a table, unless its guest asks for more than it may have.
                 let table = engine.sink().table();
                 if let Some(errno) = table.memory().failure().filter(|_| table.figures().without_memory > 0) {
                     return Err(Error::kernel("memory for host tables")(errno));
                 }
-                Ok(Host::Table(Box::new(bound), Box::new(engine)))
+                Ok((Host::Table(Box::new(bound), Box::new(engine)), report))
             }
             Candidate::Areas => self.areas(state, device),
         }
     }
 
     /// What the kernel keeps in its own tables.
-    fn areas(&self, state: &State, device: &Connected) -> Result<Host, Error> {
+    fn areas(&self, state: &State, device: &Connected) -> Result<(Host, Report), Error> {
         let dirty = if self.request().dirty_tracking { HwptFlags::DIRTY_TRACKING } else { HwptFlags::NONE };
         let flags = device.pasid_flag() | dirty;
         if let Content::Managed(managed) = &state.content {
             let made = managed.ioas().hwpt(device.bound(), flags, state.faults.as_ref());
-            return made.map(|hwpt| Host::Kernel { hwpt, _parent: None }).map_err(|errno| match errno {
+            return made.map(|hwpt| (Host::Kernel { hwpt, _parent: None }, Report::default())).map_err(|errno| match errno {
                 Errno::EADDRINUSE => Refusal::new(Property::Iova, "areas lie where the unit cannot translate").into(),
                 errno => Error::kernel("making a page table for the device's unit")(errno),
             });
@@ -405,8 +561,8 @@ impl Space {
         }
         let limits = &self.request().limits;
         let areas = Areas::new(self.context().pins(), AreaLimits { flags, ..limits.areas }).map_err(Error::kernel("making an address space"))?;
-        let mut engine = Engine::new(self.context(), self.id(), &state.kind, limits, areas)?;
-        engine.fill(&self.context().memory(), &state.told())?;
+        let mut engine = Engine::new(self.context(), self.watcher(), &state.kind, limits, areas)?;
+        let report = engine.fill(&self.context().memory(), &state.told())?;
         if engine.sink().figures().pending > 0 {
             // What was refused once is tried again, and then given up.
             engine.commit().map_err(Error::Blocked)?;
@@ -414,7 +570,7 @@ impl Space {
                 return Err(Error::kernel("mapping guest memory for the device")(Errno::ENOMEM));
             }
         }
-        Ok(Host::Areas(Box::new(engine)))
+        Ok((Host::Areas(Box::new(engine)), report))
     }
 }
 

@@ -6,18 +6,19 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Weak};
 
 use super::device::Connected;
+use super::memory::compare;
 use super::metrics::{Counter, Counters};
 use super::parent::{Parent, Under};
 use super::space::Space;
 use super::watch::Watched;
 use super::{ContextLimits, Device, Error, GuestMemory, Ioasid, MemoryRegion, PlainTables, Property, Refusal, Request, SpaceId, TableSupply};
-use crate::Gpa;
 use crate::kernel::handle::{Device as Bound, Hwpt, Ioas, PageTable};
 use crate::kernel::{Errno, HwInfo, HwptFlags, IovaRanges, Kernel};
 use crate::pins::{Backing, Pins, Region};
 use crate::plugin::{Offer, Plugins, Policy, Supervisors, TableConfig};
 use crate::sync::{Report, Watcher};
 use crate::table::Format;
+use crate::{Gpa, Span};
 
 /// What a [`Context`] is made of.
 pub struct Setup {
@@ -68,7 +69,8 @@ pub(super) struct Inner {
     parents: Mutex<[Weak<Parent>; 2]>,
     memory: RwLock<GuestMemory>,
     /// Held for reading while page tables are made, which have all of guest memory at first, and for writing while that changes. Taken before all other locks.
-    gate: RwLock<()>,
+    /// In it: memory that went, and that the kernel still has because a call failed.
+    gate: RwLock<Vec<MemoryRegion>>,
     pins: Arc<Pins>,
     watched: Option<Arc<Watched>>,
     supply: Arc<dyn TableSupply>,
@@ -128,7 +130,7 @@ impl Inner {
     }
 
     /// While it is held, guest memory stays what it is.
-    pub(super) fn hold_memory(&self) -> RwLockReadGuard<'_, ()> {
+    pub(super) fn hold_memory(&self) -> RwLockReadGuard<'_, Vec<MemoryRegion>> {
         self.gate.read().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -251,7 +253,7 @@ impl Context {
             units: Mutex::default(),
             parents: Mutex::default(),
             memory: RwLock::new(memory),
-            gate: RwLock::new(()),
+            gate: RwLock::default(),
             pins,
             watched: watcher.map(|watcher| Arc::new(Watched::new(watcher))),
             supply: tables,
@@ -326,16 +328,25 @@ impl Context {
     /// # Errors
     /// [`Error::Refused`] by [`ContextLimits::spaces`]; [`Error::Plugins`], [`Error::Call`] and [`Error::Open`] for tables; [`Error::Kernel`].
     pub fn allocate(&self, request: Request) -> Result<Ioasid, Error> {
-        self.allocate_as(SpaceId(self.0.next_space.fetch_add(1, Ordering::Relaxed)), request)
+        self.allocate_as(SpaceId(self.0.next_space.fetch_add(1, Ordering::Relaxed)), request, None)
+    }
+
+    /// The same with a watcher of its own: it hears which guest pages hold tables of this IOASID, instead of [`Setup::watcher`]. What is written there is told
+    /// with [`Ioasid::table_written`].
+    ///
+    /// # Errors
+    /// As [`Context::allocate`].
+    pub fn allocate_watched(&self, request: Request, watcher: Box<dyn Watcher>) -> Result<Ioasid, Error> {
+        self.allocate_as(SpaceId(self.0.next_space.fetch_add(1, Ordering::Relaxed)), request, Some(watcher))
     }
 
     /// The same under a number that an earlier context gave.
-    pub(super) fn allocate_as(&self, id: SpaceId, request: Request) -> Result<Ioasid, Error> {
+    pub(super) fn allocate_as(&self, id: SpaceId, request: Request, watcher: Option<Box<dyn Watcher>>) -> Result<Ioasid, Error> {
         self.0.next_space.fetch_max(id.0.saturating_add(1), Ordering::Relaxed);
         if lock(&self.0.spaces).len() >= self.0.limits.spaces {
             return Err(Refusal::new(Property::Limit, format!("the context has {} IOASIDs already", self.0.limits.spaces)).into());
         }
-        let space = Space::new(&self.0, id, request)?;
+        let space = Space::new(&self.0, id, request, watcher)?;
         lock(&self.0.spaces).insert(id.0, Arc::downgrade(&space));
         Ok(Ioasid(space))
     }
@@ -360,8 +371,8 @@ impl Context {
         ioasid.serves(device)
     }
 
-    /// `length` bytes of guest memory from `address` on were written: tells every IOASID with tables there. Needs a [`Setup::watcher`], which has to be told
-    /// which pages these are.
+    /// `length` bytes of guest memory from `address` on were written: tells every IOASID with tables there, but those that have
+    /// watchers of their own. Needs a [`Setup::watcher`], which has to be told which pages these are.
     ///
     /// # Errors
     /// The first error; all IOASIDs were told nevertheless.
@@ -378,32 +389,29 @@ impl Context {
         result.map(|()| reports)
     }
 
-    /// The guest's memory is another: regions came, or went, or both. When this returns, no device reaches what went.
+    /// The guest's memory is another: regions came, or went, or both; of regions with blocks also parts. When this returns, no device reaches what went, and
+    /// it may be unmapped in this process. What came of each IOASID is told.
     ///
     /// # Errors
-    /// [`Error::Kernel`], [`Error::TableWindow`], [`Error::Pins`]: regions that should have come did not, and those that
-    /// should have gone are there. [`Error::Blocked`]: devices that might reach what went were detached.
-    pub fn memory_changed(&self, memory: GuestMemory) -> Result<(), Error> {
+    /// [`Error::TableWindow`], and [`Error::Pins`] for a part that cuts a block: nothing changed. With every other error what came is not there. [`Error::Blocked`]:
+    /// devices for which nothing could be promised were detached. What the kernel did not let go of is in [`Context::memory_leaving`]: it may still be reached, and stays mapped in
+    /// this process until another call with the same memory has succeeded.
+    pub fn memory_changed(&self, memory: GuestMemory) -> Result<Vec<(SpaceId, Report)>, Error> {
         check_window(&memory)?;
-        let _gate = self.0.gate.write().unwrap_or_else(PoisonError::into_inner);
+        let mut leaving = self.0.gate.write().unwrap_or_else(PoisonError::into_inner);
         let before = self.0.memory();
-        let differ = |one: &GuestMemory, other: &GuestMemory| -> Vec<MemoryRegion> {
-            one.regions().iter().filter(|region| !other.regions().contains(region)).copied().collect()
-        };
-        let (gone, come) = (differ(&before, &memory), differ(&memory, &before));
+        let ((kept, gone), (_, come)) = (compare(before.regions(), memory.regions()), compare(memory.regions(), before.regions()));
         let parents: Vec<Arc<Parent>> = lock(&self.0.parents).iter().filter_map(Weak::upgrade).collect();
+        let mut reports = BTreeMap::new();
         // What goes is first out of all tables, and only then unknown to the kernel.
         if !gone.is_empty() {
-            let between: Vec<MemoryRegion> = before.regions().iter().filter(|region| !gone.contains(region)).copied().collect();
-            let withdrawn = gone.iter().filter(|region| region.user_address.is_some());
-            withdrawn.clone().try_for_each(|region| self.0.pins.withdraw(region.span))?;
-            self.tell(memory.with_regions(between)?)?;
-            for region in &gone {
-                parents.iter().try_for_each(|parent| parent.remove(region))?;
-                if region.user_address.is_some() {
-                    self.0.pins.remove(region.span)?;
-                }
-            }
+            let between = memory.with_regions(kept)?;
+            self.withdraw(&gone)?;
+            leaving.extend(gone);
+            let told = self.tell(between, &mut reports);
+            self.let_go(&mut leaving, &parents, told)?;
+        } else if !leaving.is_empty() {
+            self.let_go(&mut leaving, &parents, Ok(()))?;
         }
         for (done, region) in come.iter().enumerate() {
             let added = add(&self.0.pins, region).and_then(|()| parents.iter().try_for_each(|parent| parent.add(&self.0, region)));
@@ -415,16 +423,60 @@ impl Context {
                 return Err(error);
             }
         }
-        self.tell(memory)
+        self.tell(memory, &mut reports)?;
+        Ok(reports.into_iter().collect())
+    }
+
+    /// Memory that went for the guest and that the kernel did not let go of, because a call failed: none as a rule.
+    #[must_use]
+    pub fn memory_leaving(&self) -> Vec<MemoryRegion> {
+        self.0.hold_memory().clone()
+    }
+
+    /// Nobody makes new copies of these regions; as before on an error.
+    fn withdraw(&self, gone: &[MemoryRegion]) -> Result<(), Error> {
+        let known: Vec<Span> = gone.iter().filter(|region| region.user_address.is_some()).map(|region| region.span).collect();
+        for (done, span) in known.iter().enumerate() {
+            if let Err(error) = self.0.pins.withdraw(*span) {
+                for span in &known[..done] {
+                    let _ = self.0.pins.restore(*span);
+                }
+                return Err(error.into());
+            }
+        }
+        Ok(())
+    }
+
+    /// The kernel is to forget regions that are in no tables any more: those that it does not forget stay in the list. The first error, that before included.
+    fn let_go(&self, leaving: &mut Vec<MemoryRegion>, parents: &[Arc<Parent>], mut result: Result<(), Error>) -> Result<(), Error> {
+        leaving.retain(|region| {
+            let mut gone = Ok(());
+            // All parents, whatever becomes of one: each that lets go is one way less to get there.
+            for parent in parents {
+                gone = gone.and(parent.remove(region));
+            }
+            if gone.is_ok() && region.user_address.is_some() {
+                gone = self.0.pins.remove(region.span).map(drop).map_err(Error::from);
+            }
+            let stays = gone.is_err();
+            if result.is_ok() {
+                result = gone;
+            }
+            stays
+        });
+        result
     }
 
     /// All IOASIDs look at their tables with another memory.
-    fn tell(&self, memory: GuestMemory) -> Result<(), Error> {
+    fn tell(&self, memory: GuestMemory, reports: &mut BTreeMap<SpaceId, Report>) -> Result<(), Error> {
         *self.0.memory.write().unwrap_or_else(PoisonError::into_inner) = memory.clone();
         let mut result = Ok(());
         for ioasid in self.ioasids() {
             // All of them, whatever becomes of one.
-            result = result.and(ioasid.0.memory_changed(&memory));
+            match ioasid.0.memory_changed(&memory) {
+                Ok(report) => reports.entry(ioasid.id()).or_default().join(report),
+                Err(error) => result = result.and(Err(error)),
+            }
         }
         result
     }
@@ -475,5 +527,5 @@ fn add(pins: &Pins, region: &MemoryRegion) -> Result<(), Error> {
     let Some(user_address) = region.user_address else { return Ok(()) };
     let length = region.span.length_minus_one().saturating_add(1);
     let backing = Backing::User(user_address);
-    Ok(pins.add(&Region { gpa: Gpa(region.span.first), length, backing, writable: region.writable, block: None })?)
+    Ok(pins.add(&Region { gpa: Gpa(region.span.first), length, backing, writable: region.writable, block: region.block })?)
 }

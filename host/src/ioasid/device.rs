@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+#[cfg(doc)]
+use super::Ioasid;
 use super::context::Inner;
 use super::space::{Space, SpaceId};
 use super::{Error, Property, Refusal};
@@ -280,7 +282,7 @@ impl Device {
         self.0.slots().iter().map(|(pasid, slot)| (*pasid, slot.space.id())).collect()
     }
 
-    /// Detaches the device, or a PASID of it: its DMA is blocked from then on.
+    /// Detaches the device, or a PASID of it: its DMA is blocked from then on. Without the last PASID the device itself may get a better strategy, see [`Ioasid::reconsider`].
     ///
     /// # Errors
     /// [`Error::Refused`]: it is not attached.
@@ -293,6 +295,10 @@ impl Device {
             // False: it was put on another one meanwhile.
             if space.detach(&self.0, pasid) {
                 tracing::debug!(device = self.label(), ioasid = space.id().0, "detached");
+                let own = self.0.slots().get(&None).map(|slot| Arc::clone(&slot.space));
+                if let Some(own) = own.filter(|_| pasid.is_some() && self.0.slots().len() == 1) {
+                    own.without_company(&self.0);
+                }
                 return Ok(());
             }
         }

@@ -118,8 +118,8 @@ impl Managed {
         Ok(inside.len() as u64)
     }
 
-    /// Unmaps what leads to guest memory that is not in `map`, whole; what that was.
-    pub(super) fn memory_changed(&mut self, map: &MemoryMap) -> Result<Vec<Span>, Error> {
+    /// Unmaps what leads to guest memory that is not in `map`, whole; what that was is added to `lost`.
+    pub(super) fn memory_changed(&mut self, map: &MemoryMap, lost: &mut Vec<Change>) -> Result<(), Error> {
         let leads = |first: u64, mapping: &Mapping| match mapping.target {
             Target::User(_) => false,
             Target::Guest(gpa) => {
@@ -128,11 +128,11 @@ impl Managed {
             }
         };
         let span = |(first, mapping): (&u64, &Mapping)| leads(*first, mapping).then_some(Span { first: *first, last: mapping.last });
-        let lost: Vec<Span> = self.mappings.iter().filter_map(span).collect();
-        for span in &lost {
-            self.unmap(*span)?;
+        for span in self.mappings.iter().filter_map(span).collect::<Vec<Span>>() {
+            self.unmap(span)?;
+            lost.push(Change::Unmap(span));
         }
-        Ok(lost)
+        Ok(())
     }
 
     /// What lookups in software have of them: mappings of guest memory.

@@ -21,6 +21,44 @@ pub struct MemoryRegion {
     pub user_address: Option<u64>,
     /// Devices may write there.
     pub writable: bool,
+    /// Bytes that can go by themselves, a multiple of 4096, such as those of a balloon or of pluggable memory: blocks begin at multiples of it within the region. When a
+    /// region with blocks grows or shrinks by some, DMA to the others does not notice. None: it goes as a whole, and what stays of it comes again.
+    pub block: Option<u64>,
+}
+
+impl MemoryRegion {
+    /// The same memory at these addresses of it.
+    const fn part(self, span: Span) -> Self {
+        let user_address = match self.user_address {
+            Some(address) => Some(address.wrapping_add(span.first - self.span.first)),
+            None => None,
+        };
+        Self { span, user_address, ..self }
+    }
+
+    /// Where two regions are the same memory, and one can become the other without being taken away in between.
+    fn common(self, other: Self) -> Option<Span> {
+        let both = self.span.intersection(other.span)?;
+        let is_same = self == other || self.block.is_some() && self.part(both) == other.part(both);
+        is_same.then_some(both)
+    }
+}
+
+/// What of `regions` is in `others` as well, and what is not; both ascending. Neither list overlaps with itself.
+pub(crate) fn compare(regions: &[MemoryRegion], others: &[MemoryRegion]) -> (Vec<MemoryRegion>, Vec<MemoryRegion>) {
+    let (mut kept, mut missing) = (Vec::new(), Vec::new());
+    for region in regions {
+        let mut next = Some(region.span.first);
+        for both in others.iter().filter_map(|other| region.common(*other)) {
+            let before = next.and_then(|first| Span::new(first, both.first.checked_sub(1)?));
+            missing.extend(before.map(|before| region.part(before)));
+            kept.push(region.part(both));
+            next = both.last.checked_add(1);
+        }
+        let rest = next.and_then(|first| Span::new(first, region.span.last));
+        missing.extend(rest.map(|rest| region.part(rest)));
+    }
+    (kept, missing)
 }
 
 /// Any memory of the `vm-memory` crate, owned: a handle, as its collections are.
@@ -95,6 +133,7 @@ impl GuestMemory {
             kind: Kind::Ram,
             user_address: Some(region.get_mmap().as_ptr() as u64),
             writable: true,
+            block: None,
         };
         Self::new(Arc::new(Shared(memory.clone())), memory.iter().map(region).collect())
     }
@@ -178,5 +217,42 @@ impl TableSupply for Sim {
     fn release(&self, region: Arc<MmapRegion>) {
         let known = self.unregister_region(region.as_ptr() as u64);
         debug_assert!(known.is_ok(), "a region that was never handed out");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn regions_with_blocks_go_and_come_in_parts_and_others_as_a_whole() {
+        let region = |first, last, block| MemoryRegion {
+            span: Span { first, last },
+            kind: Kind::Ram,
+            user_address: Some(0x7000_0000_u64.wrapping_add(first)),
+            writable: true,
+            block,
+        };
+        let (blocks, whole) = (Some(0x1000), None);
+        let spans = |(kept, missing): (Vec<MemoryRegion>, Vec<MemoryRegion>)| {
+            [kept, missing].map(|list| list.iter().map(|region| (region.span.first, region.span.last)).collect::<Vec<_>>())
+        };
+        let one = [region(0x1000, 0x8fff, blocks), region(u64::MAX - 0xfff, u64::MAX, blocks)];
+        let other = [region(0, 0x2fff, blocks), region(0x5000, 0x6fff, blocks), region(u64::MAX - 0xfff, u64::MAX, blocks)];
+        assert_eq!(
+            spans(compare(&one, &other)),
+            [vec![(0x1000, 0x2fff), (0x5000, 0x6fff), (u64::MAX - 0xfff, u64::MAX)], vec![(0x3000, 0x4fff), (0x7000, 0x8fff)]]
+        );
+        assert_eq!(compare(&one, &other).1[1].user_address, Some(0x7000_7000));
+        assert_eq!(spans(compare(&other, &one))[1], [(0, 0xfff)]);
+        // Without blocks, of other memory, or for other uses: the whole.
+        let smaller = region(0x1000, 0x1fff, whole);
+        assert_eq!(spans(compare(&[region(0x1000, 0x8fff, whole)], &[smaller])), [vec![], vec![(0x1000, 0x8fff)]]);
+        assert_eq!(spans(compare(&[smaller], &[smaller])), [vec![(0x1000, 0x1fff)], vec![]]);
+        for other in
+            [MemoryRegion { user_address: Some(1), ..one[0] }, MemoryRegion { writable: false, ..one[0] }, region(0x1000, 0x8fff, Some(0x2000))]
+        {
+            assert_eq!(spans(compare(&one[..1], &[other])), [vec![], vec![(0x1000, 0x8fff)]]);
+        }
     }
 }

@@ -56,6 +56,7 @@ pub use device::{Capabilities, Device};
 pub use error::{Error, Property, Refusal};
 pub use limits::{ContextLimits, SpaceLimits};
 pub use managed::Target;
+pub(crate) use memory::compare;
 pub use memory::{GuestMemory, MemoryRegion, PlainTables, Shared, TableSupply};
 #[cfg(feature = "metrics")]
 pub use metrics::Metrics;

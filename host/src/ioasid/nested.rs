@@ -46,14 +46,25 @@ pub(super) struct For<'a> {
     pub(super) context: &'a Inner,
     pub(super) device: &'a Connected,
     pub(super) faults: Option<&'a FaultQueue>,
-    /// A PASID is to be attached.
-    pub(super) with_pasid: bool,
+    /// Page tables are to be attached to PASIDs, or are already.
+    pub(super) with_pasids: bool,
+}
+
+/// Why a table of user space's cannot be had for a single PASID, nor beside others: SMMUv3's context descriptors, AMD's guest CR3 table and RISC-V's process
+/// directory are reached from the structure that is bound with the table, so that all PASIDs of the device are its owner's. The kernel has none to give away then.
+pub(super) const OWNERS_PASIDS: &str = "PASIDs of the device belong to the owner of such a table on this unit, and none can be attached by itself";
+
+/// Whether the kernel attaches such a table to single PASIDs, or has some beside it. The table need not have an address yet.
+pub(super) fn takes_pasids(context: &Inner, device: &Connected, table: &TableConfig, under: Under) -> Result<bool, Error> {
+    let mut instance = context.plugins().by_format(&table.format)?.instantiate()?;
+    let place = PlaceToBind { hardware: device.hardware(), context_address: PAGE, space: 1, host_made: under == Under::Host };
+    Ok(instance.bind_data(table, &place)?.pasids)
 }
 
 impl Bound {
     /// Binds `table`, which has its roots: a host's, or a guest's own.
     pub(super) fn new(whom: For<'_>, parent: Arc<Parent>, table: &TableConfig, under: Under) -> Result<Self, Error> {
-        let For { context, device, faults, with_pasid } = whom;
+        let For { context, device, faults, with_pasids } = whom;
         let number = parent.number()?;
         let mut instance = context.plugins().by_format(&table.format)?.instantiate()?;
         let mut place = PlaceToBind { hardware: device.hardware(), context_address: PAGE, space: number.get(), host_made: under == Under::Host };
@@ -69,8 +80,8 @@ impl Bound {
             context_structure = Some(chunk);
         }
         let Binding { kind, data, viommu, pasids, invalidation, .. } = binding;
-        if with_pasid && !pasids {
-            return Err(Refusal::new(Property::Pasid, "the unit takes PASIDs with structures of the guest's only, not one by one").into());
+        if with_pasids && !pasids {
+            return Err(Refusal::new(Property::Pasid, OWNERS_PASIDS).into());
         }
         let recipe = invalidation.ok_or_else(|| Refusal::new(Property::Invalidation, "nothing that is cached of such a table can be dropped"))?;
         let viommu = viommu.map(|viommu_type| parent.viommu(device, viommu_type)).transpose().map_err(Error::kernel("making a vIOMMU"))?;

@@ -8,11 +8,11 @@ use super::device::{Connected, Held, Slot};
 use super::nested::Bound;
 use super::parent::Parent;
 use super::tables::PoolTables;
-use super::{Error, Explanation, GuestMemory, GuestView, Kind, SpaceId, SpaceLimits};
+use super::{Error, Explanation, GuestMemory, GuestView, Kind, SpaceLimits};
 use crate::kernel::handle::{Attachment, Hwpt, PageTable, Viommu};
 use crate::kernel::{Errno, Pasid};
 use crate::plugin::queue::{Effect, Invalidation};
-use crate::sync::{Areas, CommitError, Live, LiveError, MarksWritten, Nested, Report, Sink, Space, Unwatched, Watcher, Way};
+use crate::sync::{Areas, CommitError, Live, LiveError, MarksWritten, Nested, Report, Sink, Space, Watcher, Way};
 use crate::{Change, Gpa, Span};
 
 /// A sink, and who tells it what changes: a guest's tables, or whoever has a batch.
@@ -26,12 +26,8 @@ pub(super) enum Engine<S> {
 
 impl<S: Sink> Engine<S> {
     /// For what is in an address space, empty at first: [`Engine::fill`].
-    pub(super) fn new(context: &Inner, id: SpaceId, kind: &Kind, limits: &SpaceLimits, sink: S) -> Result<Self, Error> {
+    pub(super) fn new(context: &Inner, watcher: Box<dyn Watcher>, kind: &Kind, limits: &SpaceLimits, sink: S) -> Result<Self, Error> {
         let Kind::Guest(view) = kind else { return Ok(Self::Told(sink)) };
-        let watcher: Box<dyn Watcher> = match context.watched() {
-            Some(watched) => Box::new(watched.of(id)),
-            None => Box::new(Unwatched),
-        };
         let space = Space::open(way(context, view)?, context.memory().map().clone(), limits.shadow, watcher)?;
         Ok(Self::Live(Box::new(Live::new(space, sink, view.tag(), view.id, limits.questions))))
     }
@@ -153,6 +149,8 @@ pub(super) struct Part {
     pub(super) explanation: Explanation,
     /// Who is attached.
     pub(super) users: Vec<(Weak<Connected>, Option<Pasid>)>,
+    /// It was made in this call, of what the guest's structures say now.
+    pub(super) is_new: bool,
     /// Who was, until invalidations failed.
     pub(super) blocked: Vec<(Weak<Connected>, Option<Pasid>)>,
 }
@@ -243,7 +241,12 @@ impl Part {
     /// Guest memory came or went. The kernel's own tables follow by themselves.
     pub(super) fn memory_changed(&mut self, memory: &GuestMemory) -> Result<Report, LiveError> {
         match &mut self.host {
-            Host::Kernel { .. } | Host::Own(..) => Ok(Report::default()),
+            Host::Kernel { .. } => Ok(Report::default()),
+            // What was cached by way of a table that went with its memory.
+            Host::Own(_, committer) => {
+                committer.forget_everything()?;
+                Ok(Report::default())
+            }
             Host::Table(_, engine) => engine.memory_changed(memory),
             Host::Areas(engine) => engine.memory_changed(memory),
         }
@@ -326,7 +329,7 @@ fn structures(view: &GuestView, invalidations: &[Invalidation]) -> Report {
                 report.illegal = Some(code);
                 break;
             }
-            Effect::Nothing | Effect::Everything | Effect::Range { .. } | Effect::DeviceTlb { .. } => {}
+            Effect::Nothing | Effect::Everything | Effect::Range { .. } | Effect::DeviceTlb { .. } | Effect::Response(_) => {}
         }
     }
     report
@@ -348,7 +351,7 @@ fn own(committer: &mut KernelCommitter, view: &GuestView, invalidations: &[Inval
                 tables |= !scope.leaf;
             }
             Effect::Illegal(_) => break,
-            Effect::Nothing | Effect::Range { .. } | Effect::Structures(_) | Effect::DeviceTlb { .. } => {}
+            Effect::Nothing | Effect::Range { .. } | Effect::Structures(_) | Effect::DeviceTlb { .. } | Effect::Response(_) => {}
         }
     }
     if spans.contains(&Span::ALL) {

@@ -9,6 +9,7 @@ use super::managed::{self, Managed, Target};
 use super::metrics::Counter;
 use super::part::{self, Engine, Host, Part};
 use super::software::Lookups;
+use super::watch::Watched;
 use super::{Error, Explanation, GuestMemory, GuestView, Kind, Property, Refusal, Request, Strategy};
 use crate::kernel::handle::FaultQueue;
 use crate::kernel::{Errno, PageFault, PageResponse, Pasid, ResponseCode};
@@ -16,7 +17,7 @@ use crate::lookup::Lookup;
 use crate::memory::{Budget, Limits};
 use crate::plugin::queue::Invalidation;
 use crate::plugin::{Outcome, Tag, Translated};
-use crate::sync::{LiveError, Report};
+use crate::sync::{LiveError, Report, Unwatched, Watcher};
 use crate::table::{AddressSpace, Fault, Geometry, OpenError, Piece, Translation};
 use crate::virtio_iommu::Domain;
 use crate::{Access, Change, Gpa, Iova, Span};
@@ -105,11 +106,13 @@ pub(super) struct Space {
     state: Mutex<State>,
     id: SpaceId,
     request: Request,
+    /// Instead of the context's.
+    watched: Option<Arc<Watched>>,
     context: Arc<Inner>,
 }
 
 impl Space {
-    pub(super) fn new(context: &Arc<Inner>, id: SpaceId, request: Request) -> Result<Arc<Self>, Error> {
+    pub(super) fn new(context: &Arc<Inner>, id: SpaceId, request: Request, watcher: Option<Box<dyn Watcher>>) -> Result<Arc<Self>, Error> {
         let content = match &request.kind {
             Kind::Managed => Content::Managed(Box::new(Managed::new(context, request.limits.mappings)?)),
             Kind::Requests => Content::Requests(Domain::new()),
@@ -120,7 +123,16 @@ impl Space {
             if request.page_requests { Some(FaultQueue::alloc(context.kernel()).map_err(Error::kernel("making a queue of faults"))?) } else { None };
         let kind = request.kind.clone();
         let state = State { parts: Vec::new(), software: None, translator: None, content, kind, geometry, faults };
-        Ok(Arc::new(Self { state: Mutex::new(state), id, request, context: Arc::clone(context) }))
+        let watched = watcher.map(|watcher| Arc::new(Watched::new(watcher)));
+        Ok(Arc::new(Self { state: Mutex::new(state), id, request, watched, context: Arc::clone(context) }))
+    }
+
+    /// For one host table.
+    pub(super) fn watcher(&self) -> Box<dyn Watcher> {
+        match self.watched.as_ref().or_else(|| self.context.watched()) {
+            Some(watched) => Box::new(watched.of(self.id)),
+            None => Box::new(Unwatched),
+        }
     }
 
     pub(super) const fn id(&self) -> SpaceId {
@@ -197,15 +209,21 @@ impl Space {
         failed.map_or_else(|| Ok(all.unwrap_or_default()), Err)
     }
 
-    pub(super) fn memory_changed(&self, memory: &GuestMemory) -> Result<(), Error> {
+    pub(super) fn memory_changed(&self, memory: &GuestMemory) -> Result<Report, Error> {
         let mut detached = Detached::new();
         let mut state = self.lock();
         state.translator = None;
-        let State { content, .. } = &mut *state;
-        if let Content::Managed(managed) = content {
-            managed.memory_changed(memory.map())?;
+        let State { content, software, .. } = &mut *state;
+        let mut lost = Vec::new();
+        let unmapped = match content {
+            Content::Managed(managed) => managed.memory_changed(memory.map(), &mut lost),
+            Content::Requests(_) | Content::Guest => Ok(()),
+        };
+        if let Some(software) = software {
+            software.tell(&lost).map_err(Error::Blocked)?;
         }
-        self.each(&mut state, &mut detached, |part| part.memory_changed(memory), |software| software.memory_changed(memory)).map(drop)
+        let report = self.each(&mut state, &mut detached, |part| part.memory_changed(memory), |software| software.memory_changed(memory));
+        unmapped.and(report)
     }
 }
 
@@ -405,20 +423,26 @@ impl Ioasid {
         let mut ways = (0..followers).map(|_| part::way(&self.0.context, &view)).collect::<Result<Vec<_>, _>>()?;
         let before = (std::mem::replace(&mut state.kind, kind), std::mem::replace(&mut state.geometry, geometry));
         state.translator = None;
-        if let Err(error) = self.0.rebuild(&mut state, &mut detached) {
-            (state.kind, state.geometry) = before;
-            return Err(error);
-        }
+        let mut report = match self.0.rebuild(&mut state, &mut detached) {
+            Ok(report) => report,
+            Err(error) => {
+                (state.kind, state.geometry) = before;
+                return Err(error);
+            }
+        };
         let software = state.software.is_some().then(|| ways.pop()).flatten();
-        self.0.each(
+        let switched = self.0.each(
             &mut state,
             &mut detached,
             |part| match ways.pop() {
-                Some(way) if part.follows() => part.switch(&memory, way, &view),
+                // What was made just now has read the new tables.
+                Some(way) if part.follows() && !std::mem::take(&mut part.is_new) => part.switch(&memory, way, &view),
                 _ => Ok(Report::default()),
             },
             |engine| software.map_or(Ok(Report::default()), |way| engine.switch(&memory, way, &view)),
-        )
+        )?;
+        report.join(switched);
+        Ok(report)
     }
 
     /// Reads the guest's tables again, all of them.
@@ -449,7 +473,7 @@ impl Ioasid {
             let Some(device) = device.upgrade().map(super::Device) else { continue };
             let elsewhere = device.0.slots().contains_key(&pasid);
             if !elsewhere {
-                self.attach(&device, pasid)?;
+                drop(self.attach(&device, pasid)?);
             }
         }
         Ok(())
@@ -517,26 +541,46 @@ impl Ioasid {
         })
     }
 
+    fn faults(&self) -> Result<FaultQueue, Refusal> {
+        let queue = self.0.lock().faults.clone();
+        queue.ok_or_else(|| Refusal::new(Property::PageRequests, "the IOASID was made without page requests"))
+    }
+
+    /// Recoverable faults that wait, each once: for whoever asks a guest before [`Ioasid::answer_fault`]. See [`Ioasid::serve_faults`].
+    ///
+    /// # Errors
+    /// [`Error::Refused`]: the IOASID was made without [`Request::page_requests`]. [`Error::Kernel`].
+    pub fn read_faults(&self) -> Result<Vec<PageFault>, Error> {
+        let queue = self.faults()?;
+        let faults = self.0.context.kernel().read_faults(queue.id()).map_err(Error::kernel("reading faults"))?;
+        self.0.context.count(Counter::Faults, faults.len() as u64);
+        Ok(faults)
+    }
+
+    /// Answers a fault of [`Ioasid::read_faults`]. If the device has given up meanwhile nothing happens.
+    ///
+    /// # Errors
+    /// As [`Ioasid::read_faults`].
+    pub fn answer_fault(&self, answer: PageResponse) -> Result<(), Error> {
+        let queue = self.faults()?;
+        // EINVAL: nobody waits for it any more.
+        let told = self.0.context.kernel().respond(queue.id(), answer).or_else(|errno| if errno == Errno::EINVAL { Ok(()) } else { Err(errno) });
+        told.map_err(Error::kernel("answering a fault"))
+    }
+
     /// Answers all recoverable faults that wait, after [`Ioasid::fault`]; what they were and what became of them.
     ///
     /// # Errors
     /// [`Error::Refused`]: the IOASID was made without [`Request::page_requests`]. [`Error::Kernel`]: what was read and not answered is answered as invalid
     /// when its device is detached. A fault whose tables cannot be walked is answered as invalid, and is the error after the others were answered.
     pub fn serve_faults(&self) -> Result<Vec<(PageFault, Response)>, Error> {
-        let queue = self.0.lock().faults.clone();
-        let queue = queue.ok_or_else(|| Refusal::new(Property::PageRequests, "the IOASID was made without page requests"))?;
-        let kernel = self.0.context.kernel();
-        let faults = kernel.read_faults(queue.id()).map_err(Error::kernel("reading faults"))?;
+        let faults = self.read_faults()?;
         let mut served = Vec::new();
         let mut failed = Ok(());
         for fault in faults {
             let response = self.fault(fault.address, Access { read: fault.read, write: fault.write });
-            self.0.context.count(Counter::Faults, 1);
             let code = if matches!(response, Ok(Response::Mapped)) { ResponseCode::Success } else { ResponseCode::Invalid };
-            let answer = PageResponse { cookie: fault.cookie, code };
-            // EINVAL: the device has given up meanwhile.
-            let told = kernel.respond(queue.id(), answer).or_else(|errno| if errno == Errno::EINVAL { Ok(()) } else { Err(errno) });
-            failed = failed.and(told.map_err(Error::kernel("answering a fault")));
+            failed = failed.and(self.answer_fault(PageResponse { cookie: fault.cookie, code }));
             match response {
                 Ok(response) => served.push((fault, response)),
                 Err(error) => failed = failed.and(Err(error)),
@@ -551,18 +595,23 @@ impl Ioasid {
     /// # Errors
     /// [`Error::Refused`]: the request does not allow [`Strategy::Software`]. [`Error::Lookup`]; [`Error::Open`] and [`Error::Call`] for the guest's tables.
     pub fn lookup(&self) -> Result<Lookup, Error> {
+        self.look_up().map(|(lookup, _)| lookup)
+    }
+
+    /// The same with what was read for it, if they were made.
+    pub(crate) fn look_up(&self) -> Result<(Lookup, Report), Error> {
         let mut state = self.0.lock();
         if let Some(software) = &state.software {
-            return Ok(software.sink().lookup());
+            return Ok((software.sink().lookup(), Report::default()));
         }
         if !self.0.request.strategies.contains(Strategy::Software) {
             return Err(Refusal::new(Property::Strategy, "the request does not allow software").into());
         }
         let (lookups, lookup) = Lookups::new(self.0.request.limits.lookup)?;
-        let mut software = Engine::new(&self.0.context, self.0.id, &state.kind, &self.0.request.limits, lookups)?;
-        software.fill(&self.0.context.memory(), &state.told())?;
+        let mut software = Engine::new(&self.0.context, self.0.watcher(), &state.kind, &self.0.request.limits, lookups)?;
+        let report = software.fill(&self.0.context.memory(), &state.told())?;
         state.software = Some(software);
-        Ok(lookup)
+        Ok((lookup, report))
     }
 
     /// What it holds at the moment.

@@ -65,6 +65,8 @@ struct SavedLimits {
     swap: usize,
     pieces: usize,
     join: u64,
+    #[serde(default)]
+    hitless_changes: bool,
     lookup_nodes: u32,
     mappings: usize,
 }
@@ -164,12 +166,12 @@ impl Saved {
             if ioasids.iter().any(|ioasid| ioasid.id().0 >= saved.id) {
                 return Err(no_sense("its IOASIDs are not in the order of their numbers"));
             }
-            let ioasid = context.allocate_as(SpaceId(saved.id), saved.request()?)?;
+            let ioasid = context.allocate_as(SpaceId(saved.id), saved.request()?, None)?;
             saved.fill(&ioasid, &mut user)?;
             for (label, pasid) in &saved.attached {
                 let device = devices.iter().find(|device| device.label() == label);
                 let device = device.ok_or_else(|| no_sense(&format!("device {label} is attached, and not there")))?;
-                ioasid.attach(device, pasid.map(Pasid))?;
+                drop(ioasid.attach(device, pasid.map(Pasid))?);
             }
             if saved.lookups {
                 ioasid.lookup()?;
@@ -325,6 +327,7 @@ impl SavedLimits {
             swap: areas.swap,
             pieces: areas.pieces,
             join: areas.join,
+            hitless_changes: areas.hitless_changes,
             lookup_nodes: lookup.nodes,
             mappings,
         }
@@ -335,7 +338,14 @@ impl SavedLimits {
             shadow: ShadowLimits { table_pages: self.table_pages, leaves: self.leaves },
             questions: self.questions,
             table_bytes: self.table_bytes,
-            areas: AreaLimits { areas: self.areas, swap: self.swap, pieces: self.pieces, join: self.join, flags: HwptFlags::NONE },
+            areas: AreaLimits {
+                areas: self.areas,
+                swap: self.swap,
+                pieces: self.pieces,
+                join: self.join,
+                hitless_changes: self.hitless_changes,
+                flags: HwptFlags::NONE,
+            },
             lookup: lookup::Limits { nodes: self.lookup_nodes },
             mappings: self.mappings,
         }

@@ -122,7 +122,7 @@ impl Choice<'_> {
         match strategy {
             Strategy::Native => Ok(self.native()),
             Strategy::Nested => self.nested(),
-            Strategy::Areas => Ok(Ok((Candidate::Areas, Vec::new()))),
+            Strategy::Areas => Ok(Ok((Candidate::Areas, self.about_areas()))),
             Strategy::Software => Ok(Err(vec!["a device's DMA does not go through software".to_owned()])),
         }
     }
@@ -148,6 +148,14 @@ impl Choice<'_> {
                 }
             }
         }
+    }
+
+    /// What areas do not do for a guest.
+    fn about_areas(&self) -> Vec<String> {
+        if *self.kind == Kind::Managed || self.request.limits.areas.hitless_changes {
+            return Vec::new();
+        }
+        vec!["a page whose permissions or target change is not there for a moment: the kernel cannot change an area, and a swap for changes was not asked for".to_owned()]
     }
 
     /// Why no table of a user's is taken, or which ones are.

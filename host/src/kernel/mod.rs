@@ -1,7 +1,7 @@
 //! The kernel's side of I/O address spaces, behind a trait.
 //!
 //! [`Kernel`] is the part of the iommufd uAPI that this library needs, in typed form: one method per ioctl, the same objects, the same errors.
-//! [`sim`] is a kernel and IOMMU hardware inside this process. [`handle`] makes owned handles out of ids.
+//! [`sim`] is a kernel and IOMMU hardware inside this process. [`handle`] makes owned handles out of ids. [`Before`] stands in front of another kernel.
 //!
 //! ```text
 //!    BIND_IOMMUFD        IOAS_ALLOC             FAULT_QUEUE_ALLOC
@@ -19,11 +19,13 @@
 //! is upwards: detach; nested HWPT, event queue, vDEVICE; vIOMMU; paging HWPT; fault queue, IOAS; unbind. Whatever is out of order is refused with
 //! EBUSY and changes nothing. Handles of [`handle`] keep that order by themselves: a child holds its parents alive.
 
+mod before;
 mod errno;
 pub mod handle;
 pub mod sim;
 mod types;
 
+pub use before::Before;
 pub use errno::{Errno, Result};
 pub use types::*;
 

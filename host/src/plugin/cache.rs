@@ -2,7 +2,7 @@
 //!
 //! Compiled code is trusted like a shared library, so the cache takes only what this user wrote: the directory and every entry must belong to the
 //! process's user and be writable by nobody else. An entry carries a checksum; one that is cut off, flipped or of another Wasmtime is
-//! compiled anew. Entries appear at once and whole (written beside, then renamed).
+//! compiled anew. Entries appear at once and whole (written beside, then renamed), and are never written again: the code is mapped from the file.
 
 use rustix::fs::{Mode, OFlags};
 use std::fs::File;
@@ -12,10 +12,10 @@ use std::path::{Path, PathBuf};
 use wasmtime::component::Component;
 
 /// Counts up when the engine's configuration or the admission's policy changes: older entries are not looked at.
-const POLICY: u32 = 1;
-const MAGIC: &[u8; 16] = b"stagecraft-aot1\n";
+const POLICY: u32 = 2;
+/// An entry is the artefact as Wasmtime made it, so that it can be mapped; the sum and these bytes come after it.
+const MAGIC: &[u8; 16] = b"stagecraft-aot2\n";
 const CHECKSUM_BYTES: usize = 16;
-const HEADER_BYTES: usize = MAGIC.len() + CHECKSUM_BYTES;
 const MAX_BYTES: u64 = 256 << 20;
 
 /// A cache that is not fit for use.
@@ -78,12 +78,13 @@ impl Cache {
         };
         let length = check_owner(&file, &path)?;
         let mut bytes = Vec::with_capacity(length.min(MAX_BYTES) as usize + 1);
-        File::from(file).take(MAX_BYTES).read_to_end(&mut bytes).map_err(io)?;
+        let file = File::from(file);
+        (&file).take(MAX_BYTES).read_to_end(&mut bytes).map_err(io)?;
         if checked(&bytes).is_none() {
             tracing::warn!(path = %path.display(), "a damaged entry of the plugin cache is compiled anew");
             return Ok(None);
         }
-        let component = super::artefact::deserialize(engine, &OwnEntry(bytes));
+        let component = super::artefact::deserialize(engine, &OwnEntry { bytes, file });
         Ok(component.map_err(|error| tracing::debug!(%error, "an entry of the plugin cache is for another engine")).ok())
     }
 
@@ -101,7 +102,7 @@ impl Cache {
         let _ = rustix::fs::unlinkat(&self.directory, &*temporary, rustix::fs::AtFlags::empty());
         let file = rustix::fs::openat(&self.directory, &*temporary, flags, Mode::RUSR | Mode::WUSR).map_err(|error| io(error.into()))?;
         let mut file = File::from(file);
-        let written = [&MAGIC[..], &checksum(artefact)[..], artefact].iter().try_for_each(|part| file.write_all(part));
+        let written = [artefact, &checksum(artefact), MAGIC].iter().try_for_each(|part| file.write_all(part));
         let renamed = written.and_then(|()| Ok(rustix::fs::renameat(&self.directory, &*temporary, &self.directory, &*name)?));
         renamed.map_err(|error| {
             let _ = rustix::fs::unlinkat(&self.directory, &*temporary, rustix::fs::AtFlags::empty());
@@ -111,19 +112,27 @@ impl Cache {
 }
 
 /// An entry that only this user can have written, and that is whole.
-pub(super) struct OwnEntry(Vec<u8>);
+pub(super) struct OwnEntry {
+    bytes: Vec<u8>,
+    file: File,
+}
 
 impl OwnEntry {
+    /// What Wasmtime made.
     pub(super) fn artefact(&self) -> &[u8] {
-        &self.0[HEADER_BYTES..]
+        checked(&self.bytes).unwrap_or_default()
+    }
+
+    /// The file that the bytes were read from; it has a few bytes more than the artefact.
+    pub(super) fn file(&self) -> &File {
+        &self.file
     }
 }
 
 /// The artefact in an entry that is whole.
 fn checked(entry: &[u8]) -> Option<&[u8]> {
-    let rest = entry.strip_prefix(MAGIC)?;
-    let (sum, artefact) = rest.split_at_checked(CHECKSUM_BYTES)?;
-    (checksum(artefact) == sum).then_some(artefact)
+    let (artefact, sum) = entry.strip_suffix(MAGIC)?.split_last_chunk::<CHECKSUM_BYTES>()?;
+    (checksum(artefact) == *sum).then_some(artefact)
 }
 
 /// Finds damage, not malice: whoever could write the file could write any sum. A cryptographic one would take half of the time of a start.
@@ -169,13 +178,14 @@ mod tests {
     #[test]
     fn damage_anywhere_is_found() {
         let artefact: Vec<u8> = (0..1000_u32).map(|n| (n * 7) as u8).collect();
-        let entry = [&MAGIC[..], &checksum(&artefact)[..], &artefact].concat();
+        let entry = [&artefact[..], &checksum(&artefact), MAGIC].concat();
         assert_eq!(checked(&entry), Some(&*artefact));
         for index in 0..entry.len() {
             let mut damaged = entry.clone();
             damaged[index] ^= 0x10;
             assert_eq!(checked(&damaged), None, "byte {index}");
             assert_eq!(checked(&entry[..index]), None, "cut at {index}");
+            assert_eq!(checked(&entry[index + 1..]), None, "begins after {index}");
         }
         assert_eq!(checked(&[&entry[..], &[0]].concat()), None, "one more byte");
     }

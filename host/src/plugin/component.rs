@@ -115,11 +115,23 @@ impl Plugin {
 #[cfg(feature = "compile")]
 fn compile(engine: &Engine, bytes: &[u8], content: &[u8; 32]) -> Result<Component, LoadError> {
     let refused = |error: wasmtime::Error| LoadError::Compile { reason: super::error::clean(&format!("{error:#}")) };
-    let component = Component::from_binary(engine.wasmtime(), bytes).map_err(refused)?;
+    let component = on_threads(engine.compile_threads().get(), || Component::from_binary(engine.wasmtime(), bytes))?.map_err(refused)?;
     if let Some(cache) = engine.cache() {
         cache.put(content, &component.serialize().map_err(refused)?)?;
     }
     Ok(component)
+}
+
+/// Runs `work` where Wasmtime finds this many threads, which are gone when it returns: none outlives the compilation, and the process-wide pool is not touched.
+#[cfg(feature = "compile")]
+fn on_threads<T: Send>(threads: usize, work: impl FnOnce() -> T + Send) -> Result<T, LoadError> {
+    if threads == 1 {
+        return Ok(work());
+    }
+    let name = |index| format!("stagecraft-compile-{index}");
+    let started = |error: rayon::ThreadPoolBuildError| LoadError::Compile { reason: format!("its threads cannot be started: {error}") };
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(name).build().map_err(started)?;
+    Ok(pool.install(work))
 }
 
 #[cfg(not(feature = "compile"))]

@@ -1,5 +1,6 @@
 //! The engine: one Wasmtime engine with what plugins need and nothing else, its clock and its cache.
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::sync::Arc;
 use wasmtime::component::{HasSelf, Linker};
@@ -11,7 +12,7 @@ use crate::plugin::ticker::{Clock, InFlight};
 use crate::plugin::{Limits, Ticker, admission, bindings};
 
 /// How an [`Engine`] is set up.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Config {
     /// Directory for compiled plugins; it must be this user's alone and is created if it is missing. None: plugins are compiled at every start.
@@ -20,6 +21,14 @@ pub struct Config {
     pub limits: Limits,
     /// Who measures the time of a call.
     pub ticker: Ticker,
+    /// Threads that compile a plugin. With one, the caller's thread does it; more are started for each plugin and end with it.
+    pub compile_threads: NonZeroUsize,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self { cache: None, limits: Limits::default(), ticker: Ticker::default(), compile_threads: NonZeroUsize::MIN }
+    }
 }
 
 impl Config {
@@ -41,6 +50,13 @@ impl Config {
     #[must_use]
     pub fn with_ticker(mut self, ticker: Ticker) -> Self {
         self.ticker = ticker;
+        self
+    }
+
+    /// With so many threads to compile a plugin.
+    #[must_use]
+    pub fn with_compile_threads(mut self, threads: NonZeroUsize) -> Self {
+        self.compile_threads = threads;
         self
     }
 }
@@ -73,6 +89,8 @@ struct Inner {
     clock: Clock,
     cache: Option<Cache>,
     limits: Arc<Limits>,
+    #[cfg(feature = "compile")]
+    compile_threads: NonZeroUsize,
 }
 
 impl std::fmt::Debug for Inner {
@@ -89,11 +107,19 @@ impl Engine {
     pub fn new(config: Config) -> Result<Self, EngineError> {
         let setup = |error: wasmtime::Error| EngineError::Setup { reason: format!("{error:#}") };
         let cache = config.cache.as_deref().map(Cache::open).transpose()?;
-        let wasmtime = wasmtime::Engine::new(&settings(&config.limits)).map_err(setup)?;
+        let wasmtime = wasmtime::Engine::new(&settings(&config)).map_err(setup)?;
         let mut linker = Linker::new(&wasmtime);
         bindings::Plugin::add_to_linker::<State, HasSelf<State>>(&mut linker, |state| state).map_err(setup)?;
         let clock = Clock::new(config.ticker, wasmtime.clone()).map_err(EngineError::Thread)?;
-        Ok(Self(Arc::new(Inner { wasmtime, linker, clock, cache, limits: Arc::new(config.limits) })))
+        Ok(Self(Arc::new(Inner {
+            wasmtime,
+            linker,
+            clock,
+            cache,
+            limits: Arc::new(config.limits),
+            #[cfg(feature = "compile")]
+            compile_threads: config.compile_threads,
+        })))
     }
 
     /// Advances the clock of [`Ticker::Embedder`]: call it about every millisecond while calls are in flight, from any thread or signal handler.
@@ -123,15 +149,21 @@ impl Engine {
         self.0.cache.as_ref()
     }
 
+    #[cfg(feature = "compile")]
+    pub(super) fn compile_threads(&self) -> NonZeroUsize {
+        self.0.compile_threads
+    }
+
     pub(super) fn enter(&self) -> InFlight<'_> {
         self.0.clock.enter()
     }
 }
 
 /// Everything off that plugins do not need: what does not exist has no bugs.
-fn settings(limits: &Limits) -> wasmtime::Config {
-    let mut config = wasmtime::Config::new();
-    config
+fn settings(config: &Config) -> wasmtime::Config {
+    let limits = &config.limits;
+    let mut settings = wasmtime::Config::new();
+    settings
         .wasm_component_model(true)
         // Component model async is not for us; without it calls are three times faster.
         .concurrency_support(false)
@@ -157,7 +189,13 @@ fn settings(limits: &Limits) -> wasmtime::Config {
         .wasm_backtrace_max_frames(None)
         .max_wasm_stack(limits.stack_bytes)
         .allocation_strategy(InstanceAllocationStrategy::Pooling(pool(limits)));
-    config
+    // A plugin is asked a few dozen times per table and its answers are remembered: code that is there sooner is worth more than code that is faster.
+    #[cfg(feature = "compile")]
+    settings
+        .cranelift_opt_level(wasmtime::OptLevel::None)
+        .cranelift_regalloc_algorithm(wasmtime::RegallocAlgorithm::SinglePass)
+        .parallel_compilation(config.compile_threads.get() > 1);
+    settings
 }
 
 fn pool(limits: &Limits) -> PoolingAllocationConfig {

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::plugin::bindings::exports::stagecraft::format::{detect, table};
 use crate::plugin::bindings::stagecraft::format::types;
-use crate::plugin::queue::{Event, EventRecord, Invalidation, MAX_COMMAND_BYTES};
+use crate::plugin::queue::{Event, EventRecord, Invalidation, MAX_COMMAND_BYTES, PageRequest};
 use crate::plugin::recipe::{self, Recipe};
 use crate::plugin::store::{Pace, Sandbox};
 use crate::plugin::{CallError, Notes, Outcome, Plugin, Settings, TableConfig, error, outcome, queue, words};
@@ -193,6 +193,20 @@ impl Instance {
             .call(Pace::Cold, |exports, store| exports.stagecraft_format_queue().call_decode_commands(store, unit, &registers, commands))?;
         let items = answer.map_err(|error| self.sandbox.refused(error))?;
         queue::invalidations(&items, commands.len()).map_err(|what| self.sandbox.nonsense(what))
+    }
+
+    /// The architecture's record of a page request, and where it goes.
+    ///
+    /// # Errors
+    /// [`CallError::Refused`] if the unit has no queue for page requests; as [`Instance::lookup`].
+    pub fn encode_page_request(&mut self, unit: &str, registers: &[(String, u64)], request: &PageRequest) -> Result<EventRecord, CallError> {
+        let registers = self.registers(unit, registers)?;
+        let request = queue::page_request_in(request);
+        let answer = self
+            .sandbox
+            .call(Pace::Cold, |exports, store| exports.stagecraft_format_queue().call_encode_page_request(store, unit, &registers, request))?;
+        let record = answer.map_err(|error| self.sandbox.refused(error))?;
+        queue::record(record).map_err(|what| self.sandbox.nonsense(what))
     }
 
     /// The architecture's record of a request that failed, and where it goes.

@@ -1,10 +1,11 @@
 //! A guest that runs: what its commands ask for, and how faults are told to it. What a plugin answers is checked.
 
-use crate::Span;
+use crate::plugin::Requester;
 use crate::plugin::bindings::exports::stagecraft::format::queue as wit;
 use crate::plugin::bindings::stagecraft::format::types;
 use crate::plugin::error::clean;
 use crate::table::FaultKind;
+use crate::{Access, Iova, Span};
 
 /// Most bytes of commands that one call takes.
 pub const MAX_COMMAND_BYTES: usize = 64 << 10;
@@ -38,6 +39,32 @@ pub enum Effect {
     },
     /// The command is illegal, and hardware goes no further; with the code that it reports.
     Illegal(u32),
+    /// A group of page requests is answered.
+    Response(GroupResponse),
+}
+
+/// The guest's answer to a group of page requests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GroupResponse {
+    /// The requester.
+    pub id: u32,
+    /// The PASID of the requests.
+    pub pasid: Option<u32>,
+    /// Which group, as [`PageRequest::group`] has it.
+    pub group: u16,
+    /// What the device is told.
+    pub answer: Answer,
+}
+
+/// What a device is told that asked for pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// They are there: it tries again.
+    Success,
+    /// At least one is not to be had.
+    Invalid,
+    /// It is not to ask any more.
+    Failure,
 }
 
 /// Whom a command means: everybody that no field leaves out.
@@ -117,6 +144,28 @@ pub struct Event {
     pub domain: Option<u32>,
 }
 
+/// A device asks for a page. It may ask for several at once, in one group, and waits for one answer to all of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PageRequest {
+    /// Whose.
+    pub requester: Requester,
+    /// An address in the page.
+    pub address: Iova,
+    /// What it wants to do there.
+    pub access: Access,
+    /// It wants to execute.
+    pub execute: bool,
+    /// It asks with privilege.
+    pub privileged: bool,
+    /// By which number the answer names the group: 9 bits.
+    pub group: u16,
+    /// It is the last one of its group.
+    pub last: bool,
+}
+
+/// Groups that a requester can have at a time.
+pub const GROUPS: u16 = 512;
+
 /// An architecture's record of an event.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EventRecord {
@@ -127,7 +176,7 @@ pub struct EventRecord {
 }
 
 /// Bits of word 0 that are named for each kind.
-const NAMED: [u64; 6] = [0xf, 0xf, 0xffff_ffff_f1ff, 0xffff_ffff_f1ff, 0xffff_ffff_f1ff, 0xf];
+const NAMED: [u64; 7] = [0xf, 0xf, 0xffff_ffff_f1ff, 0xffff_ffff_f1ff, 0xffff_ffff_f1ff, 0xf, 0xffff_f18f];
 const INDEX: u64 = 0xffff << 48;
 
 /// Unpacks the answer of `decode-commands` to a batch of `bytes`; the reason if it has no meaning.
@@ -159,7 +208,7 @@ pub(super) fn invalidations(words: &[u64], bytes: usize) -> Result<Vec<Invalidat
 fn invalidation(item: &[u64; 4]) -> Result<Invalidation, String> {
     let [word, id, first, last] = *item;
     let kind = (word & 0xf) as usize;
-    let Some(named) = NAMED.get(kind) else { return Err(format!("word {word:#x} is of kind {kind}; there are 0 to 5")) };
+    let Some(named) = NAMED.get(kind) else { return Err(format!("word {word:#x} is of kind {kind}; there are 0 to 6")) };
     if word & !(named | INDEX) != 0 {
         return Err(format!("word {word:#x} has bits {:#x}, which have no meaning", word & !(named | INDEX)));
     }
@@ -173,7 +222,7 @@ fn invalidation(item: &[u64; 4]) -> Result<Invalidation, String> {
     };
     let index = (word >> 48) as u16;
     let others = |used: bool, value: u64| if !used && value != 0 { Err(format!("{value:#x} means nothing beside word {word:#x}")) } else { Ok(()) };
-    others(matches!(kind, 2 | 4), first | last)?;
+    others(matches!(kind, 2 | 4 | 6), first | last)?;
     if kind == 5 {
         let code = u32::try_from(id).map_err(|_| format!("the code {id:#x} of an illegal command has more than 32 bits"))?;
         return Ok(Invalidation { index, effect: Effect::Illegal(code) });
@@ -185,6 +234,19 @@ fn invalidation(item: &[u64; 4]) -> Result<Invalidation, String> {
     let (wanted, ignored) = (id as u32, (id >> 32) as u32);
     if wanted & ignored != 0 {
         return Err(format!("the id {wanted:#x} has bits that play no part ({ignored:#x})"));
+    }
+    if kind == 6 {
+        if word >> 8 & 1 == 0 || ignored != 0 {
+            return Err(format!("word {word:#x} answers page requests of more than one requester"));
+        }
+        let group = u16::try_from(first).ok().filter(|group| *group < GROUPS).ok_or_else(|| format!("{first:#x} is no group of page requests"))?;
+        let answer = match last {
+            0 => Answer::Success,
+            1 => Answer::Invalid,
+            2 => Answer::Failure,
+            _ => return Err(format!("{last:#x} is no answer to page requests; there are 0 to 2")),
+        };
+        return Ok(Invalidation { index, effect: Effect::Response(GroupResponse { id: wanted, pasid: number(7, 12, 20)?, group, answer }) });
     }
     let scope = Scope {
         leaf: word >> 4 & 1 == 1,
@@ -223,6 +285,22 @@ pub(super) fn event_in(event: &Event) -> wit::Event {
     }
 }
 
+/// A page request for a plugin.
+pub(super) fn page_request_in(request: &PageRequest) -> wit::PageRequest {
+    let PageRequest { requester, address, access, execute, privileged, group, last } = *request;
+    wit::PageRequest {
+        id: requester.id,
+        pasid: requester.pasid,
+        address: address.0,
+        read: access.read,
+        write: access.write,
+        execute,
+        privileged,
+        group,
+        last,
+    }
+}
+
 const fn fault_kind_in(kind: FaultKind) -> types::FaultKind {
     match kind {
         FaultKind::Translation => types::FaultKind::Translation,
@@ -258,6 +336,8 @@ mod tests {
             [0x0001_fedc_abcd_e0d2, 0, 0x1000, 0x1fff],
             [0x0002_0000_0000_0123, 0x7_0000_01f8, 0, 0],
             [0x0003_0000_0000_0004, 0, 0, u64::MAX],
+            [0x0004_0000_abcd_e186, 0x38, 0x1ff, 2],
+            [0x0004_0000_0000_0106, 0x38, 7, 0],
             [0x0004_0000_0000_0005, 9, 0, 0],
         ];
         let found = invalidations(words.as_flattened(), 96).expect("a meaning");
@@ -270,6 +350,8 @@ mod tests {
             (1, Effect::Range { scope, iova: Span { first: 0x1000, last: 0x1fff } }),
             (2, Effect::Structures(structures)),
             (3, Effect::DeviceTlb { scope: everybody, iova: Span::ALL }),
+            (4, Effect::Response(GroupResponse { id: 0x38, pasid: Some(0xa_bcde), group: 0x1ff, answer: Answer::Failure })),
+            (4, Effect::Response(GroupResponse { id: 0x38, pasid: None, group: 7, answer: Answer::Success })),
             (4, Effect::Illegal(9)),
         ];
         assert_eq!(found, effects.map(|(index, effect)| Invalidation { index, effect }));
@@ -281,7 +363,7 @@ mod tests {
             let error = invalidations(words.as_flattened(), 32).expect_err("refused");
             assert!(error.contains(reason), "{error}");
         };
-        refused(&[[6, 0, 0, 0]], "kind 6; there are 0 to 5");
+        refused(&[[7, 0, 0, 0]], "kind 7; there are 0 to 6");
         refused(&[[0x10, 0, 0, 0]], "bits 0x10, which have no meaning");
         refused(&[[0x202, 0, 0, 1]], "bits 0x200, which");
         refused(&[[0x1002, 0, 0, 1]], "a number that does not count");
@@ -290,6 +372,11 @@ mod tests {
         refused(&[[1, 0, 0, 1]], "0x1 means nothing");
         refused(&[[0x102, 0x1_0000_0001, 0, 1]], "bits that play no part");
         refused(&[[2, 0, 2, 1]], "the empty range");
+        refused(&[[6, 0, 1, 0]], "of more than one requester");
+        refused(&[[0x106, 1 << 32, 1, 0]], "of more than one requester");
+        refused(&[[0x106, 1, 0x200, 0]], "no group");
+        refused(&[[0x106, 1, 1, 3]], "no answer");
+        refused(&[[0x116, 1, 1, 0]], "bits 0x10, which have no meaning");
         refused(&[[5, 1 << 32, 0, 0]], "more than 32 bits");
         refused(&[[1 << 48, 0, 0, 0], [0, 0, 0, 0]], "command 0 after command 1");
         refused(&[[5, 0, 0, 0], [0, 0, 0, 0]], "after the illegal command 0");

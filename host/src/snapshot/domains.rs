@@ -91,6 +91,7 @@ impl Domains {
 
 /// A domain in `snapshot.json`.
 #[derive(Deserialize)]
+#[serde(expecting = "a domain: an object with `id`, `endpoints` and `mappings`")]
 pub(super) struct Domain1 {
     id: Number,
     #[serde(default)]
@@ -101,6 +102,7 @@ pub(super) struct Domain1 {
 }
 
 #[derive(Deserialize)]
+#[serde(expecting = "a mapping: an object with `first`, `last`, `address` and `access`")]
 struct Mapping1 {
     first: Number,
     last: Number,
@@ -113,9 +115,9 @@ struct Mapping1 {
 /// Reads the member `domains`.
 pub(super) fn read(unit: Option<Unit1>, list: Vec<Domain1>, devices: &[Device]) -> Result<Domains, String> {
     let registers = match unit {
-        Some(Unit1 { kind, registers }) if kind == UNIT => registers.map_or(Vec::new(), |registers| registers.0),
-        Some(Unit1 { kind, .. }) => return Err(format!("a unit of kind `{kind}` has no `domains`; one of kind `{UNIT}` has")),
-        None => return Err(format!("`domains` without a unit of kind `{UNIT}`")),
+        Some(Unit1 { kind: Some(kind), registers }) if kind == UNIT => registers.map_or(Vec::new(), |registers| registers.0),
+        Some(Unit1 { kind: Some(kind), .. }) => return Err(format!("a unit of kind `{kind}` has no `domains`; one of kind `{UNIT}` has")),
+        Some(Unit1 { kind: None, .. }) | None => return Err(format!("`domains` without a unit of kind `{UNIT}`")),
     };
     let devices: BTreeSet<u64> = devices.iter().map(|device| device.id).collect();
     let mut attached: BTreeMap<u64, u32> = BTreeMap::new();

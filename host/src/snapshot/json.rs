@@ -10,13 +10,17 @@ use serde::Deserialize;
 use serde::de::{self, Deserializer, Visitor};
 
 use super::domains::{self, Domain1};
-use super::{Device, Snapshot, SnapshotError, Source, Stream, StreamEntry, memory};
+use super::{Device, PageMemory, Snapshot, SnapshotError, Source, Stream, StreamEntry, memory};
 use crate::Span;
 use crate::memory::{Kind, MemoryMap, PAGE, Region};
 
 /// Largest `snapshot.json` that is read: room for some ten million pages.
 const MAX_JSON: u64 = 256 << 20;
 
+/// Most pages that are read: 8 GiB.
+const MAX_PAGES: u64 = 1 << 21;
+/// Most ranges of guest memory.
+const MAX_RANGES: usize = 1 << 16;
 /// Most devices of a guest.
 const MAX_DEVICES: usize = 1 << 16;
 /// Most streams that a list of tables names.
@@ -48,6 +52,7 @@ impl<'de> Deserialize<'de> for Number {
 }
 
 #[derive(Deserialize)]
+#[serde(expecting = "a snapshot: an object with `version`, `memory`, `devices`, `page_size`, `pages` and what docs/snapshot.md lists")]
 struct File1 {
     version: u64,
     #[serde(default)]
@@ -56,18 +61,20 @@ struct File1 {
     tables: Option<Vec<Table1>>,
     domains: Option<Vec<Domain1>>,
     memory: Vec<Region1>,
-    devices: Vec<Device1>,
+    devices: Option<Vec<Device1>>,
     page_size: u64,
     pages: Vec<Number>,
 }
 
 #[derive(Deserialize)]
+#[serde(expecting = "a unit: an object with `kind` and `registers`")]
 pub(super) struct Unit1 {
-    pub(super) kind: String,
+    pub(super) kind: Option<String>,
     pub(super) registers: Option<Pairs>,
 }
 
 #[derive(Deserialize)]
+#[serde(expecting = "a memory range: an object with `kind`, `first` and `last`")]
 struct Region1 {
     kind: String,
     first: Number,
@@ -75,12 +82,14 @@ struct Region1 {
 }
 
 #[derive(Deserialize)]
+#[serde(expecting = "a device: an object with `label` and `id`")]
 struct Device1 {
     label: String,
     id: Number,
 }
 
 #[derive(Deserialize)]
+#[serde(expecting = "a stream: an object with `id`, and `format`, `root` and `settings`, or a `state`")]
 struct Table1 {
     id: Number,
     #[serde(default)]
@@ -135,42 +144,61 @@ impl Snapshot {
     /// # Errors
     /// A file that is not there or cannot be read, and everything that makes no sense, with the file and the thing.
     pub fn load(path: &Path) -> Result<Self, SnapshotError> {
-        let json_path = path.join("snapshot.json");
-        let pages_path = path.join("pages.bin");
-        if std::fs::symlink_metadata(&json_path).is_err() && path.exists() {
-            return Err(SnapshotError::invalid(path, "not a snapshot: there is no snapshot.json in it"));
-        }
-        let json = read_json(&json_path)?;
-        let file: File1 = serde_json::from_slice(&json).map_err(|error| SnapshotError::invalid(&json_path, error.to_string()))?;
-        let invalid = |what: String| SnapshotError::invalid(&json_path, what);
-        if file.version != 1 {
-            return Err(invalid(format!("format version {}; this program reads version 1", file.version)));
-        }
-        if file.page_size != PAGE {
-            return Err(invalid(format!("page_size {}; it must be {PAGE}", file.page_size)));
-        }
-        let map = memory_map(file.memory).map_err(invalid)?;
-        let devices = devices(file.devices).map_err(invalid)?;
-        let source = match file.domains {
-            Some(list) if file.tables.is_none() => Source::Domains(domains::read(file.unit, list, &devices).map_err(invalid)?),
-            Some(_) => return Err(invalid("both `tables` and `domains`: only one of them can say what devices reach".to_owned())),
-            None => source(file.unit, file.tables).map_err(invalid)?,
-        };
-        let mut pages: Vec<(u64, usize)> = file.pages.iter().enumerate().map(|(index, page)| (page.0, index)).collect();
-        pages.sort_unstable();
-        if let Some((address, _)) = pages.iter().find(|(address, _)| !address.is_multiple_of(PAGE)) {
-            return Err(invalid(format!("page {address:#x} is not a multiple of {PAGE}")));
-        }
-        if let Some(pair) = pages.windows(2).find(|pair| pair[0].0 == pair[1].0) {
-            return Err(invalid(format!("page {:#x} is listed twice", pair[0].0)));
-        }
-        // Without tables there need not be a file of pages.
-        let none = pages.is_empty() && matches!(source, Source::Domains(_)) && !pages_path.exists();
-        let contents = if none { Vec::new() } else { read_pages(&pages_path, pages.len() as u64)? };
-        let memory = memory::memory(&pages, &contents)
-            .map_err(|error| SnapshotError::invalid(&pages_path, format!("no memory for {} pages: {error}", pages.len())))?;
-        Ok(Self { description: file.description, source, map, devices, memory, pages: pages.len() as u64 })
+        read(path, source)
     }
+
+    /// Reads a snapshot that need not say what devices reach: the members `unit` and `devices` may be missing or incomplete, for guesses about its memory. What it
+    /// does not say is nothing: no registers, or an empty list of tables.
+    ///
+    /// # Errors
+    /// As [`Snapshot::load`].
+    pub fn load_memory(path: &Path) -> Result<Self, SnapshotError> {
+        read(path, |unit, tables, devices| match unit {
+            None if tables.is_none() => Ok(Source::Tables(Vec::new())),
+            Some(Unit1 { kind: Some(kind), registers }) if tables.is_none() => Ok(Source::Unit { kind, registers: registers.unwrap_or_default().0 }),
+            Some(Unit1 { kind: None, .. }) if tables.is_none() => Ok(Source::Tables(Vec::new())),
+            unit => source(unit, tables, devices),
+        })
+    }
+}
+
+/// Reads a snapshot; `source` says where its tables are, from the members `unit` and `tables`, and whether there is a list of devices.
+fn read(path: &Path, source: impl FnOnce(Option<Unit1>, Option<Vec<Table1>>, bool) -> Result<Source, String>) -> Result<Snapshot, SnapshotError> {
+    let json_path = path.join("snapshot.json");
+    let pages_path = path.join("pages.bin");
+    if std::fs::symlink_metadata(&json_path).is_err() && path.exists() {
+        return Err(SnapshotError::invalid(path, "not a snapshot: there is no snapshot.json in it"));
+    }
+    let json = read_json(&json_path)?;
+    let file: File1 = serde_json::from_slice(&json).map_err(|error| SnapshotError::invalid(&json_path, error.to_string()))?;
+    drop(json);
+    let invalid = |what: String| SnapshotError::invalid(&json_path, what);
+    if file.version != 1 {
+        return Err(invalid(format!("format version {}; this program reads version 1", file.version)));
+    }
+    if file.page_size != PAGE {
+        return Err(invalid(format!("page_size {}; it must be {PAGE}", file.page_size)));
+    }
+    let map = memory_map(file.memory).map_err(invalid)?;
+    let has_devices = file.devices.is_some();
+    let devices = devices(file.devices.unwrap_or_default()).map_err(invalid)?;
+    let source = match file.domains {
+        Some(list) if file.tables.is_none() => Source::Domains(domains::read(file.unit, list, &devices).map_err(invalid)?),
+        Some(_) => return Err(invalid("both `tables` and `domains`: only one of them can say what devices reach".to_owned())),
+        None => source(file.unit, file.tables, has_devices).map_err(invalid)?,
+    };
+    let mut pages: Vec<(u64, usize)> = file.pages.iter().enumerate().map(|(index, page)| (page.0, index)).collect();
+    pages.sort_unstable();
+    if let Some((address, _)) = pages.iter().find(|(address, _)| !address.is_multiple_of(PAGE)) {
+        return Err(invalid(format!("page {address:#x} is not a multiple of {PAGE}")));
+    }
+    if let Some(pair) = pages.windows(2).find(|pair| pair[0].0 == pair[1].0) {
+        return Err(invalid(format!("page {:#x} is listed twice", pair[0].0)));
+    }
+    // Without tables there need not be a file of pages.
+    let none = pages.is_empty() && matches!(source, Source::Domains(_)) && !pages_path.exists();
+    let memory = if none { memory::PageFile::default().memory() } else { read_pages(&pages_path, &pages)? };
+    Ok(Snapshot { description: file.description, source, map, devices, memory, pages: pages.len() as u64 })
 }
 
 /// Opens a file, and nothing that is none: a pipe would be waited for, and a device may never end.
@@ -197,20 +225,30 @@ fn read_json(path: &Path) -> Result<Vec<u8>, SnapshotError> {
     Ok(bytes)
 }
 
-/// The contents of so many pages, which is all that the file holds.
-fn read_pages(path: &Path, pages: u64) -> Result<Vec<u8>, SnapshotError> {
-    let file = open(path)?;
-    let (bytes, found) = (pages * PAGE, file.metadata().map_err(SnapshotError::io(path))?.len());
-    let wrong = |found: u64| SnapshotError::invalid(path, format!("{found} bytes; the {pages} pages of snapshot.json need {bytes}"));
+/// Memory with these pages: their addresses, ascending, each with its place in the file, which holds nothing else.
+fn read_pages(path: &Path, pages: &[(u64, usize)]) -> Result<PageMemory, SnapshotError> {
+    let mut file = open(path)?;
+    let count = pages.len() as u64;
+    let (bytes, found) = (count * PAGE, file.metadata().map_err(SnapshotError::io(path))?.len());
+    let wrong = |found: u64| SnapshotError::invalid(path, format!("{found} bytes; the {count} pages of snapshot.json need {bytes}"));
     if found != bytes {
         return Err(wrong(found));
     }
-    let mut contents = Vec::new();
-    file.take(bytes + 1).read_to_end(&mut contents).map_err(SnapshotError::io(path))?;
-    if contents.len() as u64 == bytes { Ok(contents) } else { Err(wrong(contents.len() as u64)) }
+    if count > MAX_PAGES {
+        return Err(SnapshotError::invalid(path, format!("{count} pages; there may be {MAX_PAGES}")));
+    }
+    let no_room = |error| SnapshotError::invalid(path, format!("no memory for {count} pages: {error}"));
+    let room = memory::PageFile::new(pages).map_err(no_room)?;
+    let read = room.fill(&mut file).map_err(SnapshotError::io(path))?;
+    let more = file.read(&mut [0]).map_err(SnapshotError::io(path))? as u64;
+    if read + more == bytes { Ok(room.memory()) } else { Err(wrong(read + more)) }
 }
 
-fn source(unit: Option<Unit1>, tables: Option<Vec<Table1>>) -> Result<Source, String> {
+/// Where the tables are, as a guest that is to be understood must say it.
+fn source(unit: Option<Unit1>, tables: Option<Vec<Table1>>, devices: bool) -> Result<Source, String> {
+    if !devices {
+        return Err("missing field `devices`: a list of `label` and `id`".to_owned());
+    }
     match (unit, tables) {
         (_, Some(tables)) if tables.len() > MAX_STREAMS => Err(format!("tables: {} streams; there may be {MAX_STREAMS}", tables.len())),
         (_, Some(tables)) => {
@@ -224,8 +262,11 @@ fn source(unit: Option<Unit1>, tables: Option<Vec<Table1>>) -> Result<Source, St
             }
             Ok(Source::Tables(entries))
         }
-        (Some(Unit1 { kind, .. }), None) if kind == crate::virtio_iommu::UNIT => Err(format!("a unit `{kind}` and no `domains`: it has no tables")),
-        (Some(Unit1 { kind, registers: Some(registers) }), None) => Ok(Source::Unit { kind, registers: registers.0 }),
+        (Some(Unit1 { kind: Some(kind), .. }), None) if kind == crate::virtio_iommu::UNIT => {
+            Err(format!("a unit `{kind}` and no `domains`: it has no tables"))
+        }
+        (Some(Unit1 { kind: Some(kind), registers: Some(registers) }), None) => Ok(Source::Unit { kind, registers: registers.0 }),
+        (Some(Unit1 { kind: None, registers: Some(_) }), None) => Err("`unit` without a `kind`, such as `intel-vtd`".to_owned()),
         (Some(Unit1 { registers: None, .. }) | None, None) => {
             Err("neither `unit.registers` nor `tables`: one of them must say where the tables are".to_owned())
         }
@@ -259,6 +300,9 @@ fn stream(table: Table1) -> Result<Stream, String> {
 }
 
 fn memory_map(regions: Vec<Region1>) -> Result<MemoryMap, String> {
+    if regions.len() > MAX_RANGES {
+        return Err(format!("{} memory ranges; there may be {MAX_RANGES}", regions.len()));
+    }
     let mut map = Vec::with_capacity(regions.len());
     for region in regions {
         let kind = match region.kind.as_str() {

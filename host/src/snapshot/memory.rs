@@ -1,5 +1,6 @@
 //! Guest memory of which only some pages are known, behind `vm-memory`'s traits.
 
+use std::io::Read;
 use std::sync::Arc;
 
 use vm_memory::bitmap::BS;
@@ -45,25 +46,86 @@ impl GuestMemoryRegion for PageRegion {
 
 impl GuestMemoryRegionBytes for PageRegion {}
 
-/// Memory with these pages: `addresses` ascending multiples of 4 KiB, each with its place in `contents`.
-pub(super) fn memory(pages: &[(u64, usize)], contents: &[u8]) -> std::result::Result<PageMemory, MmapRegionError> {
-    if pages.is_empty() {
-        return Ok(PageMemory::new());
+/// Bytes that are read from a file at once; a multiple of a page.
+const CHUNK: usize = 1 << 20;
+
+/// Room for pages of a file. Pages that are all zeroes, as those in the holes of a file are, take no memory.
+#[derive(Debug, Default)]
+pub(super) struct PageFile {
+    backing: Option<Arc<MmapRegion>>,
+    regions: Vec<PageRegion>,
+    /// For each page of the file, its place in `backing`, in pages.
+    places: Vec<usize>,
+}
+
+impl PageFile {
+    /// Room for these pages: their addresses, ascending multiples of 4 KiB, each with its place in the file.
+    pub(super) fn new(pages: &[(u64, usize)]) -> std::result::Result<Self, MmapRegionError> {
+        if pages.is_empty() {
+            return Ok(Self::default());
+        }
+        let page = PAGE as usize;
+        let backing = Arc::new(MmapRegion::<()>::new(pages.len() * page)?);
+        let (mut regions, mut places): (Vec<PageRegion>, Vec<usize>) = (Vec::new(), vec![0; pages.len()]);
+        for (index, (address, place)) in pages.iter().enumerate() {
+            places[*place] = index;
+            match regions.last_mut() {
+                Some(last) if last.start.0 + last.bytes == *address => last.bytes += PAGE,
+                _ => regions.push(PageRegion { start: GuestAddress(*address), bytes: PAGE, offset: index * page, backing: Arc::clone(&backing) }),
+            }
+        }
+        Ok(Self { backing: Some(backing), regions, places })
     }
-    let page = PAGE as usize;
-    let backing = Arc::new(MmapRegion::<()>::new(pages.len() * page)?);
-    let mut regions: Vec<PageRegion> = Vec::new();
-    for (index, (address, place)) in pages.iter().enumerate() {
-        let slice = backing.as_volatile_slice();
-        // Cannot fail: the mapping has room for all pages.
-        let _ = slice.write_slice(&contents[place * page..(place + 1) * page], index * page);
-        match regions.last_mut() {
-            Some(last) if last.start.0 + last.bytes == *address => last.bytes += PAGE,
-            _ => regions.push(PageRegion { start: GuestAddress(*address), bytes: PAGE, offset: index * page, backing: Arc::clone(&backing) }),
+
+    /// Reads the pages; tells how many bytes there were.
+    pub(super) fn fill(&self, file: &mut impl Read) -> std::io::Result<u64> {
+        let (mut chunk, mut done) = (vec![0; CHUNK], 0);
+        let page = PAGE as usize;
+        for places in self.places.chunks(CHUNK / page) {
+            let read = read_up_to(file, &mut chunk[..places.len() * page])?;
+            done += read as u64;
+            for (bytes, place) in chunk[..read].chunks(page).zip(places) {
+                write_unless_zero(self.backing.as_deref(), bytes, place * page);
+            }
+            if read < places.len() * page {
+                break;
+            }
+        }
+        Ok(done)
+    }
+
+    /// The memory.
+    pub(super) fn memory(self) -> PageMemory {
+        // Ascending and apart, as the caller checked: nothing to refuse.
+        PageMemory::from_regions(self.regions).unwrap_or_default()
+    }
+}
+
+/// Fills `buffer` from `file`, as far as that goes.
+pub(super) fn read_up_to(file: &mut impl Read, buffer: &mut [u8]) -> std::io::Result<usize> {
+    let mut done = 0;
+    while done < buffer.len() {
+        match file.read(&mut buffer[done..]) {
+            Ok(0) => break,
+            Ok(count) => done += count,
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
         }
     }
-    // Ascending and apart, as the caller checked: nothing to refuse.
-    Ok(PageMemory::from_regions(regions).unwrap_or_default())
+    Ok(done)
+}
+
+/// Compared with whole, which is faster than to look at bytes one by one.
+const ZEROES: [u8; PAGE as usize] = [0; PAGE as usize];
+
+/// Puts `bytes`, a page at most, at `offset` of memory that is all zeroes.
+pub(super) fn write_unless_zero(backing: Option<&MmapRegion>, bytes: &[u8], offset: usize) {
+    if let Some(backing) = backing
+        && !ZEROES.starts_with(bytes)
+    {
+        // Cannot fail: there is room for all that is read.
+        let _ = backing.as_volatile_slice().write_slice(bytes, offset);
+    }
 }
 
 /// Memory of one range: `bytes`, a multiple of 4 KiB that is not zero, from `start`, all zeroes; and how to fill it.

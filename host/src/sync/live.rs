@@ -69,6 +69,18 @@ pub struct Report {
     pub illegal: Option<u32>,
 }
 
+impl Report {
+    /// What another call did, after this one.
+    pub fn join(&mut self, next: Self) {
+        self.changes += next.changes;
+        self.offered += next.offered;
+        self.blocked.extend(next.blocked);
+        self.blocked_count += next.blocked_count;
+        self.structures |= next.structures;
+        self.illegal = self.illegal.or(next.illegal);
+    }
+}
+
 /// One address space that is kept in step.
 #[derive(Debug)]
 pub struct Live<S> {
@@ -176,8 +188,8 @@ impl<S: Sink> Live<S> {
         let mut report = Report::default();
         for invalidation in invalidations {
             match invalidation.effect {
-                // What device TLBs keep is the device's: the host's table does not depend on it.
-                Effect::Nothing | Effect::DeviceTlb { .. } => {}
+                // What device TLBs keep is the device's, and so are answers: the host's table does not depend on them.
+                Effect::Nothing | Effect::DeviceTlb { .. } | Effect::Response(_) => {}
                 Effect::Everything => self.spans.push((Span::ALL, false)),
                 Effect::Range { scope, iova } if scope.includes(self.tag, self.id) => {
                     if scope.second_stage { &mut self.second } else { &mut self.spans }.push((iova, scope.leaf));

@@ -30,7 +30,7 @@ mod sink;
 mod spans;
 mod stages;
 
-pub use areas::{AreaLimits, Areas, AreasError, AreasFigures, Managed, MapError, Mirror, UnmapError};
+pub use areas::{AreaLimits, Areas, AreasError, AreasFigures};
 pub use changes::{Blocked, Changes, Reason};
 pub use live::{Live, LiveError, ReplaceError, Report};
 pub use marks::{DirtyError, Marked, MarksWritten};

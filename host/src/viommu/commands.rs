@@ -6,9 +6,10 @@ use vm_memory::GuestMemory;
 
 use super::host::AddressSpaces;
 use super::{Call, Handled, Viommu};
-use crate::Span;
-use crate::plugin::queue::{Effect, Invalidation, Scope};
+use crate::memory::{Kind, read_bytes};
+use crate::plugin::queue::{Effect, GroupResponse, Invalidation, MAX_COMMAND_BYTES, Scope};
 use crate::plugin::{Requester, SuperviseError};
+use crate::{Gpa, Span};
 
 /// A command that hardware would not take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,8 +22,17 @@ pub struct Illegal {
 
 /// Commands were not handled at all.
 #[derive(Debug, thiserror::Error)]
-#[error("the commands have no meaning: {0}")]
-pub struct CommandError(#[source] pub SuperviseError);
+pub enum CommandError {
+    /// They are too many or no whole entries, or the unit has no such queue.
+    #[error("the commands have no meaning: {0}")]
+    Meaning(#[source] SuperviseError),
+    /// There is no memory where the guest has its queue, or not at all of it: hardware would report an abort of its own read.
+    #[error("the commands at {0} cannot be read: there is no guest memory")]
+    Unreadable(Span),
+    /// More than one call takes.
+    #[error("{0:#x} bytes of commands; one call takes at most {MAX_COMMAND_BYTES:#x}")]
+    TooLong(u64),
+}
 
 /// Ranges of one space in one batch; with more of them everything is looked at.
 const MOST_RANGES: usize = 4096;
@@ -38,6 +48,8 @@ struct Plan {
     everything: bool,
     /// Ranges by space.
     ranges: BTreeMap<u64, Vec<Invalidation>>,
+    /// Answers to page requests.
+    responses: Vec<GroupResponse>,
 }
 
 impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
@@ -47,7 +59,7 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
     /// Each address space is told once, whatever the number of commands.
     ///
     /// # Errors
-    /// The bytes are too many or no whole entries, or the unit has no such queue. Nothing was done.
+    /// [`CommandError::Meaning`]. Nothing was done.
     pub fn commands(&mut self, entries: &[u8]) -> Result<Handled, CommandError> {
         let mut call = self.begin();
         let unit = &self.unit;
@@ -59,10 +71,29 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
                 call.handled.undecoded = Some(error);
                 [Effect::Structures(ALL), Effect::Everything].map(|effect| Invalidation { index: 0, effect }).to_vec()
             }
-            Err(error) => return Err(CommandError(error)),
+            Err(error) => return Err(CommandError::Meaning(error)),
         };
         self.invalidations(&items, &mut call);
         Ok(self.finish(call))
+    }
+
+    /// The same for entries that stand in guest memory, in these bytes one after the other: those of a ring between its two pointers are one span, or two.
+    ///
+    /// # Errors
+    /// As [`Viommu::commands`], and [`CommandError::Unreadable`] for a queue in memory that is not there, or not there any more. Nothing was done.
+    pub fn commands_at(&mut self, parts: &[Span]) -> Result<Handled, CommandError> {
+        let bytes = parts.iter().fold(0_u64, |sum, part| sum.saturating_add(part.length_minus_one().saturating_add(1)));
+        if bytes > MAX_COMMAND_BYTES as u64 {
+            return Err(CommandError::TooLong(bytes));
+        }
+        let mut entries = Vec::with_capacity(bytes as usize);
+        for part in parts {
+            let is_ram = |address| self.map.region(address).is_some_and(|region| region.kind == Kind::Ram);
+            let read = read_bytes(&self.memory, Gpa(part.first), part.length_minus_one() as usize + 1);
+            let read = read.ok().filter(|_| is_ram(part.first) && is_ram(part.last));
+            entries.extend(read.ok_or(CommandError::Unreadable(*part))?);
+        }
+        self.commands(&entries)
     }
 
     /// The same for commands that somebody decoded.
@@ -85,6 +116,7 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
                 self.invalidate_space(number, &ranges, false, call);
             }
         }
+        self.answered(&plan.responses, call);
     }
 
     fn plan(&self, items: &[Invalidation], call: &mut Call) -> Plan {
@@ -109,6 +141,7 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
                         add(plan.ranges.entry(*number).or_default(), invalidation);
                     }
                 }
+                Effect::Response(response) => plan.responses.push(response),
                 Effect::Illegal(code) => {
                     call.handled.illegal = Some(Illegal { index: item.index, code });
                     break;

@@ -1,19 +1,21 @@
 //! Address spaces of a [`Context`]: the host's side of a vIOMMU over a kernel.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use super::host::{AddressSpaces, HostError, Way, Written};
-use crate::Gpa;
-use crate::ioasid::{Context, Device, Error, GuestView, Ioasid, Kind, Request, SpaceId};
-use crate::kernel::Pasid;
-use crate::plugin::queue::Invalidation;
+use super::PageResponse;
+use super::host::{AddressSpaces, HostError, Told, Way};
+use crate::ioasid::{self, Context, Device, Error, GuestMemory, GuestView, Ioasid, Kind, Request, SpaceId};
+use crate::kernel::{self, Pasid, ResponseCode};
+use crate::lookup::Lookup;
+use crate::plugin::queue::{Answer, GROUPS, Invalidation, PageRequest};
 use crate::plugin::{Outcome, Requester, Tag, Translated};
 use crate::sync::{self, Report, Watcher};
+use crate::{Access, Gpa};
 
 /// IOASIDs of a context, for one vIOMMU.
 ///
-/// The context watches tables itself: its watcher is to be the same as the vIOMMU's, such as another handle of [`Watching`](super::Watching). Formats are opened by
-/// the context's own supervisors; the vIOMMU's supervisor is to be one of them, so that the plugin is one for both.
+/// Pages with tables are watched by the vIOMMU's watcher. Formats are opened by the context's own supervisors; the vIOMMU's supervisor is to be one of them, so
+/// that the plugin is one for both.
 #[derive(Debug)]
 pub struct ContextSpaces {
     context: Context,
@@ -21,13 +23,30 @@ pub struct ContextSpaces {
     template: Request,
     devices: BTreeMap<u64, Device>,
     spaces: BTreeMap<SpaceId, Ioasid>,
+    /// Device models of the VMM's.
+    emulated: BTreeSet<u64>,
+    /// What these look up.
+    lookups: BTreeMap<Requester, Lookup>,
+    /// Page requests that were read and not answered: by the number of the group that the vIOMMU knows, which is one for each.
+    waiting: BTreeMap<(Requester, u16), (SpaceId, u32)>,
+    /// Why devices might reach memory that went: none is attached until that is over.
+    unsettled: Option<String>,
 }
 
 impl ContextSpaces {
     /// IOASIDs with the strategies, limits and other wishes of `template`; what is in them is the guest's to say.
     #[must_use]
     pub const fn new(context: Context, template: Request) -> Self {
-        Self { context, template, devices: BTreeMap::new(), spaces: BTreeMap::new() }
+        Self {
+            context,
+            template,
+            devices: BTreeMap::new(),
+            spaces: BTreeMap::new(),
+            emulated: BTreeSet::new(),
+            lookups: BTreeMap::new(),
+            waiting: BTreeMap::new(),
+            unsettled: None,
+        }
     }
 
     /// The context.
@@ -46,15 +65,35 @@ impl ContextSpaces {
         Ok(device)
     }
 
+    /// A device model of the VMM's, which the guest knows by `id`: before [`Viommu::connect`](super::Viommu::connect). It looks IOVAs up in software, by
+    /// [`ContextSpaces::lookup`].
+    pub fn emulate(&mut self, id: u64) {
+        self.emulated.insert(id);
+    }
+
+    /// What a requester of a device model looks up now; none if it is blocked. A call of the vIOMMU may put it on another address space: ask again after each, and use
+    /// no older one.
+    #[must_use]
+    pub fn lookup(&self, requester: Requester) -> Option<&Lookup> {
+        self.lookups.get(&requester)
+    }
+
     /// Lets go of a device: after [`Viommu::disconnect`](super::Viommu::disconnect).
     pub fn disconnect(&mut self, id: u64) {
         self.devices.remove(&id);
+        self.emulated.remove(&id);
     }
 
     /// An IOASID of this vIOMMU.
     #[must_use]
     pub fn ioasid(&self, id: SpaceId) -> Option<&Ioasid> {
         self.spaces.get(&id)
+    }
+
+    /// What became of spaces in a call of the context that failed for some: devices of those were detached by the context.
+    fn stale(&self, error: &Error) -> Vec<Told<SpaceId>> {
+        let blocked = self.spaces.values().filter(|ioasid| ioasid.stats().blocked > 0);
+        blocked.map(|ioasid| (ioasid.id(), Err(HostError::Stale(error.to_string().into())))).collect()
     }
 
     fn find(&self, id: SpaceId) -> Result<&Ioasid, HostError> {
@@ -83,11 +122,12 @@ fn host_error(error: Error) -> HostError {
 
 impl AddressSpaces for ContextSpaces {
     type Id = SpaceId;
+    type Memory = GuestMemory;
 
     /// Tables are read when the first device is attached.
-    fn allocate(&mut self, way: &Way, _: sync::Way, _: Box<dyn Watcher>) -> Result<(SpaceId, Report), HostError> {
+    fn allocate(&mut self, way: &Way, _: sync::Way, watcher: Box<dyn Watcher>) -> Result<(SpaceId, Report), HostError> {
         let request = Request { kind: Kind::Guest(view(way)), ..self.template.clone() };
-        let ioasid = self.context.allocate(request).map_err(host_error)?;
+        let ioasid = self.context.allocate_watched(request, watcher).map_err(host_error)?;
         let id = ioasid.id();
         self.spaces.insert(id, ioasid);
         Ok((id, Report::default()))
@@ -95,22 +135,28 @@ impl AddressSpaces for ContextSpaces {
 
     fn release(&mut self, space: SpaceId) {
         self.spaces.remove(&space);
+        self.waiting.retain(|_, (of, _)| *of != space);
     }
 
     fn attach(&mut self, requester: Requester, space: SpaceId) -> Result<Report, HostError> {
+        if let Some(reason) = &self.unsettled {
+            return Err(HostError::Refused(format!("memory that went may still be reached: {reason}").into()));
+        }
         let ioasid = self.find(space)?;
+        if self.emulated.contains(&requester.id) {
+            let (lookup, report) = ioasid.look_up().map_err(host_error)?;
+            self.lookups.insert(requester, lookup);
+            return Ok(report);
+        }
         let missing = || HostError::Refused(format!("nobody connected device {:#x}", requester.id).into());
         let device = self.devices.get(&requester.id).ok_or_else(missing)?;
         let pasid = requester.pasid.map(Pasid);
-        let is_first = ioasid.stats().attached == 0;
         let attached = device.attached().iter().any(|(of, _)| *of == pasid);
-        let joined = if attached { ioasid.replace(device, pasid) } else { ioasid.attach(device, pasid) };
-        joined.map_err(host_error)?;
-        // What was blocked when it was read for the first time is told by a second look.
-        if is_first { ioasid.synchronise().map_err(host_error) } else { Ok(Report::default()) }
+        if attached { ioasid.replace(device, pasid) } else { ioasid.attach(device, pasid) }.map_err(host_error)
     }
 
     fn detach(&mut self, requester: Requester) -> Result<(), HostError> {
+        self.lookups.remove(&requester);
         let Some(device) = self.devices.get(&requester.id) else { return Ok(()) };
         let pasid = requester.pasid.map(Pasid);
         // Those that a failed invalidation concerned were detached by the context.
@@ -129,15 +175,62 @@ impl AddressSpaces for ContextSpaces {
         self.find(space)?.table_written(address, length).map_err(host_error)
     }
 
-    fn written(&mut self, address: Gpa, length: u64) -> Option<Vec<Written<SpaceId>>> {
-        let told = match self.context.table_written(address, length) {
-            Ok(reports) => reports.into_iter().map(|(id, report)| (id, Ok(report))).collect(),
-            // Whose devices were detached is out of step; of the others there is nothing to tell.
-            Err(error) => {
-                let blocked = self.spaces.values().filter(|ioasid| ioasid.stats().blocked > 0);
-                blocked.map(|ioasid| (ioasid.id(), Err(HostError::Stale(error.to_string().into())))).collect()
+    /// The context of several vIOMMUs hears the same from each.
+    fn memory_changed(&mut self, memory: GuestMemory) -> Result<Vec<Told<SpaceId>>, HostError> {
+        let wanted = memory.regions().to_vec();
+        self.unsettled = None;
+        match self.context.memory_changed(memory) {
+            Ok(reports) => {
+                let own = reports.into_iter().filter(|(id, _)| self.spaces.contains_key(id));
+                Ok(own.map(|(id, report)| (id, Ok(report))).collect())
             }
-        };
-        Some(told)
+            Err(error @ Error::Blocked(_)) => Ok(self.stale(&error)),
+            Err(error) => {
+                let (_, more) = ioasid::compare(self.context.memory().regions(), &wanted);
+                if more.is_empty() && self.context.memory_leaving().is_empty() {
+                    return Err(host_error(error));
+                }
+                self.unsettled = Some(error.to_string());
+                Err(HostError::Stale(Box::new(error)))
+            }
+        }
+    }
+
+    /// Those of all IOASIDs, if the template has them.
+    fn page_requests(&mut self) -> Result<Vec<PageRequest>, HostError> {
+        let mut requests = Vec::new();
+        if !self.template.page_requests {
+            return Ok(requests);
+        }
+        for (space, ioasid) in &self.spaces {
+            for fault in ioasid.read_faults().map_err(host_error)? {
+                let device = self.devices.iter().find(|(_, device)| device.bound().id() == fault.device);
+                let requester = device.map(|(id, _)| Requester { id: *id, pasid: fault.pasid.map(|pasid| pasid.0) });
+                let free = requester.and_then(|requester| (0..GROUPS).find(|group| !self.waiting.contains_key(&(requester, *group))));
+                let (Some(requester), Some(group)) = (requester, free) else {
+                    // Nobody's, or more than there are numbers for.
+                    let answer = kernel::PageResponse { cookie: fault.cookie, code: ResponseCode::Invalid };
+                    ioasid.answer_fault(answer).map_err(host_error)?;
+                    continue;
+                };
+                self.waiting.insert((requester, group), (*space, fault.cookie));
+                let access = Access { read: fault.read, write: fault.write };
+                let (address, last) = (fault.address, true);
+                requests.push(PageRequest { requester, address, access, execute: false, privileged: false, group, last });
+            }
+        }
+        Ok(requests)
+    }
+
+    fn answer(&mut self, responses: &[PageResponse]) -> Result<(), HostError> {
+        let mut result = Ok(());
+        for response in responses {
+            let Some((space, cookie)) = self.waiting.remove(&(response.requester, response.group)) else { continue };
+            // With the space its queue is gone, and whoever waited there was answered.
+            let Some(ioasid) = self.spaces.get(&space) else { continue };
+            let code = if response.answer == Answer::Success { ResponseCode::Success } else { ResponseCode::Invalid };
+            result = result.and(ioasid.answer_fault(kernel::PageResponse { cookie, code }).map_err(host_error));
+        }
+        result
     }
 }

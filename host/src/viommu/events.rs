@@ -3,14 +3,14 @@
 use vm_memory::GuestMemory;
 
 use super::host::{AddressSpaces, Way};
-use super::{Call, Handled, StreamState, Viommu};
+use super::{Call, StreamState, Viommu};
 use crate::device::{Behind, Denied, Trace};
 use crate::memory::{self, Budget, VmMemory};
-use crate::plugin::queue::{Effect, Event, EventAccess, EventRecord, Invalidation, Scope};
+use crate::plugin::queue::{Event, EventAccess, EventRecord};
 use crate::plugin::{Outcome, Requester, TableConfig};
 use crate::sync::Report;
 use crate::table::{AddressSpace, Cause, Fault, FaultKind, Table, Translation};
-use crate::{Access, Iova, Span};
+use crate::{Access, Iova};
 
 /// A request of a device that the host refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,17 +36,8 @@ pub struct Events {
     pub silent: u64,
 }
 
-/// How a device is answered that asked for a page.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Response {
-    /// It is there now.
-    Retry,
-    /// It is not.
-    Refused,
-}
-
 /// What becomes of one refused request.
-enum Told {
+pub(super) enum Told {
     Event(Box<Event>),
     Silent,
 }
@@ -72,34 +63,6 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
         events
     }
 
-    /// A device asked for a page and waits. The guest's tables are read again there.
-    pub fn page_request(&mut self, request: &BlockedDma) -> (Response, Handled) {
-        let mut call = self.begin();
-        let attached = self.streams.get(&request.requester).and_then(|stream| match stream.state {
-            StreamState::Space(number) => Some(number),
-            _ => None,
-        });
-        let mut response = Response::Refused;
-        if let Some((number, space)) = attached.and_then(|number| Some((number, self.spaces.get(&number)?)))
-            && !space.way.tables().is_empty()
-        {
-            let scope = Scope { leaf: false, second_stage: false, domain: None, space: None, id: None };
-            let page = Span::of_log2(request.iova.0 & !0xfff, 12);
-            let told = self.host.invalidate(space.id, &[Invalidation { index: 0, effect: Effect::Range { scope, iova: page } }]);
-            self.told(number, told, false, &mut call);
-            let is_there = matches!(self.walk(number, request), Some(Ok(_)));
-            if is_there && call.handled.blocked == 0 {
-                response = Response::Retry;
-            }
-        }
-        if response == Response::Refused
-            && let Told::Event(event) = self.event(request)
-        {
-            self.tell(&event, &mut call);
-        }
-        (response, self.finish(call))
-    }
-
     /// Entries of a space are blocked: the guest hears of the first ones as of requests to nothing.
     pub(super) fn tell_blocked(&mut self, number: u64, report: &Report, call: &mut Call) {
         let Some(space) = self.spaces.get(&number) else { return };
@@ -116,7 +79,7 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
     }
 
     /// One more record, if there is room.
-    fn tell(&mut self, event: &Event, call: &mut Call) {
+    pub(super) fn tell(&mut self, event: &Event, call: &mut Call) {
         let record = if call.handled.events.len() < self.limits.events as usize {
             self.encode(event)
         } else {
@@ -140,7 +103,7 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
     }
 
     /// What the unit would report.
-    fn event(&mut self, request: &BlockedDma) -> Told {
+    pub(super) fn event(&mut self, request: &BlockedDma) -> Told {
         let Some(stream) = self.streams.get(&request.requester) else { return self.event_of_stranger(request) };
         let way = match &stream.outcome {
             Some(Outcome::Tables(tables)) => Some(Way::Tables { tables: tables.tables.clone(), intercepts: Vec::new() }),
@@ -215,7 +178,7 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
     }
 
     /// What the guest's tables say about a request; none where there are none, or nobody can say.
-    fn walk(&mut self, number: u64, request: &BlockedDma) -> Option<Result<Translation, Fault>> {
+    pub(super) fn walk(&mut self, number: u64, request: &BlockedDma) -> Option<Result<Translation, Fault>> {
         let mut walker = self.spaces.get_mut(&number)?.walker.take();
         if walker.is_none() {
             let way = self.spaces.get(&number)?.way.clone();

@@ -2,8 +2,9 @@
 
 use std::fmt;
 
+use super::PageResponse;
 use crate::Gpa;
-use crate::plugin::queue::Invalidation;
+use crate::plugin::queue::{Invalidation, PageRequest};
 use crate::plugin::{Direct, Requester, TableConfig};
 use crate::sync::{self, Report, Watcher};
 use crate::table::{Format, Intercept};
@@ -68,8 +69,8 @@ pub enum HostError {
     Stale(#[source] Source),
 }
 
-/// What one space was told of a write, or why it is out of step.
-pub type Written<I> = (I, Result<Report, HostError>);
+/// What memory that came or went did to one space, or why it is out of step.
+pub type Told<I> = (I, Result<Report, HostError>);
 
 /// Makes address spaces, keeps them in step, and attaches devices to them.
 ///
@@ -87,9 +88,13 @@ pub type Written<I> = (I, Result<Report, HostError>);
 /// * After an error of [`AddressSpaces::invalidate`] or [`AddressSpaces::table_written`], and after [`HostError::Stale`] of any call, the vIOMMU detaches everybody
 ///   from the space and releases it. After any other error nothing changed.
 /// * A page is watched, by the watcher that the space was given, before a table in it is read.
+/// * When [`AddressSpaces::memory_changed`] returns without an error, or with [`HostError::Refused`], no DMA reaches memory that went.
 pub trait AddressSpaces {
     /// Names an address space.
     type Id: Copy + Ord + fmt::Debug;
+
+    /// What this side has to know of the guest's memory.
+    type Memory;
 
     /// Makes an address space, with nothing attached; `opened` is `way` with its formats open.
     ///
@@ -130,10 +135,27 @@ pub trait AddressSpaces {
     /// The kernel refused.
     fn table_written(&mut self, space: Self::Id, address: Gpa, length: u64) -> Result<Report, HostError>;
 
-    /// For a host that watches tables itself and does not use the watchers that spaces are given: tells all spaces with tables in these bytes. None for any other
-    /// host, which is called for each space with [`AddressSpaces::table_written`].
-    fn written(&mut self, address: Gpa, length: u64) -> Option<Vec<Written<Self::Id>>> {
-        let _ = (address, length);
-        None
+    /// The guest's memory is this from now on: regions came, or went, or both. What that did to each space with tables.
+    ///
+    /// # Errors
+    /// [`HostError::Refused`]: what came is not there for DMA, and what went is gone all the same. [`HostError::Stale`]: DMA may still reach what went; everybody is
+    /// detached from all spaces.
+    fn memory_changed(&mut self, memory: Self::Memory) -> Result<Vec<Told<Self::Id>>, HostError>;
+
+    /// Page requests of devices that wait for an answer, each once; none where devices cannot ask.
+    ///
+    /// # Errors
+    /// The kernel could not be asked.
+    fn page_requests(&mut self) -> Result<Vec<PageRequest>, HostError> {
+        Ok(Vec::new())
+    }
+
+    /// Answers to page requests, for the devices. Those that nobody waits for any more are passed over.
+    ///
+    /// # Errors
+    /// The kernel could not be told.
+    fn answer(&mut self, responses: &[PageResponse]) -> Result<(), HostError> {
+        let _ = responses;
+        Ok(())
     }
 }

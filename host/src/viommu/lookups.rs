@@ -120,6 +120,7 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
 
     /// A stream exists no more.
     pub(super) fn forget(&mut self, requester: Requester, call: &mut Call) {
+        self.drop_requests(requester);
         self.leave(requester, call);
         self.settled(Again::Stream(requester));
         if let Some(stream) = self.streams.remove(&requester) {

@@ -10,6 +10,8 @@
 //!    |                              |               --- translations -> by tag: the spaces concerned ---> invalidate, once each
 //!    | table_written(page) -------> who looks at this page? --- structures of a stream: look up again, as above
 //!    |                              |                       --- tables of a space: table_written
+//!    | memory_changed -----------> tables and structures in it ------------------------------> memory_changed
+//!    | page_requests -------------> in the guest's tables? else the architecture's record ---> bytes for its queue; its command is the answer
 //!    | faults(blocked DMA) -------> walk the guest's tables ---> the architecture's record (plugin) ---> bytes for the guest's event queue
 //! ```
 //!
@@ -28,6 +30,7 @@
 //! | it fails to decode commands | they count as: everything may have changed |
 //! | the host refuses a space, or fails to invalidate | the streams concerned are detached, and tried again |
 //! | a stream cannot be detached either | [`Handled::loose`]: the VMM must stop the device |
+//! | memory goes with structures or tables in it | what stood there is unreadable, as for hardware: blocked, and told to the guest |
 //! | the guest reaches a limit | what is beyond is blocked and reported to the guest |
 //!
 //! What is tried again is tried after so many calls, twice as many after each failure: there is no clock here.
@@ -45,14 +48,16 @@ mod lookups;
 mod moves;
 mod pages;
 mod replace;
+mod requests;
 mod retry;
 mod watching;
 
 pub use commands::{CommandError, Illegal};
 pub use context::ContextSpaces;
-pub use events::{BlockedDma, Events, Response};
-pub use host::{AddressSpaces, HostError, Way, Written};
+pub use events::{BlockedDma, Events};
+pub use host::{AddressSpaces, HostError, Told, Way};
 pub use replace::ReplaceError;
+pub use requests::PageResponse;
 pub use watching::Watching;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -71,6 +76,7 @@ use crate::{Gpa, Span};
 
 use index::Index;
 use pages::{Holder, Pages};
+use requests::Group;
 use retry::{Again, Retry};
 
 /// How much a guest may make one vIOMMU do and keep.
@@ -82,6 +88,8 @@ pub struct Limits {
     pub pasids: usize,
     /// Event records of one call; further ones are counted.
     pub events: u32,
+    /// Page requests that wait for the guest's answer. Devices that ask beyond it are told to try again.
+    pub page_requests: usize,
     /// Questions to a format for the sake of one fault.
     pub questions: u64,
     /// What one lookup may read and ask.
@@ -96,6 +104,7 @@ impl Default for Limits {
             spaces: 1024,
             pasids: 1024,
             events: 16,
+            page_requests: 4096,
             questions: 256,
             lookup: memory::Limits { bytes: 1 << 22, ..memory::Limits::default() },
             retries: 4,
@@ -187,6 +196,12 @@ pub struct Handled {
     pub events: Vec<EventRecord>,
     /// Further ones that there was no room or no record for.
     pub lost_events: u64,
+    /// Records for the guest's queue of page requests.
+    pub page_requests: Vec<EventRecord>,
+    /// Groups of page requests that were answered, by the guest or for it.
+    pub responses: Vec<PageResponse>,
+    /// Why the host could not tell devices of answers.
+    pub unanswered: Option<HostError>,
     /// Changes of translations.
     pub changes: u64,
     /// Streams that the plugin was asked about.
@@ -197,6 +212,8 @@ pub struct Handled {
     pub blocked: u64,
     /// Streams that could not be kept from DMA although they must be: their devices have to be stopped.
     pub loose: Vec<(Requester, HostError)>,
+    /// Why DMA does not reach memory that came. None: it does, where the guest's tables say so.
+    pub memory: Option<HostError>,
 }
 
 /// What a vIOMMU did since it was made. Counts only grow, but for the first four.
@@ -234,6 +251,10 @@ pub struct Figures {
     pub events: u64,
     /// Those that there was no room or no record for.
     pub lost_events: u64,
+    /// Page requests that the guest was told of.
+    pub page_requests: u64,
+    /// Those that there was no room for.
+    pub refused_requests: u64,
 }
 
 /// One call while it runs.
@@ -267,6 +288,9 @@ pub struct Viommu<M, A: AddressSpaces> {
     calls: u64,
     due: BTreeSet<(u64, Again)>,
     written: Vec<Holder>,
+    /// Groups of page requests that were not answered yet, and how many requests are in them.
+    groups: BTreeMap<(Requester, u16), Group>,
+    requested: usize,
     figures: Figures,
 }
 
@@ -347,6 +371,8 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
             calls: 0,
             due: BTreeSet::new(),
             written: Vec::new(),
+            groups: BTreeMap::new(),
+            requested: 0,
             figures: Figures::default(),
         }
     }
@@ -427,12 +453,45 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
             self.told(number, told, whole, &mut call);
         }
         self.written = written;
-        for (id, told) in self.host.written(address, length).into_iter().flatten() {
-            if let Some(number) = self.numbers.get(&id).copied() {
-                self.told(number, told, false, &mut call);
+        self.finish(call)
+    }
+
+    /// The guest's memory is another: regions came, or went, or both. `memory` and `map` are for this vIOMMU, `host` for its host's side; that of a [`ContextSpaces`] is the
+    /// whole of guest memory, and every vIOMMU of the context is told.
+    ///
+    /// When this returns, no DMA reaches memory that went, and what stood in it counts as unreadable: streams whose structures were there are blocked, tables there
+    /// lead nowhere, and the guest is told so when a device tries. Structures and tables in memory that came are read. If the host failed ([`Handled::memory`],
+    /// [`Handled::loose`]), memory that went stays mapped in this process until another call has no such error.
+    ///
+    /// Memory that comes is in place before the call, its pages can be watched by then; memory that goes stays in place until it has returned.
+    pub fn memory_changed(&mut self, memory: M, map: Arc<MemoryMap>, host: A::Memory) -> Handled {
+        let mut call = self.begin();
+        let told = self.host.memory_changed(host);
+        self.memory = memory.clone();
+        self.map = Arc::clone(&map);
+        self.unit.set_memory(memory, map);
+        match told {
+            Ok(told) => self.told_each(told, &mut call),
+            Err(HostError::Refused(error)) => call.handled.memory = Some(HostError::Refused(error)),
+            Err(HostError::Stale(error)) => {
+                let all: Vec<u64> = self.spaces.keys().copied().collect();
+                for number in all {
+                    self.told(number, Err(HostError::Stale(error.to_string().into())), false, &mut call);
+                }
+                call.handled.memory = Some(HostError::Stale(error));
             }
         }
+        // Reads again what each lookup read: where that is as before, nothing is done.
+        self.changed(self.devices.keys().copied().collect(), self.streams.keys().copied().collect(), &mut call);
         self.finish(call)
+    }
+
+    fn told_each(&mut self, told: Vec<Told<A::Id>>, call: &mut Call) {
+        for (id, told) in told {
+            if let Some(number) = self.numbers.get(&id).copied() {
+                self.told(number, told, false, call);
+            }
+        }
     }
 
     /// Nothing happened: tries again what is due. For a VMM that has a timer, and guests that are quiet.
@@ -450,6 +509,7 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
         if !self.due.is_empty() {
             self.catch_up(self.limits.retries, &mut call);
         }
+        self.respond(&mut call);
         call.handled
     }
 

@@ -42,6 +42,17 @@ impl<W: watch::Watcher> Watching<W> {
         look(&mut self.lock().watcher)
     }
 
+    /// The guest's memory is another, of which `change` tells the watcher, such as [`UffdWatcher::memory_changed`](watch::UffdWatcher::memory_changed). Pages that somebody needs and that came are watched from
+    /// now on: before [`Viommu::memory_changed`] for memory that comes, after it for memory that goes.
+    ///
+    /// # Errors
+    /// Those of `change`, or a page that came cannot be watched.
+    pub fn memory_changed(&self, change: impl FnOnce(&mut W) -> Result<(), WatchError>) -> Result<(), WatchError> {
+        let inner = &mut *self.lock();
+        change(&mut inner.watcher)?;
+        inner.users.keys().try_for_each(|page| watch_if_there(&mut inner.watcher, Gpa(*page)))
+    }
+
     /// Tells `viommu` about all writes that are known now; what came of each. Never waits.
     ///
     /// # Errors
@@ -84,7 +95,7 @@ impl<W: watch::Watcher + Send> sync::Watcher for Watching<W> {
         let users = inner.users.entry(page.0).or_default();
         *users += 1;
         if *users == 1
-            && let Err(error) = inner.watcher.watch(page)
+            && let Err(error) = watch_if_there(&mut inner.watcher, page)
         {
             inner.failed.get_or_insert(error);
         }
@@ -96,9 +107,18 @@ impl<W: watch::Watcher + Send> sync::Watcher for Watching<W> {
         *users -= 1;
         if *users == 0 {
             inner.users.remove(&page.0);
-            if let Err(error) = inner.watcher.unwatch(page) {
-                inner.failed.get_or_insert(error);
+            match inner.watcher.unwatch(page) {
+                Ok(()) | Err(WatchError::NoPage(_)) => {}
+                Err(error) => drop(inner.failed.get_or_insert(error)),
             }
         }
+    }
+}
+
+/// Where there is no memory nobody writes: a guest's table may point there, and memory may come.
+fn watch_if_there<W: watch::Watcher>(watcher: &mut W, page: Gpa) -> Result<(), WatchError> {
+    match watcher.watch(page) {
+        Err(WatchError::NoPage(_)) => Ok(()),
+        watched => watched,
     }
 }

@@ -217,3 +217,37 @@ fn memory_that_another_one_watches_is_refused() {
         assert!(matches!(UffdWatcher::new(&memory, Writers::UserMode), Err(WatchError::Memory { .. })));
     });
 }
+
+/// Memory comes, is watched, and goes: who waits to write there goes on, and what stays is watched as before.
+#[test]
+fn memory_comes_and_goes() {
+    each(Writers::All, |memory, mut watcher| {
+        let high = Gpa(RAM + (1 << 30));
+        let region = Arc::new(vm_memory::GuestRegionMmap::from_range(GuestAddress(high.0), (PAGES * PAGE) as usize, None).unwrap());
+        let without = Arc::new(memory.clone());
+        let with = Arc::new(memory.insert_region(region).unwrap());
+        watcher.watch(page(2)).unwrap();
+        for _ in 0..2 {
+            assert_eq!(watcher.watch(high), Err(WatchError::NoPage(high)));
+            watcher.memory_changed(&with).unwrap();
+            watcher.watch(high).unwrap();
+            std::thread::scope(|scope| {
+                let writer = scope.spawn(|| with.store(1_u64, GuestAddress(high.0), Ordering::Release).unwrap());
+                let reports = serve_until(&mut watcher, || writer.is_finished());
+                assert_eq!(reports.into_keys().collect::<Vec<_>>(), [high.0]);
+            });
+            watcher.rearm(high).unwrap();
+            std::thread::scope(|scope| {
+                scope.spawn(|| with.store(2_u64, GuestAddress(high.0), Ordering::Release).unwrap());
+                watcher.memory_changed(&without).unwrap();
+            });
+            assert_eq!(with.load::<u64>(GuestAddress(high.0), Ordering::Acquire).unwrap(), 2);
+            // A message of before may be there still: it is of no page that is watched.
+            watcher.serve(&mut |at, _| panic!("{at} is not there")).unwrap();
+        }
+        std::thread::scope(|scope| {
+            let writer = scope.spawn(|| store(memory, page(2).0, 1));
+            assert_eq!(serve_until(&mut watcher, || writer.is_finished()).into_keys().collect::<Vec<_>>(), [page(2).0]);
+        });
+    });
+}

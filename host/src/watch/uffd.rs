@@ -99,19 +99,50 @@ where
         }
         enabled
             .map_err(|errno| if errno == Errno::INVAL { WatchError::NoWriteProtection } else { WatchError::Call { what: "the handshake", errno } })?;
-        let memory = space.memory();
         let unit = (rustix::param::page_size() as u64).max(PAGE);
+        let mut this =
+            Self { fd, memory: space.memory(), mapped: Vec::new(), watched: BTreeSet::new(), unit, touch: features & calls::UNPOPULATED == 0 };
+        this.mapped = this.register(&this.memory)?;
+        Ok(this)
+    }
+
+    /// Registers what of `memory` is not registered yet: all of it that can be watched.
+    fn register(&self, memory: &S::T) -> Result<Vec<Mapped>, WatchError> {
         let mut mapped = Vec::new();
         for region in memory.iter() {
             let first = region.start_addr().0;
             // What is no whole page of the host cannot be protected.
-            let length = if first.is_multiple_of(PAGE) { region.len() / unit * unit } else { 0 };
+            let length = if first.is_multiple_of(PAGE) { region.len() / self.unit * self.unit } else { 0 };
             let Some(gpa) = length.checked_sub(1).and_then(|beyond| Span::new(first, first.checked_add(beyond)?)) else { continue };
             let host = region.get_host_address(MemoryRegionAddress(0)).map_err(|_| WatchError::NoPage(Gpa(first)))?.addr() as u64;
-            calls::register(&fd, host, length).map_err(|errno| WatchError::Memory { span: gpa, errno })?;
+            if !self.mapped.iter().any(|known| known.gpa == gpa && known.host == host) {
+                calls::register(&self.fd, host, length).map_err(|errno| WatchError::Memory { span: gpa, errno })?;
+            }
             mapped.push(Mapped { gpa, host });
         }
-        Ok(Self { fd, memory, mapped, watched: BTreeSet::new(), unit, touch: features & calls::UNPOPULATED == 0 })
+        Ok(mapped)
+    }
+
+    /// The guest's memory is what `space` has now. Memory that comes can be watched from now on; writers to memory that goes, which is still mapped in this process, go on, and
+    /// its pages are watched no more.
+    ///
+    /// # Errors
+    /// The kernel cannot protect what came: everything is as before.
+    pub fn memory_changed(&mut self, space: &S) -> Result<(), WatchError> {
+        let memory = space.memory();
+        let mapped = self.register(&memory)?;
+        let stays = |page: u64| mapped.iter().any(|new| new.gpa.contains(page) && self.host_of(page) == Some(new.host + (page - new.gpa.first)));
+        let (kept, gone): (BTreeSet<u64>, BTreeSet<u64>) = self.watched.iter().partition(|page| stays(**page));
+        for page in gone {
+            // Whatever the kernel says of it: it is no guest memory any more.
+            let _ = self.protect(Gpa(page), false);
+        }
+        (self.watched, self.mapped, self.memory) = (kept, mapped, memory);
+        Ok(())
+    }
+
+    fn host_of(&self, page: u64) -> Option<u64> {
+        self.mapped.iter().find(|mapped| mapped.gpa.contains(page)).map(|mapped| mapped.host + (page - mapped.gpa.first))
     }
 
     /// The unit that a page lies in: its first guest address, and where it is in this process.

@@ -151,6 +151,7 @@ fn a_missing_page() {
     let out = copy.path.join("../out").to_str().unwrap().to_owned();
     refused_with(&["convert", copy.path(), "--to", "intel-vtd/first-stage", "--out", &out], &format!("the snapshot lacks page {page:#x}"));
     refused(&["diff", copy.path(), "arm64-s1-4k"], &format!("{}: {}", copy.path(), line.trim().strip_prefix("error: ").unwrap()));
+    refused(&["draw", copy.path(), "--out", &out], line.trim().strip_prefix("error: ").unwrap());
     assert_eq!(names(copy.path.parent().unwrap()), ["arm64-s1-4k"], "nothing is written");
 }
 
@@ -172,6 +173,39 @@ fn a_missing_page_of_a_device() {
     let out = copy.path.join("../out").to_str().unwrap().to_owned();
     refused_with(&["convert", copy.path(), "--to", "arm-smmuv3/stage1", "--out", &out], &format!("the snapshot lacks page {page:#x}"));
     assert_eq!(names(copy.path.parent().unwrap()), ["vtd-sm-fs"]);
+}
+
+/// What would be right is said in the words of docs/snapshot.md.
+#[test]
+fn a_member_of_the_wrong_kind() {
+    let members = [
+        ("devices", json!(["0x38"]), "invalid type: string \"0x38\", expected a device: an object with `label` and `id` at line "),
+        ("memory", json!([7]), "invalid type: integer `7`, expected a memory range: an object with `kind`, `first` and `last` at line "),
+        ("unit", json!("arm-smmuv3"), "invalid type: string \"arm-smmuv3\", expected a unit: an object with `kind` and `registers` at line "),
+        (
+            "tables",
+            json!([null]),
+            "invalid type: null, expected a stream: an object with `id`, and `format`, `root` and `settings`, or a `state` at line ",
+        ),
+        ("domains", json!([1.5]), "invalid type: floating point `1.5`, expected a domain: an object with `id`, `endpoints` and `mappings` at line "),
+        ("unit", json!({"registers": {}}), "`unit` without a `kind`, such as `intel-vtd`"),
+        ("devices", json!(null), "missing field `devices`: a list of `label` and `id`"),
+    ];
+    for (name, value, message) in members {
+        let mut copy = Copy::new("member", "arm64-s1-4k");
+        copy.json[name] = value;
+        refused_with(&["inspect", copy.write().path()], &format!("{}/snapshot.json: {message}", copy.path()));
+    }
+}
+
+#[test]
+fn negative_numbers() {
+    let translate = |iova| run(&["translate", "arm64-s1-4k", "--device", "0x38", "--access", "r", "--iova", iova]);
+    assert_eq!(translate("-5").stderr, "error: invalid value '-5' for '--iova <X>': a number below 2^64 is expected, such as 4096 or 0x1000\n");
+    refused_with(
+        &["inspect", "arm64-s1-4k", "--budget-tables", "-1"],
+        "invalid value '-1' for '--budget-tables <N>': a number below 2^64 is expected",
+    );
 }
 
 #[test]

@@ -29,6 +29,23 @@ fn a_guess_needs_no_registers_and_agrees_with_them() {
     }
 }
 
+/// Whatever else is missing, memory is enough.
+#[test]
+fn a_guess_needs_neither_a_unit_nor_devices() {
+    let address = format!("{:#x}", root("arm64-s1-4k", "0x38"));
+    for missing in [&["unit"][..], &["registers"], &["kind"], &["unit", "devices"]] {
+        let mut copy = Copy::new("guess-without-unit", "arm64-s1-4k");
+        for name in missing {
+            let json = if *name == "registers" || *name == "kind" { &mut copy.json["unit"] } else { &mut copy.json };
+            json.as_object_mut().unwrap().remove(*name);
+        }
+        let report = run(&["guess", copy.write().path(), "--root", &address, "--format", "json"]).good().json();
+        let first = &report["candidates"][0];
+        assert_eq!((&first["format"], &first["levels"]), (&"arm-smmuv3/stage1".into(), &4.into()), "without {missing:?}");
+        assert_eq!(run(&["inspect", copy.path()]).status, 2, "without {missing:?}");
+    }
+}
+
 /// A dump of memory with the pages of a snapshot at their places, as far as they lie below a bound.
 fn dump(name: &str, fixture: &str, first: u64, last: u64) -> String {
     let copy = Copy::new(name, fixture);

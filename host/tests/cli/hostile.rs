@@ -312,3 +312,70 @@ fn a_reader_that_goes_away_and_one_that_is_full() {
         assert_eq!((output.status.code(), &*String::from_utf8(output.stderr).unwrap()), (Some(2), line), "{arguments:?}");
     }
 }
+
+/// Names as long as a file may have them: columns do not follow them, and messages stay readable.
+#[test]
+fn labels_and_values_without_end() {
+    let mut copy = Copy::new("long-label", "arm64-s1-4k");
+    copy.json["devices"][0]["label"] = json!("x".repeat(100_000));
+    let found = run(&["inspect", copy.write().path(), "--all"]).good();
+    assert!(found.stdout.len() < 1_000_000, "{}", found.stdout.len());
+    assert!(found.stdout.lines().any(|line| line.contains("0000:00:07.0") && line.len() < 400), "other rows are not moved");
+    copy.json["devices"][1]["id"] = json!("y".repeat(100_000));
+    let found = run(&["inspect", copy.write().path()]);
+    assert!(found.status == 2 && found.stderr.lines().count() == 1 && found.stderr.len() < 1100, "{}", found.stderr);
+    assert!(found.stderr.contains(" characters] ") && found.stderr.contains("a number such as"), "{}", found.stderr);
+}
+
+/// Sizes that are only promised: holes of a file take no memory, and there are bounds.
+#[test]
+fn sizes_without_contents() {
+    let mut copy = Copy::new("sizes", "arm64-s1-4k");
+    let pages = |count: u64| -> serde_json::Value { (0..count).map(|index| format!("{:#x}", index << 12)).collect() };
+    copy.json["pages"] = pages((1 << 21) + 1);
+    copy.write();
+    let file = fs::File::options().write(true).truncate(true).open(copy.path.join("pages.bin")).unwrap();
+    file.set_len(((1 << 21) + 1) * 4096).unwrap();
+    all_refuse(&copy.path, &format!("{}: 2097153 pages; there may be 2097152", copy.path.join("pages.bin").display()));
+
+    // 256 MiB of zeroes within less memory.
+    let count = 1 << 16;
+    copy.json["pages"] = pages(count);
+    copy.json["memory"] = json!([{"kind": "ram", "first": "0x0", "last": "0xffffffff"}]);
+    copy.set_register("STRTAB_BASE", 0);
+    copy.write();
+    let file = fs::File::options().write(true).truncate(true).open(copy.path.join("pages.bin")).unwrap();
+    file.set_len(count * 4096).unwrap();
+    run(&["inspect", copy.path()]).good();
+
+    copy.json["pages"] = pages(167);
+    copy.json["memory"] = (0..65_537_u64).map(|index| json!({"kind": "ram", "first": index << 13, "last": (index << 13) + 4095})).collect();
+    all_refuse(&copy.write().path, &format!("{}: 65537 memory ranges; there may be 65536", copy.path.join("snapshot.json").display()));
+}
+
+/// Dumps too: their holes take no memory, and what is too large for a guess is refused before it is read.
+#[test]
+fn dumps_without_contents() {
+    let path = folder("dumps").join("dump");
+    let file = fs::File::create(&path).unwrap();
+    file.set_len((8 << 30) + 1).unwrap();
+    let found = run(&["guess", path.to_str().unwrap(), "--root", "0"]);
+    let line = "larger than 8 GiB; give the part that has the tables, and with --base where it begins";
+    assert_eq!((&*found.stderr, found.status), (&*format!("error: {}: {line}\n", path.display()), 2));
+    let found = run(&["guess", "/dev/zero", "--root", "0"]);
+    let line = "error: /dev/zero: neither a file nor a folder; give a dump of memory, or a snapshot\n";
+    assert_eq!((&*found.stderr, found.status), (line, 2));
+}
+
+/// Instances of plugins reserve address space; where there is little, there are fewer of them.
+#[test]
+fn little_address_space() {
+    let program = command(&[]).get_program().to_str().unwrap().to_owned();
+    for line in ["inspect arm64-s1-4k", "guess arm64-s1-4k --root 0x49d92000"] {
+        let script = format!("ulimit -v 1500000; exec {program} {line}");
+        let mut shell = Command::new("sh");
+        let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join("cache");
+        let output = shell.args(["-c", &script]).current_dir(fixtures()).env("XDG_CACHE_HOME", cache).output().unwrap();
+        assert_eq!((output.status.code(), String::from_utf8(output.stderr).unwrap()), (Some(0), String::new()), "{line}");
+    }
+}

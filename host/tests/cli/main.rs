@@ -15,3 +15,4 @@ mod run;
 mod streams;
 mod structures;
 mod support;
+mod variants;

@@ -75,6 +75,11 @@ fn guests_of_every_format_are_followed() {
         for (offset, workload) in workloads.iter().enumerate() {
             let announces = ["announces = \"removals\"", nothing, "announces = \"changes\""][(index + offset) % 3];
             let announces = if format == "virtio-iommu" { "" } else { announces };
+            // Formats of units with commands are told raw, and sometimes typed; the others can only be typed.
+            let has_commands = ["arm-smmuv3/", "intel-vtd/", "amd-vi/", "riscv-iommu/", "s390-zpci/"].iter().any(|unit| format.starts_with(unit));
+            let typed = has_commands && (index + offset) % 4 == 3;
+            let announces = if typed { announces.replacen('\n', "\ncommands = \"typed\"\n", 1) } else { announces.to_owned() };
+            let announces = if typed && !announces.contains("commands") { format!("{announces}\ncommands = \"typed\"") } else { announces };
             let text = format!(
                 "title = \"t\"\noperations = 60\nseed = {index}\n[guest]\nformat = \"{format}\"\n{announces}\n[workload]\n{workload}\n\
                  [[unit]]\nname = \"a\"\nkind = \"vtd\"\n[[unit]]\nname = \"b\"\nkind = \"smmuv3\"\n[[unit]]\nname = \"c\"\nkind = \"amd\"\n[[unit]]\nname = \"d\"\n\
@@ -83,12 +88,59 @@ fn guests_of_every_format_are_followed() {
             );
             let report = run(&["run", &written("run-formats", &text), "--format", "json"]).good().json();
             assert_eq!((&report["violation"], &report["operations"]), (&Value::Null, &60.into()), "{format} {workload}");
+            let is_raw = has_commands && !typed;
+            assert_eq!((report["commands"] == "raw", report["queues"].is_object()), (is_raw, is_raw), "{format} {announces}");
+            if is_raw {
+                let [batches, bytes, events] = ["batches", "command_bytes", "events"].map(|name| report["queues"][name].as_u64().unwrap());
+                assert_eq!((batches > 0, bytes >= 16 * batches), (!announces.contains("nothing"), true), "{format} {workload} {announces}");
+                assert_eq!(events > 10, !format.starts_with("s390"), "{format} {workload}: {events} events");
+            }
             for device in report["devices"].as_array().unwrap() {
                 strategies.extend(device["strategies"].as_array().unwrap().iter().map(|strategy| strategy.as_str().unwrap().to_owned()));
             }
         }
     }
     assert_eq!(strategies.into_iter().collect::<Vec<_>>(), ["areas", "native", "nested"]);
+}
+
+/// What a scenario asks for must be what the guest's structures say, where it has any.
+#[test]
+fn settings_are_what_the_guests_structures_can_say() {
+    for (format, settings, raw) in [
+        ("arm-smmuv3/stage1", "granule = 0x4000, input-bits = 47", true),
+        ("arm-smmuv3/stage1", "granule = 0x10000, output-bits = 52, input-bits = 52", true),
+        ("arm-smmuv3/stage1", "granule = 4096, lpa2 = true, input-bits = 52, output-bits = 52", true),
+        ("arm-smmuv3/stage1", "tbi = true, hardware-access = true, hardware-dirty = true, hierarchy-disabled = true", true),
+        ("arm-smmuv3/stage1", "big-endian = true, mair = 0xff", true),
+        ("arm-smmuv3/stage2", "input-bits = 40, granule = 4096", true),
+        ("arm-smmuv3/stage2", "input-bits = 42, granule = 0x10000, hardware-access = true", true),
+        ("intel-vtd/first-stage", "levels = 4, write-protect = true", true),
+        ("intel-vtd/first-stage", "page-1g = false", false),
+        ("intel-vtd/second-stage", "levels = 3, snoop-control = true", true),
+        ("intel-vtd/second-stage", "levels = 4, page-2m = false", false),
+        ("amd-vi/v1", "levels = 3", true),
+        ("amd-vi/v1", "levels = 6", true),
+        ("amd-vi/v2", "levels = 5", true),
+        ("riscv-iommu/first-stage", "levels = 3, hardware-update = true", true),
+        ("riscv-iommu/first-stage", "levels = 2", true),
+        ("riscv-iommu/second-stage", "levels = 4, svpbmt = true", true),
+        ("riscv-iommu/first-stage", "big-endian = true", false),
+        ("s390-zpci/dma", "levels = 4", true),
+    ] {
+        let text = GOOD.replace("intel-vtd/first-stage", format).replace("\"changes\"", &format!("\"changes\"\nsettings = {{ {settings} }}"));
+        let found = run(&["run", &written("run-settings", &text), "--format", "json"]);
+        if raw {
+            assert_eq!(found.status, 0, "{format} {settings}: {}", found.stderr);
+            assert_eq!(found.json()["commands"], "raw");
+            continue;
+        }
+        let name = settings.rsplit(", ").next().unwrap().split(' ').next().unwrap();
+        assert_eq!(found.status, 2, "{format} {settings}");
+        assert!(found.stderr.contains(&format!("setting `{name}`: the guest's device structures say ")), "{}", found.stderr);
+        let typed = text.replace("\"changes\"", "\"changes\"\ncommands = \"typed\"");
+        let report = run(&["run", &written("run-settings", &typed), "--format", "json"]).good().json();
+        assert_eq!((&report["commands"], &report["queues"]), (&"typed".into(), &Value::Null));
+    }
 }
 
 /// Nobody tells the host: the first page is missed, and that is an error with the seed.
@@ -198,6 +250,15 @@ fn bad_scenarios_are_refused() {
     refused(&GOOD.replace("\"changes\"", "\"changes\"\nmemory = \"4 GiB\""), "memory: 4 GiB; a guest has 64 MiB to 2 GiB");
     refused(&GOOD.replace("announces = \"changes\"", ""), "announces is missing: `changes`, `removals`, `nothing` or `never`");
     refused(&GOOD.replace("intel-vtd/first-stage", "virtio-iommu"), "announces: not for virtio-iommu");
+    refused(
+        &GOOD.replace("intel-vtd/first-stage", "virtio-iommu").replace("announces = \"changes\"", "commands = \"typed\""),
+        "commands: not for virtio-iommu",
+    );
+    refused(
+        &GOOD.replace("intel-vtd/first-stage", "loongarch/paging").replace("\"changes\"", "\"changes\"\ncommands = \"raw\""),
+        "commands: units with tables of loongarch/paging have none",
+    );
+    refused(&GOOD.replace("\"changes\"", "\"changes\"\ncommands = \"cooked\""), "line 6: unknown variant `cooked`, expected `raw` or `typed`");
     refused(&GOOD.replace("unit = \"one\"", "unit = \"two\""), "device `card`: no unit `two`; there are one");
     refused(&GOOD.replace("unit = \"one\"\n", ""), "device `card`: unit is missing");
     refused(&GOOD.replace("unit = \"one\"", "unit = \"one\"\nemulated = true"), "device `card`: an emulated device is behind no unit");

@@ -1,14 +1,18 @@
-//! Commands and events: 48882 sections 2.4 and 2.5. An entry of the command buffer has 16 bytes, and so has one of the event log.
+//! Commands, events and page requests: 48882 sections 2.4, 2.5 and 2.6. An entry of the command buffer has 16 bytes, and so have one of the event log and one of the
+//! peripheral page request (PPR) log.
 //!
 //! Where more is forgotten than a command asks for: pages of a guest-physical range mean all IOVAs of a nested address space, reserved bits are not judged,
 //! and `INVALIDATE_IOMMU_ALL` counts as legal whether or not the unit says that it has it.
 
 use stagecraft_sdk::bits::Field;
 use stagecraft_sdk::queue::{Access, decode_each};
-use stagecraft_sdk::{Command, Effect, Error, Event, EventRecord, FaultKind, Scope};
+use stagecraft_sdk::{Answer, Command, Effect, Error, Event, EventRecord, FaultKind, PageRequest, Registers, Response, Scope};
+
+use crate::spec::registers::efr;
 
 const COMMANDS: &str = "48882 section 2.4";
 const EVENTS: &str = "48882 section 2.5";
+const REQUESTS: &str = "48882 section 2.6";
 
 /// Code of the event that an illegal command causes, section 2.5.6.
 const ILLEGAL_COMMAND_ERROR: u32 = 5;
@@ -26,6 +30,8 @@ mod low {
     pub(super) const PASID_15_8: Field = Field::new(23, 16);
     pub(super) const PASID_7_0: Field = Field::new(55, 48);
     pub(super) const PASID_19_16: Field = Field::new(59, 56);
+    /// COMPLETE_PPR_REQUEST.
+    pub(super) const PASID_OF_REQUEST: Field = Field::new(51, 32);
 }
 
 /// Word 1 of the commands with an address.
@@ -39,6 +45,9 @@ mod high {
     /// A guest-virtual address of a PASID.
     pub(super) const GN: Field = Field::new(2, 2);
     pub(super) const ADDRESS: Field = Field::new(63, 12);
+    /// COMPLETE_PPR_REQUEST: the group (Completion Tag, without the bit that says that a request is the last one), and the answer.
+    pub(super) const TAG: Field = Field::new(40, 32);
+    pub(super) const COMPLETION: Field = Field::new(47, 44);
 }
 
 /// What a batch of commands asks for.
@@ -48,8 +57,18 @@ pub(crate) fn decode(commands: &[u8]) -> Result<Vec<Command>, Error> {
         let (low, high) = (words[0], words[1]);
         let guest = high::GN.of(high) == 1;
         match low::CODE.of(low) {
-            // COMPLETION_WAIT, INVALIDATE_INTERRUPT_TABLE, PREFETCH_IOMMU_PAGES, COMPLETE_PPR_REQUEST.
-            1 | 5 | 6 | 7 => push(Effect::Nothing),
+            // COMPLETION_WAIT, INVALIDATE_INTERRUPT_TABLE, PREFETCH_IOMMU_PAGES.
+            1 | 5 | 6 => push(Effect::Nothing),
+            // COMPLETE_PPR_REQUEST, section 2.4.7. Answers that PCI Express has not named count as its failure.
+            7 => {
+                let answer = match high::COMPLETION.of(high) {
+                    0 => Answer::Success,
+                    1 => Answer::Invalid,
+                    _ => Answer::Failure,
+                };
+                let pasid = guest.then_some(low::PASID_OF_REQUEST.of(low) as u32);
+                push(Effect::Response(Response { id: low::DEVICE.of(low) as u32, pasid, group: high::TAG.of(high) as u16, answer }));
+            }
             2 => push(Effect::Structures(Scope::ALL.id(low::DEVICE.of(low)))),
             3 => {
                 let domain = Scope::ALL.domain(low::DOMAIN.of(low));
@@ -148,4 +167,44 @@ fn page_fault_flags(event: &Event) -> u64 {
         | flag::RZ.put(reserved.into())
         | flag::US.put((guest && !event.privileged).into())
         | flag::NX.put((guest && event.access == Access::Execute).into())
+}
+
+/// Word 0 of an entry of the PPR log. Flags are from bit 48 on.
+mod request {
+    use super::Field;
+
+    pub(super) const DEVICE: Field = Field::new(15, 0);
+    pub(super) const PASID_15_0: Field = Field::new(31, 16);
+    /// The group.
+    pub(super) const TAG: Field = Field::new(40, 32);
+    /// The highest bit of the tag: the last one of its group.
+    pub(super) const LAST: Field = Field::new(41, 41);
+    pub(super) const PASID_19_16: Field = Field::new(45, 42);
+    /// To execute, to read, to write, as a user.
+    pub(super) const EXE: Field = Field::new(49, 49);
+    pub(super) const READ: Field = Field::new(50, 50);
+    pub(super) const WRITE: Field = Field::new(53, 53);
+    pub(super) const US: Field = Field::new(54, 54);
+    /// There is a PASID.
+    pub(super) const GN: Field = Field::new(56, 56);
+    pub(super) const CODE: Field = Field::new(63, 60);
+
+    /// [`CODE`]: PAGE_SERVICE_REQUEST.
+    pub(super) const PAGE_SERVICE_REQUEST: u64 = 1;
+}
+
+/// The entry of the PPR log.
+pub(crate) fn encode_page_request(registers: &Registers, page: &PageRequest) -> Result<EventRecord, Error> {
+    if efr::PPR_SUP.of(registers.get("EXT_FEATURES").unwrap_or(0)) == 0 {
+        return Err(Error::Unsupported("page requests: the unit has no log for them (EFR.PPRSup)".to_owned()));
+    }
+    let id = u16::try_from(page.id).map_err(|_| Error::invalid("id", page.id, REQUESTS, "a DeviceID has 16 bits"))?;
+    let mut low = request::CODE.put(request::PAGE_SERVICE_REQUEST) | request::DEVICE.put(id.into()) | request::TAG.put(page.group.into());
+    low |= request::LAST.put(page.last.into()) | request::READ.put(page.read.into()) | request::WRITE.put(page.write.into());
+    low |= request::US.put((!page.privileged).into()) | request::EXE.put(page.execute.into());
+    if let Some(pasid) = page.pasid {
+        let pasid = u64::from(pasid);
+        low |= request::GN.put(1) | request::PASID_15_0.put(pasid & 0xffff) | request::PASID_19_16.put(pasid >> 16);
+    }
+    Ok(EventRecord::of_words("PPR log", &[low, page.address & !0xfff]))
 }

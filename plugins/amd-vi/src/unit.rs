@@ -22,8 +22,8 @@
 
 use stagecraft_sdk::bits::words;
 use stagecraft_sdk::{
-    Attributes, Binding, Blocked, Command, Direct, Error, EventRecord, Format, GuestMemory, Offer, Outcome, PlaceToBind, Registers, Requester,
-    Structure, TableConfig, Tag, Translated, Unit, Window,
+    Attributes, Binding, Blocked, Command, Direct, Error, EventRecord, Format, GuestMemory, Offer, Outcome, PageRequest, PlaceToBind, Registers,
+    Requester, Structure, TableConfig, Tag, Translated, Unit, Window,
 };
 
 use crate::queue;
@@ -379,5 +379,9 @@ impl Unit for AmdVi {
 
     fn encode_event(_registers: &Registers, event: &stagecraft_sdk::Event) -> Result<EventRecord, Error> {
         queue::encode(event)
+    }
+
+    fn encode_page_request(registers: &Registers, request: &PageRequest) -> Result<EventRecord, Error> {
+        queue::encode_page_request(registers, request)
     }
 }

@@ -48,7 +48,7 @@ fn the_rest() {
     let all = decode(&[[0x8000_0000_0000_0000, 0], [0x1000_0000_1234_5001, 42]]);
     let expected = [(0, Effect::Structures(Scope::ALL)), (0, Effect::Everything), (1, Effect::Nothing)];
     assert_eq!(all, expected.map(|(index, effect)| Command { index, effect }));
-    for code in [5, 6, 7] {
+    for code in [5, 6] {
         assert_eq!(effect([code << 60 | 0x138, 0]), Effect::Nothing);
     }
     for code in [0, 9, 0xa, 0xf] {
@@ -118,4 +118,40 @@ proptest! {
             }
         }
     }
+}
+
+/// Entries of the PPR log, section 2.6, and COMPLETE_PPR_REQUEST, section 2.4.7.
+#[test]
+fn page_requests_and_their_answers() {
+    use stagecraft_sdk::{Answer, PageRequest, Response};
+    let all = stagecraft_sdk::PageRequest {
+        id: 0x38,
+        pasid: Some(0x5_0042),
+        address: 0x1234_5678_9abc,
+        read: true,
+        write: true,
+        execute: true,
+        privileged: true,
+        group: 0x1a5,
+        last: true,
+    };
+    let with: Registers = [("EXT_FEATURES".to_owned(), 2)].into_iter().collect();
+    let words = |request: &PageRequest| {
+        let record = AmdVi::encode_page_request(&with, request).unwrap();
+        assert_eq!((record.queue.as_str(), record.bytes.len()), ("PPR log", 16));
+        [0, 8].map(|at| u64::from_le_bytes(record.bytes[at..at + 8].try_into().unwrap()))
+    };
+    assert_eq!(words(&all), [0x1126_17a5_0042_0038, 0x0000_1234_5678_9000]);
+    let plain = PageRequest { pasid: None, write: false, execute: false, privileged: false, group: 0, last: false, ..all };
+    assert_eq!(words(&plain), [0x1044_0000_0000_0038, 0x0000_1234_5678_9000]);
+    assert!(matches!(AmdVi::encode_page_request(&Registers::default(), &all), Err(Error::Unsupported(_))));
+    assert!(matches!(AmdVi::encode_page_request(&with, &PageRequest { id: 0x1_0000, ..all }), Err(Error::Invalid(_))));
+    let effect = |low: u64, high: u64| {
+        let bytes: Vec<u8> = [low, high].iter().flat_map(|word| word.to_le_bytes()).collect();
+        AmdVi::decode_commands(&Registers::default(), &bytes).unwrap()[0].effect
+    };
+    let answer = |pasid, group, answer| Effect::Response(Response { id: 0x38, pasid, group, answer });
+    assert_eq!(effect(0x7005_0042_0000_0038, 0x0000_01a5_0000_0004), answer(Some(0x5_0042), 0x1a5, Answer::Success));
+    assert_eq!(effect(0x7005_0042_0000_0038, 0x0000_11a5_0000_0000), answer(None, 0x1a5, Answer::Invalid), "without GN there is no PASID");
+    assert_eq!(effect(0x7000_0000_0000_0038, 0x0000_f001_0000_0000), answer(None, 1, Answer::Failure));
 }

@@ -54,7 +54,7 @@ impl<'a> Contexts<'a> {
             None => match ste::S1DSS.of(self.words) {
                 1 => Ok(None),
                 2 => Ok(Some(0)),
-                _ => blocked("F_STREAM_DISABLED", "IHI 0070 section 5.2, S1DSS", "requests without SubstreamID are refused"),
+                _ => unused("F_STREAM_DISABLED", "IHI 0070 section 5.2, S1DSS", "requests without SubstreamID are refused, as the driver wants it"),
             },
             Some(_) if self.max == 0 => unused("C_BAD_SUBSTREAMID", "IHI 0070 section 5.2, S1CDMax", "substreams are disabled"),
             Some(pasid) if u64::from(pasid) >> self.max != 0 => {

@@ -1,4 +1,4 @@
-//! Commands and events: IHI 0070 chapters 4 and 7. An entry of the command queue has 16 bytes, an event record 32.
+//! Commands, events and page requests: IHI 0070 chapters 4, 7 and 8. An entry of the command queue has 16 bytes, an event record 32, an entry of the PRI queue 16.
 //!
 //! Where more is forgotten than a command asks for:
 //!
@@ -10,13 +10,14 @@
 
 use stagecraft_sdk::bits::Field;
 use stagecraft_sdk::queue::Access;
-use stagecraft_sdk::{Effect, Error, Event, EventRecord, FaultKind, Format, Registers, Scope};
+use stagecraft_sdk::{Answer, Effect, Error, Event, EventRecord, FaultKind, Format, PageRequest, Registers, Response, Scope};
 
 use crate::Stage2;
 use crate::spec::registers::{cr2, idr0, idr3};
 
 const COMMANDS: &str = "IHI 0070 section 4.1";
 const EVENTS: &str = "IHI 0070 section 7.3";
+const REQUESTS: &str = "IHI 0070 chapter 8";
 
 /// CERROR_ILL, IHI 0070 section 4.1.4.
 const ILLEGAL: u32 = 1;
@@ -53,6 +54,10 @@ mod high {
     pub(super) const RANGE: Field = Field::new(4, 0);
     /// ATC_INV: log2 of the number of pages of 4 KiB.
     pub(super) const SIZE: Field = Field::new(5, 0);
+    /// PRI_RESP: the group of page requests.
+    pub(super) const GROUP: Field = Field::new(8, 0);
+    /// PRI_RESP: the answer; 3 is reserved.
+    pub(super) const RESP: Field = Field::new(13, 12);
     /// Range: 0 none, 1 4K, 2 16K, 3 64K.
     pub(super) const TG: Field = Field::new(11, 10);
     pub(super) const ADDRESS: Field = Field::new(63, 12);
@@ -135,8 +140,13 @@ impl Commands {
                 let size_log2 = 12 + high::SIZE.of(high) as u32;
                 legal(self.has(idr0::ATS), Effect::DeviceTlb(scope.around(high::ADDRESS.in_place(high), size_log2)))
             }
-            // PRI_RESP; RESUME and STALL_TERM, which need stalls; SYNC.
-            0x41 => legal(self.has(idr0::PRI), Effect::Nothing),
+            // PRI_RESP, section 4.5.2.
+            0x41 if self.has(idr0::PRI) => {
+                let answer = [Answer::Failure, Answer::Invalid, Answer::Success].get(high::RESP.of(high) as usize).copied()?;
+                let pasid = (low::SSV.of(low) != 0).then_some(low::SUBSTREAM.of(low) as u32);
+                Some(Effect::Response(Response { id: low::STREAM.of(low) as u32, pasid, group: high::GROUP.of(high) as u16, answer }))
+            }
+            // RESUME and STALL_TERM, which need stalls; SYNC.
             0x44 | 0x45 => legal(idr0::STALL_MODEL.of(self.idr0) != 1, Effect::Nothing),
             0x46 => legal(low::CS.of(low) != 3, Effect::Nothing),
             _ => None,
@@ -289,4 +299,38 @@ const fn walk_event(fault: FaultKind) -> &'static str {
         FaultKind::Unreadable => "F_WALK_EABT",
         FaultKind::Translation | FaultKind::Reserved | FaultKind::Misaligned | FaultKind::Configuration => "F_TRANSLATION",
     }
+}
+
+/// Words of an entry of the PRI queue.
+mod request {
+    use super::Field;
+
+    /// Word 0.
+    pub(super) const STREAM: Field = Field::new(31, 0);
+    pub(super) const SUBSTREAM: Field = Field::new(51, 32);
+    /// With a SubstreamID only: privileged, and to execute.
+    pub(super) const PRIV: Field = Field::new(58, 58);
+    pub(super) const X: Field = Field::new(59, 59);
+    pub(super) const R: Field = Field::new(60, 60);
+    pub(super) const W: Field = Field::new(61, 61);
+    pub(super) const LAST: Field = Field::new(62, 62);
+    pub(super) const SSV: Field = Field::new(63, 63);
+    /// Word 1.
+    pub(super) const GROUP: Field = Field::new(8, 0);
+    pub(super) const ADDRESS: Field = Field::new(63, 12);
+}
+
+/// The entry of the PRI queue, IHI 0070 chapter 8.
+pub(crate) fn encode_page_request(registers: &Registers, page: &PageRequest) -> Result<EventRecord, Error> {
+    if idr0::PRI.of(registers.need("IDR0")?) == 0 {
+        return Err(Error::Unsupported("page requests: the SMMU has no PRI queue (IDR0.PRI)".to_owned()));
+    }
+    let id = u32::try_from(page.id).map_err(|_| Error::invalid("id", page.id, REQUESTS, "a StreamID has 32 bits"))?;
+    let mut low = request::STREAM.put(id.into()) | request::R.put(page.read.into()) | request::W.put(page.write.into());
+    low |= request::LAST.put(page.last.into());
+    if let Some(pasid) = page.pasid {
+        low |= request::SSV.put(1) | request::SUBSTREAM.put(pasid.into());
+        low |= request::PRIV.put(page.privileged.into()) | request::X.put(page.execute.into());
+    }
+    Ok(EventRecord::of_words("PRIQ", &[low, request::GROUP.put(page.group.into()) | request::ADDRESS.in_place(page.address)]))
 }

@@ -8,7 +8,8 @@
 //! ```
 
 use stagecraft_sdk::{
-    Binding, Command, Error, Event, EventRecord, GuestMemory, Offer, Outcome, PlaceToBind, Registers, Requester, TableConfig, Tag, Translated, Unit,
+    Binding, Command, Error, Event, EventRecord, GuestMemory, Offer, Outcome, PageRequest, PlaceToBind, Registers, Requester, TableConfig, Tag,
+    Translated, Unit,
 };
 
 use crate::context::{self, Contexts};
@@ -90,5 +91,9 @@ impl Unit for Smmuv3 {
 
     fn encode_event(_registers: &Registers, event: &Event) -> Result<EventRecord, Error> {
         queue::encode(event)
+    }
+
+    fn encode_page_request(registers: &Registers, request: &PageRequest) -> Result<EventRecord, Error> {
+        queue::encode_page_request(registers, request)
     }
 }

@@ -108,7 +108,7 @@ fn commands_to_devices_and_the_rest() {
     assert_eq!(effect([0x0000_0038_0004_2a40, 0x1234_5004]), Effect::DeviceTlb(device.range(0x1234_0000, 0x1234_ffff)), "global, 16 pages");
     assert_eq!(effect([0x0000_0038_0004_2040, 0x34]), Effect::DeviceTlb(device), "without SubstreamID, everything");
     assert_eq!(with(&[("IDR0", IDR0 & !0x400)], [0x40, 0]), ILLEGAL, "no ATS");
-    assert_eq!([effect([0x41, 0]), effect([0x44, 0]), effect([0x45, 0]), effect([0x1046, 0])], [Effect::Nothing; 4]);
+    assert_eq!([effect([0x44, 0]), effect([0x45, 0]), effect([0x1046, 0])], [Effect::Nothing; 3]);
     assert_eq!(with(&[("IDR0", IDR0 & !0x1_0000)], [0x41, 0]), ILLEGAL, "no page requests");
     assert_eq!(with(&[("IDR0", IDR0 | 1 << 24)], [0x44, 0]), ILLEGAL, "no stalls");
     assert_eq!(effect([0x3046, 0]), ILLEGAL, "a reserved way of completion");
@@ -208,4 +208,40 @@ proptest! {
             }
         }
     }
+}
+
+/// Entries of the PRI queue, chapter 8, and CMD_PRI_RESP, section 4.5.2.
+#[test]
+fn page_requests_and_their_answers() {
+    use stagecraft_sdk::{Answer, PageRequest, Response};
+    let all = stagecraft_sdk::PageRequest {
+        id: 0x38,
+        pasid: Some(0x42),
+        address: 0x1234_5678_9abc,
+        read: true,
+        write: true,
+        execute: true,
+        privileged: true,
+        group: 0x1a5,
+        last: true,
+    };
+    let words = |request: &PageRequest| {
+        let registers: Registers = [("IDR0".to_owned(), IDR0)].into_iter().collect();
+        let record = Smmuv3::encode_page_request(&registers, request).unwrap();
+        assert_eq!((record.queue.as_str(), record.bytes.len()), ("PRIQ", 16));
+        [0, 8].map(|at| u64::from_le_bytes(record.bytes[at..at + 8].try_into().unwrap()))
+    };
+    assert_eq!(words(&all), [0xfc00_0042_0000_0038, 0x0000_1234_5678_91a5]);
+    let plain = PageRequest { pasid: None, write: false, group: 0, last: false, ..all };
+    assert_eq!(words(&plain), [0x1000_0000_0000_0038, 0x0000_1234_5678_9000], "X and Priv are with a SubstreamID only");
+    assert_eq!(words(&PageRequest { id: 0xffff_fffe, read: false, write: true, ..plain }), [0x2000_0000_ffff_fffe, 0x0000_1234_5678_9000]);
+    let without: Registers = [("IDR0".to_owned(), IDR0 & !0x1_0000)].into_iter().collect();
+    assert!(matches!(Smmuv3::encode_page_request(&without, &all), Err(Error::Unsupported(_))));
+    assert!(matches!(Smmuv3::encode_page_request(&Registers::default(), &all), Err(Error::Invalid(_))));
+    let answer = |pasid, group, answer| Effect::Response(Response { id: 0x38, pasid, group, answer });
+    assert_eq!(effect([0x0000_0038_0004_2841, 0x21a5]), answer(Some(0x42), 0x1a5, Answer::Success));
+    assert_eq!(effect([0x0000_0038_0004_2041, 0x1003]), answer(None, 3, Answer::Invalid), "a SubstreamID without SSV is none");
+    assert_eq!(effect([0x0000_0038_0000_0841, 0x0003]), answer(Some(0), 3, Answer::Failure));
+    assert_eq!(effect([0x0000_0038_0000_0041, 0x3003]), ILLEGAL);
+    assert_eq!(with(&[("IDR0", IDR0 & !0x1_0000)], [0x41, 0x2000]), ILLEGAL);
 }

@@ -1,4 +1,5 @@
-//! Invalidation descriptors and fault records: D51397 sections 6.5.2 and 11.4.14. A descriptor has 16 bytes, or 32 with `IQA.DW`; a fault record has 16.
+//! Invalidation descriptors, fault records and page requests: D51397 sections 6.5.2, 11.4.14 and 7.4.1. A descriptor has 16 bytes, or 32 with `IQA.DW`; a fault
+//! record has 16, a page request 32.
 //!
 //! Where more is forgotten than a descriptor asks for:
 //!
@@ -8,13 +9,14 @@
 
 use stagecraft_sdk::bits::Field;
 use stagecraft_sdk::queue::{Access, decode_each};
-use stagecraft_sdk::{Command, Effect, Error, Event, EventRecord, FaultKind, Format, Registers, Scope};
+use stagecraft_sdk::{Answer, Command, Effect, Error, Event, EventRecord, FaultKind, Format, PageRequest, Registers, Response, Scope};
 
 use crate::second_stage::SecondStage;
-use crate::spec::registers::{iqa, rtaddr};
+use crate::spec::registers::{ecap, iqa, rtaddr};
 
 const DESCRIPTORS: &str = "D51397 section 6.5.2";
 const RECORDS: &str = "D51397 section 11.4.14";
+const REQUESTS: &str = "D51397 section 7.4.1";
 
 /// Word 0.
 mod low {
@@ -30,8 +32,12 @@ mod low {
     pub(super) const SID: Field = Field::new(47, 32);
     pub(super) const FM: Field = Field::new(49, 48);
     pub(super) const PASID: Field = Field::new(51, 32);
-    /// PASID-based device TLB: source id.
+    /// PASID-based device TLB, and page group response: source id.
     pub(super) const PASID_SID: Field = Field::new(31, 16);
+    /// Page group response: there is a PASID.
+    pub(super) const PP: Field = Field::new(4, 4);
+    /// Page group response: what the device is told.
+    pub(super) const RESPONSE: Field = Field::new(15, 12);
 }
 
 /// Word 1.
@@ -48,6 +54,8 @@ mod high {
     /// PASID-based device TLB: of all PASIDs; the address codes a size.
     pub(super) const GLOBAL: Field = Field::new(0, 0);
     pub(super) const PASID_S: Field = Field::new(11, 11);
+    /// Page group response: the group.
+    pub(super) const GROUP: Field = Field::new(11, 3);
 }
 
 /// FSTS.IQE, which the unit sets.
@@ -100,8 +108,16 @@ fn effect(low: u64, high: u64) -> Option<Effect> {
             let scope = if high::GLOBAL.of(high) == 1 { device } else { device.space(low::PASID.of(low)) };
             Some(Effect::DeviceTlb(sized(scope, high, high::PASID_S)))
         }
-        // Page group response.
-        (9, _) => Some(Effect::Nothing),
+        // Page group response, section 7.7.1. Answers that PCI Express has not named count as its failure.
+        (9, _) => {
+            let answer = match low::RESPONSE.of(low) {
+                0 => Answer::Success,
+                1 => Answer::Invalid,
+                _ => Answer::Failure,
+            };
+            let pasid = (low::PP.of(low) == 1).then_some(low::PASID.of(low) as u32);
+            Some(Effect::Response(Response { id: low::PASID_SID.of(low) as u32, pasid, group: high::GROUP.of(high) as u16, answer }))
+        }
         _ => None,
     }
 }
@@ -236,4 +252,44 @@ fn scalable_reason(event: &Event) -> u64 {
             }
         }
     }
+}
+
+/// Words of a page request descriptor.
+mod request {
+    use super::Field;
+
+    /// Word 0.
+    pub(super) const TYPE: Field = Field::new(7, 0);
+    pub(super) const PP: Field = Field::new(8, 8);
+    pub(super) const SID: Field = Field::new(31, 16);
+    pub(super) const PASID: Field = Field::new(51, 32);
+    /// With a PASID only: to execute, and privileged.
+    pub(super) const EXE: Field = Field::new(52, 52);
+    pub(super) const PM: Field = Field::new(53, 53);
+    /// Word 1.
+    pub(super) const R: Field = Field::new(0, 0);
+    pub(super) const W: Field = Field::new(1, 1);
+    /// The last in its group.
+    pub(super) const LPIG: Field = Field::new(2, 2);
+    pub(super) const GROUP: Field = Field::new(11, 3);
+    pub(super) const ADDRESS: Field = Field::new(63, 12);
+
+    /// [`TYPE`]: a page request.
+    pub(super) const PAGE_REQUEST: u64 = 1;
+}
+
+/// The page request descriptor.
+pub(crate) fn encode_page_request(registers: &Registers, page: &PageRequest) -> Result<EventRecord, Error> {
+    if ecap::PRS.of(registers.need("ECAP")?) == 0 {
+        return Err(Error::Unsupported("page requests: the unit has no queue for them (ECAP.PRS)".to_owned()));
+    }
+    let id = u16::try_from(page.id).map_err(|_| Error::invalid("id", page.id, REQUESTS, "a source id has 16 bits"))?;
+    let mut low = request::TYPE.put(request::PAGE_REQUEST) | request::SID.put(id.into());
+    if let Some(pasid) = page.pasid {
+        low |= request::PP.put(1) | request::PASID.put(pasid.into());
+        low |= request::EXE.put(page.execute.into()) | request::PM.put(page.privileged.into());
+    }
+    let mut high = request::R.put(page.read.into()) | request::W.put(page.write.into()) | request::LPIG.put(page.last.into());
+    high |= request::GROUP.put(page.group.into()) | request::ADDRESS.in_place(page.address);
+    Ok(EventRecord::of_words("PRQ", &[low, high, 0, 0]))
 }

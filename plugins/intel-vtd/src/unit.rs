@@ -8,8 +8,8 @@
 
 use stagecraft_sdk::bits::{mask, words};
 use stagecraft_sdk::{
-    Binding, BlockKind, Blocked, Command, Error, Event, EventRecord, Extent, Format, GuestMemory, InvalidationTarget, Offer, Outcome, Place,
-    PlaceToBind, RangeEntry, Recipe, Registers, Requester, Structure, TableConfig, Tag, Translated, Unit,
+    Binding, BlockKind, Blocked, Command, Error, Event, EventRecord, Extent, Format, GuestMemory, InvalidationTarget, Offer, Outcome, PageRequest,
+    Place, PlaceToBind, RangeEntry, Recipe, Registers, Requester, Structure, TableConfig, Tag, Translated, Unit,
 };
 
 use crate::DEFAULT_OUTPUT_BITS;
@@ -502,5 +502,9 @@ impl Unit for IntelVtd {
 
     fn encode_event(registers: &Registers, event: &Event) -> Result<EventRecord, Error> {
         queue::encode(registers, event)
+    }
+
+    fn encode_page_request(registers: &Registers, request: &PageRequest) -> Result<EventRecord, Error> {
+        queue::encode_page_request(registers, request)
     }
 }

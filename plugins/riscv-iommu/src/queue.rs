@@ -1,4 +1,4 @@
-//! Commands and fault records: IOMMU sections 3.1 and 3.2. An entry of the command queue has 16 bytes, a fault record 32.
+//! Commands, fault records and page requests: IOMMU sections 3.1 to 3.3. An entry of the command queue has 16 bytes, a fault record 32, a page request 16.
 //!
 //! Where more is forgotten than a command asks for: `IOTINVAL.VMA` without GV means the host's own address spaces, and here all that fit otherwise; second-stage
 //! addresses mean all IOVAs of an address space of two stages; reserved bits are not judged. The extensions for ranges of addresses (S) and for non-leaf
@@ -6,12 +6,14 @@
 
 use stagecraft_sdk::bits::Field;
 use stagecraft_sdk::queue::{Access, decode_each};
-use stagecraft_sdk::{Command, Effect, Error, Event, EventRecord, FaultKind, Format, Scope};
+use stagecraft_sdk::{Answer, Command, Effect, Error, Event, EventRecord, FaultKind, Format, PageRequest, Registers, Response, Scope};
 
 use crate::second_stage::SecondStage;
+use crate::spec::registers::capabilities;
 
 const COMMANDS: &str = "RISC-V IOMMU 1.0 section 3.1";
 const RECORDS: &str = "RISC-V IOMMU 1.0 section 3.2";
+const REQUESTS: &str = "RISC-V IOMMU 1.0 section 3.3";
 
 /// `cqcsr.cmd_ill`, which the unit sets.
 const COMMAND_ILLEGAL: u32 = 1 << 10;
@@ -52,6 +54,9 @@ mod high {
     pub(super) const GLOBAL: Field = Field::new(0, 0);
     pub(super) const ATS_S: Field = Field::new(11, 11);
     pub(super) const ADDRESS: Field = Field::new(63, 12);
+    /// ATS.PRGR: a page request group response's payload: the group, and the answer.
+    pub(super) const GROUP: Field = Field::new(40, 32);
+    pub(super) const RESPONSE: Field = Field::new(47, 44);
 }
 
 /// What a batch of commands asks for.
@@ -83,18 +88,32 @@ fn effect(low: u64, high: u64) -> Option<Effect> {
         // IODIR.INVAL_DDT, and INVAL_PDT, which needs a device.
         (3, 0) => Some(Effect::Structures(if has(low::DV) { Scope::ALL.id(low::DID.of(low)) } else { Scope::ALL })),
         (3, 1) if has(low::DV) => Some(Effect::Structures(Scope::ALL.id(low::DID.of(low)).space(low::PID.of(low)))),
-        // ATS.INVAL, ATS.PRGR
+        // ATS.INVAL
         (4, 0) => {
-            let segment = if has(low::DSV) { low::DSEG.of(low) } else { 0 };
-            let device = Scope::ALL.id(segment << 16 | low::RID.of(low));
+            let device = Scope::ALL.id(requester(low));
             let all = high::GLOBAL.of(high) == 1 || !has(low::PSCV);
             let scope = if all { device } else { device.space(low::PID.of(low)) };
             let address = high::ADDRESS.in_place(high);
             Some(Effect::DeviceTlb(scope.around(address, size_log2(address >> 12, high::ATS_S.of(high) == 1))))
         }
-        (4, 1) => Some(Effect::Nothing),
+        // ATS.PRGR. Answers that PCI Express has not named count as its failure.
+        (4, 1) => {
+            let answer = match high::RESPONSE.of(high) {
+                0 => Answer::Success,
+                1 => Answer::Invalid,
+                _ => Answer::Failure,
+            };
+            let pasid = has(low::PSCV).then_some(low::PID.of(low) as u32);
+            Some(Effect::Response(Response { id: requester(low) as u32, pasid, group: high::GROUP.of(high) as u16, answer }))
+        }
         _ => None,
     }
+}
+
+/// The device of an ATS command.
+const fn requester(low: u64) -> u64 {
+    let segment = if low::DSV.of(low) == 1 { low::DSEG.of(low) } else { 0 };
+    segment << 16 | low::RID.of(low)
 }
 
 fn pages(scope: Scope, high: u64) -> Scope {
@@ -174,4 +193,41 @@ fn cause(event: &Event) -> u64 {
         Access::Write => base + 2,
         _ => base,
     }
+}
+
+/// Words of a page request.
+mod request {
+    use super::Field;
+
+    /// Word 0.
+    pub(super) const PID: Field = Field::new(31, 12);
+    pub(super) const PV: Field = Field::new(32, 32);
+    /// With a process id only: privileged, and to execute.
+    pub(super) const PRIV: Field = Field::new(33, 33);
+    pub(super) const EXEC: Field = Field::new(34, 34);
+    pub(super) const DID: Field = Field::new(63, 40);
+    /// Word 1: the message's payload.
+    pub(super) const R: Field = Field::new(0, 0);
+    pub(super) const W: Field = Field::new(1, 1);
+    pub(super) const LAST: Field = Field::new(2, 2);
+    pub(super) const GROUP: Field = Field::new(11, 3);
+    pub(super) const ADDRESS: Field = Field::new(63, 12);
+}
+
+/// The page request.
+pub(crate) fn encode_page_request(registers: &Registers, page: &PageRequest) -> Result<EventRecord, Error> {
+    if capabilities::ATS.of(registers.need("CAPABILITIES")?) == 0 {
+        return Err(Error::Unsupported("page requests: the unit has no queue for them (capabilities.ATS)".to_owned()));
+    }
+    if page.id >> 24 != 0 {
+        return Err(Error::invalid("id", page.id, REQUESTS, "a device id has 24 bits"));
+    }
+    let mut first = request::DID.put(page.id);
+    if let Some(pasid) = page.pasid {
+        first |= request::PV.put(1) | request::PID.put(pasid.into());
+        first |= request::PRIV.put(page.privileged.into()) | request::EXEC.put(page.execute.into());
+    }
+    let mut payload = request::R.put(page.read.into()) | request::W.put(page.write.into()) | request::LAST.put(page.last.into());
+    payload |= request::GROUP.put(page.group.into()) | request::ADDRESS.in_place(page.address);
+    Ok(EventRecord::of_words("page-request queue", &[first, payload]))
 }

@@ -6,8 +6,8 @@
 
 use stagecraft_sdk::bits::{Field, words};
 use stagecraft_sdk::{
-    Attributes, Binding, BlockKind, Blocked, Command, Direct, Error, Event, EventRecord, Format, GuestMemory, Intercept, Offer, Outcome, PlaceToBind,
-    Registers, Requester, Structure, TableConfig, Tag, Translated, Unit, Window,
+    Attributes, Binding, BlockKind, Blocked, Command, Direct, Error, Event, EventRecord, Format, GuestMemory, Intercept, Offer, Outcome, PageRequest,
+    PlaceToBind, Registers, Requester, Structure, TableConfig, Tag, Translated, Unit, Window,
 };
 
 use crate::entries::WIDEST_OUTPUT;
@@ -506,5 +506,9 @@ impl Unit for RiscvIommu {
 
     fn encode_event(_registers: &Registers, event: &Event) -> Result<EventRecord, Error> {
         queue::encode(event, &CAUSES.map(|Cause(number, name)| (number, name)))
+    }
+
+    fn encode_page_request(registers: &Registers, request: &PageRequest) -> Result<EventRecord, Error> {
+        queue::encode_page_request(registers, request)
     }
 }

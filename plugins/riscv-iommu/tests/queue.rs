@@ -57,7 +57,7 @@ fn directories_devices_and_the_rest() {
     assert_eq!(effect([3 | did, 0]), Effect::Structures(device));
     assert_eq!(effect([0x83 | did | 0x5_4321 << 12, 0]), Effect::Structures(device.space(0x5_4321)));
     assert_eq!(effect([0x83 | 0x5_4321 << 12, 0]), ILLEGAL, "a process without a device");
-    assert_eq!([effect([2, 0]), effect([0x402, 0]), effect([0x84, 0])], [Effect::Nothing; 3]);
+    assert_eq!([effect([2, 0]), effect([0x402, 0])], [Effect::Nothing; 2]);
     // ATS.INVAL: requester 0xcdef of segment 0xab; G bit 0 and S bit 11 of the payload.
     assert_eq!(effect([4 | did, 0x1234_5000]), Effect::DeviceTlb(device.range(0x1234_5000, 0x1234_5fff)));
     assert_eq!(effect([4 | 0xab_cdef << 40, 0x1230_7800]), Effect::DeviceTlb(Scope::ALL.id(0xcdef).range(0x1230_0000, 0x1230_ffff)));
@@ -127,4 +127,45 @@ proptest! {
             }
         }
     }
+}
+
+/// Page requests, IOMMU section 3.3, and ATS.PRGR, section 3.1.4.
+#[test]
+fn page_requests_and_their_answers() {
+    use stagecraft_sdk::{Answer, PageRequest, Response};
+    let all = stagecraft_sdk::PageRequest {
+        id: 0x38,
+        pasid: Some(0x42),
+        address: 0x1234_5678_9abc,
+        read: true,
+        write: true,
+        execute: true,
+        privileged: true,
+        group: 0x1a5,
+        last: true,
+    };
+    let with: Registers = [("CAPABILITIES".to_owned(), 1 << 25)].into_iter().collect();
+    let words = |request: &PageRequest| {
+        let record = RiscvIommu::encode_page_request(&with, request).unwrap();
+        assert_eq!((record.queue.as_str(), record.bytes.len()), ("page-request queue", 16));
+        [0, 8].map(|at| u64::from_le_bytes(record.bytes[at..at + 8].try_into().unwrap()))
+    };
+    assert_eq!(words(&all), [0x0000_3807_0004_2000, 0x0000_1234_5678_9d2f]);
+    let plain = PageRequest { pasid: None, write: false, group: 0, last: false, ..all };
+    assert_eq!(words(&plain), [0x0000_3800_0000_0000, 0x0000_1234_5678_9001], "execution and privilege are with a process id only");
+    let without: Registers = [("CAPABILITIES".to_owned(), !(1 << 25))].into_iter().collect();
+    assert!(matches!(RiscvIommu::encode_page_request(&without, &all), Err(Error::Unsupported(_))));
+    assert!(matches!(RiscvIommu::encode_page_request(&with, &PageRequest { id: 1 << 24, ..all }), Err(Error::Invalid(_))));
+    let effect = |low: u64, high: u64| {
+        let bytes: Vec<u8> = [low, high].iter().flat_map(|word| word.to_le_bytes()).collect();
+        RiscvIommu::decode_commands(&Registers::default(), &bytes).unwrap()[0].effect
+    };
+    let answer = |id, pasid, group, answer| Effect::Response(Response { id, pasid, group, answer });
+    assert_eq!(effect(0x0000_3801_0004_2084, 0x0038_01a5_0000_0000), answer(0x38, Some(0x42), 0x1a5, Answer::Success));
+    assert_eq!(
+        effect(0x0200_3802_0004_2084, 0x0038_11a5_0000_0000),
+        answer(0x2_0038, None, 0x1a5, Answer::Invalid),
+        "of segment 2, without a process id"
+    );
+    assert_eq!(effect(0x0000_3800_0000_0084, 0x0038_f001_0000_0000), answer(0x38, None, 1, Answer::Failure));
 }

@@ -4,7 +4,7 @@
 use stagecraft::kernel::Errno;
 use stagecraft::kernel::sim::DmaAccess;
 use stagecraft::pins::PinError;
-use stagecraft::sync::{AreaLimits, Areas, Managed, MapError, Mirror, Sink};
+use stagecraft::sync::{AreaLimits, Areas, Sink};
 use stagecraft::{Change, Gpa, Iova, Span};
 
 use super::support::{BASE, BLOCK, Lab, Model, PAGE, READ, ROM, RW, map, piece, unmap};
@@ -261,89 +261,4 @@ fn a_device_that_stays_behind_is_brought_along() {
         assert_eq!(lab.pins.figures().copies, 0);
     }
     lab.assert_clean();
-}
-
-/// A mapping is in all sinks of a mirror or in none, whichever call fails.
-#[test]
-fn a_mirror_has_all_or_nothing() {
-    let lab = Lab::filled();
-    let devices = LABELS.map(|label| lab.bind(label));
-    let spaces = devices.iter().map(|device| {
-        let mut areas = lab.areas(0);
-        areas.attach(device, None).unwrap();
-        areas
-    });
-    let mut mirror = Mirror::new(spaces.collect());
-    let wanted = piece(0x4000, 2 * PAGE, BASE + BLOCK - PAGE, RW);
-    let mut model = Model::default();
-    let few = || (0..10).map(|page| page * PAGE);
-    for step in [false, true] {
-        for n in 1.. {
-            if step {
-                lab.sim.fail_step_nth(n, Errno::ENOMEM);
-            } else {
-                lab.sim.fail_nth(n, Errno::ENOMEM);
-            }
-            let mapped = mirror.map(&wanted);
-            if lab.sim.disarm() {
-                mapped.unwrap();
-                assert!(n > 2);
-                break;
-            }
-            assert!(matches!(mapped, Err(MapError::Kernel { errno: Errno::ENOMEM, .. })), "{mapped:?}");
-            model.check(&lab, &LABELS, few(), "not mapped");
-        }
-        model.apply(&[map(wanted)]);
-        model.check(&lab, &LABELS, few(), "mapped");
-        for n in 1.. {
-            lab.sim.fail_nth(n, Errno::EINTR);
-            let unmapped = mirror.unmap(wanted.iova);
-            let waiting = lab.sim.disarm();
-            if unmapped.is_err() {
-                mirror.commit().unwrap();
-            }
-            model.pieces.clear();
-            model.check(&lab, &LABELS, few(), "unmapped");
-            if waiting {
-                break;
-            }
-            mirror.map(&wanted).unwrap();
-        }
-    }
-    // What one cannot have, none has.
-    let reserved = piece(0xfee0_0000, PAGE, BASE, RW);
-    assert!(matches!(mirror.map(&reserved), Err(MapError::Lost { .. })));
-    assert!(matches!(Mirror::new(mirror.sinks_mut().iter_mut().rev().map(Reversed).collect()).map(&reserved), Err(MapError::Lost { .. })));
-    model.check(&lab, &LABELS, [0xfee0_0000], "reserved in one");
-    // A batch goes to both, and each has what it can have.
-    mirror.apply(&[map(reserved)]);
-    mirror.commit().unwrap();
-    let found = |label| lab.dma(label).translate(None, Iova(0xfee0_0000), DmaAccess::Read).is_ok();
-    assert_eq!((found("dev0"), found("dev1")), (false, true));
-    drop((mirror, devices));
-    lab.assert_clean();
-}
-
-/// A sink that somebody else owns.
-struct Reversed<'a>(&'a mut Areas);
-
-impl Sink for Reversed<'_> {
-    fn apply(&mut self, batch: &[Change]) {
-        self.0.apply(batch);
-    }
-    fn commit(&mut self) -> Result<(), stagecraft::sync::CommitError> {
-        self.0.commit()
-    }
-}
-
-impl Managed for Reversed<'_> {
-    fn map(&mut self, piece: &stagecraft::table::Piece) -> Result<(), MapError> {
-        self.0.map(piece)
-    }
-    fn check_unmap(&self, span: Span) -> Result<(), stagecraft::sync::UnmapError> {
-        self.0.check_unmap(span)
-    }
-    fn unmap(&mut self, span: Span) -> Result<(), stagecraft::sync::UnmapError> {
-        self.0.unmap(span)
-    }
 }

@@ -169,3 +169,47 @@ fn moving_between_address_spaces() {
     drop((spaces, device, elsewhere));
     lab.assert_clean();
 }
+
+/// Permissions that change: the page is read all the while if that was asked for, and as long as a swap may be so large. Otherwise the kernel unmaps and maps, and
+/// nobody swaps anything.
+#[test]
+fn permissions_change_with_a_swap_if_that_is_asked_for() {
+    for (hitless_changes, swap) in [(true, 1 << 16), (true, 0), (false, 1 << 16)] {
+        let lab = Lab::filled();
+        let limits = AreaLimits { hitless_changes, swap, join: 0, ..AreaLimits::default() };
+        let (mut areas, mut model) = (Areas::new(&lab.pins, limits).unwrap(), Model::default());
+        let devices = [lab.bind("dev0"), lab.bind("dev1")];
+        let page = |attributes| map(piece(0x5000, PAGE, BASE + 0x7000, attributes));
+        let (large, beside) = (map(piece(LARGE, LARGE, BASE, RW)), map(piece(0x7000, PAGE, BASE + 0x3000, RW)));
+        // Nobody is attached: nobody can notice.
+        change(&mut areas, &mut model, &[page(RW), beside, large]);
+        change(&mut areas, &mut model, &[unmap(0x5000, PAGE), page(READ)]);
+        assert_eq!(areas.figures().swaps, 0);
+        devices.iter().for_each(|device| areas.attach(device, None).unwrap());
+        let rounds = 12;
+        let toggle = |areas: &mut Areas, model: &mut Model| {
+            for round in 0..rounds {
+                change(areas, model, &[unmap(0x5000, PAGE), page(if round % 2 == 0 { RW } else { READ })]);
+                model.check(&lab, &["dev0", "dev1"], [0x4000, 0x5000, 0x6000, 0x7000, LARGE, 2 * LARGE], &format!("round {round}"));
+            }
+        };
+        let is_swapped = hitless_changes && swap > 0;
+        if is_swapped {
+            let devices = [lab.dma("dev0"), lab.dma("dev1")];
+            let pages = || vec![(0x5000, lab.at(BASE + 0x7000)), (0x7000, lab.at(BASE + 0x3000)), (LARGE, lab.at(BASE))];
+            let stays: Vec<Stays<'_>> = devices.iter().map(|device| (device, None, pages())).collect();
+            meanwhile(&stays, || toggle(&mut areas, &mut model));
+        } else {
+            toggle(&mut areas, &mut model);
+        }
+        let (swaps, interrupted) = (areas.figures().swaps, areas.figures().interrupted);
+        let expected = if is_swapped { (rounds, 0) } else { (0, if hitless_changes { rounds } else { 0 }) };
+        assert_eq!((swaps, interrupted), expected, "hitless: {hitless_changes}, at most {swap} copies");
+        // What only comes or goes needs none.
+        change(&mut areas, &mut model, &[unmap(0x7000, PAGE)]);
+        change(&mut areas, &mut model, &[map(piece(0x9000, PAGE, BASE, RW))]);
+        assert_eq!(areas.figures().swaps, swaps);
+        drop((areas, devices));
+        lab.assert_clean();
+    }
+}

@@ -12,7 +12,6 @@ mod failures;
 mod guest;
 mod hitless;
 mod live;
-mod managed;
 mod memory;
 mod random;
 mod support;

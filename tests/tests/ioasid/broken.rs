@@ -4,12 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use stagecraft::ioasid::{Context, Request, Setup, Strategy};
-use stagecraft::kernel::{
-    CopyRange, DeviceId, DirtyRange, Event, EventQueueAlloc, EventQueueId, FaultQueueId, HwInfo, HwptAlloc, HwptId, Invalidate, InvalidateError,
-    IoasId, IovaRanges, Kernel, KernelOption, Map, MapFile, ObjectId, PageFault, PageResponse, PageTableId, Pasid, Result, VdeviceId, ViommuAlloc,
-    ViommuId,
-};
-use stagecraft::{Iova, Span};
+use stagecraft::kernel::{Before, Invalidate, InvalidateError, Kernel, Result};
 
 use crate::converted::check;
 use crate::guests::{Arch, Guest};
@@ -75,61 +70,28 @@ impl Damaging {
     }
 }
 
-macro_rules! passed_on {
-    ($($name:ident($($argument:ident: $type:ty),*) -> $result:ty;)*) => {
-        impl Kernel for Damaging {
-            $(fn $name(&self $(, $argument: $type)*) -> $result {
-                self.kernel.$name($($argument),*)
-            })*
+impl Before for Damaging {
+    fn behind(&self) -> &dyn Kernel {
+        &*self.kernel
+    }
 
-            fn hwpt_invalidate(&self, request: &Invalidate<'_>) -> Result<u32, InvalidateError> {
-                let length = request.entry_length as usize;
-                if request.entries.is_empty() || self.damage == Damage::None {
-                    return self.kernel.hwpt_invalidate(request);
-                }
-                let count = request.entries.len() / length;
-                let kept = match self.damage {
-                    Damage::Lost => 0,
-                    Damage::Shortened => count - 1,
-                    _ => count,
-                };
-                let entries: Vec<u8> = request.entries.chunks(length).take(kept).flat_map(|entry| self.entry(entry)).collect();
-                if !entries.is_empty() {
-                    self.kernel.hwpt_invalidate(&Invalidate { entries: &entries, ..*request })?;
-                }
-                Ok(count as u32)
-            }
+    fn invalidate(&self, request: &Invalidate<'_>) -> Result<u32, InvalidateError> {
+        let length = request.entry_length as usize;
+        if request.entries.is_empty() || self.damage == Damage::None {
+            return self.kernel.hwpt_invalidate(request);
         }
-    };
-}
-
-passed_on! {
-    bind_device(label: &str) -> Result<DeviceId>;
-    unbind_device(device: DeviceId) -> Result<()>;
-    hw_info(device: DeviceId) -> Result<HwInfo>;
-    path(device: DeviceId) -> Result<Vec<HwInfo>>;
-    ioas_alloc() -> Result<IoasId>;
-    ioas_iova_ranges(ioas: IoasId) -> Result<IovaRanges>;
-    ioas_allow_iovas(ioas: IoasId, ranges: &[Span]) -> Result<()>;
-    ioas_map(ioas: IoasId, map: &Map) -> Result<Iova>;
-    ioas_map_file(ioas: IoasId, map: &MapFile<'_>) -> Result<Iova>;
-    ioas_copy(copy: &CopyRange) -> Result<Iova>;
-    ioas_unmap(ioas: IoasId, iova: Iova, length: u64) -> Result<u64>;
-    set_option(option: KernelOption, value: u64) -> Result<()>;
-    option(option: KernelOption) -> Result<u64>;
-    hwpt_alloc(request: &HwptAlloc) -> Result<HwptId>;
-    set_dirty_tracking(hwpt: HwptId, enabled: bool) -> Result<()>;
-    dirty_bitmap(hwpt: HwptId, range: &DirtyRange) -> Result<Vec<u64>>;
-    viommu_alloc(request: &ViommuAlloc) -> Result<ViommuId>;
-    vdevice_alloc(viommu: ViommuId, device: DeviceId, virtual_id: u64) -> Result<VdeviceId>;
-    fault_queue_alloc() -> Result<FaultQueueId>;
-    read_faults(queue: FaultQueueId) -> Result<Vec<PageFault>>;
-    respond(queue: FaultQueueId, response: PageResponse) -> Result<()>;
-    event_queue_alloc(request: &EventQueueAlloc) -> Result<EventQueueId>;
-    read_events(queue: EventQueueId) -> Result<Vec<Event>>;
-    attach(device: DeviceId, pasid: Option<Pasid>, to: PageTableId) -> Result<HwptId>;
-    detach(device: DeviceId, pasid: Option<Pasid>) -> Result<()>;
-    destroy(id: ObjectId) -> Result<()>;
+        let count = request.entries.len() / length;
+        let kept = match self.damage {
+            Damage::Lost => 0,
+            Damage::Shortened => count - 1,
+            _ => count,
+        };
+        let entries: Vec<u8> = request.entries.chunks(length).take(kept).flat_map(|entry| self.entry(entry)).collect();
+        if !entries.is_empty() {
+            self.kernel.hwpt_invalidate(&Invalidate { entries: &entries, ..*request })?;
+        }
+        Ok(count as u32)
+    }
 }
 
 /// Whether the test of converted tables, or of a guest's own, finds the damage.

@@ -14,11 +14,11 @@ fn said(arch: Arch, host: UnitConfig, only: &[Strategy]) -> String {
     let context = rig.context();
     let device = context.connect("nic").unwrap();
     let ioasid = context.allocate(Request::guest(guest.view()).with_strategies(only)).unwrap();
-    let before = ioasid.explain_for(&device).unwrap();
+    let before = ioasid.explain_for(&device, None).unwrap();
     assert!(ioasid.explain().is_empty());
     ioasid.attach(&device, None).unwrap();
     assert_eq!(ioasid.explain(), std::slice::from_ref(&before), "what was said before is what was done");
-    assert_eq!(ioasid.explain_for(&device).unwrap(), before);
+    assert_eq!(ioasid.explain_for(&device, None).unwrap(), before);
     before.to_string()
 }
 
@@ -35,19 +35,22 @@ fn it_says_what_was_chosen_and_why_nothing_better() {
         said(Arch::Arm, unit(Arch::Vtd).without_nesting(), all),
         "device nic: mapped by the kernel: the kernel's own tables\n  \
          not bound as it is: unit 1 of the path takes no tables of its users\n  \
-         not converted, nested: unit 1 of the path takes no tables of its users"
+         not converted, nested: unit 1 of the path takes no tables of its users\n  \
+         note: a page whose permissions or target change is not there for a moment: the kernel cannot change an area, and a swap for changes was not asked for"
     );
     assert_eq!(
         said(Arch::Arm, unit(Arch::Riscv).without_nesting(), all),
         "device nic: mapped by the kernel: the kernel's own tables\n  \
          not bound as it is: unit 1 of the path is of a kind that no plugin knows (0x0); unit 1 of the path takes no tables of its users\n  \
-         not converted, nested: unit 1 of the path is of a kind that no plugin knows (0x0); unit 1 of the path takes no tables of its users"
+         not converted, nested: unit 1 of the path is of a kind that no plugin knows (0x0); unit 1 of the path takes no tables of its users\n  \
+         note: a page whose permissions or target change is not there for a moment: the kernel cannot change an area, and a swap for changes was not asked for"
     );
     assert_eq!(
         said(Arch::Vtd, unit(Arch::Vtd), &[Strategy::Areas]),
         "device nic: mapped by the kernel: the kernel's own tables\n  \
          not bound as it is: the request does not allow it\n  \
-         not converted, nested: the request does not allow it"
+         not converted, nested: the request does not allow it\n  \
+         note: a page whose permissions or target change is not there for a moment: the kernel cannot change an area, and a swap for changes was not asked for"
     );
     // The same architecture with less than the guest wants: five levels of tables where the unit has four.
     let mut narrow = unit(Arch::Vtd);
@@ -63,7 +66,7 @@ fn it_says_what_was_chosen_and_why_nothing_better() {
     }
     let ioasid = context.allocate(Request::guest(view)).unwrap();
     assert_eq!(
-        ioasid.explain_for(&device).unwrap().to_string(),
+        ioasid.explain_for(&device, None).unwrap().to_string(),
         "device nic: converted, nested: intel-vtd/first-stage levels=0x4\n  \
          not bound as it is: levels is 5, and the unit has 4\n  \
          note: IOVAs 0x800000000000..=0xffffffffffffff are not translated\n  \

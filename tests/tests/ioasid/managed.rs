@@ -91,16 +91,16 @@ fn what_does_not_fit_is_refused_with_the_property() {
     // Where x86 units have their interrupts an SMMU has nothing, and the reverse.
     ioasid.map(span(0xfee0_0000, 0x1000), Target::Guest(Gpa(DATA)), BOTH).unwrap();
     assert_eq!(ioasid.serves(&nic).unwrap_err().property, Property::Iova);
-    assert_eq!(property(ioasid.attach(&nic, None)), Property::Iova);
+    assert_eq!(property(ioasid.attach(&nic, None).map(drop)), Property::Iova);
     ioasid.serves(&disk).unwrap();
     ioasid.attach(&disk, None).unwrap();
     assert_eq!(rig.dma("disk", 0xfee0_0000), Some(DATA));
-    assert_eq!(property(ioasid.attach(&disk, None)), Property::Attachment);
-    assert_eq!(property(ioasid.replace(&nic, None)), Property::Attachment);
+    assert_eq!(property(ioasid.attach(&disk, None).map(drop)), Property::Attachment);
+    assert_eq!(property(ioasid.replace(&nic, None).map(drop)), Property::Attachment);
     assert_eq!(property(ioasid.detach(&nic, None)), Property::Attachment);
     assert_eq!(property(ioasid.invalidate(&[]).map(drop).and(ioasid.change(&[]))), Property::Kind);
     let other = rig_of_another();
-    assert_eq!(property(ioasid.attach(&other.1, None)), Property::Context);
+    assert_eq!(property(ioasid.attach(&other.1, None).map(drop)), Property::Context);
     ioasid.detach(&disk, None).unwrap();
     assert_eq!(rig.dma("disk", 0xfee0_0000), None);
 }

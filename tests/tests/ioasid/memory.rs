@@ -21,6 +21,7 @@ fn memory(rig: &Rig, more: Option<&Arc<MmapRegion>>) -> GuestMemory {
         kind: Kind::Ram,
         user_address: Some(user_address),
         writable: true,
+        block: None,
     };
     let ram = rig.memory.iter().next().unwrap();
     let mut regions = vec![region(0, ram.len(), ram.get_mmap().as_ptr() as u64)];
@@ -76,6 +77,63 @@ fn no_device_reaches_memory_that_went_and_all_reach_what_came() {
                     bypass.replace(&device, None).unwrap();
                     assert!(!reaches(&rig, HOTPLUGGED + 0x3000, &more), "{what}");
                 }
+            }
+            rig.assert_clean();
+        }
+    }
+}
+
+/// A balloon: blocks in the middle of the guest's only region go and come back, and neighbours are reached all the while.
+#[test]
+fn blocks_of_a_balloon_go_and_come_back_without_a_miss_beside_them() {
+    const BLOCK: u64 = 2 << 20;
+    for host in Arch::ALL {
+        for strategy in [Strategy::Native, Strategy::Nested, Strategy::Areas] {
+            let rig = Rig::new(&[unit(host)], &[("nic", &[0])]);
+            {
+                let guest = Guest::new(if host == Arch::Amd && strategy == Strategy::Native { continue } else { host }, &rig.memory);
+                // Two blocks as one large page each, and a page of the second.
+                let (stays, goes) = (4 * BLOCK, 5 * BLOCK);
+                guest.map_large(0x4000_0000, stays, true);
+                guest.map_large(0x4020_0000, goes, true);
+                guest.map(0x1000, goes + 0x3000, true);
+                let ram = rig.memory.iter().next().unwrap();
+                let (bytes, user_address) = (ram.len(), ram.get_mmap().as_ptr() as u64);
+                let region = |first: u64, last: u64| MemoryRegion {
+                    span: Span { first, last },
+                    kind: Kind::Ram,
+                    user_address: Some(user_address + first),
+                    writable: true,
+                    block: Some(BLOCK),
+                };
+                let memory =
+                    |regions: Vec<MemoryRegion>| GuestMemory::new(Arc::new(stagecraft::ioasid::Shared((*rig.memory).clone())), regions).unwrap();
+                let whole = memory(vec![region(0, bytes - 1)]);
+                let without = memory(vec![region(0, goes - 1), region(goes + BLOCK, bytes - 1)]);
+                let context = Context::with(Setup { memory: whole.clone(), ..rig.setup() }).unwrap();
+                let device = context.connect("nic").unwrap();
+                let ioasid = context.allocate(Request::guest(guest.view()).with_strategies(&[strategy])).unwrap();
+                ioasid.attach(&device, None).unwrap();
+                let managed = context.allocate(Request::managed()).unwrap();
+                let span = Span { first: 0x9000, last: 0x9fff };
+                managed.map(span, Target::Guest(Gpa(goes)), Access { read: true, write: true }).unwrap();
+                let lookup = managed.lookup().unwrap();
+                crate::moves::without_a_miss(&rig, 0x4000_1000, |round| {
+                    let what = format!("{host:?} {strategy:?} round {round}");
+                    let pinned = rig.sim.pinned_pages();
+                    context.memory_changed(without.clone()).unwrap();
+                    assert_eq!((rig.dma("nic", 0x4020_0000), rig.dma("nic", 0x1000)), (None, None), "{what}");
+                    assert!(pinned - rig.sim.pinned_pages() >= 1 && rig.sim.pinned_pages() > 0, "{what}");
+                    assert_eq!((managed.stats().mappings, lookup.find(stagecraft::Iova(0x9000))), (0, None), "{what}: lookups as well");
+                    context.memory_changed(whole.clone()).unwrap();
+                    assert_eq!((rig.dma("nic", 0x4020_0000), rig.dma("nic", 0x1000)), (Some(goes), Some(goes + 0x3000)), "{what}");
+                    assert_eq!((rig.sim.pinned_pages(), lookup.find(stagecraft::Iova(0x9000))), (pinned, None), "{what}");
+                    managed.map(span, Target::Guest(Gpa(goes)), Access { read: true, write: true }).unwrap();
+                });
+                // Half of a block cannot go, and nothing has changed.
+                let half = memory(vec![region(0, goes + BLOCK / 2 - 1), region(goes + BLOCK, bytes - 1)]);
+                assert!(matches!(context.memory_changed(half), Err(Error::Pins(stagecraft::pins::PinError::Cut { .. }))));
+                assert_eq!((rig.dma("nic", 0x4020_0000), context.memory_leaving()), (Some(goes), Vec::new()));
             }
             rig.assert_clean();
         }

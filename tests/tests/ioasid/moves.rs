@@ -9,12 +9,12 @@ use stagecraft::plugin::Outcome;
 use stagecraft::{Access, Gpa, Iova, Span};
 
 use crate::guests::{Arch, Guest};
-use crate::rig::{DATA, Rig, Stop, page, unit};
+use crate::rig::{DATA, EVERYTHING, Rig, Stop, page, unit};
 
 const BOTH: Access = Access { read: true, write: true };
 
 /// While `act` runs, again and again, DMA to a page never fails.
-fn without_a_miss(rig: &Rig, iova: u64, mut act: impl FnMut(u64)) {
+pub fn without_a_miss(rig: &Rig, iova: u64, mut act: impl FnMut(u64)) {
     let (stop, done) = (AtomicBool::new(false), AtomicU64::new(0));
     let device = rig.sim.device("nic").unwrap();
     std::thread::scope(|scope| {
@@ -120,7 +120,9 @@ fn pasids_have_address_spaces_of_their_own() {
                 attached.unwrap();
                 strict.detach(&device, pasid).unwrap();
             } else {
-                assert!(matches!(attached, Err(Error::Refused(refusal)) if refusal.reason.contains("PASIDs with structures of the guest's only")));
+                assert!(
+                    matches!(attached, Err(Error::Refused(refusal)) if refusal.reason.contains("PASIDs of the device belong to the owner of such a table"))
+                );
             }
             let ioasids = guests.each_ref().map(|guest| context.allocate(request(guest)).unwrap());
             ioasids[0].attach(&device, pasid).unwrap();
@@ -135,6 +137,169 @@ fn pasids_have_address_spaces_of_their_own() {
             for bad in [0, 1 << 20] {
                 let Err(Error::Refused(refusal)) = ioasids[1].attach(&device, Some(Pasid(bad))) else { panic!("refused") };
                 assert_eq!(refusal.property, Property::Pasid);
+            }
+        }
+        rig.assert_clean();
+    }
+}
+
+/// A device's own table and its PASIDs: where PASIDs belong to the owner of a nested table, the kernel can have them only while it keeps the device's own table too. So the
+/// strategy is chosen again when the first comes and when the last one goes, and DMA does not notice.
+#[test]
+fn the_first_pasid_and_the_last_one_have_strategies_chosen_again_without_a_miss() {
+    for host in Arch::ALL {
+        let rig = Rig::new(&[unit(host)], &[("nic", &[0])]);
+        {
+            let guests = [ROOT_ONE, ROOT_TWO].map(|root| Guest::at(Arch::Riscv, &rig.memory, root));
+            let guest = Guest::at(host, &rig.memory, 0x30_0000);
+            guests.iter().for_each(|guest| guest.put(0x1000, DATA + 0x1000, true));
+            guest.map(DATA, DATA, true);
+            guest.map(0x2000, DATA + 0x2000, true);
+            let context = rig.context();
+            let device = context.connect("nic").unwrap();
+            let own = context.allocate(Request::guest(guest.view())).unwrap();
+            let others = guests.each_ref().map(|guest| context.allocate(Request::guest(guest.view())).unwrap());
+            own.attach(&device, None).unwrap();
+            let first = own.strategies();
+            assert_eq!(first, [if host == Arch::Amd { Strategy::Nested } else { Strategy::Native }]);
+            let nests_pasids = host == Arch::Vtd;
+            without_a_miss(&rig, DATA, |round| {
+                let what = format!("{host:?} round {round}");
+                for (ioasid, pasid) in others.iter().zip([5, 6]) {
+                    ioasid.attach(&device, Some(Pasid(pasid))).unwrap();
+                    assert_eq!(rig.dma_of("nic", Some(Pasid(pasid)), 0x1000), Some(DATA + 0x1000), "{what}");
+                }
+                let with = own.explain().remove(0);
+                assert_eq!(own.strategies(), if nests_pasids { first.clone() } else { vec![Strategy::Areas] }, "{what}: {with}");
+                if !nests_pasids {
+                    let text = with.to_string();
+                    assert!(
+                        text.contains("not converted, nested: PASID: PASIDs of the device belong to the owner of such a table on this unit"),
+                        "{text}"
+                    );
+                    assert!(
+                        text.contains("note: chosen because device nic uses PASIDs, which belong to such a table's owner on this unit: was "),
+                        "{text}"
+                    );
+                }
+                // It is followed as before.
+                guest.unmap(0x2000);
+                own.invalidate(&[page(0x2000)]).unwrap();
+                assert_eq!(rig.dma("nic", 0x2000), None, "{what}");
+                guest.map(0x2000, DATA + 0x2000, true);
+                own.invalidate(&[EVERYTHING]).unwrap();
+                assert_eq!(rig.dma("nic", 0x2000), Some(DATA + 0x2000), "{what}");
+                device.detach(Some(Pasid(5))).unwrap();
+                assert_eq!(own.strategies() == first, nests_pasids, "{what}: one PASID is left");
+                device.detach(Some(Pasid(6))).unwrap();
+                let without = own.explain().remove(0);
+                assert_eq!(own.strategies(), first, "{what}: {without}");
+                if !nests_pasids {
+                    assert!(
+                        without.notes.iter().any(|note| note.starts_with("chosen because device nic uses no PASIDs any more: was ")),
+                        "{without}"
+                    );
+                }
+                guest.unmap(0x2000);
+                own.invalidate(&[page(0x2000)]).unwrap();
+                assert_eq!(rig.dma("nic", 0x2000), None, "{what}");
+                guest.map(0x2000, DATA + 0x2000, true);
+                own.invalidate(&[EVERYTHING]).unwrap();
+            });
+        }
+        rig.assert_clean();
+    }
+}
+
+#[test]
+fn pasids_come_first_share_a_space_or_are_refused_with_the_reason() {
+    for host in [Arch::Arm, Arch::Amd, Arch::Riscv] {
+        let rig = Rig::new(&[unit(host)], &[("nic", &[0])]);
+        {
+            let guests = [ROOT_ONE, ROOT_TWO].map(|root| Guest::at(Arch::Vtd, &rig.memory, root));
+            guests.iter().for_each(|guest| guest.put(0x1000, DATA + 0x1000, true));
+            let context = rig.context();
+            let device = context.connect("nic").unwrap();
+            let ioasids = guests.each_ref().map(|guest| context.allocate(Request::guest(guest.view())).unwrap());
+            // The PASID first: the device itself gets what goes with it. What is said before is what is done.
+            let before = [ioasids[0].explain_for(&device, Some(Pasid(5))).unwrap(), ioasids[1].explain_for(&device, None).unwrap()];
+            assert_eq!(before[1].chosen.as_ref().map(|chosen| chosen.strategy), Some(Strategy::Nested), "{host:?}");
+            ioasids[0].attach(&device, Some(Pasid(5))).unwrap();
+            assert_eq!(ioasids[0].explain(), before[..1], "{host:?}");
+            let before = ioasids[1].explain_for(&device, None).unwrap();
+            ioasids[1].attach(&device, None).unwrap();
+            assert_eq!(ioasids[1].explain(), [before], "{host:?}");
+            assert_eq!((ioasids[0].strategies(), ioasids[1].strategies()), (vec![Strategy::Areas], vec![Strategy::Areas]), "{host:?}");
+            let at = |pasid: Option<u32>| rig.dma_of("nic", pasid.map(Pasid), 0x1000);
+            assert_eq!((at(Some(5)), at(None)), (Some(DATA + 0x1000), Some(DATA + 0x1000)), "{host:?}");
+            device.detach(Some(Pasid(5))).unwrap();
+            assert_eq!((ioasids[1].strategies(), at(None), at(Some(5))), (vec![Strategy::Nested], Some(DATA + 0x1000), None), "{host:?}");
+            // A PASID of the same address space.
+            ioasids[1].attach(&device, Some(Pasid(7))).unwrap();
+            assert_eq!(
+                (ioasids[1].strategies(), at(Some(7)), at(None)),
+                (vec![Strategy::Areas], Some(DATA + 0x1000), Some(DATA + 0x1000)),
+                "{host:?}"
+            );
+            device.detach(Some(Pasid(7))).unwrap();
+            assert_eq!((ioasids[1].strategies(), at(Some(7))), (vec![Strategy::Nested], None), "{host:?}");
+            device.detach(None).unwrap();
+            // Whoever wants nothing but a nested table keeps it, and the PASID is refused.
+            let strict = context.allocate(Request::guest(guests[1].view()).with_strategies(&[Strategy::Nested])).unwrap();
+            strict.attach(&device, None).unwrap();
+            let Err(Error::Refused(refusal)) = ioasids[0].attach(&device, Some(Pasid(5))) else { panic!("{host:?}: refused") };
+            assert_eq!(refusal.property, Property::Pasid);
+            assert!(refusal.reason.contains("PASIDs of the device belong to the owner of such a table on this unit"), "{refusal}");
+            assert_eq!((strict.strategies(), at(None), at(Some(5))), (vec![Strategy::Nested], Some(DATA + 0x1000), None), "{host:?}");
+        }
+        rig.assert_clean();
+    }
+}
+
+/// The guest's structures lead to another format: what is better then is taken up, and what holds no more is given up, without a miss.
+#[test]
+fn another_format_of_the_guest_is_another_strategy() {
+    for host in [Arch::Vtd, Arch::Arm, Arch::Riscv] {
+        let foreign = if host == Arch::Vtd { Arch::Arm } else { Arch::Vtd };
+        let rig = Rig::new(&[unit(host)], &[("nic", &[0])]);
+        {
+            let own = Guest::at(host, &rig.memory, ROOT_ONE);
+            let other = Guest::at(foreign, &rig.memory, ROOT_TWO);
+            for guest in [&own, &other] {
+                guest.map(DATA, DATA, true);
+            }
+            own.map(0x1000, DATA + 0x1000, true);
+            let context = rig.context();
+            let device = context.connect("nic").unwrap();
+            let ioasid = context.allocate(Request::guest(other.view())).unwrap();
+            ioasid.attach(&device, None).unwrap();
+            assert_eq!(ioasid.strategies(), [Strategy::Nested]);
+            assert_eq!(ioasid.reconsider().unwrap(), stagecraft::sync::Report::default(), "nothing is better");
+            without_a_miss(&rig, DATA, |round| {
+                let what = format!("{host:?} round {round}");
+                ioasid.switch(own.view()).unwrap();
+                assert_eq!((ioasid.strategies(), rig.dma("nic", 0x1000)), (vec![Strategy::Native], Some(DATA + 0x1000)), "{what}");
+                let note = "chosen because the guest's structures changed: was converted, nested before";
+                assert!(ioasid.explain()[0].notes.iter().any(|known| known == note), "{what}: {:?}", ioasid.explain());
+                let report = ioasid.switch(other.view()).unwrap();
+                assert_eq!((ioasid.strategies(), rig.dma("nic", 0x1000)), (vec![Strategy::Nested], None), "{what}");
+                assert_eq!(report.changes, 1, "{what}: it was read once");
+            });
+            // Whatever fails on the way, the device keeps what is right.
+            for n in 1.. {
+                ioasid.switch(other.view()).unwrap();
+                rig.sim.fail_nth(n, stagecraft::kernel::Errno::ENOMEM);
+                let switched = ioasid.switch(own.view());
+                let is_over = rig.sim.disarm();
+                switched.unwrap();
+                let strategies = ioasid.strategies();
+                assert_eq!((rig.dma("nic", DATA), rig.dma("nic", 0x1000)), (Some(DATA), Some(DATA + 0x1000)), "{host:?} call {n}: {strategies:?}");
+                ioasid.reconsider().unwrap();
+                assert_eq!((ioasid.strategies(), rig.dma("nic", 0x1000)), (vec![Strategy::Native], Some(DATA + 0x1000)), "{host:?} call {n}");
+                if is_over {
+                    assert!(n > 2, "no call failed");
+                    break;
+                }
             }
         }
         rig.assert_clean();

@@ -31,7 +31,7 @@ fn calls_from_many_threads_end_and_are_right() {
         let managed = context.allocate(Request::managed()).unwrap();
         let access = Access { read: true, write: true };
         managed.map(Span { first: DATA, last: DATA | 0xfff }, Target::Guest(Gpa(DATA)), access).unwrap();
-        own.iter().zip(&devices).for_each(|(ioasid, device)| ioasid.attach(device, None).unwrap());
+        own.iter().zip(&devices).for_each(|(ioasid, device)| drop(ioasid.attach(device, None).unwrap()));
         let stop = AtomicBool::new(false);
         std::thread::scope(|scope| {
             let _end = Stop(&stop);

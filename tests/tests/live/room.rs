@@ -1,7 +1,7 @@
 //! Hosts without room for everything, and hosts that take the place of others.
 
 use stagecraft::plugin::{TableConfig, Tag};
-use stagecraft::sync::{Live, Mirror, Shadow, ShadowLimits, Unwatched};
+use stagecraft::sync::{Live, Shadow, ShadowLimits, Unwatched};
 use stagecraft::table::Mapping;
 use stagecraft_tests::reference::generate::Rng;
 
@@ -115,23 +115,4 @@ fn a_new_sink_has_everything_before_the_old_one_goes() {
     assert_eq!(live.invalidate(&guest.view(), &[range(0, 0xfff, true)]).unwrap().changes, 1);
     assert_eq!(live.sink().walked()[0].iova.first, 0x1000);
     assert_eq!(old.walked()[0].iova.first, 0);
-}
-
-/// A host without room beside one that has room: what is missing in the one comes there, and the other stays as it is.
-#[test]
-fn each_of_several_hosts_has_what_it_has_room_for() {
-    let guest = Guest::new();
-    (0..6).for_each(|index| guest.put(index << 30, 0, (DATA + (index << 12)) | RW));
-    let shadow = Shadow::open(format(&guest.config()), Guest::map(), ShadowLimits::default(), Box::new(Unwatched)).unwrap();
-    let hosts = [10, 20].map(|tables: usize| Host::new(&TableConfig::new(HOST.0, HOST.1), tables << 12));
-    let mut live = Live::new(shadow, Mirror::new(hosts.into()), Tag::default(), 0, 1 << 10);
-    let shown = |live: &Live<Mirror<Host>>| [0, 1].map(|host| live.sink().sinks()[host].walked().len());
-    live.synchronise(&guest.view()).unwrap();
-    assert_eq!(shown(&live), [4, 6]);
-    guest.put(0, 0, 0);
-    guest.put(1 << 30, 0, 0);
-    assert!(live.synchronise(&guest.view()).unwrap().offered >= 2);
-    assert_eq!(shown(&live), [4, 4]);
-    assert_eq!(live.sink().sinks()[0].walked(), live.sink().sinks()[1].walked());
-    assert_eq!(live.sink().sinks()[1].table.losses(), live.sink().sinks()[0].table.losses());
 }

@@ -8,7 +8,7 @@ use stagecraft::kernel::sim::DmaAccess;
 use stagecraft::plugin::queue::EventAccess;
 use stagecraft::plugin::{Policy, Requester, Supervisor};
 use stagecraft::sync::{ShadowLimits, Watcher};
-use stagecraft::viommu::{BlockedDma, Handled, Illegal, Limits, Response, StreamState, UnitConfig, Viommu};
+use stagecraft::viommu::{BlockedDma, Handled, Illegal, Limits, StreamState, UnitConfig, Viommu};
 use stagecraft::{Gpa, Iova};
 use stagecraft_tests::reference::generate::Rng;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -298,26 +298,6 @@ fn blocked_requests_are_told_in_the_guests_own_records() {
         let events = rig.viommu.faults(&[request(ONE, IOVA, EventAccess::Read)]);
         assert_eq!(events.records.len() as u64 + events.lost, 1, "{arch:?}: {blocked:?} {events:?}");
     }
-}
-
-#[test]
-fn page_requests_are_answered_after_another_look() {
-    let mut rig = Rig::new(Arch::Smmu, Limits::default());
-    let root = rig.guest.new_table();
-    rig.guest.map_page(root, IOVA, DATA, true);
-    rig.guest.translate(ONE, root, 7);
-    rig.viommu.connect(ONE, false);
-    rig.guest.map_page(root, IOVA + 0x1000, DATA + 0x1000, false);
-    assert_eq!(rig.reads(ONE, IOVA + 0x1000), None);
-    let (response, handled) = rig.viommu.page_request(&request(ONE, IOVA + 0x1000, EventAccess::Read));
-    assert_eq!((response, handled.events.len()), (Response::Retry, 0));
-    assert_eq!(rig.reads(ONE, IOVA + 0x1000), Some(DATA + 0x1000));
-    let (response, handled) = rig.viommu.page_request(&request(ONE, IOVA + 0x1000, EventAccess::Write));
-    assert_eq!((response, handled.events.len()), (Response::Refused, 1), "read-only");
-    let (response, handled) = rig.viommu.page_request(&request(ONE, IOVA + 0x2000, EventAccess::Read));
-    assert_eq!(response, Response::Refused);
-    assert_eq!(handled.events[0].bytes, Arch::Smmu.nothing_mapped(ONE, 7, IOVA + 0x2000, false));
-    assert_eq!(rig.viommu.page_request(&request(TWO, IOVA, EventAccess::Read)).0, Response::Refused, "nobody connected it");
 }
 
 #[test]

@@ -38,6 +38,11 @@ impl Arch {
     }
 
     pub fn registers(self) -> Vec<(String, u64)> {
+        self.registers_at(STRUCTURES)
+    }
+
+    /// The same with device structures at another address.
+    pub fn registers_at(self, structures: u64) -> Vec<(String, u64)> {
         let registers: &[(&str, u64)] = match self {
             // IDR0: both stages, AArch64 tables, ASID16, VMID16, two-level CDs and STEs, both byte orders; IDR1: 16 bits of StreamID, 8 of SubstreamID;
             // IDR3: HAD, RIL; IDR5: 48 bits, all granules. CR0: SMMUEN and both queues. A linear table of 256 STEs.
@@ -49,7 +54,7 @@ impl Arch {
                 ("CR0", 0b1101),
                 ("CR2", 0),
                 ("STRTAB_BASE_CFG", 8),
-                ("STRTAB_BASE", STRUCTURES),
+                ("STRTAB_BASE", structures),
             ],
             // CAP: 39 and 48 bits; MGAW 48. ECAP: pass-through (6), queue. Legacy mode. Translation enabled (31), root table set (30).
             Self::Vtd => &[
@@ -57,15 +62,57 @@ impl Arch {
                 ("CAP", 0b0110 << 8 | 47 << 16 | 0b11 << 34),
                 ("ECAP", 1 << 1 | 1 << 6),
                 ("GSTS", 0xc000_0000),
-                ("RTADDR", STRUCTURES),
+                ("RTADDR", structures),
                 ("IQA", 0),
             ],
             // 128 devices; IommuEn.
-            Self::Amd => &[("DEVTAB_BASE", STRUCTURES), ("CONTROL", 1), ("EXT_FEATURES", 0x1_0000_e9d3)],
+            Self::Amd => &[("DEVTAB_BASE", structures), ("CONTROL", 1), ("EXT_FEATURES", 0x1_0000_e9d3)],
             // Sv39 to Sv57, 56 address bits; one level of 128 device contexts.
-            Self::Riscv => &[("CAPABILITIES", 0x10 | 0xe << 8 | 0xe << 16 | 56 << 32), ("FCTL", 0), ("DDTP", STRUCTURES >> 12 << 10 | 2)],
+            Self::Riscv => &[("CAPABILITIES", 0x10 | 0xe << 8 | 0xe << 16 | 56 << 32), ("FCTL", 0), ("DDTP", structures >> 12 << 10 | 2)],
         };
         registers.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect()
+    }
+
+    /// The registers of a unit that has a queue of page requests.
+    pub fn registers_with_requests(self) -> Vec<(String, u64)> {
+        // IDR0.PRI; ECAP.PRS; EFR.PPRSup; capabilities.ATS.
+        let (name, bit) = match self {
+            Self::Smmu => ("IDR0", 16),
+            Self::Vtd => ("ECAP", 29),
+            Self::Amd => ("EXT_FEATURES", 1),
+            Self::Riscv => ("CAPABILITIES", 25),
+        };
+        let mut registers = self.registers();
+        registers.iter_mut().filter(|(known, _)| known == name).for_each(|(_, value)| *value |= 1 << bit);
+        registers
+    }
+
+    /// What a driver reads of a page request without PASID: whose, the page, whether it writes, the group, and whether it is its last.
+    pub fn requested(self, record: &[u8]) -> (u64, u64, bool, u64, bool) {
+        let word = |index: usize| u64::from_le_bytes(record[index * 8..index * 8 + 8].try_into().unwrap());
+        let (low, high) = (word(0), word(1));
+        let page = high & !0xfff;
+        match self {
+            Self::Smmu => (low & 0xffff_ffff, page, low >> 61 & 1 == 1, high & 0x1ff, low >> 62 & 1 == 1),
+            Self::Vtd => (low >> 16 & 0xffff, page, high >> 1 & 1 == 1, high >> 3 & 0x1ff, high >> 2 & 1 == 1),
+            Self::Amd => (low & 0xffff, page, low >> 53 & 1 == 1, low >> 32 & 0x1ff, low >> 41 & 1 == 1),
+            Self::Riscv => (low >> 40, page, high >> 1 & 1 == 1, high >> 3 & 0x1ff, high >> 2 & 1 == 1),
+        }
+    }
+
+    /// The driver's answer to a group: whether the device tries again.
+    pub fn answer(self, id: u64, group: u64, success: bool) -> Vec<u8> {
+        let invalid = u64::from(!success);
+        words(&match self {
+            // CMD_PRI_RESP: success is 2, an invalid request 1.
+            Self::Smmu => [0x41 | id << 32, group | (2 - invalid) << 12],
+            // Page group response.
+            Self::Vtd => [9 | invalid << 12 | id << 16, group << 3],
+            // COMPLETE_PPR_REQUEST.
+            Self::Amd => [7 << 60 | id, group << 32 | invalid << 44],
+            // ATS.PRGR.
+            Self::Riscv => [4 | 1 << 7 | id << 40, group << 32 | invalid << 44],
+        })
     }
 
     fn table(self, address: u64, height: u32) -> u64 {
@@ -158,13 +205,15 @@ pub fn words(words: &[u64]) -> Vec<u8> {
 pub struct Guest {
     pub arch: Arch,
     pub memory: GuestMemoryMmap,
+    /// Where its device structures are.
+    pub structures: u64,
     next: AtomicU64,
 }
 
 impl Guest {
     pub fn new(arch: Arch) -> Self {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY as usize)]).unwrap();
-        Self { arch, memory, next: AtomicU64::new(TABLES) }
+        Self { arch, memory, structures: STRUCTURES, next: AtomicU64::new(TABLES) }
     }
 
     pub fn map() -> Arc<MemoryMap> {
@@ -177,6 +226,11 @@ impl Guest {
 
     pub fn store(&self, address: u64, word: u64) {
         self.memory.store(word, GuestAddress(address), Ordering::Release).unwrap();
+    }
+
+    /// Tables are made from here on; where they would have been made.
+    pub fn tables_from(&self, address: u64) -> u64 {
+        self.next.swap(address, Ordering::Relaxed)
     }
 
     pub fn new_table(&self) -> u64 {
@@ -217,15 +271,15 @@ impl Guest {
     /// Where a device's structure is that says what its DMA gets. (VT-d's context tables, and SMMUv3's CDs, are made on the way.)
     pub fn structure(&self, id: u64) -> u64 {
         match self.arch {
-            Arch::Smmu => STRUCTURES + id * 64,
+            Arch::Smmu => self.structures + id * 64,
             Arch::Vtd => {
-                let root = STRUCTURES + (id >> 8) * 16;
+                let root = self.structures + (id >> 8) * 16;
                 if self.load(root) == 0 {
                     self.store(root, self.new_table() | 1);
                 }
                 (self.load(root) & !0xfff) + (id & 0xff) * 16
             }
-            Arch::Amd | Arch::Riscv => STRUCTURES + id * 32,
+            Arch::Amd | Arch::Riscv => self.structures + id * 32,
         }
     }
 

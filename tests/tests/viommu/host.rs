@@ -10,7 +10,7 @@ use stagecraft::memory::{MemoryMap, VmMemory};
 use stagecraft::plugin::queue::Invalidation;
 use stagecraft::plugin::{Requester, Supervisor, TableConfig, Tag};
 use stagecraft::sync::{self, CommitError, Committer, Live, LiveError, Needed, Nested, NestedTable, RegionTables, Report, ShadowLimits, Watcher};
-use stagecraft::viommu::{AddressSpaces, HostError, Way};
+use stagecraft::viommu::{AddressSpaces, HostError, Told, Way};
 use stagecraft::{Gpa, Iova};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MmapRegion};
 
@@ -156,6 +156,8 @@ fn live(error: LiveError) -> HostError {
 
 impl AddressSpaces for Host {
     type Id = u32;
+    /// Of this host's devices; its kernel has all memory that there ever is.
+    type Memory = (GuestMemoryMmap, MemoryMap);
 
     fn allocate(&mut self, way: &Way, opened: sync::Way, watcher: Box<dyn Watcher>) -> Result<(u32, Report), HostError> {
         let number = self.next;
@@ -219,5 +221,15 @@ impl AddressSpaces for Host {
 
     fn table_written(&mut self, space: u32, address: Gpa, length: u64) -> Result<Report, HostError> {
         self.look(space, |live, memory| live.table_written(memory, address, length).map_err(self::live))
+    }
+
+    fn memory_changed(&mut self, (memory, map): (GuestMemoryMmap, MemoryMap)) -> Result<Vec<Told<u32>>, HostError> {
+        (self.memory, self.map) = (memory, map);
+        let numbers: Vec<u32> = self.spaces.iter().filter(|(_, space)| matches!(space, Space::Tables { .. })).map(|(number, _)| *number).collect();
+        let map = self.map.clone();
+        Ok(numbers
+            .into_iter()
+            .map(|number| (number, self.look(number, |live, memory| live.memory_changed(memory, map.clone()).map_err(self::live))))
+            .collect())
     }
 }

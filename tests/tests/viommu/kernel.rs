@@ -1,12 +1,15 @@
 //! The same over a context and its IOASIDs: every guest on every kind of unit, by whatever strategy is chosen.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use stagecraft::ioasid::{Context, GuestMemory, Request, Setup, Strategy, TableSupply};
+use stagecraft::ioasid::{Context, GuestMemory, GuestView, Request, Setup, Shared, Strategy, TableSupply};
 use stagecraft::kernel::Kernel;
 use stagecraft::kernel::sim::{DeviceConfig, Sim, SimBuilder, UnitConfig};
-use stagecraft::plugin::{Config, Engine, Plugins, Policy, Supervisors};
-use stagecraft::viommu::{ContextSpaces, Handled, Limits, StreamState, UnitConfig as ViommuConfig, Viommu};
+use stagecraft::memory::{EntryLayout, EntryMemory, MarkMemory, ReadError, WriteError};
+use stagecraft::plugin::{Config, Engine, Outcome, Plugins, Policy, Supervisors, Translated};
+use stagecraft::sync;
+use stagecraft::viommu::{AddressSpaces, ContextSpaces, Handled, Limits, StreamState, UnitConfig as ViommuConfig, Viommu, Way};
 use stagecraft::{Gpa, Iova};
 use vm_memory::GuestMemoryMmap;
 
@@ -16,7 +19,7 @@ use super::guests::{Arch, DATA, Guest};
 const IOVA: u64 = 0x12_3456_7000;
 
 /// The plugins, compiled once.
-fn plugins() -> Arc<Plugins> {
+pub fn plugins() -> Arc<Plugins> {
     static PLUGINS: OnceLock<Arc<Plugins>> = OnceLock::new();
     Arc::clone(PLUGINS.get_or_init(|| Arc::new(Plugins::builtin(&Engine::new(Config::default()).unwrap()).unwrap())))
 }
@@ -26,11 +29,19 @@ struct Rig {
     guest: Guest,
     sim: Arc<Sim>,
     supervisors: Supervisors,
-    watched: [Watched; 2],
+    watched: Watched,
 }
 
 impl Rig {
     fn new(arch: Arch, host: UnitConfig) -> Self {
+        Self::with(arch, host, Self::template())
+    }
+
+    fn template() -> Request {
+        Request::guest(GuestView { outcome: Outcome::Bypass, id: 0 })
+    }
+
+    fn with(arch: Arch, host: UnitConfig, template: Request) -> Self {
         let guest = Guest::new(arch);
         for page in 0..64 {
             guest.store(DATA + (page << 12), DATA + (page << 12));
@@ -45,21 +56,19 @@ impl Rig {
         let kernel: Arc<dyn Kernel> = Arc::clone(&sim) as Arc<dyn Kernel>;
         let plugins = plugins();
         let supervisors = Supervisors::new(Arc::clone(&plugins), Policy::default());
-        // The context watches tables, the vIOMMU structures.
-        let watched = [Watched::default(), Watched::default()];
+        // One watcher, for tables and structures.
+        let watched = Watched::default();
         let setup = Setup {
             tables: Arc::clone(&sim) as Arc<dyn TableSupply>,
-            watcher: Some(Box::new(watched[0].clone())),
             supervisors: Some(supervisors.clone()),
             ..Setup::new(kernel, plugins, GuestMemory::of_mmap(&guest.memory).unwrap())
         };
-        let template = Request::guest(stagecraft::ioasid::GuestView { outcome: stagecraft::plugin::Outcome::Bypass, id: 0 });
         let mut spaces = ContextSpaces::new(Context::with(setup).unwrap(), template);
         spaces.connect(ONE, "one").unwrap();
         spaces.connect(TWO, "two").unwrap();
         let unit = ViommuConfig { kind: arch.kind().to_owned(), registers: arch.registers(), map: Guest::map(), limits: Limits::default() };
         let supervisor = supervisors.by_unit(arch.kind()).unwrap();
-        let viommu = Viommu::new(supervisor, unit, guest.memory.clone(), spaces, Box::new(watched[1].clone()));
+        let viommu = Viommu::new(supervisor, unit, guest.memory.clone(), spaces, Box::new(watched.clone()));
         Self { viommu, guest, sim, supervisors, watched }
     }
 
@@ -140,7 +149,7 @@ fn follow(arch: Arch, host: UnitConfig) -> Strategy {
         rig.viommu.disconnect(id);
         rig.viommu.host_mut().disconnect(id);
     }
-    assert!(rig.watched.iter().all(|watched| watched.0.lock().unwrap().is_empty()), "{what}");
+    assert!(rig.watched.0.lock().unwrap().is_empty(), "{what}");
     assert!(rig.supervisors.known().iter().all(|supervisor| supervisor.figures().failures == 0), "{what}");
     assert_eq!(rig.viommu.figures().host_errors, 0, "{what}");
     let Rig { viommu, sim, .. } = rig;
@@ -172,4 +181,85 @@ fn every_guest_is_followed_on_every_unit() {
         strategies.insert(follow(arch, UnitConfig { nesting: false, ..UnitConfig::vtd("VT-d without nesting") }));
     }
     assert!(strategies.contains(&Strategy::Nested) && strategies.contains(&Strategy::Areas), "{strategies:?}");
+}
+
+/// Guest memory that counts how often tables are read.
+struct Counting(Shared<GuestMemoryMmap>, AtomicU64);
+
+impl EntryMemory for Counting {
+    fn read_entries(&self, address: Gpa, layout: EntryLayout, entries: &mut [u64]) -> Result<(), ReadError> {
+        self.1.fetch_add(1, Ordering::Relaxed);
+        self.0.read_entries(address, layout, entries)
+    }
+}
+
+impl MarkMemory for Counting {
+    fn compare_exchange_entry(&self, address: Gpa, layout: EntryLayout, old: u64, new: u64) -> Result<bool, WriteError> {
+        self.0.compare_exchange_entry(address, layout, old, new)
+    }
+}
+
+/// The first attachment reads the tables once, and says what it found.
+#[test]
+fn the_first_attachment_reads_a_space_once_and_reports_it() {
+    for nesting in [true, false] {
+        let (host, arch) = (UnitConfig { nesting, ..UnitConfig::vtd("VT-d") }, Arch::Smmu);
+        let rig = Rig::new(arch, host);
+        let root = rig.guest.new_table();
+        for page in 0..3 {
+            rig.guest.map_page(root, IOVA + (page << 12), DATA + (page << 12), true);
+        }
+        rig.guest.translate(ONE, root, 7);
+        let plain = GuestMemory::of_mmap(&rig.guest.memory).unwrap();
+        let counting = Arc::new(Counting(Shared(rig.guest.memory.clone()), AtomicU64::new(0)));
+        let memory = GuestMemory::new(Arc::clone(&counting), plain.regions().to_vec()).unwrap();
+        let kernel: Arc<dyn Kernel> = Arc::clone(&rig.sim) as Arc<dyn Kernel>;
+        let sim = Arc::clone(&rig.sim);
+        let lookup = rig.supervisors.by_unit(arch.kind()).unwrap();
+        let unit = stagecraft::device::Unit::supervised(
+            &lookup,
+            arch.kind(),
+            arch.registers(),
+            rig.guest.memory.clone(),
+            Guest::map(),
+            stagecraft::memory::Limits::default(),
+        );
+        let Outcome::Tables(Translated { tables, intercepts, .. }) = unit.lookup(without_pasid(ONE)).unwrap().value else { panic!("tables") };
+        let way = Way::Tables { tables, intercepts };
+        let template = Rig::template();
+        drop(rig);
+        let setup = Setup { tables: Arc::clone(&sim) as Arc<dyn TableSupply>, ..Setup::new(kernel, plugins(), memory) };
+        let mut spaces = ContextSpaces::new(Context::with(setup).unwrap(), template);
+        spaces.connect(ONE, "one").unwrap();
+        spaces.connect(TWO, "two").unwrap();
+        let watched = Watched::default();
+        let (id, report) = spaces.allocate(&way, sync::Way::blocked(), Box::new(watched.clone())).unwrap();
+        assert_eq!((report, counting.1.load(Ordering::Relaxed)), (sync::Report::default(), 0));
+        let report = spaces.attach(without_pasid(ONE), id).unwrap();
+        assert_eq!((report.changes, report.blocked_count), (3, 0), "nesting: {nesting}");
+        // Four tables, each in one page.
+        assert_eq!((counting.1.load(Ordering::Relaxed), watched.0.lock().unwrap().len()), (4, 4), "nesting: {nesting}");
+        assert_eq!(spaces.attach(without_pasid(TWO), id).unwrap(), sync::Report::default());
+        assert_eq!(counting.1.load(Ordering::Relaxed), 4, "nobody reads for the second device");
+        spaces.detach(without_pasid(ONE)).unwrap();
+        spaces.detach(without_pasid(TWO)).unwrap();
+        spaces.release(id);
+        assert!(watched.0.lock().unwrap().is_empty());
+    }
+}
+
+/// What is blocked when a space is read for the first time is told to the guest at once.
+#[test]
+fn what_is_blocked_at_first_is_told() {
+    let mut template = Rig::template();
+    template.limits.shadow.leaves = 2;
+    let mut rig = Rig::with(Arch::Smmu, UnitConfig::vtd("VT-d"), template);
+    let root = rig.guest.new_table();
+    for page in 0..3 {
+        rig.guest.map_page(root, IOVA + (page << 12), DATA + (page << 12), true);
+    }
+    rig.guest.translate(ONE, root, 7);
+    let handled = rig.viommu.connect(ONE, false);
+    assert_eq!((handled.changes, handled.events.len()), (2, 1), "{handled:?}");
+    assert_eq!(rig.viommu.figures().pending, 1);
 }

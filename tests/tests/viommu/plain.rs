@@ -6,7 +6,7 @@ use stagecraft::Gpa;
 use stagecraft::plugin::Requester;
 use stagecraft::plugin::queue::Invalidation;
 use stagecraft::sync::{self, Report, Watcher};
-use stagecraft::viommu::{AddressSpaces, HostError, Way};
+use stagecraft::viommu::{AddressSpaces, HostError, Told, Way};
 
 /// One call.
 #[derive(Clone, Debug, PartialEq)]
@@ -51,6 +51,7 @@ fn refused() -> HostError {
 
 impl AddressSpaces for Recorder {
     type Id = u32;
+    type Memory = ();
 
     fn allocate(&mut self, _: &Way, _: sync::Way, watcher: Box<dyn Watcher>) -> Result<(u32, Report), HostError> {
         if self.refuse_allocate {
@@ -98,5 +99,9 @@ impl AddressSpaces for Recorder {
 
     fn table_written(&mut self, space: u32, address: Gpa, length: u64) -> Result<Report, HostError> {
         self.look(Asked::Written(space, address.0, length))
+    }
+
+    fn memory_changed(&mut self, (): ()) -> Result<Vec<Told<u32>>, HostError> {
+        if self.refuse_looks { Err(HostError::Stale("told to fail".into())) } else { Ok(Vec::new()) }
     }
 }

@@ -55,7 +55,7 @@ pub struct Arguments {
     #[arg(long)]
     strict: bool,
     /// Most bytes that the new tables may take, all together [default: 1 GiB]
-    #[arg(long, value_name = "N", value_parser = number)]
+    #[arg(long, value_name = "N", value_parser = number, allow_negative_numbers = true)]
     table_bytes: Option<u64>,
     /// Show all examples of what is lost that were kept
     #[arg(long)]

@@ -53,10 +53,21 @@ fn hint(error: &anyhow::Error) -> &'static str {
     }
 }
 
+/// Characters of a message that are shown: its beginning and its end. A snapshot may have names of any length.
+const SHOWN: (usize, usize) = (600, 300);
+
 /// One line on stderr.
 pub fn complain(message: &str) {
     // Nobody is left to tell if stderr is closed.
-    let _ = writeln!(anstream::stderr(), "{BAD}error:{BAD:#} {}", printable(message));
+    let _ = writeln!(anstream::stderr(), "{BAD}error:{BAD:#} {}", shortened(printable(message)));
+}
+
+/// A line that people can read, whatever it quotes.
+fn shortened(line: String) -> String {
+    let characters: Vec<char> = line.chars().collect();
+    let Some(left_out) = characters.len().checked_sub(SHOWN.0 + SHOWN.1).filter(|left_out| *left_out > 0) else { return line };
+    let (begin, end) = (&characters[..SHOWN.0], &characters[SHOWN.0 + left_out..]);
+    format!("{} [{left_out} characters] {}", begin.iter().collect::<String>(), end.iter().collect::<String>())
 }
 
 /// Whether a budget was spent: the guest's tables are larger than the caller allows, and nothing is wrong with the call.

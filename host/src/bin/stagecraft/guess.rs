@@ -17,7 +17,7 @@ use crate::json;
 use crate::numbers::number;
 use crate::options::Global;
 use crate::output::{BAD, Cell, Columns, DIM, GOOD, HEAD, WARN, counted, human, printable, raw, size};
-use crate::session::{Session, load};
+use crate::session::{Session, load_memory};
 
 /// Say which format a table of unknown origin has, with which settings, and why
 ///
@@ -28,14 +28,14 @@ use crate::session::{Session, load};
 /// Exit status 1, and no guess, if nothing fits.
 #[derive(Args, Debug)]
 pub struct Arguments {
-    /// Folder with snapshot.json and pages.bin, whose registers are not looked at; or a file with a raw dump of memory
+    /// Folder with snapshot.json and pages.bin, whose registers are not looked at and may be missing; or a file with a raw dump of memory
     #[arg(value_name = "FILE|SNAPSHOT")]
     source: PathBuf,
     /// Guest-physical address of the table that walks begin at
-    #[arg(long, value_name = "X", value_parser = number)]
+    #[arg(long, value_name = "X", value_parser = number, allow_negative_numbers = true)]
     root: u64,
     /// Guest-physical address of the first byte of a dump [default: 0]
-    #[arg(long, value_name = "GPA", value_parser = number)]
+    #[arg(long, value_name = "GPA", value_parser = number, allow_negative_numbers = true)]
     base: Option<u64>,
     /// Memory that exists besides what is in the dump, such as 0x100000000-0x17fffffff: leaves and tables may be there; may be repeated
     #[arg(long = "memory", value_name = "FIRST-LAST", value_parser = range)]
@@ -66,10 +66,13 @@ pub fn run(global: &Global, arguments: &Arguments) -> Result<Status> {
         options.trial_pages = options.trial_pages.min(pages);
     }
     if !path.is_file() {
+        if path.exists() && !path.is_dir() {
+            bail!("{}: neither a file nor a folder; give a dump of memory, or a snapshot", path.display());
+        }
         if arguments.base.is_some() || !arguments.memory.is_empty() {
             bail!("{}: a snapshot says itself where memory is; --base and --memory are for a dump", path.display());
         }
-        let snapshot = load(path)?;
+        let snapshot = load_memory(path)?;
         if let Source::Unit { kind, .. } = &snapshot.source {
             options.unit = Some(kind.clone());
         }

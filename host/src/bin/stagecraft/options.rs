@@ -39,10 +39,10 @@ pub struct Global {
     #[arg(long, global = true, value_name = "DIR")]
     pub cache: Option<PathBuf>,
     /// Stop walking a table after this many tables visited [default: four times the pages of the snapshot]
-    #[arg(long, global = true, value_name = "N", value_parser = crate::numbers::number)]
+    #[arg(long, global = true, value_name = "N", value_parser = crate::numbers::number, allow_negative_numbers = true)]
     pub budget_tables: Option<u64>,
     /// Stop walking a table after this many leaves [default: 512 per table of the other budget]
-    #[arg(long, global = true, value_name = "N", value_parser = crate::numbers::number)]
+    #[arg(long, global = true, value_name = "N", value_parser = crate::numbers::number, allow_negative_numbers = true)]
     pub budget_leaves: Option<u64>,
 }
 

@@ -104,6 +104,9 @@ impl<T: Into<String>> From<T> for Cell {
     }
 }
 
+/// Characters that a column is padded to at most: a snapshot may have labels of any length.
+const WIDEST: usize = 160;
+
 /// Rows whose columns stand below each other.
 #[derive(Debug, Default)]
 pub struct Columns {
@@ -130,16 +133,16 @@ impl Columns {
         self.rows.push(cells.to_vec());
     }
 
-    /// Writes all rows.
+    /// Writes all rows. A cell that is wider than [`WIDEST`] moves the rest of its row, and no other row.
     pub fn write(&self, out: &mut impl Write) -> io::Result<()> {
         let columns = self.rows.iter().map(Vec::len).max().unwrap_or(0);
         let width = |column: usize| self.rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.0.chars().count()).max().unwrap_or(0);
-        let widths: Vec<usize> = (0..columns).map(width).collect();
+        let widths: Vec<usize> = (0..columns).map(|column| width(column).min(WIDEST)).collect();
         for row in &self.rows {
             write!(out, "{:indent$}", "", indent = self.indent)?;
             let end = row.iter().rposition(|cell| !cell.0.is_empty()).map_or(0, |last| last + 1);
             for (column, Cell(text, style)) in row[..end].iter().enumerate() {
-                let padding = widths[column] - text.chars().count();
+                let padding = widths[column].saturating_sub(text.chars().count());
                 let (before, after) = if self.right.contains(&column) { (padding, 0) } else { (0, padding) };
                 let last = column + 1 == end;
                 let after = if last { 0 } else { after + 2 };

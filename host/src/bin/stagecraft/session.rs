@@ -1,10 +1,11 @@
 //! What every question needs first: the plugins, the snapshot, the device that is meant.
 
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use stagecraft::guest::Guest;
-use stagecraft::plugin::{Config, Engine, EngineError, PluginDirectory, Plugins};
+use stagecraft::plugin::{Config, Engine, EngineError, Limits, PluginDirectory, Plugins};
 use stagecraft::snapshot::{Device, Snapshot};
 
 use crate::numbers::number;
@@ -13,6 +14,9 @@ use crate::output::printable;
 
 /// Devices that an error message lists.
 const LISTED: usize = 12;
+/// Instances of plugins that there may be at a time, where there is no address space for as many as usual: `ulimit -v` may leave little. One table
+/// or two are looked at at a time.
+const FEWER_INSTANCES: [u32; 2] = [64, 16];
 
 /// The plugins and limits of one run.
 #[derive(Debug)]
@@ -49,18 +53,33 @@ impl Session {
 
 /// The engine, with a cache for compiled plugins. A cache that was asked for must be fit for use; the default one is used if it is.
 fn engine(global: &Global) -> Result<Engine> {
+    let config = Config::default().with_compile_threads(std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN));
     if let Some(cache) = &global.cache {
-        return Ok(Engine::new(Config::default().with_cache(cache))?);
+        return Ok(with_room(&config.with_cache(cache))?);
     }
     if let Some(cache) = default_cache() {
-        match Engine::new(Config::default().with_cache(&cache)) {
+        match with_room(&config.clone().with_cache(&cache)) {
             Ok(engine) if rustix::fs::access(&cache, rustix::fs::Access::WRITE_OK).is_ok() => return Ok(engine),
             Ok(_) => tracing::debug!(cache = %cache.display(), "no cache for compiled plugins: it cannot be written"),
             Err(EngineError::Cache(error)) => tracing::debug!(%error, "no cache for compiled plugins"),
             Err(error) => return Err(error.into()),
         }
     }
-    Ok(Engine::new(Config::default())?)
+    Ok(with_room(&config)?)
+}
+
+/// An engine for as many instances as there is room for.
+fn with_room(config: &Config) -> Result<Engine, EngineError> {
+    let mut engine = Engine::new(config.clone());
+    for instances in FEWER_INSTANCES {
+        if !matches!(engine, Err(EngineError::Setup { .. })) {
+            break;
+        }
+        let mut limits = Limits::default();
+        limits.instances = instances;
+        engine = Engine::new(config.clone().with_limits(limits));
+    }
+    engine
 }
 
 fn default_cache() -> Option<PathBuf> {
@@ -71,12 +90,23 @@ fn default_cache() -> Option<PathBuf> {
 
 /// Reads a snapshot.
 pub fn load(path: &Path) -> Result<Snapshot> {
+    check_folder(path)?;
+    Ok(Snapshot::load(path)?)
+}
+
+/// Reads a snapshot that need not say where its tables are.
+pub fn load_memory(path: &Path) -> Result<Snapshot> {
+    check_folder(path)?;
+    Ok(Snapshot::load_memory(path)?)
+}
+
+fn check_folder(path: &Path) -> Result<()> {
     match std::fs::metadata(path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             bail!("{}: no such snapshot; give a folder with snapshot.json and pages.bin", path.display())
         }
         Ok(metadata) if !metadata.is_dir() => bail!("{}: not a folder; give the one with snapshot.json and pages.bin", path.display()),
-        _ => Ok(Snapshot::load(path)?),
+        _ => Ok(()),
     }
 }
 

@@ -31,10 +31,10 @@ pub struct Arguments {
     #[arg(long, value_name = "ID")]
     device: String,
     /// The request's PASID, if it has one
-    #[arg(long, value_name = "N", value_parser = pasid)]
+    #[arg(long, value_name = "N", value_parser = pasid, allow_negative_numbers = true)]
     pasid: Option<u32>,
     /// I/O virtual address of the byte that is accessed
-    #[arg(long, value_name = "X", value_parser = number)]
+    #[arg(long, value_name = "X", value_parser = number, allow_negative_numbers = true)]
     iova: u64,
     /// What the device does there
     #[arg(long, value_name = "r|w")]

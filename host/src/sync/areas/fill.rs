@@ -73,7 +73,8 @@ impl Areas {
             let Some(area) = self.areas.get(first).filter(|area| area.held.block().is_closed()) else { continue };
             self.lost.extend(overlapping(&self.wanted, area.span(*first)).map(|(first, _)| first));
         }
-        if doomed.cut.is_empty() {
+        let changed = if self.limits.hitless_changes && !self.attached.is_empty() { self.changed(&doomed.gone) } else { 0 };
+        if doomed.cut.is_empty() && changed == 0 {
             return self.unmap_areas(&doomed.gone);
         }
         if doomed.cut.iter().any(|first| self.areas.get(first).is_some_and(|area| area.joined)) {
@@ -87,15 +88,25 @@ impl Areas {
         match self.rebuild(&all) {
             Ok(()) => {}
             Err(Errno::E2BIG) => {
-                self.figures.interrupted += doomed.cut.len() as u64;
+                self.figures.interrupted += doomed.cut.len() as u64 + changed;
                 self.interrupt(doomed);
             }
             Err(_) => {
                 self.figures.failures += 1;
+                self.figures.interrupted += changed;
                 self.unmap_areas(&doomed.gone);
                 self.stale.extend(&doomed.cut);
             }
         }
+    }
+
+    /// How many of these areas have others in their place: what is wanted there allows something else, or leads elsewhere.
+    fn changed(&self, gone: &[u64]) -> u64 {
+        let is_changed = |first: &&u64| {
+            let area = self.areas.get(first).filter(|area| !area.held.block().is_closed());
+            area.is_some_and(|area| overlapping(&self.wanted, area.span(**first)).next().is_some())
+        };
+        gone.iter().filter(is_changed).count() as u64
     }
 
     /// Removes areas with pages that should stay, and maps those again.

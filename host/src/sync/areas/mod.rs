@@ -13,12 +13,7 @@
 
 mod book;
 mod fill;
-mod managed;
-mod mirror;
 mod swap;
-
-pub use managed::{Managed, MapError, UnmapError};
-pub use mirror::Mirror;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -43,15 +38,18 @@ pub struct AreaLimits {
     pub pieces: usize,
     /// Neighbouring pieces of one batch become one area of up to so many bytes; 0: never.
     pub join: u64,
+    /// Pages that allow something else, or lead elsewhere, are changed by a swap as well while somebody is attached: each transaction sees what was there before or
+    /// what is there after. That is a second IOAS for each batch with such a change, as [`AreaLimits::swap`] allows. Otherwise such pages are gone for a moment.
+    pub hitless_changes: bool,
     /// What page tables must be good for. With [`HwptFlags::NONE`] the kernel chooses them, otherwise they are made with these flags:
     /// [`HwptFlags::PASID`] for a device that is attached by itself and with PASIDs. A record of dirty pages ends with each swap.
     pub flags: HwptFlags,
 }
 
 impl Default for AreaLimits {
-    /// A million areas and pieces, 65,536 copies in a swap; 2 MiB are joined.
+    /// A million areas and pieces, 65,536 copies in a swap; 2 MiB are joined; changes are gone for a moment.
     fn default() -> Self {
-        Self { areas: 1 << 20, swap: 1 << 16, pieces: 1 << 20, join: 2 << 20, flags: HwptFlags::NONE }
+        Self { areas: 1 << 20, swap: 1 << 16, pieces: 1 << 20, join: 2 << 20, hitless_changes: false, flags: HwptFlags::NONE }
     }
 }
 
@@ -68,7 +66,7 @@ pub struct AreasFigures {
     pub stale: u64,
     /// Times that a second IOAS took the place of the first.
     pub swaps: u64,
-    /// Areas that were cut without a swap, because there was none to be had: their pages were gone for a moment.
+    /// Areas that were cut, or changed, without the swap that they were to have: their pages were gone for a moment.
     pub interrupted: u64,
     /// Kernel calls that failed.
     pub failures: u64,
@@ -99,6 +97,12 @@ pub enum AreasError {
         /// Why not.
         errno: Errno,
     },
+}
+
+impl From<AreasError> for CommitError {
+    fn from(error: AreasError) -> Self {
+        Self(Box::new(error))
+    }
 }
 
 /// A device, or a PASID of it, on this address space.
@@ -137,7 +141,8 @@ struct Replaced {
 /// costs one call for each such run, one for each piece of the area that is cut, and one for each attachment. In return, for a moment, the kernel holds two
 /// page tables per unit; memory stays pinned once. Without an attachment nobody can notice, and the area is simply made anew. Merging needs no swap.
 ///
-/// A page that leads elsewhere or allows something else after a batch is gone for a moment: the kernel cannot change an area.
+/// A page that leads elsewhere or allows something else after a batch is gone for a moment, because the kernel cannot change an area, unless a swap is asked for
+/// ([`AreaLimits::hitless_changes`]).
 ///
 /// # Joining
 ///

@@ -46,6 +46,8 @@ pub(crate) mod exclusion {
 pub(crate) mod efr {
     use super::Field;
 
+    /// Page requests.
+    pub(crate) const PPR_SUP: Field = Field::new(1, 1);
     /// No-execute protection.
     pub(crate) const NX_SUP: Field = Field::new(3, 3);
     /// Guest translation.

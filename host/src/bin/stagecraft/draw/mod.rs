@@ -31,6 +31,8 @@ use picture::{Drawing, draw};
 ///
 /// One section per table: rows for the parts of the address space that are in use, the sizes of the holes between them, and in each row what a device may do,
 /// how large the pages are, and whether they lead to RAM or to device memory.
+///
+/// Nothing is drawn if the snapshot lacks a page. A table that a budget bounds is drawn as far as it goes: exit status 1.
 #[derive(Args, Debug)]
 pub struct Arguments {
     /// Folder with snapshot.json and pages.bin
@@ -70,6 +72,11 @@ pub fn run(global: &Global, arguments: &Arguments) -> Result<Status> {
     let session = Session::new(global)?;
     let guest = session.guest(&snapshot)?;
     let (sections, others, incomplete) = look(&guest, streams(&guest, only)?)?;
+    // A picture with parts missing would be taken for the whole. One that a budget bounds says so.
+    let incomplete = match incomplete {
+        Some((Status::Trouble, what)) => bail!(what),
+        other => other,
+    };
     let drawing = draw(&snapshot.description, &sections, &others, &session.plugins);
     write_whole(&arguments.out, &drawing.svg)?;
     tell(global, arguments, &sections, &drawing)?;

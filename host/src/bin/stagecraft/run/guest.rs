@@ -17,6 +17,8 @@ use stagecraft::{Change, Gpa, Span};
 use vm_memory::MmapRegion;
 
 use super::scenario::Announces;
+use super::unit::Forget;
+use super::vmm::Vmm;
 
 /// Highest IOVA that tables are made for, if the format has so many.
 const LAST_IOVA: u64 = (1 << 48) - 1;
@@ -139,10 +141,10 @@ pub enum Driver {
 }
 
 impl Driver {
-    /// Makes changes in the guest's memory, as the guest's processor does: the host does not know yet.
-    pub fn write(&mut self, changes: &[Change]) -> Result<()> {
+    /// Makes changes in the guest's memory, as the guest's processor does: the host does not know yet. With the guest's unit, commands are queued for that device.
+    pub fn write(&mut self, changes: &[Change], vmm: Option<(&mut Vmm, usize)>) -> Result<()> {
         match self {
-            Self::Tables(tables) => tables.write(changes),
+            Self::Tables(tables) => tables.write(changes, vmm),
             Self::Requests(requests) => {
                 requests.queue(changes);
                 Ok(())
@@ -151,9 +153,9 @@ impl Driver {
     }
 
     /// Tells the host. What takes time here is the host's.
-    pub fn tell(&mut self, context: &Context, ioasid: &Ioasid) -> Result<()> {
+    pub fn tell(&mut self, context: &Context, ioasid: &Ioasid, vmm: Option<&mut Vmm>) -> Result<()> {
         match self {
-            Self::Tables(tables) => tables.tell(context, ioasid),
+            Self::Tables(tables) => tables.tell(context, ioasid, vmm),
             Self::Requests(requests) => requests.tell(ioasid),
         }
     }
@@ -212,19 +214,27 @@ impl Tables {
         self.table.geometry()
     }
 
-    fn write(&mut self, changes: &[Change]) -> Result<()> {
+    fn write(&mut self, changes: &[Change], vmm: Option<(&mut Vmm, usize)>) -> Result<()> {
         lock(&self.log).written.clear();
         let needed = self.table.apply(changes);
-        let mut spans: Vec<(Span, bool)> = needed.spans.iter().map(|span| (*span, !needed.tables)).collect();
-        if self.announces == Announces::Changes {
+        let mut forget: Vec<Forget> = needed.spans.iter().map(|span| Forget { iova: *span, leaf: !needed.tables }).collect();
+        let announces_maps = self.announces == Announces::Changes
+            || self.announces == Announces::Removals && vmm.as_ref().is_some_and(|(vmm, _)| vmm.announces_maps());
+        if announces_maps {
             let maps = changes.iter().filter(|change| matches!(change, Change::Map(_)));
-            spans.extend(maps.map(|change| (change.span(), false)));
+            forget.extend(maps.map(|change| Forget { iova: change.span(), leaf: false }));
+        }
+        if !self.announces.is_announced() {
+            forget.clear();
         }
         self.invalidations.clear();
-        self.invalidations.extend(spans.into_iter().zip(0..).map(|((iova, leaf), index)| {
-            let scope = Scope { leaf, second_stage: false, domain: None, space: None, id: None };
-            Invalidation { index, effect: Effect::Range { scope, iova } }
-        }));
+        match vmm {
+            Some((vmm, device)) => vmm.queue(device, &forget)?,
+            None => self.invalidations.extend(forget.into_iter().zip(0..).map(|(Forget { iova, leaf }, index)| {
+                let scope = Scope { leaf, second_stage: false, domain: None, space: None, id: None };
+                Invalidation { index, effect: Effect::Range { scope, iova } }
+            })),
+        }
         ensure!(self.table.figures().without_memory == 0, "the guest has no memory left for tables; give it more");
         let losses = self.table.losses();
         if losses.refused_bytes() > 0 {
@@ -234,18 +244,22 @@ impl Tables {
         Ok(())
     }
 
-    fn tell(&mut self, context: &Context, ioasid: &Ioasid) -> Result<()> {
+    fn tell(&mut self, context: &Context, ioasid: &Ioasid, mut vmm: Option<&mut Vmm>) -> Result<()> {
         if self.announces.is_watched() {
             let log = lock(&self.log);
             for (first, length) in &log.written {
                 for span in pages(*first, *length).filter(|span| self.watched.contains(span.first & !(PAGE - 1))) {
-                    context.table_written(Gpa(span.first), span.length_minus_one() + 1)?;
+                    match &mut vmm {
+                        Some(vmm) => vmm.trap(span)?,
+                        None => drop(context.table_written(Gpa(span.first), span.length_minus_one() + 1)?),
+                    }
                 }
             }
         }
-        let announced = matches!(self.announces, Announces::Changes | Announces::Removals);
-        if announced && !self.invalidations.is_empty() {
-            ioasid.invalidate(&self.invalidations)?;
+        match vmm {
+            Some(vmm) => vmm.doorbell()?,
+            None if !self.invalidations.is_empty() => drop(ioasid.invalidate(&self.invalidations)?),
+            None => {}
         }
         Ok(())
     }

@@ -5,6 +5,8 @@
 //! | `scenario` | the file |
 //! | `machine` | the simulated host, the guest's memory, address spaces |
 //! | `guest` | the guest's driver: tables in guest memory, or requests; and what it announces |
+//! | `unit` | what the driver knows of its IOMMU: registers, structures, commands, event records |
+//! | `vmm` | that IOMMU as a VMM drives it |
 //! | `workload` | what the driver does, by chance |
 //! | `play` | one operation after the other, measured and checked |
 //! | `figures` | latencies, and how things went over time |
@@ -19,6 +21,8 @@ mod play;
 mod report;
 mod scenario;
 mod timeline;
+mod unit;
+mod vmm;
 mod workload;
 
 use std::path::PathBuf;

@@ -88,10 +88,10 @@ pub fn play(scenario: &Scenario, machine: &mut Machine) -> Result<Played> {
         let seat = &mut machine.seats[index];
         let (kind, changes) = seat.workload.next(&mut chance);
         let place = || format!("operation {} ({}) of device {}", played.operations + 1, kind.as_str(), seat.label);
-        seat.driver.write(&changes).with_context(place)?;
+        seat.driver.write(&changes, machine.vmm.as_mut().map(|vmm| (vmm, index))).with_context(place)?;
         let calls = machine.sim.calls_total();
         let told = Instant::now();
-        let result = seat.driver.tell(&machine.context, &seat.ioasid);
+        let result = seat.driver.tell(&machine.context, &seat.ioasid, machine.vmm.as_mut());
         let latency = told.elapsed();
         result.with_context(place)?;
         seat.driver.done();
@@ -104,9 +104,14 @@ pub fn play(scenario: &Scenario, machine: &mut Machine) -> Result<Played> {
         if played.operations % LOOK == 1 {
             look(machine, &mut played.most);
         }
-        let mut check = Check { machine, seat: &machine.seats[index], truth: &truths[index], checks: 0 };
-        let wrong = check.operation(&changes, &mut chance);
+        let mut check = Check { machine, seat: &machine.seats[index], truth: &truths[index], checks: 0, refused: None };
+        let mut wrong = check.operation(&changes, &mut chance);
         played.checks += check.checks;
+        // What the guest is told of the first DMA that was refused.
+        if let (None, Some((iova, writes)), Some(vmm)) = (&wrong, check.refused, &mut machine.vmm) {
+            let what = if writes { "write" } else { "read" };
+            wrong = vmm.refused(index, iova, writes).err().map(|error| format!("a {what} at IOVA {iova:#x} was refused, and {error}"));
+        }
         played.violation =
             wrong.map(|wrong| format!("operation {} ({}), device {}: {wrong}", played.operations, kind.as_str(), machine.seats[index].label));
     }
@@ -154,6 +159,8 @@ struct Check<'a> {
     seat: &'a Seat,
     truth: &'a Truth,
     checks: u64,
+    /// The first DMA that was refused as it is to be: its IOVA, and whether it wrote.
+    refused: Option<(u64, bool)>,
 }
 
 impl Check<'_> {
@@ -179,6 +186,9 @@ impl Check<'_> {
                     Some(address) => format!("reached {address:#x}"),
                 };
                 return Some(format!("a {what} at IOVA {iova:#x} {expected}, and {found}"));
+            }
+            if found.is_none() {
+                self.refused.get_or_insert((iova, writes));
             }
         }
         None

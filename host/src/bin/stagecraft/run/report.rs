@@ -11,6 +11,7 @@ use stagecraft::kernel::sim::Call;
 use super::machine::Machine;
 use super::play::Played;
 use super::scenario::Scenario;
+use super::vmm;
 use super::workload::Kind;
 use crate::json;
 use crate::output::{BAD, Columns, DIM, GOOD, HEAD, count, counted, human, printable, raw, size};
@@ -23,6 +24,8 @@ pub struct Report {
     guest: String,
     workload: &'static str,
     strategies: Vec<(String, Vec<String>, String)>,
+    /// What went through the guest's queues, if its driver works with a unit.
+    queues: Option<vmm::Figures>,
     out: Option<String>,
     /// The figures.
     pub played: Played,
@@ -31,7 +34,8 @@ pub struct Report {
 impl Report {
     /// While the machine is still there.
     pub fn new(scenario: &Scenario, machine: &Machine, played: Played, out: Option<&Path>) -> Self {
-        let announces = scenario.guest.announces.map_or(String::new(), |announces| format!(", announces {}", announces.as_str()));
+        let typed = if scenario.unit().is_none() && !scenario.is_requests() { " (typed)" } else { "" };
+        let announces = scenario.guest.announces.map_or(String::new(), |announces| format!(", announces {}{typed}", announces.as_str()));
         let strategies = machine.seats.iter().map(|seat| {
             let strategies = seat.ioasid.strategies().iter().map(|strategy| format!("{strategy:?}").to_lowercase()).collect();
             (seat.label.clone(), strategies, seat.explanation.clone())
@@ -42,6 +46,7 @@ impl Report {
             guest: format!("{}, {} of memory{announces}", machine.tables, size(scenario.guest.memory.0.into())),
             workload: scenario.workload.as_str(),
             strategies: strategies.collect(),
+            queues: machine.vmm.as_ref().map(|vmm| vmm.figures),
             out: out.map(|out| out.display().to_string()),
             played,
         }
@@ -103,6 +108,10 @@ impl Report {
         let calls = if calls.is_empty() { "none".to_owned() } else { calls.join(", ") };
         let per_operation = self.calls() as f64 / (*operations).max(1) as f64;
         writeln!(out, "kernel calls  {calls}: {per_operation:.3} per operation; {} before", self.played.calls_before)?;
+        if let Some(queues) = &self.queues {
+            let (batches, events) = (counted(queues.batches, "batch", "batches"), counted(queues.events, "event record", "event records"));
+            writeln!(out, "guest queues  {batches} of commands, {} in all, and {events} read", size(queues.command_bytes.into()))?;
+        }
         writeln!(out, "plugin calls  {}; {} before", counted(questions.1, "question", "questions"), questions.0)?;
         writeln!(
             out,
@@ -142,6 +151,8 @@ impl Report {
             "seed": self.seed,
             "guest": self.guest,
             "workload": self.workload,
+            "commands": if self.queues.is_some() { "raw" } else { "typed" },
+            "queues": self.queues.map(|queues| json!({"batches": queues.batches, "command_bytes": queues.command_bytes, "events": queues.events})),
             "devices": devices.collect::<Vec<_>>(),
             "operations": played.operations,
             "seconds": played.elapsed.as_secs_f64(),

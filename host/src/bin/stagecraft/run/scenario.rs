@@ -13,6 +13,7 @@ use stagecraft::ioasid::{Strategies, Strategy};
 use stagecraft::kernel::sim;
 use stagecraft::virtio_iommu;
 
+use super::unit::{self, Architecture};
 use crate::output::size;
 
 /// Most bytes of a scenario file.
@@ -74,6 +75,18 @@ pub struct Guest {
     pub memory: Size,
     /// What its driver announces. Not for virtio-iommu, whose requests say everything.
     pub announces: Option<Announces>,
+    /// How it announces it. Not for virtio-iommu either.
+    pub commands: Option<Commands>,
+}
+
+/// How a guest's driver announces what it does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Commands {
+    /// By commands of its architecture, in a queue in its memory, to a unit whose structures lead to its tables.
+    Raw,
+    /// As somebody has decoded them already, to an address space whose table is given.
+    Typed,
 }
 
 const fn memory() -> Size {
@@ -103,6 +116,11 @@ impl Announces {
             Self::Nothing => "nothing",
             Self::Never => "never",
         }
+    }
+
+    /// Whether there are commands.
+    pub const fn is_announced(self) -> bool {
+        matches!(self, Self::Changes | Self::Removals)
     }
 
     /// Whether the VMM watches the pages of tables.
@@ -345,6 +363,11 @@ impl Scenario {
         self.guest.format == virtio_iommu::UNIT
     }
 
+    /// The guest's own unit, if its driver works with one: unless the scenario says otherwise, wherever there is one.
+    pub fn unit(&self) -> Option<&'static dyn Architecture> {
+        unit::of(&self.guest.format).filter(|_| self.guest.commands != Some(Commands::Typed))
+    }
+
     fn check(&self) -> Result<()> {
         self.check_words()?;
         self.check_length()?;
@@ -356,6 +379,13 @@ impl Scenario {
             (true, Some(_)) => bail!("announces: not for virtio-iommu, whose requests say everything; leave it out"),
             (true, None) if !self.guest.settings.is_empty() => bail!("settings: virtio-iommu has none; leave them out"),
             (false, None) => bail!("announces is missing: `changes`, `removals`, `nothing` or `never`"),
+            _ => {}
+        }
+        match self.guest.commands {
+            Some(_) if self.is_requests() => bail!("commands: not for virtio-iommu, whose requests say everything; leave it out"),
+            Some(Commands::Raw) if self.unit().is_none() => {
+                bail!("commands: units with tables of {} have none that are known here; leave it out", self.guest.format)
+            }
             _ => {}
         }
         self.check_devices()?;
