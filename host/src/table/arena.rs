@@ -27,6 +27,8 @@ pub struct Arena {
     live: Vec<u8>,
     /// Bytes of all tables in use.
     bytes: u64,
+    /// The processor was told that this page will be written.
+    expected: Option<u64>,
 }
 
 /// Words of table memory that begin at a page of the host: tables are shared with hardware by the page, and written by the cache line.
@@ -73,7 +75,16 @@ impl Arena {
     #[must_use]
     pub fn new(base: u64, limit: u64) -> Self {
         assert!(base.is_multiple_of(Self::ALIGNMENT), "an arena starts at a multiple of 2 MiB");
-        Self { base, limit: limit.min(u64::MAX - base), chunks: Vec::new(), used: 0, free: BTreeMap::new(), live: Vec::new(), bytes: 0 }
+        Self {
+            base,
+            limit: limit.min(u64::MAX - base),
+            chunks: Vec::new(),
+            used: 0,
+            free: BTreeMap::new(),
+            live: Vec::new(),
+            bytes: 0,
+            expected: None,
+        }
     }
 
     /// What `base` is a multiple of: no table is larger.
@@ -85,6 +96,7 @@ impl Arena {
         self.free.clear();
         self.live.clear();
         self.bytes = 0;
+        self.expected = None;
     }
 
     /// Address of the first table.
@@ -185,8 +197,12 @@ impl Arena {
         }
     }
 
-    /// Tells the processor that the table after the last one will be written soon.
+    /// Tells the processor that the table after the last one will be written soon, once.
     pub(crate) fn prefetch(&mut self) {
+        if self.expected == Some(self.used) {
+            return;
+        }
+        self.expected = Some(self.used);
         let word = (self.used / 8) as usize;
         if let Some(chunk) = self.chunks.get_mut(word / CHUNK) {
             lanes::prefetch(&mut chunk.words_mut(word % CHUNK)[..(PAGE / 8) as usize]);
@@ -240,6 +256,23 @@ impl EntryMemory for Arena {
         }
         Ok(())
     }
+}
+
+/// Writes the same into the entries `first..next` of a table that starts at `words[0]`.
+pub(crate) fn fill_entries(words: &mut [u64], layout: EntryLayout, first: usize, next: usize, entry: u64) {
+    let word = layout.word(entry);
+    if layout.bytes == 8 {
+        words[first..next].fill(word);
+        return;
+    }
+    // One that shares its word with another at either end, and pairs.
+    let pairs = first.next_multiple_of(2)..next / 2 * 2;
+    if pairs.start >= pairs.end {
+        (first..next).for_each(|slot| write_entry(words, layout, slot, entry));
+        return;
+    }
+    (first..pairs.start).chain(pairs.end..next).for_each(|slot| write_entry(words, layout, slot, entry));
+    words[pairs.start / 2..pairs.end / 2].fill(word | word << 32);
 }
 
 /// Writes entry `index` of a table that starts at `words[0]`.

@@ -9,10 +9,10 @@ mod runs;
 use std::sync::Arc;
 
 use crate::memory::{EntryLayout, EntryMemory};
-use crate::table::arena::{Arena, Full, write_entry};
+use crate::table::arena::{Arena, Full, fill_entries, write_entry};
 use crate::table::build::runs::{Merging, Prepared, Upcoming};
 use crate::table::format::{Format, FormatError};
-use crate::table::geometry::{ByteOrder, Geometry, Nonsense};
+use crate::table::geometry::{Geometry, Nonsense};
 use crate::table::lanes;
 use crate::table::leaves::{Piece, Run};
 use crate::table::loss::{Loss, Losses};
@@ -508,11 +508,7 @@ impl<'a> Builder<'a> {
         if filled < index {
             let layout = self.layout;
             let words = self.words(depth);
-            if (layout.bytes, layout.order) == (8, ByteOrder::Little) {
-                words[filled as usize..index as usize].fill(absent.to_le());
-            } else {
-                (filled..index).for_each(|slot| write_entry(words, layout, slot as usize, absent));
-            }
+            fill_entries(words, layout, filled as usize, index as usize, absent);
             self.open[depth].contents = Contents::Mixed;
             self.open[depth].filled = index;
         }
@@ -600,9 +596,7 @@ impl<'a> Builder<'a> {
                 None => (self.arena.allocate_root(rung.bytes)?, 0),
             };
             let words = self.arena.words(offset);
-            for slot in filled..rung.entries {
-                write_entry(words, self.layout, slot as usize, rung.absent);
-            }
+            fill_entries(words, self.layout, filled as usize, rung.entries as usize, rung.absent);
             roots.push((chain.setting.clone(), Gpa(self.arena.base() + offset)));
         }
         Ok(Built { roots, losses: self.losses, leaves: self.leaves, questions: self.target.questions })

@@ -56,6 +56,7 @@ pub(super) struct Upcoming {
     bytes: u64,
     /// The size of the pages.
     page: u8,
+    past_cache: bool,
 }
 
 /// How leaves that are smaller than the target's pages make up such pages.
@@ -329,8 +330,8 @@ impl Builder<'_> {
         }
     }
 
-    /// Where entries that are expected to be leaves like those of `run` can be written while they are looked at: past the cache, to the next slots of a table,
-    /// or to the first ones of the next table.
+    /// Where entries that are expected to be leaves like those of `run` can be written while they are looked at: to the next slots of a table, or to the first
+    /// ones of the next table, past the cache if that is large or comes late.
     pub(super) fn ready_for(&mut self, run: &Run<'_>) -> Option<Receiver<'_>> {
         self.forget_upcoming();
         let prepared = self.prepared.as_ref()?;
@@ -363,24 +364,24 @@ impl Builder<'_> {
         if count == 0 || !groups || !lines {
             return None;
         }
-        // A table that is open, or the next one.
+        // A table that is open and filled where it belongs, or the next one.
         let same = self.window == Some(prepared.window) && self.open.len() > prepared.depth;
-        let offset = match self.open.get(prepared.depth).filter(|open| same && open.base == base) {
-            Some(open) if open.past_cache && open.filled <= index => open.offset,
+        let (offset, past_cache) = match self.open.get(prepared.depth).filter(|open| same && open.base == base) {
+            Some(open) if self.staged[prepared.depth].is_none() && open.filled <= index => (open.offset, open.past_cache),
             Some(_) => return None,
             None => {
                 let before = self.arena.bytes().saturating_sub(self.before);
-                let far = is_staged(rung.bytes, before) && is_large(slots, prepared.table_entries) || goes_past_cache(rung.bytes, before);
-                if !far || index != 0 || prepared.depth == 0 {
+                let staged = is_staged(rung.bytes, before);
+                if staged && !is_large(slots, prepared.table_entries) || index != 0 || prepared.depth == 0 {
                     return None;
                 }
-                self.arena.upcoming(rung.room)?
+                (self.arena.upcoming(rung.room)?, staged || goes_past_cache(rung.bytes, before))
             }
         };
-        self.upcoming = Some(Upcoming { offset, bytes: rung.room, page });
+        self.upcoming = Some(Upcoming { offset, bytes: rung.room, page, past_cache });
         let more = low_bits(page) - low_bits(run.size_log2);
         let merging = merging.map(|merging| Merged { group: &merging.group, more, firsts: &mut self.merged });
-        let (form, slot, count) = (prepared.form(self.layout, true), index as usize, (count << merge_log2) as usize);
+        let (form, slot, count) = (prepared.form(self.layout, past_cache), index as usize, (count << merge_log2) as usize);
         Some(Receiver { form, table: self.arena.words(offset), slot, count, merging })
     }
 
@@ -422,7 +423,7 @@ impl Builder<'_> {
         let foreseen = self.open[depth].offset == upcoming.offset;
         if foreseen {
             self.stage.skip(self.staged[depth].take());
-            self.open[depth].past_cache = true;
+            self.open[depth].past_cache = upcoming.past_cache;
         }
         let index = self.fill_to(depth, run.iova.0)?;
         let slots = run.entries.len() << prepared.split_log2;
