@@ -202,4 +202,15 @@ impl Judge {
         let is_whole = self.format.decode(level, inherited, pattern)? == Meaning::WholeEntry;
         self.format.explain(level, inherited, if is_whole { entry } else { pattern })
     }
+
+    /// How many bytes an entry maps, as a power of two; none if it is no leaf. Not remembered: for messages.
+    pub(crate) fn leaf_size(&mut self, level: u8, inherited: u64, pattern: u64, entry: u64) -> Result<Option<u8>, FormatError> {
+        self.asked += 1;
+        let mut meaning = self.format.decode(level, inherited, pattern)?;
+        if meaning == Meaning::WholeEntry {
+            self.asked += 1;
+            meaning = self.format.decode_entry(level, inherited, entry)?;
+        }
+        Ok(if let Meaning::Leaf { size_log2, .. } = meaning { Some(size_log2) } else { None })
+    }
 }

@@ -123,6 +123,18 @@ impl AddressSpace {
         }
     }
 
+    /// How many bytes an entry of `stage` maps, as a power of two, which may be more than its slot; none if it is no leaf.
+    ///
+    /// # Errors
+    /// The format failed.
+    pub fn leaf_size(&mut self, stage: u8, step: &Step) -> Result<Option<u8>, FormatError> {
+        match (&mut self.kind, stage) {
+            (Kind::Source(_), _) => Ok(None),
+            (Kind::Tables { outer: Some(outer), .. }, 2) => outer.leaf_size(step),
+            (Kind::Tables { inner, .. }, _) => inner.leaf_size(step),
+        }
+    }
+
     /// Tells `visitor` what devices reach in `span`, in ascending order, all stages together.
     ///
     /// # Errors

@@ -114,6 +114,17 @@ impl Table {
         self.judge.explain(step.level, step.inherited, pattern, entry)
     }
 
+    /// How many bytes an entry maps, as a power of two, which may be more than its slot; none if it is no leaf.
+    ///
+    /// # Errors
+    /// The format failed.
+    pub fn leaf_size(&mut self, step: &Step) -> Result<Option<u8>, FormatError> {
+        let Some(entry) = step.entry else { return Ok(None) };
+        let Some(level) = self.plan.levels.get(usize::from(step.level)) else { return Ok(None) };
+        let pattern = entry & !level.field(level.shape_of(entry)).entry_mask;
+        self.judge.leaf_size(step.level, step.inherited, pattern, entry)
+    }
+
     /// The root that serves `iova`, and the IOVA in the form that people read.
     #[must_use]
     pub fn root(&self, iova: Iova) -> Option<(usize, Iova)> {

@@ -224,3 +224,26 @@ fn converted_they_reach_the_same() {
         }
     }
 }
+
+/// A page of a size between two levels stands in several slots, and hardware looks at any of them: each counts for itself, and `validate` says if they differ.
+#[test]
+fn slots_of_one_leaf_that_differ() {
+    let all = variants("replicas");
+    let variant = all.iter().find(|variant| variant.name == "amd-v1-4").unwrap();
+    let file = Path::new(&variant.path).join("pages.bin");
+    let pages = fs::read(&file).unwrap();
+    let word = |place: usize| u64::from_le_bytes(pages[place..place + 8].try_into().unwrap());
+    // NextLevel 7 (48882 section 2.2.3): a page of at least two slots.
+    let slots: Vec<usize> = (0..pages.len()).step_by(8).filter(|place| word(*place) & 0xe01 == 0xe01).collect();
+    assert!(slots.len() > 100, "{}", slots.len());
+    for (place, bit) in [(slots[0], 0), (slots[slots.len() / 2], 61), (slots[slots.len() - 1], 30)] {
+        let mut damaged = pages.clone();
+        damaged[place..place + 8].copy_from_slice(&(word(place) ^ 1 << bit).to_le_bytes());
+        fs::write(&file, damaged).unwrap();
+        let report = run(&["validate", &variant.path, "--format", "json"]).json();
+        let warnings: Vec<&Value> = report["violations"].as_array().unwrap().iter().filter(|violation| violation["kind"] == "replica").collect();
+        assert!(!warnings.is_empty(), "bit {bit} of the word at {place:#x}: {report:#}");
+        assert!(warnings[0]["reason"].as_str().unwrap().ends_with("say the same; all of them should"), "{}", warnings[0]);
+        assert_eq!(run(&["validate", &variant.path, "--strict"]).status, 1);
+    }
+}

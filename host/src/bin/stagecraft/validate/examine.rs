@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 use stagecraft::Span;
 use stagecraft::table::{AddressField, Cause, FaultAt, Geometry, Piece, Run, Step, Visitor, WalkError};
 
+use super::replicas::Candidates;
+
 /// A fault that was met.
 pub struct FaultSeen {
     /// Which stage.
@@ -61,6 +63,8 @@ pub struct Examine {
     pub missing: Option<u64>,
     /// One entry of each pattern, tables and leaves.
     pub entries: BTreeMap<Pattern, Entry>,
+    /// Slots of leaves that may be larger than those.
+    pub candidates: Candidates,
     /// The tables on the way to the last entry: those are counted already.
     last_path: Vec<(u64, u64)>,
 }
@@ -68,11 +72,14 @@ pub struct Examine {
 impl Examine {
     /// Examines the entries of tables with these geometries, of `first_stage` and the next; keeps up to `keep` faults.
     pub fn new<'a>(geometries: impl Iterator<Item = &'a Geometry>, first_stage: u8, keep: usize) -> Self {
+        let geometries: Vec<&Geometry> = geometries.collect();
+        let candidates = Candidates::new(geometries.first().copied());
         let shapes = |level: &stagecraft::table::Level| {
             Shapes(level.shapes.iter().map(|shape| (shape.mask, shape.value, AddressField::new(&shape.address))).collect())
         };
-        let stages = geometries.map(|geometry| geometry.levels.iter().map(shapes).collect()).collect();
-        Self { first_stage, stages, keep, faults: Vec::new(), more: 0, missing: None, entries: BTreeMap::new(), last_path: Vec::new() }
+        let stages = geometries.iter().map(|geometry| geometry.levels.iter().map(shapes).collect()).collect();
+        let entries = BTreeMap::new();
+        Self { first_stage, stages, keep, faults: Vec::new(), more: 0, missing: None, entries, candidates, last_path: Vec::new() }
     }
 
     /// Counts `count` entries like the last one of `path`, and the table entries that lead there if they are new.
@@ -126,6 +133,7 @@ impl Visitor for Examine {
 
     fn piece(&mut self, piece: &Piece, path: &[Step]) -> Result<(), WalkError> {
         self.entry(piece.iova, path, 1);
+        self.candidates.add(path, piece.iova);
         Ok(())
     }
 

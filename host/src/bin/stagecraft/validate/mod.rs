@@ -2,6 +2,7 @@
 
 mod examine;
 mod print;
+mod replicas;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -24,6 +25,7 @@ use crate::translate::{describe, worst};
 use crate::view::{missing_page, stopped_at, streams};
 
 use examine::{Entry, Examine, FaultSeen};
+use replicas::Unlike;
 
 /// List everything that is wrong with a guest's tables
 ///
@@ -284,6 +286,11 @@ impl Report {
         }
         // Those that were not kept are at least counted.
         self.errors += examine.more;
+        for Unlike { path, span, slots, alike } in examine.candidates.unlike(space).map_err(GuestError::Format)? {
+            let reason = format!("of the {slots} slots of this leaf {alike} say the same; all of them should");
+            let (span, stage) = alone.map_or((Some(span), 1), |stage| (None, stage));
+            self.add(group.violation(Severity::Warning, "replica", stage, span, path, None, None, reason, 1));
+        }
         for Entry { stage, path, span, count } in examine.entries.into_values() {
             let Some(step) = path.last() else { continue };
             for finding in space.explain(stage, step).map_err(GuestError::Format)? {
