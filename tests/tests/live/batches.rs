@@ -58,7 +58,7 @@ fn guest(rng: &mut Rng) -> Guest {
             }
         }
     }
-    (3..9).for_each(|index| guest.put(index << 21, 1, (DATA + (index % 8 << 21)) | RW | PS));
+    (3..9).for_each(|index| guest.put(index << 21, 1, (DATA + ((index % 8) << 21)) | RW | PS));
     guest
 }
 
