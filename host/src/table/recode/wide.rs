@@ -1,0 +1,314 @@
+//! All in one pass, for processors with registers of 64 bytes.
+
+use std::arch::x86_64::{
+    __m512i, _mm512_and_si512, _mm512_castsi256_si512, _mm512_cmpneq_epi64_mask, _mm512_cvtepi64_epi32, _mm512_inserti64x4, _mm512_loadu_si512,
+    _mm512_mask_max_epu64, _mm512_mask_mov_epi64, _mm512_mask_sub_epi64, _mm512_mask_ternarylogic_epi64, _mm512_mask_test_epi64_mask,
+    _mm512_mask_xor_epi64, _mm512_maskz_compress_epi64, _mm512_maskz_mov_epi64, _mm512_or_si512, _mm512_permutexvar_epi64, _mm512_reduce_add_epi64,
+    _mm512_reduce_max_epu64, _mm512_reduce_or_epi64, _mm512_rolv_epi64, _mm512_set1_epi64, _mm512_set4_epi32, _mm512_setzero_si512,
+    _mm512_shuffle_epi8, _mm512_storeu_si512, _mm512_stream_si512, _mm512_sub_epi64, _mm512_ternarylogic_epi64, _mm512_xor_si512,
+};
+
+use super::{Expected, Form, Group, Kinds, halves};
+use crate::table::geometry::Move;
+use crate::table::lanes::Pattern;
+
+/// `a & b | c`.
+const AND_OR: i32 = 0b1110_1010;
+/// `a | b & c`.
+const OR_AND: i32 = 0b1111_1000;
+
+/// Most ways in which the bits of one address move.
+const MAX_MOVES: usize = 4;
+
+/// Entries that fill whole lines, and what of the target they become.
+struct Lines<'a> {
+    source: &'a [u64],
+    target: *mut u64,
+}
+
+/// In how many ways bits move; zero: all stay in place.
+fn moves(expected: Expected, form: Form<'_>) -> usize {
+    let stay = expected.pattern.moved.mask == 0 && form.moves.iter().all(|one| one.turn == 0);
+    if stay { 0 } else { form.moves.len().max(1) }
+}
+
+/// As many entries as fill whole lines; none if this cannot be done with them.
+fn lines<'a>(source: &'a [u64], target: &mut [u64], slot: usize, form: Form<'_>) -> Option<Lines<'a>> {
+    // Entries of 4 bytes are written sixteen at a time, all others eight.
+    let step = if form.narrow && form.parts.len() == 1 { 16 } else { 8 };
+    let source = &source[..source.len() / step * step];
+    let slots = source.len() * form.parts.len();
+    let target = if form.narrow { halves(target)[slot..slot + slots].as_mut_ptr().cast::<u64>() } else { target[slot..slot + slots].as_mut_ptr() };
+    let possible = form.moves.len() <= MAX_MOVES && (!form.past_cache || target.addr().is_multiple_of(64)) && !source.is_empty();
+    possible.then_some(Lines { source, target })
+}
+
+/// [`recode`](super::recode) of as many entries as fill whole lines; how many these are, how many of them are of the second kind, and how many absent.
+pub(super) fn recode(source: &[u64], kinds: Kinds, target: &mut [u64], slot: usize, form: Form<'_>) -> (usize, u64, u64) {
+    let Some(lines) = lines(source, target, slot, form) else { return (0, 0, 0) };
+    let expected = Expected { pattern: Pattern { mask: 0, kinds, address: 0, moved: Move::default() }, first: 0, room: 0 };
+    let recode: unsafe fn(&Lines<'_>, Expected, Form<'_>) -> (bool, u64, u64) = match (kinds.has_gaps(), moves(expected, form)) {
+        (false, 0) => recode_lines::<false, false, 0>,
+        (true, 0) => recode_lines::<false, true, 0>,
+        (false, 1) => recode_lines::<false, false, 1>,
+        (false, 2) => recode_lines::<false, false, 2>,
+        (false, _) => recode_lines::<false, false, MAX_MOVES>,
+        (true, 1) => recode_lines::<false, true, 1>,
+        (true, 2) => recode_lines::<false, true, 2>,
+        (true, _) => recode_lines::<false, true, MAX_MOVES>,
+    };
+    // SAFETY: the caller has asked the processor; the target has just the bytes for these entries, and begins at a line where they go past the cache.
+    let (_, others, gaps) = unsafe { recode(&lines, expected, form) };
+    (lines.source.len(), others, gaps)
+}
+
+/// See [`recode_expected`](super::recode_expected).
+pub(super) fn recode_expected(source: &[u64], expected: Expected, target: &mut [u64], slot: usize, form: Form<'_>) -> Option<(bool, u64, u64)> {
+    let lines = lines(source, target, slot, form).filter(|lines| lines.source.len() == source.len())?;
+    let recode: unsafe fn(&Lines<'_>, Expected, Form<'_>) -> (bool, u64, u64) = match (expected.pattern.kinds.has_gaps(), moves(expected, form)) {
+        (false, 0) => recode_lines::<true, false, 0>,
+        (true, 0) => recode_lines::<true, true, 0>,
+        (false, 1) => recode_lines::<true, false, 1>,
+        (false, 2) => recode_lines::<true, false, 2>,
+        (false, _) => recode_lines::<true, false, MAX_MOVES>,
+        (true, 1) => recode_lines::<true, true, 1>,
+        (true, 2) => recode_lines::<true, true, 2>,
+        (true, _) => recode_lines::<true, true, MAX_MOVES>,
+    };
+    // SAFETY: as in `recode`.
+    Some(unsafe { recode(&lines, expected, form) })
+}
+
+/// Within each 16 bytes: every eight of them back to front, or every four.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn back_to_front(narrow: bool) -> __m512i {
+    if narrow {
+        _mm512_set4_epi32(0x0c0d_0e0f, 0x0809_0a0b, 0x0405_0607, 0x0001_0203)
+    } else {
+        _mm512_set4_epi32(0x0809_0a0b, 0x0c0d_0e0f, 0x0001_0203, 0x0405_0607)
+    }
+}
+
+/// Sixteen words become entries of 4 bytes.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn pack(low: __m512i, high: __m512i) -> __m512i {
+    _mm512_inserti64x4::<1>(_mm512_castsi256_si512(_mm512_cvtepi64_epi32(low)), _mm512_cvtepi64_epi32(high))
+}
+
+/// How leaves are made, and what they are expected to be, in registers.
+#[derive(Clone, Copy)]
+struct Registers<const MOVES: usize> {
+    pattern: __m512i,
+    test: __m512i,
+    gap: __m512i,
+    first: __m512i,
+    difference: __m512i,
+    absent: __m512i,
+    one_less: __m512i,
+    turns: [__m512i; MOVES],
+    masks: [__m512i; MOVES],
+    /// Where nothing moves: the bits that are kept.
+    kept: __m512i,
+    mask: __m512i,
+    other: __m512i,
+    address: __m512i,
+    turn: __m512i,
+    moved: __m512i,
+    lowest: __m512i,
+}
+
+/// What was found, for each eighth entry: to move a mask out of its register for each line costs more than to count in others.
+#[derive(Clone, Copy)]
+struct Found {
+    others: __m512i,
+    present: __m512i,
+    unexpected: __m512i,
+    farthest: __m512i,
+}
+
+impl<const MOVES: usize> Registers<MOVES> {
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    fn new(Expected { pattern, first, .. }: Expected, form: Form<'_>) -> Self {
+        let all = |word: u64| _mm512_set1_epi64(word as i64);
+        let kinds = pattern.kinds;
+        let zero = _mm512_setzero_si512();
+        let (mut turns, mut masks) = ([zero; MOVES], [zero; MOVES]);
+        for (index, one) in form.moves.iter().enumerate().take(MOVES) {
+            (turns[index], masks[index]) = (all(one.turn.into()), all(one.apply(u64::MAX)));
+        }
+        Self {
+            pattern: all(kinds.pattern()),
+            test: all(kinds.test()),
+            gap: all(kinds.gap()),
+            first: all(form.patterns[0]),
+            difference: all(form.patterns[0] ^ form.patterns[1]),
+            absent: all(form.absent),
+            one_less: all(u64::MAX),
+            turns,
+            masks,
+            kept: all(form.moves.first().map_or(0, |one| one.mask)),
+            mask: all(pattern.mask),
+            other: all(kinds.difference()),
+            address: all(pattern.address),
+            turn: all(pattern.moved.turn.into()),
+            moved: all(pattern.moved.apply(u64::MAX)),
+            lowest: all(first),
+        }
+    }
+
+    /// What becomes of eight entries, and which of its words are leaves: all bits, or none.
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    fn leaves<const JUDGE: bool, const GAPS: bool>(self, words: &[u64; 8], found: &mut Found) -> (__m512i, __m512i) {
+        // SAFETY: eight words.
+        let words = unsafe { _mm512_loadu_si512(words.as_ptr().cast::<__m512i>()) };
+        let present = if GAPS { _mm512_cmpneq_epi64_mask(words, self.gap) } else { 0xff };
+        let different = _mm512_xor_si512(words, self.pattern);
+        let second = _mm512_mask_test_epi64_mask(present, different, self.test);
+        if JUDGE {
+            let different = _mm512_mask_xor_epi64(different, second, different, self.other);
+            found.unexpected = _mm512_mask_ternarylogic_epi64::<OR_AND>(found.unexpected, present, different, self.mask);
+            let address = _mm512_and_si512(words, self.address);
+            let address =
+                if MOVES == 0 { address } else { _mm512_ternarylogic_epi64::<OR_AND>(address, _mm512_rolv_epi64(words, self.turn), self.moved) };
+            let distance = _mm512_sub_epi64(address, self.lowest);
+            found.farthest = _mm512_mask_max_epu64(found.farthest, present, found.farthest, distance);
+        }
+        let mut leaves = if MOVES == 0 { _mm512_ternarylogic_epi64::<AND_OR>(words, self.kept, self.first) } else { self.first };
+        for index in 0..MOVES {
+            leaves = _mm512_ternarylogic_epi64::<OR_AND>(leaves, _mm512_rolv_epi64(words, self.turns[index]), self.masks[index]);
+        }
+        leaves = _mm512_mask_xor_epi64(leaves, second, leaves, self.difference);
+        found.others = _mm512_mask_sub_epi64(found.others, second, found.others, self.one_less);
+        if !GAPS {
+            return (leaves, self.one_less);
+        }
+        found.present = _mm512_mask_sub_epi64(found.present, present, found.present, self.one_less);
+        (_mm512_mask_mov_epi64(self.absent, present, leaves), _mm512_maskz_mov_epi64(present, self.one_less))
+    }
+}
+
+/// Eight words of a line that several make up: their leaves, with what is added to each.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn spread<const GAPS: bool>((leaf, part): &([u64; 8], [u64; 8]), leaves: __m512i, kept: __m512i) -> __m512i {
+    // SAFETY: eight words.
+    let load = |words: &[u64; 8]| unsafe { _mm512_loadu_si512(words.as_ptr().cast::<__m512i>()) };
+    let (leaf, part) = (load(leaf), load(part));
+    let part = if GAPS { _mm512_and_si512(part, _mm512_permutexvar_epi64(leaf, kept)) } else { part };
+    _mm512_or_si512(_mm512_permutexvar_epi64(leaf, leaves), part)
+}
+
+/// See [`merge`](super::merge).
+pub(super) fn merge(entries: &[u64], kinds: Kinds, group: &Group, firsts: &mut Vec<u64>) -> bool {
+    let groups = entries.len() / group.len();
+    firsts.clear();
+    // Lines are written whole.
+    firsts.resize(groups + 8, 0);
+    let merge: unsafe fn(&[u64], Kinds, &Group, &mut [u64]) -> bool = if kinds.has_gaps() { merge_lines::<true> } else { merge_lines::<false> };
+    // SAFETY: the caller has asked the processor.
+    let whole = unsafe { merge(entries, kinds, group, firsts) };
+    firsts.truncate(groups);
+    whole
+}
+
+/// See [`merge`](super::merge); `firsts` has room for eight more.
+#[target_feature(enable = "avx512f")]
+fn merge_lines<const GAPS: bool>(entries: &[u64], kinds: Kinds, group: &Group, firsts: &mut [u64]) -> bool {
+    /// `a ^ b ^ c`.
+    const XOR: i32 = 0b1001_0110;
+    // SAFETY: eight words.
+    let load = |words: &[u64; 8]| unsafe { _mm512_loadu_si512(words.as_ptr().cast::<__m512i>()) };
+    let all = |word: u64| _mm512_set1_epi64(word as i64);
+    let (gap, below, zero) = (all(kinds.gap()), all(group.below), _mm512_setzero_si512());
+    let (mut different, mut low) = (zero, zero);
+    // Up to a line has whole groups, or a group has whole lines.
+    let per_line = (8 / group.len()).max(1);
+    let begins = (0..8).step_by(group.len()).fold(0_u8, |begins, word| begins | 1 << word);
+    let mut at = 0;
+    for lines in entries.as_chunks::<8>().0.chunks_exact(group.lines.len()) {
+        let mut first = zero;
+        for (index, (words, (place, part))) in lines.iter().zip(&group.lines).enumerate() {
+            let (words, mut part) = (load(words), load(part));
+            if index == 0 {
+                first = _mm512_permutexvar_epi64(load(place), words);
+                let compressed = _mm512_maskz_compress_epi64(begins, words);
+                let room = firsts[at..at + 8].as_mut_ptr();
+                // SAFETY: eight words.
+                unsafe { _mm512_storeu_si512(room.cast::<__m512i>(), compressed) };
+                at += per_line;
+            }
+            if GAPS {
+                part = _mm512_maskz_mov_epi64(_mm512_cmpneq_epi64_mask(first, gap), part);
+            }
+            different = _mm512_or_si512(different, _mm512_ternarylogic_epi64::<XOR>(words, part, first));
+        }
+        let present = if GAPS { _mm512_cmpneq_epi64_mask(first, gap) } else { 0xff };
+        low = _mm512_mask_ternarylogic_epi64::<OR_AND>(low, present, first, below);
+    }
+    _mm512_reduce_or_epi64(_mm512_or_si512(different, low)) == 0
+}
+
+/// Recodes whole lines; whether they are as expected, if that is asked for, how many leaves are of the second kind, and how many entries absent.
+///
+/// # Safety
+/// All entries that the source becomes may be written to the target, which is a multiple of 64 if they go past the cache.
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn recode_lines<const JUDGE: bool, const GAPS: bool, const MOVES: usize>(
+    lines: &Lines<'_>,
+    expected: Expected,
+    form: Form<'_>,
+) -> (bool, u64, u64) {
+    let registers = Registers::<MOVES>::new(expected, form);
+    let (swap, zero) = (back_to_front(form.narrow), _mm512_setzero_si512());
+    let mut found = Found { others: zero, present: zero, unexpected: zero, farthest: zero };
+    let mut at = lines.target.cast::<__m512i>();
+    let mut put = |line: __m512i| {
+        let line = if form.big { _mm512_shuffle_epi8(line, swap) } else { line };
+        if form.past_cache {
+            // SAFETY: the caller's promise: one line after the other; `Stage` fences before it lets go of the memory.
+            unsafe { _mm512_stream_si512(at, line) };
+        } else {
+            // SAFETY: the same.
+            unsafe { _mm512_storeu_si512(at, line) };
+        }
+        at = at.wrapping_add(1);
+    };
+    let sources = lines.source.as_chunks::<8>().0;
+    match (form.parts.len(), form.narrow) {
+        (1, false) => {
+            for eight in sources {
+                put(registers.leaves::<JUDGE, GAPS>(eight, &mut found).0);
+            }
+        }
+        (1, true) => {
+            for [low, high] in sources.as_chunks::<2>().0 {
+                let (low, high) = (registers.leaves::<JUDGE, GAPS>(low, &mut found).0, registers.leaves::<JUDGE, GAPS>(high, &mut found).0);
+                put(pack(low, high));
+            }
+        }
+        (_, false) => {
+            for eight in sources {
+                let (leaves, kept) = registers.leaves::<JUDGE, GAPS>(eight, &mut found);
+                for line in form.lines {
+                    put(spread::<GAPS>(line, leaves, kept));
+                }
+            }
+        }
+        (_, true) => {
+            for eight in sources {
+                let (leaves, kept) = registers.leaves::<JUDGE, GAPS>(eight, &mut found);
+                for [low, high] in form.lines.as_chunks::<2>().0 {
+                    put(pack(spread::<GAPS>(low, leaves, kept), spread::<GAPS>(high, leaves, kept)));
+                }
+            }
+        }
+    }
+    let sum = |counts| _mm512_reduce_add_epi64(counts).cast_unsigned();
+    let gaps = if GAPS { lines.source.len() as u64 - sum(found.present) } else { 0 };
+    let as_expected = _mm512_reduce_or_epi64(found.unexpected) == 0 && _mm512_reduce_max_epu64(found.farthest) <= expected.room;
+    (as_expected, sum(found.others), gaps)
+}
