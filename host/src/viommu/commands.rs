@@ -54,7 +54,7 @@ struct Plan {
 
 impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
     /// Whole entries of the unit's command queue, in the order in which they were queued; at most
-    /// [`MAX_COMMAND_BYTES`](crate::plugin::queue::MAX_COMMAND_BYTES) at once. When this returns, no DMA uses what they make invalid.
+    /// [`MAX_COMMAND_BYTES`] at once. When this returns, no DMA uses what they make invalid.
     ///
     /// Each address space is told once, whatever the number of commands.
     ///
