@@ -11,7 +11,9 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
 
-use crate::memory::entries::{LINE, changed_lines};
+#[cfg(all(target_arch = "x86_64", not(miri)))]
+use crate::memory::entries::LINE;
+use crate::memory::entries::changed_lines;
 use crate::table::widen;
 #[cfg(all(target_arch = "x86_64", not(miri)))]
 use crate::table::{Passage, Registers};

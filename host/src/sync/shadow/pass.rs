@@ -325,9 +325,9 @@ impl<'a, M: EntryMemory + ?Sized> Pass<'a, M> {
             let line = lines.trailing_zeros() as usize;
             lines &= lines - 1;
             let is_new = changed >> line & 1 != 0;
-            for offset in line * LINE..fresh.len().min((line + 1) * LINE) {
+            for (offset, fresh) in fresh.iter().enumerate().skip(line * LINE).take(LINE) {
                 let (at, state) = (from + offset, node.states[from + offset]);
-                let entry = if is_new { fresh[offset] } else { node.entries[at] };
+                let entry = if is_new { *fresh } else { node.entries[at] };
                 if state == State::NOTHING && node.entries[at] == entry && mode != Mode::Judge {
                     continue;
                 }
