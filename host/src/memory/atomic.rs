@@ -12,7 +12,9 @@ use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
 
 use crate::memory::EntryLayout;
-use crate::memory::entries::{LINE, changed_lines};
+#[cfg(all(target_arch = "x86_64", not(miri)))]
+use crate::memory::entries::LINE;
+use crate::memory::entries::changed_lines;
 #[cfg(all(target_arch = "x86_64", not(miri)))]
 use crate::table::widen;
 use crate::table::{ByteOrder, swap_bytes};
@@ -72,6 +74,7 @@ pub(super) fn load_one<B: BitmapSlice>(slice: &VolatileSlice<'_, B>, bytes: usiz
 }
 
 /// Bytes of a cache line.
+#[cfg(all(target_arch = "x86_64", not(miri)))]
 const LINE_BYTES: usize = 8 * LINE;
 
 /// Loads `entries.len()` entries of `layout` from the start of `slice`, each once and atomically; false if they are not all there or not aligned.

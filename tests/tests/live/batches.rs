@@ -3,11 +3,12 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 
-use stagecraft::Gpa;
 use stagecraft::memory::{EntryLayout, EntryMemory, ReadError, VmMemory};
 use stagecraft::plugin::queue::Invalidation;
 use stagecraft::plugin::{TableConfig, Tag};
-use stagecraft::sync::{Live, ShadowLimits, Space, Unwatched, Way};
+use stagecraft::sync::{Live, ShadowLimits, Sink, Space, Unwatched, Way};
+use stagecraft::table::Piece;
+use stagecraft::{Attributes, Change, Gpa, Span};
 use stagecraft_tests::reference::generate::Rng;
 use vm_memory::GuestMemoryMmap;
 
@@ -30,8 +31,12 @@ impl EntryMemory for Counted<'_> {
 }
 
 fn live(guest: &Guest) -> Live<Host> {
+    live_with(guest, ShadowLimits::default())
+}
+
+fn live_with(guest: &Guest, limits: ShadowLimits) -> Live<Host> {
     let host = Host::new(&TableConfig::new("intel-vtd/first-stage", &[("levels", 4)]), 4 << 20);
-    let space = Space::open(Way::table(format(&guest.config())), Guest::map(), ShadowLimits::default(), Box::new(Unwatched)).unwrap();
+    let space = Space::open(Way::table(format(&guest.config())), Guest::map(), limits, Box::new(Unwatched)).unwrap();
     let mut live = Live::new(space, host, Tag::default(), 0, 1 << 10);
     live.synchronise(&guest.view()).unwrap();
     live
@@ -137,5 +142,68 @@ fn what_no_command_means_is_not_seen() {
     assert_eq!(live.invalidate(&guest.view(), &commands).unwrap().changes, commands.len() as u64);
     let left = live.sink().model.pieces.range(..1 << 21).map(|(first, _)| first >> 12).collect::<Vec<u64>>();
     assert_eq!(left, (0..512).filter(|index| index % 3 != 0).collect::<Vec<u64>>());
+    assert_eq!(live.space().figures().blocked, 0);
+}
+
+/// Pages that come and go one by one, where the last one was: the host's table stays as long as it has one, and goes with the last; what comes to its number and its memory is another table.
+#[test]
+fn a_table_goes_with_its_last_page() {
+    let mut host = Host::new(&TableConfig::new("intel-vtd/first-stage", &[("levels", 4)]), 1 << 20);
+    let piece = |iova: u64| Piece { iova: Span { first: iova, last: iova | 0xfff }, address: DATA + (iova & 0xf_f000), attributes: Attributes::READ };
+    for round in 0..4 {
+        let base = round << 30;
+        for iova in [base, base + 0x1000, base + 0x5000] {
+            host.apply(&[Change::Map(piece(iova))]);
+        }
+        for (left, iova) in [(2, base + 0x1000), (1, base), (0, base + 0x5000)] {
+            host.apply(&[Change::Unmap(piece(iova).iova)]);
+            host.commit().unwrap();
+            assert_eq!((!host.walked().is_empty(), host.table.figures().tables > 1), (left > 0, left > 0), "{left} left");
+        }
+        // Where it was there is another one now, and this one is somewhere else.
+        host.apply(&[Change::Map(piece(7 << 39))]);
+        host.apply(&[Change::Map(piece(base))]);
+        assert!(host.walked() == host.model.mappings());
+        host.apply(&[Change::Unmap(piece(7 << 39).iova)]);
+        host.apply(&[Change::Unmap(piece(base).iova)]);
+        host.commit().unwrap();
+        assert_eq!(host.table.figures().tables, 1, "the root is left");
+    }
+}
+
+/// What entries stood for is forgotten with the format that said so, also of patterns that no entry has at that moment.
+#[test]
+fn another_format_is_asked_about_patterns_that_were_known() {
+    const CACHE_DISABLE: u64 = 1 << 4;
+    let guest = Guest::new();
+    guest.put(0, 0, DATA | RW);
+    guest.put(0x1000, 0, (DATA + 0x1000) | RW | CACHE_DISABLE);
+    let way =
+        |types: u64| Way::table(format(&TableConfig::new("intel-vtd/first-stage", &[("levels", 4), ("root", guest.root()), ("memory-type", types)])));
+    let mut live = live(&guest);
+    guest.put(0x1000, 0, 0);
+    live.synchronise(&guest.view()).unwrap();
+    live.switch(way(1), &guest.view()).unwrap();
+    let slot = guest.set(0x1000, 0, (DATA + 0x1000) | RW | CACHE_DISABLE);
+    live.table_written(&guest.view(), slot, 8).unwrap();
+    let mut fresh = self::live(&guest);
+    fresh.switch(way(1), &guest.view()).unwrap();
+    assert_eq!(live.sink().model.pieces, fresh.sink().model.pieces);
+    assert_ne!(live.sink().model.pieces[&0x1000].attributes, live.sink().model.pieces[&0].attributes, "not cached");
+}
+
+/// The limit of leaves holds for pages that come one by one, with patterns that are known.
+#[test]
+fn a_known_page_beyond_the_limit_is_blocked() {
+    let guest = Guest::new();
+    (0..4).for_each(|index| guest.put(index << 12, 0, DATA | RW));
+    let mut live = live_with(&guest, ShadowLimits { leaves: 4, ..ShadowLimits::default() });
+    let slot = guest.set(4 << 12, 0, DATA | RW);
+    let report = live.table_written(&guest.view(), slot, 8).unwrap();
+    assert_eq!((report.changes, report.blocked_count, live.space().figures().leaves), (0, 1, 4));
+    let gone = guest.set(0, 0, 0);
+    live.table_written(&guest.view(), gone, 8).unwrap();
+    let report = live.invalidate(&guest.view(), &[range(4 << 12, (5 << 12) - 1, true)]).unwrap();
+    assert_eq!((report.changes, report.blocked_count, live.space().figures().leaves), (1, 0, 4));
     assert_eq!(live.space().figures().blocked, 0);
 }

@@ -86,9 +86,16 @@ impl Words {
                 ..word
             };
         }
-        if !asked.whole {
-            words.rotate_right(1);
-            words[0] = word;
+        if asked.whole {
+            return;
+        }
+        let same = |known: &Word| (known.mask, known.pattern, known.inherited) == (word.mask, word.pattern, inherited);
+        match words.iter_mut().find(|known| same(known)) {
+            Some(known) => *known = word,
+            None => {
+                words.rotate_right(1);
+                words[0] = word;
+            }
         }
     }
 }
