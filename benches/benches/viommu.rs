@@ -165,10 +165,10 @@ fn unit(plugins: &Arc<Plugins>, devices: u64) -> (Viommu<GuestMemoryMmap, Host>,
         guest.store(contexts + id * 16, root | 1);
         played = if id == devices / 2 { last } else { played };
     }
-    // CAP: 39 and 48 bits; MGAW 48. ECAP: pass-through, queue. Legacy mode. Translation enabled, root table set.
+    // CAP: 65,536 domains; 39 and 48 bits; MGAW 48. ECAP: pass-through, queue. Legacy mode. Translation enabled, root table set.
     let registers: &[(&str, u64)] = &[
         ("VER", 0x10),
-        ("CAP", 0b0110 << 8 | 47 << 16 | 0b11 << 34),
+        ("CAP", 6 | 0b0110 << 8 | 47 << 16 | 0b11 << 34),
         ("ECAP", 1 << 1 | 1 << 6),
         ("GSTS", 0xc000_0000),
         ("RTADDR", STRUCTURES),
