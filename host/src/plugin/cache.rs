@@ -80,11 +80,12 @@ impl Cache {
         let mut bytes = Vec::with_capacity(length.min(MAX_BYTES) as usize + 1);
         let file = File::from(file);
         (&file).take(MAX_BYTES).read_to_end(&mut bytes).map_err(io)?;
-        if checked(&bytes).is_none() {
+        let Some(length) = checked(&bytes).map(<[u8]>::len) else {
             tracing::warn!(path = %path.display(), "a damaged entry of the plugin cache is compiled anew");
             return Ok(None);
-        }
-        let component = super::artefact::deserialize(engine, &OwnEntry { bytes, file });
+        };
+        bytes.truncate(length);
+        let component = super::artefact::deserialize(engine, &OwnEntry { artefact: bytes, file });
         Ok(component.map_err(|error| tracing::debug!(%error, "an entry of the plugin cache is for another engine")).ok())
     }
 
@@ -113,14 +114,14 @@ impl Cache {
 
 /// An entry that only this user can have written, and that is whole.
 pub(super) struct OwnEntry {
-    bytes: Vec<u8>,
+    artefact: Vec<u8>,
     file: File,
 }
 
 impl OwnEntry {
     /// What Wasmtime made.
     pub(super) fn artefact(&self) -> &[u8] {
-        checked(&self.bytes).unwrap_or_default()
+        &self.artefact
     }
 
     /// The file that the bytes were read from; it has a few bytes more than the artefact.
