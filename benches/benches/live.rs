@@ -4,17 +4,17 @@
 
 use std::cell::RefCell;
 use std::hint::black_box;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use stagecraft::memory::{MemoryMap, VmMemory};
 use stagecraft::plugin::queue::{Effect, Invalidation, Scope};
 use stagecraft::plugin::{Config, Engine, Plugins, TableConfig, Tag};
-use stagecraft::sync::{CommitError, Committer, Live, Needed, Nested, NestedTable, RegionTables, Shadow, ShadowLimits, Unwatched};
+use stagecraft::sync::{Live, Shadow, ShadowLimits, Unwatched};
 use stagecraft::{Gpa, Span};
 use stagecraft_benches::contest::{Contestant, contest};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend as _, GuestMemoryMmap, MmapRegion};
+use stagecraft_benches::nested::{Sink, sink};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend as _, GuestMemoryMmap};
 
 /// Present, writable, for users, accessed, dirty.
 const LEAF: u64 = 0b110_0111;
@@ -27,21 +27,10 @@ const CHANGES: u64 = 512;
 /// Where pages come and go: 512 slots in a table of their own.
 const PLAYGROUND: u64 = 100 << 40;
 
-/// Nobody is told.
-#[derive(Debug)]
-struct Untold;
-
-impl Committer for Untold {
-    fn invalidate(&mut self, needed: &Needed) -> Result<(), CommitError> {
-        black_box(needed);
-        Ok(())
-    }
-}
-
 struct Guest {
     memory: GuestMemoryMmap,
     next: u64,
-    live: Live<Nested<RegionTables, Untold>>,
+    live: Live<Sink>,
 }
 
 impl Guest {
@@ -52,10 +41,7 @@ impl Guest {
         let format = open(&TableConfig::new("intel-vtd/first-stage", &[("levels", 4), ("root", 0)]));
         let limits = ShadowLimits::default();
         let shadow = Shadow::open(format, MemoryMap::everything(47), limits, Box::new(Unwatched)).unwrap();
-        let settings: &[(&str, u64)] = &[("granule", 4096), ("input-bits", 48), ("output-bits", 48)];
-        let region = Arc::new(MmapRegion::new(TABLES as usize).unwrap());
-        let table = NestedTable::new(open(&TableConfig::new("arm-smmuv3/stage1", settings)), RegionTables::new(region, Gpa(1 << 46))).unwrap();
-        let live = Live::new(shadow, Nested::new(table, Untold), Tag::default(), 0, 1 << 10);
+        let live = Live::new(shadow, sink(plugins, TABLES as usize), Tag::default(), 0, 1 << 10);
         let mut guest = Self { memory, next: 4096, live };
         let shift = 12 + 9 * height;
         for index in 0..count {

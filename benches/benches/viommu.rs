@@ -4,7 +4,6 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::hint::black_box;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -13,17 +12,16 @@ use stagecraft::Gpa;
 use stagecraft::memory::{MemoryMap, VmMemory};
 use stagecraft::plugin::queue::Invalidation;
 use stagecraft::plugin::{Config, Engine, Plugins, Policy, Requester, Supervisor, TableConfig, Tag};
-use stagecraft::sync::{
-    self, CommitError, Committer, Live, Needed, Nested, NestedTable, RegionTables, Report, Shadow, ShadowLimits, Unwatched, Watcher,
-};
+use stagecraft::sync::{self, Live, Report, Shadow, ShadowLimits, Unwatched, Watcher};
 use stagecraft::viommu::{AddressSpaces, HostError, Limits, StreamState, UnitConfig, Viommu, Way};
 use stagecraft_benches::contest::{Contestant, contest};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, MmapRegion};
+use stagecraft_benches::nested::{Sink, sink};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 /// Guest memory: structures and tables, one page after the other.
 const MEMORY: u64 = 16 << 20;
 /// Memory for the host's tables of one address space.
-const TABLES: u64 = 256 << 10;
+const TABLES: usize = 256 << 10;
 /// The root table of the unit.
 const STRUCTURES: u64 = 0x1000;
 /// Where pages come and go: 512 slots in a table of their own.
@@ -32,27 +30,6 @@ const PLAYGROUND: u64 = 100 << 39;
 const CHANGES: u64 = 256;
 /// To read and to write.
 const PAGE: u64 = 0b11;
-
-/// Nobody is told.
-#[derive(Debug)]
-struct Untold;
-
-impl Committer for Untold {
-    fn invalidate(&mut self, needed: &Needed) -> Result<(), CommitError> {
-        black_box(needed);
-        Ok(())
-    }
-}
-
-type Sink = Nested<RegionTables, Untold>;
-
-fn sink(plugins: &Plugins) -> Sink {
-    let settings: &[(&str, u64)] = &[("granule", 4096), ("input-bits", 48), ("output-bits", 48)];
-    let config = TableConfig::new("arm-smmuv3/stage1", settings);
-    let format = Box::new(plugins.by_format(&config.format).unwrap().open(&config).unwrap());
-    let region = Arc::new(MmapRegion::new(TABLES as usize).unwrap());
-    Nested::new(NestedTable::new(format, RegionTables::new(region, Gpa(1 << 46))).unwrap(), Untold)
-}
 
 /// Address spaces, and no devices.
 struct Host {
@@ -79,7 +56,7 @@ impl AddressSpaces for Host {
     fn allocate(&mut self, _: &Way, opened: sync::Way, watcher: Box<dyn Watcher>) -> Result<(u32, Report), HostError> {
         let number = self.spaces.len() as u32;
         let space = sync::Space::open(opened, MemoryMap::everything(47), ShadowLimits::default(), watcher).map_err(stale)?;
-        let mut live = Live::new(space, sink(&self.plugins), Tag::default(), 0, 1 << 10);
+        let mut live = Live::new(space, sink(&self.plugins, TABLES), Tag::default(), 0, 1 << 10);
         let report = live.synchronise(&VmMemory(&self.memory)).map_err(stale)?;
         self.spaces.insert(number, live);
         Ok((number, report))
@@ -209,7 +186,7 @@ fn written(criterion: &mut Criterion) {
     let config = TableConfig::new("intel-vtd/second-stage", &[("levels", 4), ("root", root)]);
     let format = Box::new(plugins.by_format(&config.format).unwrap().open(&config).unwrap());
     let shadow = Shadow::open(format, MemoryMap::everything(47), ShadowLimits::default(), Box::new(Unwatched)).unwrap();
-    let mut live = Live::new(shadow, sink(&plugins), Tag::default(), 0, 1 << 10);
+    let mut live = Live::new(shadow, sink(&plugins, TABLES), Tag::default(), 0, 1 << 10);
     live.synchronise(&VmMemory(&guest.memory)).unwrap();
     assert!(live.space().figures().leaves == 512 && live.space().table(1).is_some_and(|table| table.geometry().roots[0].last > PLAYGROUND));
     let memory = guest.memory.clone();

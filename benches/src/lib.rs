@@ -7,6 +7,7 @@ pub mod contest;
 pub mod crates;
 pub mod fused;
 pub mod guest;
+pub mod nested;
 pub mod pairs;
 pub mod pool;
 pub mod production;
