@@ -309,8 +309,8 @@ impl Naive<'_> {
     }
 }
 
-/// Pages of random entries: what the format would write and anything else, with addresses of other such pages now and then.
-fn random_pages(format: &mut dyn Format, geometry: &Geometry, rng: &mut Rng, roots: &[u64]) -> Pages {
+/// Pages of random entries: what the format would write and anything else, with the address of another such page in one of `links` entries.
+fn random_pages(format: &mut dyn Format, geometry: &Geometry, rng: &mut Rng, roots: &[u64], links: u64) -> Pages {
     const TABLES: u64 = 0x4000_0000;
     let mut own = vec![0, 0, 0];
     for level in 0..geometry.levels.len() as u8 {
@@ -320,10 +320,10 @@ fn random_pages(format: &mut dyn Format, geometry: &Geometry, rng: &mut Rng, roo
         }
     }
     let mut entry = |_| {
-        let address = match rng.below(20) {
-            0 => TABLES + rng.below(16) * 4096,
-            1..12 => rng.number() >> rng.below(40) & 0x0000_ffff_ffff_f000,
-            12..16 => rng.number() & 0x0000_00ff_c000_0000,
+        let address = match rng.below(19) {
+            _ if rng.below(links) == 0 => TABLES + rng.below(16) * 4096,
+            0..11 => rng.number() >> rng.below(40) & 0x0000_ffff_ffff_f000,
+            11..15 => rng.number() & 0x0000_00ff_c000_0000,
             _ => rng.number() & 0x000f_ffff_ffff_f000,
         };
         match rng.below(10) {
@@ -370,15 +370,18 @@ fn compare<F: sdk::Format + Send + 'static>(settings: Settings, seed: u64) -> Re
     let mut direct = open(roots);
     let geometry = direct.geometry().unwrap();
     let addresses: Vec<u64> = geometry.roots.iter().map(|root| root.address).collect();
-    let pages = random_pages(&mut direct, &geometry, &mut rng, &addresses);
     let map = MemoryMap::everything(geometry.output_bits);
-    let mut found = Found::default();
     let limits = Limits { tables: 2000, ..Limits::default() };
-    let walked = Table::open(Box::new(open(roots))).unwrap().walk(&pages, &map, Span::ALL, &Budget::new(limits), &mut found);
-    if matches!(walked, Err(WalkError::Exhausted(_))) {
-        return Ok((0, 0));
-    }
-    walked.unwrap();
+    // Tables that lead to too many others are made again with fewer links.
+    let mut walk = |links| {
+        let pages = random_pages(&mut direct, &geometry, &mut rng, &addresses, links);
+        let mut found = Found::default();
+        match Table::open(Box::new(open(roots))).unwrap().walk(&pages, &map, Span::ALL, &Budget::new(limits), &mut found) {
+            Err(WalkError::Exhausted(_)) => None,
+            walked => Some((walked.unwrap(), pages, found)),
+        }
+    };
+    let Some((_, pages, found)) = [20, 60, 180, 540].into_iter().find_map(&mut walk) else { return Ok((0, 0)) };
     let mut naive = Naive { format: &mut direct, geometry: geometry.clone(), pages: &pages, found: Found::default() };
     for root in &geometry.roots {
         naive.root(root);
