@@ -3,7 +3,7 @@
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 
-use stagecraft::plugin::{CacheError, Config, Engine, EngineError, LoadError, Plugin, TableConfig};
+use stagecraft::plugin::{CacheError, Config, Engine, EngineError, Limits, LoadError, Plugin, TableConfig};
 use stagecraft::table::Format as _;
 
 const HOSTILE: &[u8] = include_bytes!("../hostile/built/hostile.wasm");
@@ -150,6 +150,30 @@ fn compiled_code_is_mapped_from_its_entry_and_not_copied() {
     std::fs::remove_file(&entry).expect("removed");
     std::fs::write(&entry, b"something else").expect("written");
     works(&plugin);
+}
+
+#[test]
+fn engines_that_compile_in_other_forms_share_a_directory() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cache = folder.path().join("cache");
+    let entries = || -> std::collections::BTreeMap<PathBuf, std::fs::Metadata> {
+        let entries = std::fs::read_dir(&cache).expect("entries").map(|entry| entry.expect("an entry").path());
+        entries.map(|path| (path.clone(), std::fs::metadata(path).expect("a file"))).collect()
+    };
+    let mut larger = Limits::default();
+    larger.memory_bytes *= 2;
+    let forms = || [Config::default(), Config::default().with_optimisation(true), Config::default().with_limits(larger.clone())];
+    for (index, form) in forms().into_iter().enumerate() {
+        let plugin = Plugin::load(&Engine::new(form.with_cache(&cache)).expect("an engine"), HOSTILE).expect("compiled");
+        works(&plugin);
+        assert_eq!(entries().len(), index + 1);
+    }
+    let before = entries();
+    for form in forms() {
+        works(&Plugin::load(&Engine::new(form.with_cache(&cache)).expect("an engine"), HOSTILE).expect("from the cache"));
+    }
+    let inode = |(path, status): (&PathBuf, &std::fs::Metadata)| (path.clone(), std::os::unix::fs::MetadataExt::ino(status));
+    assert_eq!(entries().iter().map(inode).collect::<Vec<_>>(), before.iter().map(inode).collect::<Vec<_>>(), "none was compiled again");
 }
 
 #[test]

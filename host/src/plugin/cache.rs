@@ -11,8 +11,8 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use wasmtime::component::Component;
 
-/// Counts up when the engine's configuration or the admission's policy changes: older entries are not looked at.
-const POLICY: u32 = 2;
+/// Counts up when Wasmtime, the fixed part of the engine's configuration or the admission's policy changes: older entries are not looked at.
+const POLICY: u32 = 3;
 /// An entry is the artefact as Wasmtime made it, so that it can be mapped; the sum and these bytes come after it.
 const MAGIC: &[u8; 16] = b"stagecraft-aot2\n";
 const CHECKSUM_BYTES: usize = 16;
@@ -45,28 +45,30 @@ pub enum CacheError {
 pub(super) struct Cache {
     directory: OwnedFd,
     path: PathBuf,
+    /// The end of every name: engines that compile in other forms can share a directory.
+    suffix: String,
 }
 
 impl Cache {
-    /// Opens the directory, and creates it for this user alone if it is missing.
-    pub(super) fn open(path: &Path) -> Result<Self, CacheError> {
+    /// Opens the directory, and creates it for this user alone if it is missing. `form` names what of the engine's configuration is in compiled code.
+    pub(super) fn open(path: &Path, form: &str) -> Result<Self, CacheError> {
         use std::os::unix::fs::DirBuilderExt as _;
         let io = |error| CacheError::Io { path: path.to_owned(), error };
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(io)?;
         let directory =
             rustix::fs::open(path, OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).map_err(|error| io(error.into()))?;
         check_owner(&directory, path)?;
-        Ok(Self { directory, path: path.to_owned() })
+        Ok(Self { directory, path: path.to_owned(), suffix: format!("p{POLICY}-{}-{form}.aot", std::env::consts::ARCH) })
     }
 
     /// File name of the component with this content.
-    fn entry(content: &[u8; 32]) -> String {
-        format!("{}-p{POLICY}-{}.aot", super::hex(content), std::env::consts::ARCH)
+    fn entry(&self, content: &[u8; 32]) -> String {
+        format!("{}-{}", super::hex(content), self.suffix)
     }
 
     /// The compiled form, if there is one that fits this engine.
     pub(super) fn get(&self, engine: &wasmtime::Engine, content: &[u8; 32]) -> Result<Option<Component>, CacheError> {
-        let name = Self::entry(content);
+        let name = self.entry(content);
         let path = self.path.join(&name);
         let io = |error| CacheError::Io { path: path.clone(), error };
         let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
@@ -95,7 +97,7 @@ impl Cache {
         use std::io::Write as _;
         use std::sync::atomic::{AtomicU32, Ordering};
         static COUNT: AtomicU32 = AtomicU32::new(0);
-        let name = Self::entry(content);
+        let name = self.entry(content);
         let temporary = format!(".{name}.{}.{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
         let io = |error| CacheError::Io { path: self.path.join(&name), error };
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NOFOLLOW;

@@ -30,7 +30,16 @@ pub struct Session {
 impl Session {
     /// With the built-in plugins and those of the plugin folder.
     pub fn new(global: &Global) -> Result<Self> {
-        let engine = engine(global)?;
+        Self::with(global, Config::default())
+    }
+
+    /// The same for a guest that runs: its commands go through plugins all the while.
+    pub fn for_running(global: &Global) -> Result<Self> {
+        Self::with(global, Config::default().with_optimisation(true))
+    }
+
+    fn with(global: &Global, config: Config) -> Result<Self> {
+        let engine = engine(global, config)?;
         let mut plugins = Plugins::builtin(&engine)?;
         let from_environment = || std::env::var_os("STAGECRAFT_PLUGINS").filter(|path| !path.is_empty()).map(PathBuf::from);
         if let Some(path) = global.plugins.clone().or_else(from_environment) {
@@ -52,8 +61,8 @@ impl Session {
 }
 
 /// The engine, with a cache for compiled plugins. A cache that was asked for must be fit for use; the default one is used if it is.
-fn engine(global: &Global) -> Result<Engine> {
-    let config = Config::default().with_compile_threads(std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN));
+fn engine(global: &Global, config: Config) -> Result<Engine> {
+    let config = config.with_compile_threads(std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN));
     if let Some(cache) = &global.cache {
         return Ok(with_room(&config.with_cache(cache))?);
     }

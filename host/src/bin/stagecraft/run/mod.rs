@@ -79,7 +79,7 @@ pub fn run(global: &Global, arguments: &Arguments) -> Result<Status> {
     if let Some(out) = &arguments.out {
         check_out(out, arguments.force)?;
     }
-    let plugins = Arc::new(Session::new(global)?.plugins);
+    let plugins = Arc::new(Session::for_running(global)?.plugins);
     let place = || arguments.scenario.display().to_string();
     let mut machine = Machine::new(&scenario, &plugins).with_context(place)?;
     let played = play::play(&scenario, &mut machine).with_context(|| format!("{}, seed {}", place(), scenario.seed))?;
