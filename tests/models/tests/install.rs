@@ -67,7 +67,10 @@ impl Made {
             symlink(found, made.path("bin").join(tool)).unwrap();
         }
         made.program("id", "echo 0");
-        made.program("apt-cache", r#"case $2 in *riscv) version=$RISCV ;; *) version=$VERSION ;; esac; printf '%s:\n  Candidate: %s\n' "$2" "$version""#);
+        made.program(
+            "apt-cache",
+            r#"case $2 in *riscv) version=$RISCV ;; *) version=$VERSION ;; esac; printf '%s:\n  Candidate: %s\n' "$2" "$version""#,
+        );
         // What is installed is of version 10, and answers.
         let qemu = r"for name in x86_64 aarch64 riscv64; do
             printf '#!/bin/sh\necho QEMU emulator version 10.0.2\n' >$BIN/qemu-system-$name; chmod +x $BIN/qemu-system-$name
