@@ -20,7 +20,7 @@ const READ: [(&str, i8, u8, RangeInclusive<u8>); 6] = [
     ("amd-vi/v1", 2, 21, 21..=29),
     ("amd-vi/v1", 3, 30, 30..=38),
     ("amd-vi/v1", 4, 39, 39..=47),
-    ("amd-vi/v1", 5, 48, 48..=52),
+    ("amd-vi/v1", 5, 48, 48..=53),
     ("loongarch/paging", 2, 36, 36..=36),
 ];
 

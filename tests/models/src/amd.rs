@@ -5,6 +5,7 @@
 use anyhow::{Result, bail};
 
 use crate::machine::DEVICE;
+use crate::tables::amd::AmdTable;
 use crate::{Board, FaultRecord, Machine, Model, Tables};
 
 const REGISTERS: u64 = 0xfed8_0000;
@@ -12,14 +13,11 @@ const REGISTERS: u64 = 0xfed8_0000;
 /// Log2 of the number of commands and of events that the buffers hold.
 const QUEUE_BITS: u32 = 8;
 
-const DOMAIN: u64 = 1;
-
 /// The model.
 #[derive(Debug)]
 pub struct Amd {
     machine: Machine,
-    /// The device table entry of the device when it is translated.
-    entry: Option<[u64; 4]>,
+    table: Option<AmdTable>,
     produced: u64,
 }
 
@@ -31,7 +29,7 @@ impl Amd {
     pub fn start() -> Result<Amd> {
         // With pass-through it would not translate any device's requests.
         let machine = Machine::start(Board::Q35, "", &["-device", "amd-iommu,pt=off"])?;
-        let mut amd = Amd { machine, entry: None, produced: 0 };
+        let mut amd = Amd { machine, table: None, produced: 0 };
         amd.set_up()?;
         Ok(amd)
     }
@@ -78,15 +76,15 @@ impl Amd {
         self.machine.qtest.write8(REGISTERS + 0x2008, self.produced)
     }
 
-    /// Says which device table entry [`Model::attach`] writes; [`Model::set_table`] makes one for a table.
-    pub fn set_entry(&mut self, entry: [u64; 4]) {
-        self.entry = Some(entry);
-    }
-
-    fn write_entry(&mut self, entry: Option<[u64; 4]>) -> Result<()> {
-        // Mode 0 passes untranslated.
-        let entry = entry.unwrap_or([3 | 3 << 61, DOMAIN, 0, 0]);
-        self.machine.qtest.write_words(Amd::device_table() + DEVICE * 32, &entry)?;
+    fn write_entry(&mut self, table: Option<AmdTable>) -> Result<()> {
+        // V 0, TV 1, mode 11:9 (0 passes untranslated), root 51:12, IR 61, IW 62; domain 79:64.
+        let entry = match table {
+            None => 3 | 3 << 61,
+            Some(config) => {
+                3 | u64::from(config.mode) << 9 | config.root | u64::from(config.access.read) << 61 | u64::from(config.access.write) << 62
+            }
+        };
+        self.machine.qtest.write_words(Amd::device_table() + DEVICE * 32, &[entry, 1, 0, 0])?;
         // INVALIDATE_DEVTAB_ENTRY.
         self.command([2 << 60 | DEVICE, 0])?;
         self.invalidate()
@@ -107,9 +105,7 @@ impl Model for Amd {
         if !(1..=6).contains(&config.mode) {
             bail!("mode {}", config.mode);
         }
-        // V 0, TV 1, mode 11:9, root 51:12, IR 61, IW 62; domain 79:64.
-        let access = u64::from(config.access.read) << 61 | u64::from(config.access.write) << 62;
-        self.set_entry([3 | u64::from(config.mode) << 9 | config.root | access, DOMAIN, 0, 0]);
+        self.table = Some(config);
         Ok(())
     }
 
@@ -136,7 +132,7 @@ impl Model for Amd {
     }
 
     fn attach(&mut self) -> Result<()> {
-        self.write_entry(self.entry)
+        self.write_entry(self.table)
     }
 
     fn detach(&mut self) -> Result<()> {

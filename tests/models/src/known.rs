@@ -116,7 +116,8 @@ pub const AMD_LOOPS: KnownError = error(
 );
 
 /// No guest translation.
-pub const AMD_VERSION_2: KnownError = error("amd-iommu", "v2 tables (GCR3) are not walked, although EXT_FEATURES.GTSup is 1");
+pub const AMD_VERSION_2: KnownError =
+    error("amd-iommu", "v2 tables (GCR3) are not for requests without PASID, and the device has no others: EXT_FEATURES.GIoSup is 0");
 
 /// All of them.
 pub const ALL: &[KnownError] = &[

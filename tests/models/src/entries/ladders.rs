@@ -354,6 +354,8 @@ impl Ladder for AmdLadder {
         let sized = |log2: u32| (good("leaf of a coded size", bits | 7 << 9 | (((1 << (log2 - 1)) - 1) & !0xfff)), log2);
         match height {
             5 => Vec::new(),
+            // All address bits are ones, so that bit 52 is the lowest zero: as large as it gets.
+            4 => vec![(good("leaf", bits), shift), sized(shift + 1), sized(shift + 4), sized(53)],
             _ => vec![(good("leaf", bits), shift), sized(shift + 1), sized(shift + 4)],
         }
     }
