@@ -1,4 +1,5 @@
-//! `install-qemu` on machines that are made up: what it has the package manager do, and which source of packages it adds. Nothing is installed, and no other machine is asked.
+//! `install-qemu` on machines that are made up: what it has the package manager do, and which source of packages it adds. Nothing is installed, and no other machine
+//! is asked.
 #![allow(clippy::unwrap_used)]
 
 use std::env;

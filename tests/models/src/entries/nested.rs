@@ -1,7 +1,7 @@
 //! Two stages, of which one is damaged and the other is whole.
 //!
-//! The whole stage has leaves of 1 GiB, and is no identity: a model or an engine that leaves it out comes somewhere else. Where the first stage is damaged, the second
-//! moves its tables and whatever its entries lead to, and has holes. Where the second stage is damaged, the first one's tables lie in pages that it maps.
+//! The whole stage has leaves of 1 GiB, and is no identity: a model or an engine that leaves it out comes somewhere else. Where the first stage is damaged, the
+//! second moves its tables and whatever its entries lead to, and has holes. Where the second stage is damaged, the first one's tables lie in pages that it maps.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -48,7 +48,8 @@ pub trait Stage: Ladder + Sized {
 #[derive(Clone, Copy, Debug)]
 pub struct Nested<L>(pub L);
 
-/// Where the whole second stage moves a chunk. One in seven is not there; those with tables and the context are, and stay below 64 GiB (see `known::SMMU_NESTED_ROOT`).
+/// Where the whole second stage moves a chunk. One in seven is not there; those with tables and the context are, and stay below 64 GiB (see
+/// `known::SMMU_NESTED_ROOT`).
 fn moved(chunk: u64) -> Option<u64> {
     (chunk < 512 && chunk % 7 != 3).then_some(2 + ((chunk ^ 5) + 30) % 512)
 }
