@@ -105,7 +105,9 @@ fn mappings_are_those_of(naive: &Walker<'_>, mappings: &[Mapping]) {
 }
 
 /// A format, its settings, and entries that stand in turn in one table, which is that of every level.
-fn self_maps() -> Vec<(&'static str, Vec<(&'static str, u64)>, Vec<u64>)> {
+type SelfMap = (&'static str, Vec<(&'static str, u64)>, Vec<u64>);
+
+fn self_maps() -> Vec<SelfMap> {
     const ARM: [(&str, u64); 3] = [("granule", 4096), ("input-bits", 48), ("output-bits", 48)];
     const RISCV: [u64; 2] = [PAGE >> 2 | 1, PAGE >> 2 | 0xd7];
     const DART_PAGE: u64 = 0xfff << 40 | 1;

@@ -59,6 +59,11 @@ fn before(chunk: u64) -> u64 {
     chunk ^ 5
 }
 
+/// The same place in another chunk.
+fn in_chunk(chunk: u64, address: u64) -> u64 {
+    (chunk << CHUNK) + address % (1 << CHUNK)
+}
+
 /// A stage's tables with chunks that lead to others.
 fn whole(ladder: &impl Ladder, chunks: &BTreeMap<u64, u64>, places: Range<u64>, rng: &mut Rng) -> (Memory, u64) {
     let rungs = ladder.rungs();
@@ -170,7 +175,7 @@ impl<L: Stage> Ladder for Nested<L> {
 
     fn iova(&self, position: u64) -> u64 {
         let iova = self.0.iova(position);
-        if self.0.is_first() { iova } else { before(iova >> CHUNK) << CHUNK | iova % (1 << CHUNK) }
+        if self.0.is_first() { iova } else { in_chunk(before(iova >> CHUNK), iova) }
     }
 
     fn kept(&self) -> u64 {
@@ -178,7 +183,7 @@ impl<L: Stage> Ladder for Nested<L> {
     }
 
     fn place(&self, address: u64) -> Option<u64> {
-        if self.0.is_first() { Some(moved(address >> CHUNK)? << CHUNK | address % (1 << CHUNK)) } else { Some(address) }
+        if self.0.is_first() { Some(in_chunk(moved(address >> CHUNK)?, address)) } else { Some(address) }
     }
 
     fn tables(&self, root: u64) -> Tables {
