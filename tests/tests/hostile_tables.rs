@@ -1,4 +1,4 @@
-//! Tables of the formats beside Arm's and Intel's that never end, or that stand where addresses end: each walk ends within its budget.
+//! Tables that never end, or that stand where addresses end: each walk ends within its budget, and says the same as the independent reference of what it reached.
 #![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeMap;
@@ -6,8 +6,12 @@ use std::sync::OnceLock;
 
 use stagecraft::memory::{Budget, EntryLayout, EntryMemory, Kind, Limits, MemoryMap, ReadError, Region};
 use stagecraft::plugin::{Config, Engine, Plugins, TableConfig};
-use stagecraft::table::{AddressSpace, Arena, Builder, Cause, Collector, FaultKind, Table, WalkError};
+use stagecraft::table::{AddressSpace, Arena, Builder, Cause, Collector, FaultKind, Mapping, Table, WalkError};
 use stagecraft::{Access, Gpa, Iova, Span};
+use stagecraft_tests::random::Random;
+use stagecraft_tests::reference;
+use stagecraft_tests::reference::snapshot::Memory;
+use stagecraft_tests::reference::walk::Walker;
 
 fn plugins() -> &'static Plugins {
     static PLUGINS: OnceLock<Plugins> = OnceLock::new();
@@ -65,43 +69,169 @@ fn walk(table: Table, memory: &Pages, map: &MemoryMap) -> (AddressSpace, Collect
 
 const PAGE: u64 = 0x4000_0000;
 
-/// All entries of a page point to the page, in every format whose tables are that small or smaller; whatever the kind of table that it is taken for.
-#[test]
-fn self_maps_of_every_format_end_by_budget() {
-    let little = |entry: u64| entry.to_le_bytes().to_vec();
-    let cases = [
-        ("amd-vi/v2", vec![("levels", 5)], little(PAGE | 0x67)),
-        ("riscv-iommu/first-stage", vec![("levels", 5)], little(PAGE >> 2 | 1)),
-        ("loongarch/paging", vec![("granule", 4096), ("levels", 4)], little(PAGE)),
-        ("apple-dart/dart1", vec![("granule", 4096), ("levels", 3)], little(PAGE | 1)),
-    ];
-    for (format, settings, entry) in cases {
-        let settings = [&settings[..], &[("root", PAGE)]].concat();
-        let (_, collector, ended) = walk(open(format, &settings), &Pages::full(PAGE, &entry), &MemoryMap::everything(48));
-        // RISC-V pointers are no leaves at the last level, LoongArch's are not valid there, a part of a DART page is refused: all of them many times.
-        assert!(ended, "{format}: {} mappings, {} faults", collector.mappings().len(), collector.fault_count());
-    }
-    // Tables of 4 MiB of input and 4-byte entries: two levels end by themselves.
-    let entry = (PAGE as u32 | 1).to_le_bytes();
-    let mut pages = Pages::default();
-    (0..4).for_each(|page| drop(pages.0.insert(PAGE + page * 0x1000, entry.repeat(1024))));
-    let (_, collector, ended) = walk(open("arm-v7s/short", &[("root", PAGE)]), &pages, &MemoryMap::everything(32));
-    assert!(ended || collector.fault_count() > 0);
+/// A reader that shares no code with the engine, of the same bytes.
+fn reference_memory(pages: &Pages) -> Memory {
+    let pages = pages.0.iter().map(|(address, bytes)| (*address, bytes[..].try_into().unwrap())).collect();
+    Memory { pages }
 }
 
-/// AMD v1: a page is the table of every level at once, and its entries skip to any level below.
+fn reference_config(format: &str, settings: &[(&str, u64)]) -> reference::tables::TableConfig {
+    let settings = settings.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect();
+    reference::tables::TableConfig::from_settings(format, &settings).unwrap()
+}
+
+/// The engine's answers at an IOVA are the reference's, for reads and for writes. How many requests went through.
+fn same_answers(space: &mut AddressSpace, pages: &Pages, map: &MemoryMap, naive: &Walker<'_>, iova: u64) -> u64 {
+    let ask = |access: Access| {
+        let found = space.translate(pages, map, Iova(iova), access, &Budget::new(Limits::for_pages(1))).unwrap();
+        let address = found.as_ref().ok().map(|found| found.address.0);
+        assert_eq!(address, naive.translate(iova, access.write).ok(), "{iova:#x} {access}: {found:x?}");
+        u64::from(address.is_some())
+    };
+    [Access::READ, Access::WRITE].map(ask).iter().sum()
+}
+
+/// What the engine says is mapped, is; at both ends and in the middle, with that address and no more access. At most 500 of the mappings.
+fn mappings_are_those_of(naive: &Walker<'_>, mappings: &[Mapping]) {
+    for mapping in mappings.iter().step_by(mappings.len().div_ceil(500).max(1)) {
+        let length = mapping.iova.length_minus_one();
+        for offset in [0, length / 2, length] {
+            for (write, allowed) in [(false, mapping.access.read), (true, mapping.access.write)] {
+                let found = naive.translate(mapping.iova.first + offset, write).ok();
+                assert_eq!(found, allowed.then_some(mapping.address + offset), "{mapping:x?} at {offset:#x}, write {write}");
+            }
+        }
+    }
+}
+
+/// A format, its settings, and entries that stand in turn in one table, which is that of every level.
+type SelfMap = (&'static str, Vec<(&'static str, u64)>, Vec<u64>);
+
+fn self_maps() -> Vec<SelfMap> {
+    const ARM: [(&str, u64); 3] = [("granule", 4096), ("input-bits", 48), ("output-bits", 48)];
+    const RISCV: [u64; 2] = [PAGE >> 2 | 1, PAGE >> 2 | 0xd7];
+    const DART_PAGE: u64 = 0xfff << 40 | 1;
+    vec![
+        // Access flag, shareable, AP[1] or S2AP and MemAttr: a page at the last level, a table above.
+        ("arm-smmuv3/stage1", ARM.to_vec(), vec![PAGE | 1 << 10 | 3 << 8 | 1 << 6 | 3]),
+        ("arm-smmuv3/stage2", [&ARM[..], &[("start-level", 0)]].concat(), vec![PAGE | 1 << 10 | 3 << 8 | 3 << 6 | 15 << 2 | 3]),
+        ("intel-vtd/first-stage", vec![("levels", 5)], vec![PAGE | 0x67]),
+        ("intel-vtd/second-stage", vec![("levels", 5)], vec![PAGE | 3]),
+        // NextLevel is lower than the table's own level in one of them at least.
+        ("amd-vi/v1", vec![("levels", 6)], (0..6).map(|next| PAGE | 3 << 61 | next << 9 | 1).collect()),
+        ("amd-vi/v2", vec![("levels", 5)], vec![PAGE | 0x67]),
+        // Pointers are no leaves at the last level.
+        ("riscv-iommu/first-stage", vec![("levels", 5)], RISCV.to_vec()),
+        ("riscv-iommu/second-stage", vec![("levels", 5)], RISCV.to_vec()),
+        // An entry of each kind of table, of which the right one counts.
+        ("s390-zpci/dma", vec![("levels", 5)], (0..4).map(|kind| PAGE | kind << 2 | 3).collect()),
+        // Pointers have no other bit. V, D, PLV 3, MAT 1.
+        ("loongarch/paging", vec![("granule", 4096), ("levels", 4)], vec![PAGE, PAGE | 0x1f]),
+        // All of the page at the last level.
+        ("apple-dart/dart1", vec![("granule", 4096), ("levels", 3), ("input-bits", 39)], vec![PAGE | DART_PAGE]),
+        ("apple-dart/dart2", vec![("levels", 3), ("input-bits", 47)], vec![PAGE >> 4 | DART_PAGE]),
+        // A pointer; a small page with AP[1:0], whose place in the first table is a section without access.
+        ("arm-v7s/short", vec![], vec![PAGE | 1, PAGE | 3 << 4 | 1 << 2 | 2]),
+    ]
+}
+
+/// All entries of a table point to the table, in every format; whatever the kind of table that it is taken for.
+#[test]
+fn self_maps_of_every_format_end_by_budget() {
+    let cases = self_maps();
+    for format in plugins().iter().flat_map(|(manifest, _)| &manifest.formats) {
+        assert!(cases.iter().any(|(name, ..)| *name == format.name), "no table that contains itself for {}", format.name);
+    }
+    for (format, settings, entries) in cases {
+        let settings = [&settings[..], &[("root", PAGE)]].concat();
+        let config = reference_config(format, &settings);
+        let bytes: Vec<u8> = (0..0x4000 / config.entry_bytes())
+            .flat_map(|index| {
+                let entry = entries[index as usize % entries.len()];
+                let size = config.entry_bytes() as usize;
+                if config.big_endian() { entry.to_be_bytes()[8 - size..].to_vec() } else { entry.to_le_bytes()[..size].to_vec() }
+            })
+            .collect();
+        let pages = Pages((0..4).map(|page| (PAGE + page * 0x1000, bytes[page as usize * 0x1000..][..0x1000].to_vec())).collect());
+        let map = MemoryMap::everything(64);
+        let (mut space, collector, ended) = walk(open(format, &settings), &pages, &map);
+        assert!(ended && !collector.mappings().is_empty(), "{format}: {ended}, {} faults {:x?}", collector.fault_count(), collector.faults().first());
+        let (memory, stages) = (reference_memory(&pages), [config]);
+        let naive = Walker::new(&memory, &stages).unwrap();
+        mappings_are_those_of(&naive, collector.mappings());
+        let mut random = Random::new(1);
+        let mut reached = 0;
+        for _ in 0..200 {
+            let any = random.below(1 << 32) << 32 | random.below(1 << 32);
+            let mapping = &collector.mappings()[random.below(collector.mappings().len() as u64) as usize];
+            // Anywhere, and in the neighbourhood, at any level, of what the walk came to.
+            for iova in [any >> random.below(52), mapping.iova.first ^ 1 << random.below(64)] {
+                reached += same_answers(&mut space, &pages, &map, &naive, iova);
+            }
+        }
+        assert!(reached > 50, "{format}: {reached}");
+    }
+}
+
+/// The bits of the levels that are left out on the way of an IOVA, by what NextLevel is in the table's entries in turn; none if the way does not end in a leaf.
+fn skipped_bits(skips: &[u64], levels: u64, iova: u64) -> Option<u64> {
+    let (mut level, mut bits) = (levels, 0);
+    loop {
+        let shift = 12 + 9 * (level - 1);
+        let next = skips[(iova >> shift) as usize % 512 % skips.len()];
+        match next {
+            0 | 7 => return Some(bits),
+            _ if next >= level => return None,
+            _ => bits |= (1 << shift) - (1 << (12 + 9 * next)),
+        }
+        level = next;
+    }
+}
+
+/// AMD v1: a page is the table of every level at once, and its entries skip to any level below. An IOVA with a bit of a level that is left out has no translation.
 #[test]
 fn a_table_of_all_levels_whose_entries_skip_levels() {
     let present = PAGE | 1 | 3 << 61;
-    for skips in [&[1_u64][..], &[5], &[1, 2, 3, 4, 5], &[5, 4, 3, 2, 1, 0, 7], &[6, 7, 0]] {
+    let (mut compared, mut refused, mut random) = (0, 0, Random::new(1));
+    for skips in [&[1_u64][..], &[5], &[0, 1], &[0, 0, 2, 1], &[1, 2, 3, 4, 5], &[5, 4, 3, 2, 1, 0, 7], &[6, 7, 0]] {
         let entries: Vec<u8> = (0..512).flat_map(|index| (present | skips[index % skips.len()] << 9).to_le_bytes()).collect();
-        let memory = Pages([(PAGE, entries)].into());
+        let pages = Pages([(PAGE, entries)].into());
+        let map = MemoryMap::everything(52);
         for levels in 1..=6 {
-            let (_, collector, ended) = walk(open("amd-vi/v1", &[("levels", levels), ("root", PAGE)]), &memory, &MemoryMap::everything(52));
-            // Entry 0 may skip; an IOVA with bits of a skipped level has no translation.
-            assert!(ended || collector.fault_count() > 0 || !collector.mappings().is_empty() || levels > 1, "{skips:?}, {levels} levels");
+            let settings = [("levels", levels), ("root", PAGE)];
+            let (mut space, collector, ended) = walk(open("amd-vi/v1", &settings), &pages, &map);
+            let what = format!("NextLevel {skips:?}, {levels} levels");
+            let (memory, stages) = (reference_memory(&pages), [reference_config("amd-vi/v1", &settings)]);
+            let naive = Walker::new(&memory, &stages).unwrap().with_budget(1 << 18);
+            mappings_are_those_of(&naive, collector.mappings());
+            let complete = naive.walk();
+            if !ended && !complete.exhausted {
+                let found: Vec<_> = collector.mappings().iter().map(|mapping| (mapping.iova.first, mapping.address, mapping.iova.last)).collect();
+                let wanted: Vec<_> = complete.runs.iter().map(|run| (run.iova, run.address, run.iova + (run.size - 1))).collect();
+                assert_eq!(found, wanted, "{what}");
+                compared += 1;
+            }
+            for mapping in collector.mappings().iter().step_by(collector.mappings().len().div_ceil(500).max(1)) {
+                for iova in [mapping.iova.first, mapping.iova.last] {
+                    let skipped = skipped_bits(skips, levels, iova);
+                    assert!(skipped.is_some_and(|bits| iova & bits == 0), "{what}: {iova:#x} has bits of {skipped:x?}");
+                    // The same with one of these bits.
+                    let bits: Vec<u64> = (0..64).filter(|bit| skipped.unwrap() >> bit & 1 != 0).collect();
+                    if !bits.is_empty() {
+                        let iova = iova | 1 << bits[random.below(bits.len() as u64) as usize];
+                        let found = space.translate(&pages, &map, Iova(iova), Access::READ, &Budget::new(Limits::for_pages(1))).unwrap();
+                        assert_eq!(found.map_err(|fault| fault.cause), Err(Cause::Entry(FaultKind::Translation)), "{what}: {iova:#x}");
+                        refused += 1;
+                    }
+                }
+            }
+            for _ in 0..200 {
+                let iova = random.below(1 << 32) << 32 | random.below(1 << 32);
+                same_answers(&mut space, &pages, &map, &naive, iova >> random.below(52));
+            }
         }
     }
+    assert!(compared > 10 && refused > 1000, "{compared} {refused}");
 }
 
 /// s390: offsets and lengths of the next table, sensible or not, and tables that contain themselves.

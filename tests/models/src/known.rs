@@ -110,11 +110,14 @@ pub const AMD_SIZES: KnownError =
 pub const AMD_EVENTS: KnownError = error("amd-iommu", "no event is ever logged: the check whether the log has overflown always says yes");
 
 /// Tables that refer to themselves.
-pub const AMD_LOOPS: KnownError =
-    error("amd-iommu", "NextLevel may be the table's own level or a higher one, and the walk may never end: do not try");
+pub const AMD_LOOPS: KnownError = error(
+    "amd-iommu",
+    "NextLevel may be the table's own level or a higher one, and the walk may never end: try nothing whose way does not end by itself",
+);
 
 /// No guest translation.
-pub const AMD_VERSION_2: KnownError = error("amd-iommu", "v2 tables (GCR3) are not walked");
+pub const AMD_VERSION_2: KnownError =
+    error("amd-iommu", "v2 tables (GCR3) are not for requests without PASID, and the device has no others: EXT_FEATURES.GIoSup is 0");
 
 /// All of them.
 pub const ALL: &[KnownError] = &[

@@ -7,12 +7,14 @@
 //! |---|---|
 //! | `vtd`, `smmu`, `riscv`, `amd` | random address spaces of independent builders ([`spaces`]): the [`production`] engine finds them from the model's registers and memory, and says the same as the model of every request |
 //! | `conversions` | every format into every other: the same request has the same outcome on the source's model and, converted, on the target's |
-//! | `entries` | every bit of every kind of entry at every level, and random ones ([`entries`]): where the model faults the engine faults, where it translates the engine has the same address |
-//! | `known` | the errors of the models that the other tests stay away from are still there |
+//! | `entries` | every bit of every kind of entry at every level, and random ones ([`entries`]), of one stage and of each of two: where the model faults the engine faults, where it translates the engine has the same address |
+//! | `known` | the errors of the models that the other tests stay away from are still there, every one of them |
+//! | `install` | `install-qemu` on machines that are made up |
 //!
 //! What the models get wrong is one list, [`known`]; whatever is not asked because of that names an entry of it.
 //!
-//! `install-qemu` beside this crate's manifest installs what is needed. Where QEMU is missing the tests say `SKIPPED` and pass; with `CI` in the environment they fail.
+//! `install-qemu` beside this crate's manifest installs what is needed. Where QEMU is missing, too old or without the models, the tests say `SKIPPED` and why, and pass;
+//! with `CI` in the environment they fail.
 //! `STAGECRAFT_SEED` and `STAGECRAFT_ROUNDS` choose the random address spaces; both are printed. A long run, of some hours:
 //!
 //! ```sh

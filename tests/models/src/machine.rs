@@ -6,6 +6,7 @@
 use std::collections::BTreeSet;
 use std::env;
 use std::ops::Range;
+use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use anyhow::{Result, bail};
@@ -52,6 +53,15 @@ impl Board {
             Board::Q35 => "qemu-system-x86_64",
             Board::ArmVirt => "qemu-system-aarch64",
             Board::RiscvVirt => "qemu-system-riscv64",
+        }
+    }
+
+    /// The devices that a QEMU of this board must have; the SMMU is a part of its machine.
+    fn devices(self) -> &'static [&'static str] {
+        match self {
+            Board::Q35 => &["edu", "ivshmem-plain", "intel-iommu", "amd-iommu"],
+            Board::ArmVirt => &["edu", "ivshmem-plain"],
+            Board::RiscvVirt => &["edu", "ivshmem-plain", "riscv-iommu-pci"],
         }
     }
 
@@ -397,17 +407,63 @@ impl Machine {
     }
 }
 
-/// Whether to run at all: QEMU is there. If not, prints why; where the environment has `CI`, that is an error.
+/// The first version whose models are those that these tests know; `install-qemu` and `cargo xtask test` name it as well.
+const FIRST_VERSION: u32 = 10;
+
+/// Whether to run at all: QEMU is there, new enough, and has the devices. If not, prints why; where the environment has `CI`, that is an error.
 ///
 /// # Panics
-/// Without QEMU in a continuous integration run.
+/// Without such a QEMU in a continuous integration run.
 pub fn available(board: Board) -> bool {
-    let folders = env::var_os("PATH").unwrap_or_default();
-    let found = env::split_paths(&folders).any(|folder| folder.join(board.binary()).is_file());
-    if !found {
-        let message = format!("SKIPPED: no {}; tests/models/install-qemu installs it", board.binary());
-        assert!(env::var_os("CI").is_none(), "{message}");
-        eprintln!("{message}");
+    let Err(reason) = usable(board.binary(), board.devices()) else { return true };
+    let message = format!("SKIPPED: {reason}; tests/models/install-qemu installs what is needed");
+    assert!(env::var_os("CI").is_none(), "{message}");
+    eprintln!("{message}");
+    false
+}
+
+/// Why a QEMU cannot be asked, if it cannot.
+fn usable(binary: &str, devices: &[&str]) -> Result<(), String> {
+    let output = |arguments: &[&str]| match Command::new(binary).args(arguments).stdin(Stdio::null()).output() {
+        Ok(output) => Ok(String::from_utf8_lossy(&output.stdout).into_owned()),
+        Err(error) => Err(format!("no {binary} ({error})")),
+    };
+    // Without a machine the list of devices needs nothing else.
+    suffices(&output(&["--version"])?, &output(&["-machine", "none", "-device", "help"])?, devices).map_err(|reason| format!("{binary} {reason}"))
+}
+
+/// What is missing, by what `--version` and `-device help` print.
+fn suffices(version: &str, all: &str, devices: &[&str]) -> Result<(), String> {
+    let rest = version.strip_prefix("QEMU emulator version ").unwrap_or_default();
+    match rest.split(|character: char| !character.is_ascii_digit()).next().unwrap_or_default().parse::<u32>() {
+        Err(_) => return Err("does not say its version".to_owned()),
+        Ok(major) if major < FIRST_VERSION => return Err(format!("is of version {major}, older than {FIRST_VERSION}")),
+        Ok(_) => {}
     }
-    found
+    match devices.iter().find(|device| !all.contains(&format!("name \"{device}\""))) {
+        Some(device) => Err(format!("has no {device}")),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_qemu_that_is_missing_old_or_incomplete_is_not_asked() {
+        let all = "Misc devices:\nname \"edu\", bus PCI\nname \"amd-iommu\", bus System, desc \"AMD IOMMU (AMD-Vi) DMA Remapping device\"\n";
+        let [old, new, newer] = [
+            "QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)\nCopyright",
+            "QEMU emulator version 10.0.2 (Debian 1:10.0.2+ds-2)\nCopyright",
+            "QEMU emulator version 11.1.3\nCopyright",
+        ];
+        assert_eq!(suffices(old, all, &["edu"]), Err("is of version 7, older than 10".to_owned()));
+        assert_eq!(suffices("", all, &["edu"]), Err("does not say its version".to_owned()));
+        assert_eq!(suffices(new, all, &["edu", "intel-iommu"]), Err("has no intel-iommu".to_owned()));
+        assert_eq!(suffices(new, all, &["edu", "amd-iommu"]), Ok(()));
+        assert_eq!(suffices(newer, all, &["edu"]), Ok(()));
+        assert!(usable("/no/such/qemu", &[]).unwrap_err().starts_with("no /no/such/qemu (No such file"));
+    }
 }

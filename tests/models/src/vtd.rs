@@ -33,7 +33,7 @@ pub struct Vtd {
 }
 
 impl Vtd {
-    /// Starts it. `address_bits` is 39 or 48: the width of IOVAs and, in this model, also that of physical addresses.
+    /// Starts it. `address_bits` is 39 or 48, or 57 where the model has that: the width of IOVAs and, in this model, also that of physical addresses.
     ///
     /// # Errors
     /// If QEMU does not start, or has no such model.
@@ -107,8 +107,8 @@ impl Vtd {
 
     /// Context or PASID entry: pass-through, or a table.
     fn write_entry(&mut self, table: Option<TableConfig>) -> Result<()> {
-        // AW: 1 is three levels, 2 is four. Pass-through wants the largest width that there is.
-        let widest = if self.address_bits == 39 { 1 } else { 2 };
+        // AW: 1 is three levels, 2 is four, 3 is five. Pass-through wants the largest width that there is.
+        let widest = u64::from(self.address_bits - 30) / 9;
         const DOMAIN: u64 = 1;
         if !self.scalable() {
             // Context entry: present, translation type 3:2 (2 is pass-through), table; AW 66:64, domain 87:72.

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 use stagecraft_models::amd::Amd;
-use stagecraft_models::entries::{AmdLadder, ArmLadder, Ladder, RiscvLadder, VtdLadder, images, judge_image};
+use stagecraft_models::entries::{AmdLadder, ArmLadder, Halves, Ladder, Nested, RiscvLadder, VtdLadder, images, judge_image};
 use stagecraft_models::judge::{Tally, seeds};
 use stagecraft_models::production::Production;
 use stagecraft_models::riscv::Riscv;
@@ -49,7 +49,7 @@ fn vtd_scalable() {
 }
 
 fn arm(first_stage: bool, granule: u64, input_bits: u32, output_bits: u32) -> ArmLadder {
-    ArmLadder { first_stage, granule, input_bits, output_bits }
+    ArmLadder { first_stage, granule, input_bits, output_bits, halves: Halves::Low }
 }
 
 #[test]
@@ -57,7 +57,9 @@ fn smmu_stage_1() {
     if available(Board::ArmVirt) {
         let [a, b, c, d] =
             [(4096, 48, 44), (4096, 39, 36), (16384, 47, 40), (65536, 48, 44)].map(|(granule, input, output)| arm(true, granule, input, output));
-        judge(&mut Smmu::start(Stages::First).unwrap(), &[&a, &b, &c, &d], 60);
+        let [e, f] = [a, c].map(|ladder| ArmLadder { halves: Halves::High, ..ladder });
+        let g = ArmLadder { halves: Halves::Tagged, ..b };
+        judge(&mut Smmu::start(Stages::First).unwrap(), &[&a, &b, &c, &d, &e, &f, &g], 60);
     }
 }
 
@@ -67,6 +69,24 @@ fn smmu_stage_2() {
         let [a, b, c, d] =
             [(4096, 44, 44), (4096, 36, 36), (16384, 40, 40), (65536, 44, 44)].map(|(granule, input, output)| arm(false, granule, input, output));
         judge(&mut Smmu::start(Stages::Second).unwrap(), &[&a, &b, &c, &d], 60);
+    }
+}
+
+#[test]
+fn smmu_nested() {
+    if available(Board::ArmVirt) {
+        let [a, b] = [(4096, 48, 44), (16384, 40, 36)].map(|(granule, input, output)| Nested(arm(true, granule, input, output)));
+        let [c, d] = [(4096, 44, 44), (16384, 40, 40)].map(|(granule, input, output)| Nested(arm(false, granule, input, output)));
+        judge(&mut Smmu::start(Stages::Nested).unwrap(), &[&a, &b, &c, &d], 40);
+    }
+}
+
+#[test]
+fn riscv_nested() {
+    if available(Board::RiscvVirt) {
+        let [a, b] = [3, 5].map(|levels| Nested(RiscvLadder { second: false, levels }));
+        let [c, d] = [3, 4].map(|levels| Nested(RiscvLadder { second: true, levels }));
+        judge(&mut Riscv::start().unwrap(), &[&a, &b, &c, &d], 40);
     }
 }
 
@@ -82,7 +102,8 @@ fn riscv() {
 #[test]
 fn amd_v1() {
     if available(Board::Q35) {
-        let [a, b, c] = [3, 4, 6].map(|mode| AmdLadder { mode });
-        judge(&mut Amd::start().unwrap(), &[&a, &b, &c], 30);
+        // An entry means the same under every mode, except in the first table: what is above it is not there.
+        let [a, b, c, d, e, f] = [1, 2, 3, 4, 5, 6].map(|mode| AmdLadder { mode, root_only: mode != 6 });
+        judge(&mut Amd::start().unwrap(), &[&a, &b, &c, &d, &e, &f], 30);
     }
 }

@@ -29,18 +29,37 @@ fn right_version() -> bool {
 
 /// `right` is what the architecture wants: the address, or none for a fault.
 fn assert_wrong(error: KnownError, right: Option<u64>, outcome: Outcome) {
-    assert!(known::ALL.contains(&error));
     let correct = match (right, outcome) {
         (Some(address), Outcome::Reached(reached)) => address == reached,
         (None, Outcome::Fault(_)) => true,
         (None, Outcome::Nothing) => error.model == "amd-iommu",
         _ => false,
     };
-    let message = format!("{}: {outcome:x?} is right; gone: {}", error.model, error.what);
-    if correct && !right_version() {
+    assert_there(error, !correct, &format!("{outcome:x?} is right"));
+}
+
+/// Whether an error is still there; if not, what shows that.
+fn assert_there(error: KnownError, there: bool, otherwise: &str) {
+    assert!(known::ALL.contains(&error));
+    let message = format!("{}: {otherwise}; gone: {}", error.model, error.what);
+    if right_version() {
+        assert!(there, "{message}");
+    } else if !there {
         println!("{message}");
-    } else {
-        assert!(!correct, "{message}");
+    }
+}
+
+/// An error that no test shows could be gone without anybody noticing.
+#[test]
+fn every_known_error_is_shown() {
+    let list = include_str!("../src/known.rs");
+    let tests = [include_str!("known.rs"), include_str!("events.rs")].concat();
+    let names: Vec<&str> =
+        list.lines().filter_map(|line| line.strip_prefix("pub const ")?.split_once(": KnownError")).map(|(name, _)| name).collect();
+    assert_eq!(names.len(), known::ALL.len());
+    for name in names {
+        let shown = [", ", ")"].iter().any(|end| tests.contains(&format!("known::{name}{end}")));
+        assert!(shown, "no test shows {name}");
     }
 }
 
@@ -128,6 +147,34 @@ fn vtd() {
     model.set_table(Tables::Vtd(generated.config)).unwrap();
     model.tag_page(TARGET).unwrap();
     assert_wrong(known::VTD_SNOOP, None, model.dma(0x5000, false).unwrap());
+}
+
+/// A register of a model, by its architectural name.
+fn register(model: &mut dyn Model, name: &str) -> u64 {
+    let found = model.registers().unwrap().into_iter().find(|(other, _)| *other == name);
+    found.unwrap_or_else(|| panic!("{} has no {name}", model.name())).1
+}
+
+#[test]
+fn what_vtd_does_not_have() {
+    if !available(Board::Q35) {
+        return;
+    }
+    // CAP: SAGAW 12:8, whose bit 3 is five levels of the second stage, and FL5LP 60. ECAP: NEST 26.
+    let five = |cap: u64| cap >> 11 & 1 == 1 || cap >> 60 & 1 == 1;
+    for mode in [Mode::Legacy, Mode::ScalableSecond, Mode::ScalableFirst] {
+        let mut model = Vtd::start(mode, 48).unwrap();
+        let (cap, ecap) = (register(&mut model, "CAP"), register(&mut model, "ECAP"));
+        assert_there(known::VTD_FIVE_LEVELS, !five(cap), &format!("CAP is {cap:#x}"));
+        assert_there(known::VTD_NESTED, ecap >> 26 & 1 == 0, &format!("ECAP is {ecap:#x}"));
+        match Vtd::start(mode, 57) {
+            Err(error) => assert!(format!("{error:#}").contains("aw-bits"), "{error:#}"),
+            Ok(mut model) => {
+                let cap = register(&mut model, "CAP");
+                assert_there(known::VTD_FIVE_LEVELS, !five(cap), &format!("with 57 bits CAP is {cap:#x}"));
+            }
+        }
+    }
 }
 
 #[test]
@@ -331,4 +378,19 @@ fn amd_v1() {
     assert_wrong(known::AMD_LEVEL_6, None, ask(6, 0, TARGET));
     // 8 KiB where each entry covers 2 MiB.
     assert_wrong(known::AMD_SIZES, None, ask(2, TARGET | 7 << 9, 0));
+    // NextLevel 2 in a table of level 1, and in one of level 2. The entries that follow end the way: a leaf, and a pointer to a table of level 1 with a leaf.
+    for (mode, below) in [(1, vec![TARGET]), (2, vec![0x4000_2000 | 1 << 9, TARGET])] {
+        let mut memory = Memory::default();
+        let tables = (0x4000_0000..).step_by(4096);
+        for (table, entry) in tables.zip([0x4000_1000 | 2 << 9].into_iter().chain(below)) {
+            memory.write(table, entry | 1 | 3 << 61, false);
+        }
+        model.write_memory(&memory).unwrap();
+        model.set_table(Tables::Amd(AmdTable { root: 0x4000_0000, mode, access: Access::RW })).unwrap();
+        model.tag_page(TARGET).unwrap();
+        assert_wrong(known::AMD_LOOPS, None, model.dma(0, false).unwrap());
+    }
+    // GTSup, bit 4, is 1; GIoSup is bit 48.
+    let features = register(&mut model, "EXT_FEATURES");
+    assert_there(known::AMD_VERSION_2, features >> 48 & 1 == 0, &format!("EXT_FEATURES is {features:#x}"));
 }

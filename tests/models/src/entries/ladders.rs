@@ -44,8 +44,8 @@ impl Ladder for VtdLadder {
         format!("{} of {} levels", if self.first_stage { "first stage" } else { "second stage" }, self.levels)
     }
 
-    fn format(&self) -> &'static str {
-        if self.first_stage { "intel-vtd/first-stage" } else { "intel-vtd/second-stage" }
+    fn formats(&self) -> Vec<&'static str> {
+        vec![if self.first_stage { "intel-vtd/first-stage" } else { "intel-vtd/second-stage" }]
     }
 
     fn rungs(&self) -> Vec<(u32, u64)> {
@@ -88,6 +88,17 @@ impl Ladder for VtdLadder {
     }
 }
 
+/// Which halves of all IOVAs have the tables of a stage 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Halves {
+    /// The lower one.
+    Low,
+    /// The upper one.
+    High,
+    /// Both have the same, and top bytes are ignored (see `known::SMMU_TBI1` for why not in one of them alone).
+    Tagged,
+}
+
 /// SMMUv3: Arm DDI 0487 section D8.3.
 #[derive(Clone, Copy, Debug)]
 pub struct ArmLadder {
@@ -99,11 +110,29 @@ pub struct ArmLadder {
     pub input_bits: u32,
     /// Output address bits, at most 44.
     pub output_bits: u32,
+    /// Of stage 1.
+    pub halves: Halves,
 }
 
 impl ArmLadder {
     fn page_bits(&self) -> u32 {
         self.granule.trailing_zeros()
+    }
+
+    pub(super) fn stage_1(&self, root: u64) -> ArmStage1 {
+        let (granule, input_bits, output_bits) = (self.granule, self.input_bits, self.output_bits);
+        let half = ArmHalf { root, granule, input_bits, top_byte_ignored: self.halves == Halves::Tagged, hierarchical_disabled: false };
+        let (low, high) = match self.halves {
+            Halves::Low => (Some(half), None),
+            Halves::High => (None, Some(half)),
+            Halves::Tagged => (Some(half), Some(half)),
+        };
+        ArmStage1 { low, high, output_bits, mair: 0x04_ff_44, ..ArmStage1::default() }
+    }
+
+    pub(super) fn stage_2(&self, root: u64) -> ArmStage2 {
+        let (granule, input_bits, output_bits) = (self.granule, self.input_bits, self.output_bits);
+        ArmStage2 { root, granule, input_bits, output_bits, start_level: 4 - self.rungs().len() as i32, ..ArmStage2::default() }
     }
 
     /// The greatest height that has blocks.
@@ -115,11 +144,11 @@ impl ArmLadder {
 impl Ladder for ArmLadder {
     fn name(&self) -> String {
         let stage = if self.first_stage { 1 } else { 2 };
-        format!("stage {stage} of {} bytes, {} to {} bits", self.granule, self.input_bits, self.output_bits)
+        format!("stage {stage} of {} bytes, {} to {} bits, {:?}", self.granule, self.input_bits, self.output_bits, self.halves)
     }
 
-    fn format(&self) -> &'static str {
-        if self.first_stage { "arm-smmuv3/stage1" } else { "arm-smmuv3/stage2" }
+    fn formats(&self) -> Vec<&'static str> {
+        vec![if self.first_stage { "arm-smmuv3/stage1" } else { "arm-smmuv3/stage2" }]
     }
 
     fn rungs(&self) -> Vec<(u32, u64)> {
@@ -148,16 +177,25 @@ impl Ladder for ArmLadder {
         }
     }
 
+    fn iova(&self, position: u64) -> u64 {
+        let upper = position | u64::MAX << self.input_bits;
+        match self.halves {
+            Halves::Low => position,
+            Halves::High => upper,
+            Halves::Tagged => {
+                // Something that differs from one IOVA to the next.
+                let hash = (position >> 3).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+                let whole = if hash >> 55 & 1 == 0 { position } else { upper };
+                whole & !(0xff << 56) | hash & 0xff << 56
+            }
+        }
+    }
+
     fn tables(&self, root: u64) -> Tables {
-        let (granule, input_bits, output_bits) = (self.granule, self.input_bits, self.output_bits);
         Tables::Smmu(if self.first_stage {
-            let half = ArmHalf { root, granule, input_bits, top_byte_ignored: false, hierarchical_disabled: false };
-            let config = ArmStage1 { low: Some(half), output_bits, mair: 0x04_ff_44, ..ArmStage1::default() };
-            SmmuTables { first: Some(config), ..SmmuTables::default() }
+            SmmuTables { first: Some(self.stage_1(root)), ..SmmuTables::default() }
         } else {
-            let start_level = 4 - self.rungs().len() as i32;
-            let config = ArmStage2 { root, granule, input_bits, output_bits, start_level, ..ArmStage2::default() };
-            SmmuTables { second: Some(config), ..SmmuTables::default() }
+            SmmuTables { second: Some(self.stage_2(root)), ..SmmuTables::default() }
         })
     }
 
@@ -184,13 +222,19 @@ pub struct RiscvLadder {
     pub levels: u32,
 }
 
+impl RiscvLadder {
+    pub(super) fn table(&self, root: u64) -> RiscvTable {
+        RiscvTable { root, levels: self.levels, second: self.second }
+    }
+}
+
 impl Ladder for RiscvLadder {
     fn name(&self) -> String {
         format!("{} of {} levels", if self.second { "second stage" } else { "first stage" }, self.levels)
     }
 
-    fn format(&self) -> &'static str {
-        crate::spaces::riscv::format(self.second)
+    fn formats(&self) -> Vec<&'static str> {
+        vec![crate::spaces::riscv::format(self.second)]
     }
 
     fn rungs(&self) -> Vec<(u32, u64)> {
@@ -236,7 +280,7 @@ impl Ladder for RiscvLadder {
     }
 
     fn tables(&self, root: u64) -> Tables {
-        let table = Some(RiscvTable { root, levels: self.levels, second: self.second });
+        let table = Some(self.table(root));
         Tables::Riscv(if self.second { RiscvTables { first: None, second: table } } else { RiscvTables { first: table, second: None } })
     }
 
@@ -264,15 +308,17 @@ impl Ladder for RiscvLadder {
 pub struct AmdLadder {
     /// Paging mode: levels of tables.
     pub mode: u32,
+    /// Only entries of the first table are damaged.
+    pub root_only: bool,
 }
 
 impl Ladder for AmdLadder {
     fn name(&self) -> String {
-        format!("v1 of {} levels", self.mode)
+        format!("v1 of {} levels{}", self.mode, if self.root_only { ", the first" } else { "" })
     }
 
-    fn format(&self) -> &'static str {
-        "amd-vi/v1"
+    fn formats(&self) -> Vec<&'static str> {
+        vec!["amd-vi/v1"]
     }
 
     fn rungs(&self) -> Vec<(u32, u64)> {
@@ -297,6 +343,10 @@ impl Ladder for AmdLadder {
         }
     }
 
+    fn lowest(&self) -> usize {
+        if self.root_only { self.mode as usize - 1 } else { 0 }
+    }
+
     fn leaves(&self, height: usize) -> Vec<(Good, u32)> {
         let bits = 1 | 3 << 61;
         let shift = 12 + 9 * height as u32;
@@ -304,6 +354,8 @@ impl Ladder for AmdLadder {
         let sized = |log2: u32| (good("leaf of a coded size", bits | 7 << 9 | (((1 << (log2 - 1)) - 1) & !0xfff)), log2);
         match height {
             5 => Vec::new(),
+            // All address bits are ones, so that bit 52 is the lowest zero: as large as it gets.
+            4 => vec![(good("leaf", bits), shift), sized(shift + 1), sized(shift + 4), sized(53)],
             _ => vec![(good("leaf", bits), shift), sized(shift + 1), sized(shift + 4)],
         }
     }

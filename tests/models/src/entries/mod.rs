@@ -4,8 +4,10 @@
 //! from the root to the last level; a damaged pointer stands beside the chain's own and points, or should, to the same table.
 
 mod ladders;
+mod nested;
 
-pub use ladders::{AmdLadder, ArmLadder, RiscvLadder, VtdLadder};
+pub use ladders::{AmdLadder, ArmLadder, Halves, RiscvLadder, VtdLadder};
+pub use nested::{Nested, Stage};
 
 use std::collections::BTreeMap;
 use std::fmt::{self, Write as _};
@@ -34,8 +36,8 @@ pub trait Ladder {
     /// For messages.
     fn name(&self) -> String;
 
-    /// The format that the engine must find.
-    fn format(&self) -> &'static str;
+    /// The formats that the engine must find, first stage first.
+    fn formats(&self) -> Vec<&'static str>;
 
     /// Log2 of what an entry covers, and the number of entries of a table, by height.
     fn rungs(&self) -> Vec<(u32, u64)>;
@@ -63,6 +65,11 @@ pub trait Ladder {
     /// Pointers in a table of `height` to a table of `below`, which is lower; none if the format does not have this.
     fn pointer(&self, height: usize, below: usize, table: u64) -> Option<Good>;
 
+    /// The lowest height at which entries are damaged.
+    fn lowest(&self) -> usize {
+        0
+    }
+
     /// Leaves in a table of `height` that map an address, which is aligned to their size, and log2 of that size.
     fn leaves(&self, height: usize) -> Vec<(Good, u32)>;
 
@@ -81,8 +88,23 @@ pub trait Ladder {
         position
     }
 
+    /// How many bytes from the third page of all on are left for [`Ladder::complete`]: entries of the last level that are not damaged.
+    fn kept(&self) -> u64 {
+        0
+    }
+
+    /// Where in the machine an address that a leaf has comes to lie, if anywhere.
+    fn place(&self, address: u64) -> Option<u64> {
+        Some(address)
+    }
+
     /// For the model.
     fn tables(&self, root: u64) -> Tables;
+
+    /// What else is needed beside the damaged tables.
+    fn complete(&self, image: Image, _: &mut Rng) -> Image {
+        image
+    }
 
     /// The known error because of which the model cannot be asked to read or write through a damaged entry.
     fn excuse(&self, damage: &Damage, write: bool) -> Option<KnownError>;
@@ -117,8 +139,12 @@ impl fmt::Debug for Damage {
 pub struct Image {
     /// The tables.
     pub memory: Memory,
-    /// The first one.
+    /// The first one of those that are damaged.
     pub root: u64,
+    /// For the model.
+    pub tables: Tables,
+    /// The address that the bytes of [`Ladder::kept`] are mapped to.
+    pub kept: u64,
     /// The damaged entries.
     pub damages: Vec<Damage>,
 }
@@ -169,7 +195,7 @@ struct Task {
 /// Images with every single bit of every kind of entry flipped once, and `random` other changes of each.
 pub fn images(ladder: &dyn Ladder, random: usize, rng: &mut Rng) -> Vec<Image> {
     let mut tasks: BTreeMap<usize, Vec<Task>> = BTreeMap::new();
-    for height in 0..ladder.rungs().len() {
+    for height in ladder.lowest()..ladder.rungs().len() {
         let leaves = (0..ladder.leaves(height).len()).map(|leaf| (Some(leaf), 0));
         let pointers = (0..height).filter(|below| ladder.pointer(height, *below, 0).is_some()).map(|below| (None, below));
         for (leaf, below) in leaves.chain(pointers) {
@@ -180,7 +206,8 @@ pub fn images(ladder: &dyn Ladder, random: usize, rng: &mut Rng) -> Vec<Image> {
     }
     let mut images = Vec::new();
     while tasks.values().any(|tasks| !tasks.is_empty()) {
-        images.push(image(ladder, &mut tasks, rng));
+        let image = image(ladder, &mut tasks, rng);
+        images.push(ladder.complete(image, rng));
     }
     images
 }
@@ -199,10 +226,15 @@ fn image(ladder: &dyn Ladder, tasks: &mut BTreeMap<usize, Vec<Task>>, rng: &mut 
     let (page, _) = ladder.leaves(0)[0];
     let address = random_address(ladder, rungs[0].0, rng);
     arena.write(chain[0] + 8, ladder.with_address(page.entry, address));
+    // Behind it what is kept.
+    let (kept, kept_slots) = (random_address(ladder, 20, rng), ladder.kept() >> rungs[0].0);
+    for slot in 0..kept_slots {
+        arena.write(chain[0] + (2 + slot) * 8, ladder.with_address(page.entry, kept + (slot << rungs[0].0)));
+    }
     let mut damages = Vec::new();
     for (height, tasks) in tasks.iter_mut() {
         let (shift, entries) = rungs[*height];
-        let mut slots: Vec<u64> = (2..entries).collect();
+        let mut slots: Vec<u64> = (2 + if *height == 0 { kept_slots } else { 0 }..entries).collect();
         while let (false, Some(task)) = (slots.is_empty(), tasks.pop()) {
             let slot = slots.swap_remove(rng.below(slots.len() as u64) as usize);
             let (good, offset, below) = match task.leaf {
@@ -224,7 +256,8 @@ fn image(ladder: &dyn Ladder, tasks: &mut BTreeMap<usize, Vec<Task>>, rng: &mut 
             damages.push(Damage { height: *height, good, entry, iova, below });
         }
     }
-    Image { memory: arena.memory, root: chain[rungs.len() - 1], damages }
+    let root = chain[rungs.len() - 1];
+    Image { memory: arena.memory, root, tables: ladder.tables(root), kept, damages }
 }
 
 /// An address above the holes below 4 GiB, aligned to a size; zero for what is larger than RAM.
@@ -247,10 +280,10 @@ enum Expected {
 /// Lists the disagreements.
 pub fn judge_image(model: &mut dyn Model, production: &Production, ladder: &dyn Ladder, image: &Image) -> Result<Tally> {
     model.write_memory(&image.memory)?;
-    model.set_table(ladder.tables(image.root))?;
+    model.set_table(image.tables)?;
     let snapshot = production.load(&model.snapshot()?)?;
     let mut view = production.view(&snapshot)?;
-    if view.formats() != [ladder.format()] {
+    if view.formats() != ladder.formats() {
         bail!("the engine finds {:x?}", view.configs);
     }
     let mut tally = Tally::default();
@@ -272,7 +305,9 @@ pub fn judge_image(model: &mut dyn Model, production: &Production, ladder: &dyn 
         let (shift, _) = ladder.rungs()[damage.height];
         for entry in [damage.good.entry, damage.entry] {
             let address = (ladder.address(entry) >> shift << shift) + damage.iova % (1 << shift);
-            model.tag_page(address)?;
+            if let Some(address) = ladder.place(address) {
+                model.tag_page(address)?;
+            }
         }
     }
     // A page that was unwritten when the engine looked at it, and is tagged now, says something else to the model.

@@ -90,9 +90,8 @@ impl AmdV1 {
                 let mut size = step.shift;
                 let mut base = address;
                 if next == 7 {
-                    // The lowest bit that is zero is half the size.
-                    let Some(zero) = (12..52).find(|position| !bit(address, *position)) else { return Entry::Fault };
-                    size = zero + 1;
+                    // The lowest bit that is zero is half the size: bit 52 at the most, which is no address bit.
+                    size = (12..52).find(|position| !bit(address, *position)).unwrap_or(52) + 1;
                     if size <= step.shift || size >= step.shift + 9 {
                         return Entry::Fault;
                     }

@@ -88,8 +88,8 @@ impl LoongArch {
             }
             return Entry::table(address, Access::RW, 0);
         }
-        // Where hardware walks, V and D are what it sets: whether the page is there and may be written is said by P and W (section 5.4.2). Of the access
-        // types, 3 is reserved (section 5.2).
+        // Where hardware walks, V and D are what it sets: whether the page is there and may be written is said by P and W (section 5.4.5). Of the access
+        // types, 3 is reserved (section 5.3).
         if !bit(entry, if self.hardware_update { 7 } else { 0 }) || bits(entry, 5, 4) == 3 {
             return Entry::Fault;
         }
