@@ -3,13 +3,15 @@
 use std::collections::HashMap;
 
 use anyhow::Result;
+use stagecraft::Access;
 use stagecraft::device::LookupError;
 use stagecraft::guest::{Collected, Guest, GuestError, State, StreamState};
 use stagecraft::memory::PAGE;
 use stagecraft::plugin::CallError;
 use stagecraft::snapshot::{Device, Source};
+use stagecraft::table::Mapping;
 
-use crate::failure::{Status, complain};
+use crate::failure::{IN_ONE_REPORT, Status, complain, more};
 use crate::progress::Progress;
 use crate::session::name;
 
@@ -27,8 +29,10 @@ pub struct Seen {
     pub stream: StreamState,
     /// Index into the tables if it has an address space of its own.
     pub table: Option<usize>,
-    /// Why looking for its tables ended early, if it did.
+    /// Why looking for its tables ended early, or why not all of its mappings are shown, if so.
     pub stopped: Option<String>,
+    /// How many of its mappings are shown at most, see [`View::bound`].
+    pub shown: usize,
 }
 
 /// What devices reach through one table, or through two.
@@ -37,6 +41,8 @@ pub struct Reach {
     pub stream: StreamState,
     /// Mappings and faults.
     pub collected: Collected,
+    /// Bytes that are mapped.
+    pub bytes: u128,
 }
 
 impl View {
@@ -52,18 +58,33 @@ impl View {
                     known.len() - 1
                 })
             });
-            view.streams.push(Seen { stream, table, stopped });
+            view.streams.push(Seen { stream, table, stopped, shown: usize::MAX });
         }
-        let progress = Progress::new("walking tables");
+        let progress = Progress::new("walking tables", guest);
         let all = known.len();
         for (done, stream) in known.into_iter().enumerate() {
             progress.at(done, all);
             // Only streams with an address space are known.
             let Some(mut space) = guest.space(&stream)? else { continue };
             let collected = guest.collect(&mut space, 0)?;
-            view.tables.push(Reach { stream, collected });
+            let bytes = mapped(collected.collector.mappings(), None);
+            view.tables.push(Reach { stream, collected, bytes });
         }
         Ok(view)
+    }
+
+    /// Bounds a report that says for each stream what it reaches: tables are walked once, but may be shared by as many streams as a guest likes. From
+    /// the stream on that would be shown mapping number `most` and one more, they are cut, and say so.
+    pub fn bound(&mut self, most: u64) {
+        let mut left = most;
+        for seen in &mut self.streams {
+            let mappings = seen.table.map_or(0, |table| self.tables[table].collected.collector.mappings().len() as u64);
+            if mappings > left {
+                seen.shown = left as usize;
+                seen.stopped.get_or_insert_with(|| in_one_report("mappings", most));
+            }
+            left = left.saturating_sub(mappings);
+        }
     }
 
     /// The streams that use a table.
@@ -112,10 +133,43 @@ impl View {
 /// PASIDs of one device that a plugin lists at most: `pasids` of the contract.
 const MOST_PASIDS: usize = 1024;
 
+/// Streams that may share all tables of a guest before [`View::bound`] cuts what is said about them.
+const SHARING: u64 = 1 << 10;
+/// Mappings that are said in any case, whatever number of streams reach them: some gigabytes of JSON.
+const MOST_SAID: u64 = 1 << 25;
+/// What all walks of a guest together may find, in walks.
+const ALL_WALKS: u64 = 16;
+
+/// How many mappings all walks of a guest together may find.
+pub fn all_walks(guest: &Guest<'_>) -> u64 {
+    guest.budget().limits().mappings.saturating_mul(ALL_WALKS)
+}
+
+/// How many mappings one report about a guest may have, all streams together: what is in as many entries as there are for each of many streams, and
+/// in any case what all walks may find.
+pub fn most_mappings(guest: &Guest<'_>) -> u64 {
+    let (snapshot, limit) = (guest.snapshot(), guest.budget().limits().mappings);
+    let entries = match &snapshot.source {
+        Source::Domains(_) => limit,
+        Source::Unit { .. } | Source::Tables(_) => limit.min(snapshot.pages.saturating_mul(PAGE / 8)),
+    };
+    entries.saturating_mul(SHARING).min(MOST_SAID).max(all_walks(guest))
+}
+
+/// That a report ends early because streams share so much.
+pub fn in_one_report(what: &str, limit: u64) -> String {
+    format!("stopped by budget: more than {limit} {what} {IN_ONE_REPORT}")
+}
+
+/// Bytes that are mapped, all together or with one access.
+pub fn mapped(mappings: &[Mapping], access: Option<Access>) -> u128 {
+    let counts = |mapping: &&Mapping| access.is_none_or(|access| mapping.access == access);
+    mappings.iter().filter(counts).map(|mapping| u128::from(mapping.iova.length_minus_one()) + 1).sum()
+}
+
 /// The line that says why what is known of a stream is not all, and what would help.
 pub fn stopped_at(stopped: &str, stream: &StreamState) -> String {
-    let hint = if stopped.starts_with("stopped by budget") { "; --budget-tables and --budget-leaves allow more" } else { "" };
-    format!("device {}: {stopped}{hint}", stream_name(stream))
+    format!("device {}: {stopped}{}", stream_name(stream), more(stopped))
 }
 
 /// The line that says that the snapshot is not complete.
