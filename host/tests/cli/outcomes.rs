@@ -270,8 +270,8 @@ fn a_table_of_the_high_range_alone_has_no_root_beside_its_settings() {
     let convert_high =
         |from: &str, out: &str| run(&[&["convert", from, "--to", "arm-smmuv3/stage1", "--out", out][..], &to_high].concat()).good().json();
     convert(path, "intel-vtd/first-stage", other);
-    for from in [path, other] {
-        let out = format!("{out}-{}", from.len());
+    for (from, name) in [(path, "same"), (other, "through")] {
+        let out = format!("{out}-{name}");
         let report = convert_high(from, &out);
         assert_eq!((&report["tables"][0]["root"], &report["tables"][0]["losses"]), (&json!(null), &json!([])));
         let stored: Value = serde_json::from_slice(&fs::read(format!("{out}/snapshot.json")).unwrap()).unwrap();
@@ -297,21 +297,28 @@ fn a_table_of_the_high_range_alone_has_no_root_beside_its_settings() {
 /// 2^64 bytes are one more than 64 bits say.
 #[test]
 fn all_of_an_address_space_has_a_size() {
+    let all = json!(2_f64.powi(64));
+    // A guest that asked for one mapping of everything.
+    let domain = json!({"id": 1, "endpoints": [3], "mappings": [{"first": 0, "last": "0xffffffffffffffff", "address": 0, "access": "rw"}]});
     let unit = json!({
-        "unit": {"kind": "s390-zpci", "registers": {"IOTA_10000": "0x0", "BASE_10000": "0x0", "LIMIT_10000": "0xffffffffffffffff"}},
+        "unit": {"kind": "virtio-iommu", "registers": {}},
+        "domains": [domain],
         "memory": [{"kind": "ram", "first": "0x0", "last": "0xffffffffffffffff"}],
     });
-    let saved = Guest::new(&unit, 0x1_0000).save("all");
+    let saved = Guest::new(&unit, 3).save("all");
     let path = saved.to_str().unwrap();
-    let all = json!(2_f64.powi(64));
     let found = stream(path);
     assert_eq!((&found["mappings"][0]["size"], &found["mappings"][0]["iova"]), (&all, &json!("0x0")), "{found}");
     let human = run(&["inspect", path]).good().stdout;
     assert!(human.contains(" 1 x 16 EiB"), "{human}");
-    let report = convert(path, "s390-zpci/dma", saved.with_file_name("out").to_str().unwrap());
-    assert_eq!(report["tables"][0]["windows"][0]["size"], all);
-    let none = Guest::new(&json!({"tables": [{"id": 0x1_0000, "state": "bypass"}]}), 0x1_0000).save("none");
+    let none = Guest::new(&json!({"tables": [{"id": 3, "state": "blocked"}]}), 3).save("none");
     let diff = run(&["diff", path, none.to_str().unwrap(), "--format", "json"]);
     let difference = &diff.json()["differences"][0];
     assert_eq!((&difference["removed"]["bytes"], &difference["ranges"][0]["size"]), (&all, &all));
+
+    // A device that may only read, without a table: 48882 section 2.2.2.1, Mode 0 with IR alone.
+    let registers = json!({"DEVTAB_BASE": "0x80001000", "CONTROL": "0x1", "EXT_FEATURES": "0x0"});
+    let saved = Guest::new(&json!({"unit": {"kind": "amd-vi", "registers": registers}}), 1).words(0x8000_1020, &[3 | 1 << 61]).save("window");
+    let report = convert(saved.to_str().unwrap(), "amd-vi/v1", saved.with_file_name("out").to_str().unwrap());
+    assert_eq!(report["tables"][0]["windows"][0]["size"], all);
 }

@@ -74,7 +74,7 @@ fn device_structures_without_end() {
     let entry = stream_table_entry(&copy);
     // A list of 2^20 contexts where there is no memory.
     copy.set_register("IDR1", copy.register("IDR1") & !(0x1f << 6) | 20 << 6);
-    copy.set_word(entry, copy.word(entry) & !0x000f_ffff_ffff_ffc0 | 0x80_0000_0000 | 20 << 59);
+    copy.set_word(entry, copy.word(entry) & !0x000f_ffff_ffff_ffc0 | 0x90_0000_0000 | 20 << 59);
     copy.set_word(entry + 8, copy.word(entry + 8) & !3 | 2);
     let found = run(&["inspect", copy.write().path(), "--device", "0x30"]);
     let most = (1 << 20) + copy.json["pages"].as_array().unwrap().len() * (16 << 12);

@@ -138,11 +138,11 @@ fn what_hardware_refuses_is_named_to_the_bit() {
     let [structure, bits, section, _] = blocked(copy.write().path(), "0x30");
     assert_eq!([structure, bits, section], [place(entry, 0), json!("0xf800000000000000"), json!("IHI 0070 section 5.2, S1CDMax")]);
     // A context where there is no memory: a structure as a whole.
-    copy.set_word(entry, entry_was & !0x000f_ffff_ffff_ffc0 | 0x80_0000_0000);
+    copy.set_word(entry, entry_was & !0x000f_ffff_ffff_ffc0 | 0x90_0000_0000);
     let [structure, bits, _, reason] = blocked(copy.write().path(), "0x30");
-    assert_eq!([structure, bits], [place(0x80_0000_0000, 0), json!(null)]);
-    assert_eq!(reason, "F_CD_FETCH: the context descriptor at 0x8000000000 cannot be read");
-    assert!(run(&["validate", copy.path(), "--device", "0x30"]).stdout.contains("\n  the structure at 0x8000000000\n"));
+    assert_eq!([structure, bits], [place(0x90_0000_0000, 0), json!(null)]);
+    assert_eq!(reason, "F_CD_FETCH: the context descriptor at 0x9000000000 cannot be read");
+    assert!(run(&["validate", copy.path(), "--device", "0x30"]).stdout.contains("\n  the structure at 0x9000000000\n"));
 
     // D51397 section 9.6: bit 1 of word 2 of the PASID table entry.
     let mut copy = Copy::new("refused-vtd", "vtd-sm-fs");

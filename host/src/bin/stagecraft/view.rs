@@ -39,6 +39,8 @@ pub struct Seen {
 pub struct Reach {
     /// The first stream that goes this way.
     pub stream: StreamState,
+    /// Which streams do, as indices into the streams.
+    users: Vec<usize>,
     /// Mappings and faults.
     pub collected: Collected,
     /// Bytes that are mapped.
@@ -50,25 +52,27 @@ impl View {
     pub fn new(guest: &Guest<'_>, only: Option<&Device>) -> Result<Self> {
         let streams = streams(guest, only)?;
         let mut view = Self { streams: Vec::with_capacity(streams.len()), tables: Vec::new() };
-        let (mut known, mut places) = (Vec::<StreamState>::new(), HashMap::new());
+        let (mut known, mut places) = (Vec::<(StreamState, Vec<usize>)>::new(), HashMap::new());
         for (stream, stopped) in streams {
             let table = matches!(stream.state, State::Translated(_) | State::Direct(_)).then(|| {
-                *places.entry(stream.way()).or_insert_with(|| {
-                    known.push(stream.clone());
+                let place = *places.entry(stream.way()).or_insert_with(|| {
+                    known.push((stream.clone(), Vec::new()));
                     known.len() - 1
-                })
+                });
+                known[place].1.push(view.streams.len());
+                place
             });
             view.streams.push(Seen { stream, table, stopped, shown: usize::MAX });
         }
         let progress = Progress::new("walking tables", guest);
         let all = known.len();
-        for (done, stream) in known.into_iter().enumerate() {
+        for (done, (stream, users)) in known.into_iter().enumerate() {
             progress.at(done, all);
             // Only streams with an address space are known.
             let Some(mut space) = guest.space(&stream)? else { continue };
             let collected = guest.collect(&mut space, 0)?;
             let bytes = mapped(collected.collector.mappings(), None);
-            view.tables.push(Reach { stream, collected, bytes });
+            view.tables.push(Reach { stream, users, collected, bytes });
         }
         Ok(view)
     }
@@ -81,7 +85,8 @@ impl View {
             let mappings = seen.table.map_or(0, |table| self.tables[table].collected.collector.mappings().len() as u64);
             if mappings > left {
                 seen.shown = left as usize;
-                seen.stopped.get_or_insert_with(|| in_one_report("mappings", most));
+                let cut = in_one_report("mappings", most);
+                seen.stopped = Some(seen.stopped.take().map_or_else(|| cut.clone(), |other| format!("{other}; {cut}")));
             }
             left = left.saturating_sub(mappings);
         }
@@ -89,7 +94,7 @@ impl View {
 
     /// The streams that use a table.
     pub fn users(&self, table: usize) -> impl Iterator<Item = &StreamState> {
-        self.streams.iter().filter(move |seen| seen.table == Some(table)).map(|seen| &seen.stream)
+        self.tables[table].users.iter().map(|place| &self.streams[*place].stream)
     }
 
     /// Why a stream is blocked, or why what is known about it is not all.

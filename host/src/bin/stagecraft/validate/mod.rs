@@ -16,7 +16,7 @@ use stagecraft::plugin::{Note, TableConfig};
 use stagecraft::table::{Cause, Severity, Step, WalkError};
 use stagecraft::{Gpa, Span};
 
-use crate::failure::{Status, complain};
+use crate::failure::{Status, complain, more};
 use crate::numbers::number;
 use crate::options::Global;
 use crate::output::{human, raw};
@@ -186,7 +186,8 @@ impl<'a> Report<'a> {
         }
         if self.violations.len() < self.max {
             if self.named + violation.shared.len() > MOST_NAMED {
-                self.incomplete(Status::Found, in_one_report("names of streams", MOST_NAMED as u64));
+                let stopped = in_one_report("names of streams", MOST_NAMED as u64);
+                self.incomplete(Status::Found, format!("{stopped}{}", more(&stopped)));
                 violation.shared = Rc::default();
             }
             self.named += violation.shared.len();
