@@ -193,11 +193,6 @@ fn is_part_of(part: &[reference::Run], whole: &[reference::Run]) -> bool {
     })
 }
 
-/// Whether a snapshot is converted to all targets: the big one to those of the first two architectures, and of others to a few.
-fn every_target(fixture: &fixtures::Fixture, format: &str) -> bool {
-    !fixture.big || ["intel-vtd", "arm-smmuv3"].iter().any(|first| format.starts_with(first))
-}
-
 /// Converts every snapshot to the targets whose format begins so.
 fn convert_all(prefix: &str) {
     let plugins = plugins();
@@ -210,10 +205,7 @@ fn convert_all(prefix: &str) {
         let before: BTreeMap<u64, Vec<reference::Run>> =
             snapshot.devices.iter().map(|device| (device.id, runs(&mappings(&guest, device.id)))).collect();
         let mut converted_to = 0;
-        for (index, (format, settings)) in targets.iter().enumerate() {
-            if !every_target(&fixture, format) && index % 4 != 0 {
-                continue;
-            }
+        for (format, settings) in &targets {
             let what = format!("{} to {format} {settings:?}", fixture.name);
             let conversion = match to(&guest, format, settings) {
                 Ok(conversion) => conversion,
