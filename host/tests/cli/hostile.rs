@@ -185,8 +185,8 @@ fn very_many_devices_that_share_a_table() {
     let page = 0x4_0000_0000_u64;
     copy.json["memory"] = json!([{"kind": "ram", "first": "0x0", "last": "0xffffffffff"}]);
     [page, page + 0x1000, page + 0x2000, page + 0x3000].iter().for_each(|page| copy.add_page(*page));
-    (0..3).for_each(|level| copy.set_word(page + 0x1000 * level, page + 0x1000 * (level + 1) | 3));
-    (0..100).for_each(|index| copy.set_word(page + 0x3000 + 16 * index, page + 0x1000 * index | 0x743));
+    (0..3).for_each(|level| copy.set_word(page + 0x1000 * level, (page + 0x1000 * (level + 1)) | 3));
+    (0..100).for_each(|index| copy.set_word(page + 0x3000 + 16 * index, (page + 0x1000 * index) | 0x743));
     shared(&mut copy, 1100, page);
     let found = run(&["inspect", copy.path(), "--format", "json", "--budget-leaves", "100"]);
     let line = "error: device 0x400 (d1024): stopped by budget: more than 102400 mappings in one report; --device ID asks for one device\n";

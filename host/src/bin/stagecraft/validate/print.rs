@@ -86,7 +86,7 @@ pub fn human(out: &mut impl Write, report: &Report<'_>, all: bool) -> Result<()>
 
 fn paragraph(out: &mut impl Write, violation: &Violation<'_>) -> Result<()> {
     let style = if violation.severity == Severity::Error { BAD } else { WARN };
-    write!(out, "{style}{}: {}{style:#}  device {}", word(violation.severity), violation.kind, printable(&stream_name(&violation.stream)))?;
+    write!(out, "{style}{}: {}{style:#}  device {}", word(violation.severity), violation.kind, printable(&stream_name(violation.stream)))?;
     match violation.shared.len() {
         0 => {}
         others => write!(out, " and {others} more")?,
