@@ -3,12 +3,16 @@
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::device::{Found, LookupError, Unit};
 use crate::memory::{Budget, Exhausted, Limits, MemoryMap, VmMemory};
-use crate::plugin::{BlockKind, CallError, Notes, Outcome, Plugins, PluginsError, Refusal, Requester, Settings, TableConfig, Tag};
+use crate::plugin::{BlockKind, Blocked, CallError, Notes, Outcome, Plugins, PluginsError, Refusal, Requester, Settings, TableConfig, Tag};
 use crate::snapshot::{Domains, PageMemory, Snapshot, Source, Stream, StreamEntry};
-use crate::table::{AddressSpace, Collector, Fault, FormatError, Intercept, OpenError, Table, Translation, Visitor, WalkError, Window};
+use crate::table::{
+    AddressSpace, Collector, Fault, FaultAt, FormatError, Intercept, OpenError, Passed, Piece, Receiver, Run, Step, Table, Translation, Visitor,
+    WalkError, Window,
+};
 use crate::virtio_iommu;
 use crate::{Access, Gpa, Iova, Span};
 
@@ -50,6 +54,8 @@ pub struct StreamState {
     pub state: State,
     /// Blocked because nobody set anything up for it.
     pub unused: bool,
+    /// What a plugin said about a stream that is blocked, in parts.
+    pub blocked: Option<Blocked>,
     /// Addresses that something else than the tables serves.
     pub intercepts: Vec<Intercept>,
     /// The name of its address space in invalidation commands.
@@ -65,7 +71,7 @@ impl StreamState {
     #[must_use]
     pub fn new(label: &str, id: u64, pasid: Option<u32>, state: State) -> Self {
         let (intercepts, tag, notes) = (Vec::new(), Tag::default(), Notes::default());
-        Self { label: label.to_owned(), id, pasid, state, unused: false, intercepts, tag, missing: None, notes }
+        Self { label: label.to_owned(), id, pasid, state, unused: false, blocked: None, intercepts, tag, missing: None, notes }
     }
 
     /// Which way its DMA goes: streams for which this is equal share all their tables.
@@ -166,6 +172,51 @@ impl Spent {
     }
 }
 
+/// A visitor that counts the tables that are read, for whoever waits.
+struct Counted<'a, V> {
+    visitor: &'a mut V,
+    tables: &'a AtomicU64,
+}
+
+impl<V: Visitor> Visitor for Counted<'_, V> {
+    fn table(&mut self) {
+        self.tables.fetch_add(1, Ordering::Relaxed);
+        self.visitor.table();
+    }
+
+    fn takes_gaps(&self) -> bool {
+        self.visitor.takes_gaps()
+    }
+
+    fn takes_large(&self) -> bool {
+        self.visitor.takes_large()
+    }
+
+    fn receive(&mut self, run: &Run<'_>) -> Option<Receiver<'_>> {
+        self.visitor.receive(run)
+    }
+
+    fn received(&mut self, run: &Run<'_>, passed: Passed) -> Result<bool, WalkError> {
+        self.visitor.received(run, passed)
+    }
+
+    fn leaves(&mut self, run: &Run<'_>, path: &[Step]) -> Result<(), WalkError> {
+        self.visitor.leaves(run, path)
+    }
+
+    fn piece(&mut self, piece: &Piece, path: &[Step]) -> Result<(), WalkError> {
+        self.visitor.piece(piece, path)
+    }
+
+    fn absent(&mut self, span: Span, path: &[Step]) -> Result<(), WalkError> {
+        self.visitor.absent(span, path)
+    }
+
+    fn fault(&mut self, fault: &FaultAt<'_>) -> Result<(), WalkError> {
+        self.visitor.fault(fault)
+    }
+}
+
 /// A snapshot and the plugins that explain it.
 #[derive(Debug)]
 pub struct Guest<'a> {
@@ -176,6 +227,7 @@ pub struct Guest<'a> {
     /// Where a stream stands in a list of tables.
     listed: BTreeMap<(u64, Option<u32>), usize>,
     spent: Spent,
+    tables_read: Arc<AtomicU64>,
 }
 
 impl<'a> Guest<'a> {
@@ -203,7 +255,13 @@ impl<'a> Guest<'a> {
             Source::Tables(entries) => entries.iter().enumerate().map(|(index, entry)| ((entry.id, entry.pasid), index)).collect(),
             Source::Unit { .. } | Source::Domains(_) => BTreeMap::new(),
         };
-        Ok(Self { snapshot, plugins, limits, unit, listed, spent: Spent::default() })
+        Ok(Self { snapshot, plugins, limits, unit, listed, spent: Spent::default(), tables_read: Arc::default() })
+    }
+
+    /// How many tables all walks have read so far, those of a walk that is under way included: for a thread that shows how it gets on.
+    #[must_use]
+    pub fn tables_read(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.tables_read)
     }
 
     /// The snapshot.
@@ -349,7 +407,8 @@ impl<'a> Guest<'a> {
     /// The budget is spent, a format failed, or the visitor stopped the walk.
     pub fn walk<V: Visitor>(&self, space: &mut AddressSpace, visitor: &mut V) -> Result<(), WalkError> {
         let budget = Budget::new(self.spent.left(self.limits));
-        let walked = space.walk(&self.memory(), self.map(), Span::ALL, &budget, visitor);
+        let mut counted = Counted { visitor, tables: &self.tables_read };
+        let walked = space.walk(&self.memory(), self.map(), Span::ALL, &budget, &mut counted);
         self.spent.add(&budget);
         walked.map_err(|error| match error {
             WalkError::Exhausted(exhausted) => Spent::name(self.limits, exhausted).into(),
@@ -395,7 +454,7 @@ fn found(stream: impl Fn(State) -> StreamState, outcome: Outcome) -> StreamState
         Outcome::Blocked(blocked) => {
             let section = if blocked.section.is_empty() { String::new() } else { format!(" ({})", blocked.section) };
             let reason = format!("{}: {}{section}", blocked.event, blocked.reason);
-            StreamState { unused: blocked.kind == BlockKind::Unused, ..stream(State::Blocked(reason)) }
+            StreamState { unused: blocked.kind == BlockKind::Unused, blocked: Some(blocked), ..stream(State::Blocked(reason)) }
         }
         Outcome::Tables(found) => StreamState { intercepts: found.intercepts, tag: found.tag, ..stream(State::Translated(found.tables)) },
     }

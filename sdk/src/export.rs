@@ -28,6 +28,7 @@ pub use bindings::stagecraft::format::{guest_memory, log, notes, types};
 pub use bindings::*;
 
 use crate::queue::Access;
+use crate::unit::lookup_and_refuse;
 use crate::{
     Attributes, BlockKind, Blocked, ByteOrder, Command, Direct, Error, Event, EventRecord, Extent, FaultKind, Format, GuestMemory, Intercept,
     InvalidationTarget, Meaning, Need, Note, Outcome, PageRequest, Place, RangeEntry, Recipe, Registers, Requester, Settings, Severity, TableConfig,
@@ -51,6 +52,11 @@ impl GuestMemory for Imported {
         let Note { severity, address, word, bits, section, reason } = note;
         let severity = severity_out(severity);
         notes::add(&notes::Note { severity, address, word, bits, section: section.to_owned(), reason: reason.to_owned() });
+    }
+
+    fn refuse(&mut self, address: u64, blocked: &Blocked) {
+        let Blocked { word, bits, section, reason, .. } = blocked.clone();
+        notes::add(&notes::Note { severity: types::Severity::Error, address, word, bits, section, reason });
     }
 }
 
@@ -114,7 +120,7 @@ fn outcome_out(outcome: Outcome) -> detect::Outcome {
                 intercepts: intercepts.into_iter().map(intercept_out).collect(),
             })
         }
-        Outcome::Blocked(Blocked { kind, event, section, reason }) => {
+        Outcome::Blocked(Blocked { kind, event, section, reason, .. }) => {
             let kind = match kind {
                 BlockKind::Unused => detect::BlockKind::Unused,
                 BlockKind::Refused => detect::BlockKind::Refused,
@@ -136,7 +142,7 @@ fn outcome_out(outcome: Outcome) -> detect::Outcome {
 pub fn lookup<U: Unit>(unit: &str, registers: Vec<types::Named>, requester: detect::Requester) -> Result<detect::Outcome, types::Error> {
     install_panic_hook();
     let requester = Requester { id: requester.id, pasid: requester.pasid };
-    U::lookup(&registers_in(unit, registers), requester, &mut Imported).map(outcome_out).map_err(error_out)
+    lookup_and_refuse::<U>(&registers_in(unit, registers), requester, &mut Imported).map(outcome_out).map_err(error_out)
 }
 
 /// `detect.pasids` of unit `U`.

@@ -20,6 +20,50 @@ pub trait GuestMemory {
     fn note(&mut self, note: Note) {
         let _ = note;
     }
+
+    /// Says which structure an answer [`Outcome::Blocked`] is about. The SDK does so for every [`Unit::lookup`]: it is the one that was read last.
+    fn refuse(&mut self, address: u64, blocked: &Blocked) {
+        let _ = (address, blocked);
+    }
+}
+
+/// Memory that remembers which structure was read last.
+struct LastRead<'a> {
+    memory: &'a mut dyn GuestMemory,
+    address: Option<u64>,
+}
+
+impl GuestMemory for LastRead<'_> {
+    fn read(&mut self, address: u64, length: u32) -> Result<Vec<u8>, Error> {
+        self.address = Some(address);
+        self.memory.read(address, length)
+    }
+
+    fn read_through(&mut self, table: &TableConfig, address: u64, length: u32) -> Result<Vec<u8>, Error> {
+        self.address = Some(address);
+        self.memory.read_through(table, address, length)
+    }
+
+    fn note(&mut self, note: Note) {
+        self.memory.note(note);
+    }
+
+    fn refuse(&mut self, address: u64, blocked: &Blocked) {
+        self.memory.refuse(address, blocked);
+    }
+}
+
+/// [`Unit::lookup`], as the host is told of it: with the structure that hardware refuses, if it refuses one.
+///
+/// # Errors
+/// As [`Unit::lookup`].
+pub fn lookup_and_refuse<U: Unit>(registers: &Registers, requester: Requester, memory: &mut dyn GuestMemory) -> Result<Outcome, Error> {
+    let mut memory = LastRead { memory, address: None };
+    let outcome = U::lookup(registers, requester, &mut memory)?;
+    if let (Outcome::Blocked(blocked @ Blocked { kind: BlockKind::Refused, .. }), Some(address)) = (&outcome, memory.address) {
+        memory.refuse(address, blocked);
+    }
+    Ok(outcome)
 }
 
 /// Bits of a device structure that should not be so, and that hardware does not mind. What hardware refuses is [`Outcome::Blocked`].
@@ -137,13 +181,33 @@ pub struct Blocked {
     pub section: String,
     /// One sentence in lower case without a full stop.
     pub reason: String,
+    /// Which 64-bit word, from 0, of the structure that was read last.
+    pub word: u8,
+    /// The bits of that word that show it; zero where no bits do, or they are not known.
+    pub bits: u64,
 }
 
 impl Blocked {
     /// Something was set up, and hardware refuses it.
     #[must_use]
     pub fn refused(event: &str, section: &str, reason: &str) -> Self {
-        Self { kind: BlockKind::Refused, event: event.to_owned(), section: section.to_owned(), reason: reason.to_owned() }
+        let [event, section, reason] = [event, section, reason].map(str::to_owned);
+        Self { kind: BlockKind::Refused, event, section, reason, word: 0, bits: 0 }
+    }
+
+    /// The same, for these bits of word number `word` of the structure that was read last.
+    #[must_use]
+    pub fn at(self, word: u8, bits: u64) -> Self {
+        Self { word, bits, ..self }
+    }
+
+    /// The same, for the first of the words `bits` that is not zero: what is wrong with each word of the structure that was read last.
+    #[must_use]
+    pub fn at_first(self, bits: &[u64]) -> Self {
+        match bits.iter().position(|bits| *bits != 0) {
+            Some(word) => self.at(word as u8, bits[word]),
+            None => self,
+        }
     }
 
     /// Nothing was set up.
@@ -403,5 +467,74 @@ pub trait Unit {
     fn encode_page_request(registers: &Registers, request: &PageRequest) -> Result<EventRecord, Error> {
         let _ = (registers, request);
         Err(Error::Unsupported("page requests of this architecture".to_owned()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Refuses what it reads at 0x1000 if it finds something there, and else what it does not find behind the table.
+    struct Refusing;
+
+    impl Unit for Refusing {
+        fn lookup(_: &Registers, requester: Requester, memory: &mut dyn GuestMemory) -> Result<Outcome, Error> {
+            let refused = |reason| Blocked::refused("BAD", "section 1", reason);
+            if requester.id == 0 {
+                return Ok(Outcome::Blocked(refused("a register")));
+            }
+            if memory.read(0x1000, 8)?[0] == 1 {
+                return Ok(Outcome::Blocked(if requester.id == 1 {
+                    refused("a bit").at_first(&[0, 0, 6, 1])
+                } else {
+                    Blocked::unused("NONE", "", "")
+                }));
+            }
+            let failed = memory.read_through(&TableConfig::new("a/b", &[]), 0x2000, 8).is_err();
+            Ok(if failed { Outcome::Blocked(refused("unreadable")) } else { Outcome::Bypass })
+        }
+
+        fn pasids(_: &Registers, _: u64, _: &mut dyn GuestMemory) -> Result<Vec<u32>, Error> {
+            Ok(Vec::new())
+        }
+
+        fn offers(_: u32, _: &[u8]) -> Result<Vec<Offer>, Error> {
+            Ok(Vec::new())
+        }
+
+        fn bind_data(_: &TableConfig, _: &PlaceToBind) -> Result<Binding, Error> {
+            Err(Error::Unsupported("nesting".to_owned()))
+        }
+    }
+
+    /// One byte, and what was refused: address, word, bits.
+    struct Memory(u8, Vec<(u64, u8, u64)>);
+
+    impl GuestMemory for Memory {
+        fn read(&mut self, _: u64, _: u32) -> Result<Vec<u8>, Error> {
+            Ok(vec![self.0; 8])
+        }
+
+        fn read_through(&mut self, _: &TableConfig, address: u64, _: u32) -> Result<Vec<u8>, Error> {
+            Err(Error::Unreadable(address))
+        }
+
+        fn refuse(&mut self, address: u64, blocked: &Blocked) {
+            self.1.push((address, blocked.word, blocked.bits));
+        }
+    }
+
+    #[test]
+    fn what_is_refused_is_the_structure_that_was_read_last() {
+        let refused = |id: u64, byte: u8| {
+            let mut memory = Memory(byte, Vec::new());
+            let outcome = lookup_and_refuse::<Refusing>(&Registers::default(), Requester { id, pasid: None }, &mut memory);
+            assert!(matches!(outcome, Ok(Outcome::Blocked(_))));
+            memory.1
+        };
+        assert_eq!(refused(0, 1), [], "no structure was read");
+        assert_eq!(refused(1, 1), [(0x1000, 2, 6)]);
+        assert_eq!(refused(2, 1), [], "nothing was set up");
+        assert_eq!(refused(1, 0), [(0x2000, 0, 0)], "one that cannot be read has no bits");
     }
 }

@@ -7,7 +7,7 @@ use crate::plugin::bindings::stagecraft::format::types;
 use crate::plugin::queue::{Event, EventRecord, Invalidation, MAX_COMMAND_BYTES, PageRequest};
 use crate::plugin::recipe::{self, Recipe};
 use crate::plugin::store::{Pace, Sandbox};
-use crate::plugin::{CallError, Notes, Outcome, Plugin, Settings, TableConfig, error, outcome, queue, words};
+use crate::plugin::{BlockKind, CallError, Notes, Outcome, Plugin, Settings, TableConfig, error, outcome, queue, words};
 use crate::table::Need;
 
 /// Guest memory as a plugin sees it during one call. It is handed over for the call and dropped at its end; [`Arc<Mutex<M>>`] keeps a handle.
@@ -147,9 +147,11 @@ impl Instance {
             sandbox.call(Pace::Cold, |exports, store| exports.stagecraft_format_detect().call_lookup(store, unit, &registers, requester))
         });
         self.notes = self.sandbox.store.data_mut().notes.take().unwrap_or_default();
-        let answer = answer?;
-        let answer = answer.map_err(|error| self.sandbox.refused(error))?;
-        outcome::outcome(answer, |format| self.plugin.check_format(format).is_ok()).map_err(|what| self.sandbox.nonsense(what))
+        let answer = answer.and_then(|answer| answer.map_err(|error| self.sandbox.refused(error)));
+        let answer = answer.inspect_err(|_| self.notes.settle(false))?;
+        let outcome = outcome::outcome(answer, |format| self.plugin.check_format(format).is_ok()).map_err(|what| self.sandbox.nonsense(what));
+        self.notes.settle(matches!(&outcome, Ok(Outcome::Blocked(blocked)) if blocked.kind == BlockKind::Refused));
+        outcome
     }
 
     /// What the plugin noted about device structures during the last [`Instance::lookup`].

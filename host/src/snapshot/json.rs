@@ -288,7 +288,9 @@ fn stream(table: Table1) -> Result<Stream, String> {
                 (Some(_), true) => return Err(format!("tables: device {id:#x} has a root beside its settings and another one in them")),
                 (Some(root), false) => settings.push(("root".to_owned(), root.0)),
                 (None, true) => {}
-                (None, false) => return Err(format!("tables: device {id:#x} has a format and no root")),
+                // Formats whose tables have several roots may do without the first one.
+                (None, false) if settings.iter().any(|(name, _)| name.starts_with("root")) => {}
+                (None, false) => return Err(format!("tables: device {id:#x} has a format and no root, neither beside its settings nor among them")),
             }
             Ok(Stream::Table { format, settings })
         }

@@ -38,7 +38,7 @@ pub struct Device {
 /// What a requester uses, when the snapshot names it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Stream {
-    /// A table: full format name, and settings without the root, which stands beside them.
+    /// A table: full format name and settings.
     Table {
         /// Full format name.
         format: String,

@@ -179,8 +179,10 @@ fn stream(entry: &StreamEntry) -> Value {
     match &entry.stream {
         Stream::Table { format, settings } => {
             object.insert("format".to_owned(), Value::from(format.as_str()));
-            let root = settings.iter().find(|(name, _)| name == "root").map_or(0, |(_, root)| *root);
-            object.insert("root".to_owned(), hex(root));
+            // A table of which only another range has a root has none to stand beside the format.
+            if let Some((_, root)) = settings.iter().find(|(name, _)| name == "root") {
+                object.insert("root".to_owned(), hex(*root));
+            }
             // Further roots are addresses too, and read better in hex.
             let others = settings.iter().filter(|(name, _)| name != "root");
             let value = |name: &str, value: u64| if name.starts_with("root") { hex(value) } else { setting(value) };

@@ -28,14 +28,14 @@ pub struct Collector {
     faults: Vec<(Span, Fault)>,
     fault_count: u64,
     missing: Option<u64>,
-    leaf_sizes: [u64; 64],
+    leaf_sizes: [u64; 65],
 }
 
 impl Collector {
     /// Collects what an unprivileged request, or a `privileged` one, can reach, and up to `keep_faults` faults.
     #[must_use]
     pub const fn new(privileged: bool, keep_faults: usize) -> Self {
-        Self { privileged, keep_faults, most: u64::MAX, mappings: Vec::new(), faults: Vec::new(), fault_count: 0, missing: None, leaf_sizes: [0; 64] }
+        Self { privileged, keep_faults, most: u64::MAX, mappings: Vec::new(), faults: Vec::new(), fault_count: 0, missing: None, leaf_sizes: [0; 65] }
     }
 
     /// The same, for at most `most` runs: more end the walk.
@@ -76,14 +76,14 @@ impl Collector {
 
     /// How many leaves of `2^n` bytes there are, at index `n`. Parts of leaves count by their own size, rounded down.
     #[must_use]
-    pub const fn leaf_sizes(&self) -> &[u64; 64] {
+    pub const fn leaf_sizes(&self) -> &[u64; 65] {
         &self.leaf_sizes
     }
 }
 
 impl Visitor for Collector {
     fn piece(&mut self, piece: &Piece, _: &[Step]) -> Result<(), WalkError> {
-        self.leaf_sizes[piece.iova.length_minus_one().checked_add(1).map_or(63, |bytes| bytes.ilog2() as usize)] += 1;
+        self.leaf_sizes[piece.iova.length_minus_one().checked_add(1).map_or(64, |bytes| bytes.ilog2() as usize)] += 1;
         let access = piece.attributes.access(self.privileged);
         if access.is_none() {
             return Ok(());

@@ -76,6 +76,10 @@ impl<V: Visitor + ?Sized> Intercepted<'_, V> {
 }
 
 impl<V: Visitor + ?Sized> Visitor for Intercepted<'_, V> {
+    fn table(&mut self) {
+        self.visitor.table();
+    }
+
     fn piece(&mut self, piece: &Piece, path: &[Step]) -> Result<(), WalkError> {
         if piece.attributes.grants_nothing() {
             return self.visitor.piece(piece, path);

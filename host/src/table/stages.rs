@@ -432,6 +432,10 @@ struct Flatten<'a, 'b, M: ?Sized, V> {
 }
 
 impl<M: EntryMemory + ?Sized, V: Visitor> Visitor for Flatten<'_, '_, M, V> {
+    fn table(&mut self) {
+        self.visitor.table();
+    }
+
     fn piece(&mut self, piece: &Piece, path: &[Step]) -> Result<(), WalkError> {
         let outer = self.outer;
         let intermediate = Span { first: piece.address, last: piece.address + piece.iova.length_minus_one() };

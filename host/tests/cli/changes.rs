@@ -164,5 +164,7 @@ fn a_broken_device_structure_is_a_violation() {
     assert_eq!(found.status, 1);
     let violation = &found.json()["violations"][0];
     assert_eq!((&violation["kind"], &violation["stage"], &violation["path"]), (&json!("blocked"), &json!(null), &json!([])));
-    assert!(violation["reason"].as_str().unwrap().contains("reserved bit"), "{violation}");
+    assert_eq!((&violation["structure"], &violation["bits"]), (&json!({"address": format!("{rtaddr:#x}"), "word": 0}), &json!("0x8")));
+    assert_eq!(violation["section"], "D51397 section 7.1.3, fault reason 3Ah");
+    assert_eq!(violation["reason"], "SRT.3: the scalable-mode root entry has a reserved bit");
 }

@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 
 use serde_json::json;
 
-use crate::support::{Copy, Run, command, fixtures, folder, names, run};
+use crate::support::{Copy, Run, command, fixtures, folder, names, root, run};
 
 /// All subcommands that read a snapshot.
 fn readers(path: &str, out: &Path) -> Vec<Vec<String>> {
@@ -163,6 +163,104 @@ fn very_many_tables_that_never_end() {
     assert_eq!(found.status, 1, "{}", found.stderr);
     assert!(found.stderr.contains("stopped by budget") && found.stderr.contains("--budget-tables"), "{}", found.stderr);
     assert_eq!(names(copy.path.parent().unwrap()), ["arm64-s1-4k"]);
+}
+
+/// Devices that share a table each show all that it maps: as often as real guests have it, and not as often as anybody likes.
+#[test]
+fn very_many_devices_that_share_a_table() {
+    let shared = |copy: &mut Copy, devices: u64, root: u64| {
+        copy.json["devices"] = (0..devices).map(|id| json!({"label": format!("d{id}"), "id": id})).collect();
+        let table = |id: u64| json!({"id": id, "format": "arm-smmuv3/stage1", "root": format!("{root:#x}"), "settings": {"output-bits": 44}});
+        copy.json["tables"] = (0..devices).map(table).collect();
+        copy.write();
+    };
+    let mut copy = Copy::new("shared", "arm64-s1-4k");
+    shared(&mut copy, 1000, root("arm64-s1-4k", "0x38"));
+    let known = run(&["inspect", "arm64-s1-4k", "--device", "0x38", "--format", "json"]).good().json()["streams"][0]["mappings"].clone();
+    let found = run(&["inspect", copy.path(), "--format", "json"]).good();
+    assert_eq!(found.stdout.matches("{\"iova\"").count(), 1000 * known.as_array().unwrap().len(), "all of them, for each device");
+    assert!(!found.stdout.contains("budget"));
+
+    // A page of 512 leaves, not one of which continues another, and few are allowed: as many devices as can share all of that, and some more.
+    let page = 0x4_0000_0000_u64;
+    copy.json["memory"] = json!([{"kind": "ram", "first": "0x0", "last": "0xffffffffff"}]);
+    [page, page + 0x1000, page + 0x2000, page + 0x3000].iter().for_each(|page| copy.add_page(*page));
+    (0..3).for_each(|level| copy.set_word(page + 0x1000 * level, (page + 0x1000 * (level + 1)) | 3));
+    (0..100).for_each(|index| copy.set_word(page + 0x3000 + 16 * index, (page + 0x1000 * index) | 0x743));
+    shared(&mut copy, 1100, page);
+    let found = run(&["inspect", copy.path(), "--format", "json", "--budget-leaves", "100"]);
+    let line = "error: device 0x400 (d1024): stopped by budget: more than 102400 mappings in one report; --device ID asks for one device\n";
+    assert_eq!((found.status, &*found.stderr), (1, line));
+    let streams = found.json()["streams"].as_array().unwrap().clone();
+    let mappings = |id: usize| streams[id]["mappings"].as_array().unwrap().len();
+    assert_eq!((streams.len(), [0, 1023, 1024, 1099].map(mappings)), (1100, [100, 100, 0, 0]));
+    assert_eq!(
+        (&streams[1023]["reason"], &streams[1024]["reason"]),
+        (&json!(null), &json!("stopped by budget: more than 102400 mappings in one report"))
+    );
+    let report = run(&["inspect", copy.path(), "--format", "json", "--device", "d1099", "--budget-leaves", "100"]).good().json();
+    assert_eq!(report["streams"][0]["mappings"].as_array().unwrap().len(), 100);
+    run(&["inspect", copy.path(), "--all", "--budget-leaves", "100"]).good();
+}
+
+/// Each violation names all streams that it concerns: a thousand times very many.
+#[test]
+fn very_many_devices_that_share_violations() {
+    let mut copy = Copy::new("violations", "arm64-s1-4k");
+    let page = 0x4_0000_0000_u64;
+    copy.json["memory"] = json!([{"kind": "ram", "first": "0x0", "last": "0xffffffffff"}]);
+    copy.add_page(page);
+    copy.add_page(page + 0x1000);
+    copy.set_word(page + 0x1000, page | 3);
+    // Not accessed, and hardware does not mark it.
+    (0..512).for_each(|index| copy.set_word(page + 8 * index, page | 0x343));
+    copy.json["devices"] = (0..1 << 12).map(|id| json!({"label": "", "id": id})).collect();
+    let settings = json!({"granule": 4096, "input-bits": 25});
+    let table = |id: u64| json!({"id": id, "format": "arm-smmuv3/stage1", "root": format!("{:#x}", page + 0x1000), "settings": settings});
+    copy.json["tables"] = (0..1 << 12).map(table).collect();
+    let found = run(&["validate", copy.write().path(), "--format", "json"]);
+    let line = "error: stopped by budget: more than 1048576 names of streams in one report; --device ID asks for one device\n";
+    assert_eq!((found.status, &*found.stderr), (1, line));
+    // One line per violation: the first 256 times 4095 streams are named.
+    let shared: Vec<usize> = found
+        .stdout
+        .lines()
+        .filter(|line| line.starts_with('{') && line.contains("access-flag"))
+        .map(|line| line.matches("{\"id\"").count())
+        .collect();
+    assert_eq!(shared.len(), 512);
+    assert!(shared[..256].iter().all(|streams| *streams >= 4095) && shared[256..].iter().all(|streams| *streams <= 1), "{shared:?}");
+    assert!(found.stdout.ends_with("],\"errors\":512,\"warnings\":0}\n"));
+}
+
+/// Tables are compared pair by pair, and a guest may pair its tables in as many ways as it has devices.
+#[test]
+fn very_many_pairs_of_tables() {
+    let guest = |test: &str, devices: u64, table_of: fn(u64) -> u64| {
+        let mut copy = Copy::new(test, "arm64-s1-4k");
+        let (roots, page) = (0x4_0000_0000_u64, 0x4_0000_1000_u64);
+        copy.json["memory"] = json!([{"kind": "ram", "first": "0x0", "last": "0xffffffffff"}]);
+        copy.add_page(roots);
+        copy.add_page(page);
+        // Sixteen roots of 128 bytes, all of which lead to ten pages with holes between them.
+        (0..16).for_each(|table| copy.set_word(roots + 128 * table, page | 3));
+        (0..10).for_each(|index| copy.set_word(page + 16 * index, page | 0x743));
+        copy.json["devices"] = (0..devices).map(|id| json!({"label": "", "id": id})).collect();
+        let table = |id: u64| {
+            let root = format!("{:#x}", roots + 128 * (table_of(id) % 16));
+            json!({"id": id, "format": "arm-smmuv3/stage1", "root": root, "settings": {"granule": 4096, "input-bits": 25}})
+        };
+        copy.json["tables"] = (0..devices).map(table).collect();
+        copy.write();
+        copy
+    };
+    for (devices, status) in [(16, 0), (17, 1)] {
+        let (a, b) = (guest("pairs-a", devices, |id| id), guest("pairs-b", devices, |id| id + id / 16));
+        let found = run(&["diff", a.path(), b.path(), "--budget-leaves", "10"]);
+        let line = "error: stopped by budget: more than 320 mappings to compare; --budget-leaves allows more\n";
+        assert_eq!((found.status, &*found.stderr), (status, if status == 0 { "" } else { line }), "{devices} devices: {}", found.stdout);
+        run(&["diff", a.path(), b.path()]).good();
+    }
 }
 
 const CONVERT: [&str; 4] = ["convert", "arm64-s1-4k", "--to", "intel-vtd/first-stage"];

@@ -109,7 +109,7 @@ fn a_function_without_tables_reaches_memory_at_an_offset() {
 }
 
 /// A RISC-V IOMMU with one device context in the extended format at 0x80001000, and an Sv39 table at 0x80002000.
-fn riscv(context: [u64; 8], first: bool) -> Guest {
+pub fn riscv(context: [u64; 8], first: bool) -> Guest {
     let capabilities = 0x10_u64 | 1 << 9 | 1 << 17 | 1 << 22 | 56 << 32;
     let ddtp = (0x8000_1000_u64 >> 12) << 10 | 2;
     let registers = json!({"CAPABILITIES": format!("{capabilities:#x}"), "FCTL": "0x0", "DDTP": format!("{ddtp:#x}")});
@@ -248,4 +248,81 @@ fn what_nobody_set_up_is_no_violation_before_and_after_conversion() {
         assert_eq!(stored["tables"][0]["unused"], if violations == 0 { json!(true) } else { json!(null) });
         assert_eq!(validate(out.to_str().unwrap()).status, violations);
     }
+}
+
+#[test]
+fn a_table_of_the_high_range_alone_has_no_root_beside_its_settings() {
+    // VMSAv8-64 for 39 bits: level 1, then blocks of 2 MiB at level 2, accessed and for all.
+    let settings = json!({"low-disabled": 1, "input-bits-high": 39, "root-high": "0x80004000"});
+    let table = json!({"tables": [{"id": 3, "format": "arm-smmuv3/stage1", "settings": settings}]});
+    let guest = Guest::new(&table, 3).words(0x8000_4000, &[0x8000_5003]).words(0x8000_5000, &[0x8020_0741, 0x8060_0741]);
+    let saved = guest.save("high-range");
+    let path = saved.to_str().unwrap();
+    let high = 0xffff_ff80_0000_0000;
+    let expected = json!([mapping(high, 0x8020_0000, 0x20_0000, "rw"), mapping(high + 0x20_0000, 0x8060_0000, 0x20_0000, "rw")]);
+    let found = stream(path);
+    assert_eq!((&found["mappings"], &found["tables"][0]["root"]), (&expected, &json!(null)));
+
+    // What is written is what is read: here and through another format, and a snapshot whose root nobody wrote is refused no more.
+    let (out, other) = (saved.with_file_name("out"), saved.with_file_name("other"));
+    let (out, other) = (out.to_str().unwrap(), other.to_str().unwrap());
+    let to_high = ["--set", "low-disabled=1", "--set", "input-bits-high=39", "--format", "json"];
+    let convert_high =
+        |from: &str, out: &str| run(&[&["convert", from, "--to", "arm-smmuv3/stage1", "--out", out][..], &to_high].concat()).good().json();
+    convert(path, "intel-vtd/first-stage", other);
+    for (from, name) in [(path, "same"), (other, "through")] {
+        let out = format!("{out}-{name}");
+        let report = convert_high(from, &out);
+        assert_eq!((&report["tables"][0]["root"], &report["tables"][0]["losses"]), (&json!(null), &json!([])));
+        let stored: Value = serde_json::from_slice(&fs::read(format!("{out}/snapshot.json")).unwrap()).unwrap();
+        let table = &stored["tables"][0];
+        assert_eq!((table.get("root"), table["settings"]["root-high"].is_string()), (None, true));
+        assert_eq!(stream(&out)["mappings"], expected);
+        run(&["diff", path, &out]).good();
+        run(&["validate", &out]).good();
+    }
+
+    // The low half of a real guest does not fit: all of it is refused, and what is left can still be read.
+    let report = convert_high("arm64-s1-4k", out);
+    let all_refused = |table: &Value| {
+        let refused = table["losses"].as_array().unwrap().iter().any(|loss| loss["loss"] == "input-range");
+        refused == (table["leaves"]["source"] != 0) && table["leaves"]["target"] == 0
+    };
+    assert!(report["tables"].as_array().unwrap().iter().all(all_refused), "{report:#}");
+    assert!(
+        run(&["inspect", out, "--format", "json"]).good().json()["streams"].as_array().unwrap().iter().all(|stream| stream["mappings"] == json!([]))
+    );
+
+    let table = json!({"tables": [{"id": 3, "format": "arm-smmuv3/stage1", "settings": {"input-bits-high": 39}}]});
+    let found = run(&["inspect", Guest::new(&table, 3).save("no-root").to_str().unwrap()]);
+    assert!(found.stderr.ends_with("tables: device 0x3 has a format and no root, neither beside its settings nor among them\n"), "{}", found.stderr);
+}
+
+/// 2^64 bytes are one more than 64 bits say.
+#[test]
+fn all_of_an_address_space_has_a_size() {
+    let all = json!(2_f64.powi(64));
+    // A guest that asked for one mapping of everything.
+    let domain = json!({"id": 1, "endpoints": [3], "mappings": [{"first": 0, "last": "0xffffffffffffffff", "address": 0, "access": "rw"}]});
+    let unit = json!({
+        "unit": {"kind": "virtio-iommu", "registers": {}},
+        "domains": [domain],
+        "memory": [{"kind": "ram", "first": "0x0", "last": "0xffffffffffffffff"}],
+    });
+    let saved = Guest::new(&unit, 3).save("all");
+    let path = saved.to_str().unwrap();
+    let found = stream(path);
+    assert_eq!((&found["mappings"][0]["size"], &found["mappings"][0]["iova"]), (&all, &json!("0x0")), "{found}");
+    let human = run(&["inspect", path]).good().stdout;
+    assert!(human.contains(" 1 x 16 EiB"), "{human}");
+    let none = Guest::new(&json!({"tables": [{"id": 3, "state": "blocked"}]}), 3).save("none");
+    let diff = run(&["diff", path, none.to_str().unwrap(), "--format", "json"]);
+    let difference = &diff.json()["differences"][0];
+    assert_eq!((&difference["removed"]["bytes"], &difference["ranges"][0]["size"]), (&all, &all));
+
+    // A device that may only read, without a table: 48882 section 2.2.2.1, Mode 0 with IR alone.
+    let registers = json!({"DEVTAB_BASE": "0x80001000", "CONTROL": "0x1", "EXT_FEATURES": "0x0"});
+    let saved = Guest::new(&json!({"unit": {"kind": "amd-vi", "registers": registers}}), 1).words(0x8000_1020, &[3 | 1 << 61]).save("window");
+    let report = convert(saved.to_str().unwrap(), "amd-vi/v1", saved.with_file_name("out").to_str().unwrap());
+    assert_eq!(report["tables"][0]["windows"][0]["size"], all);
 }

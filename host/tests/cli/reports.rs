@@ -77,21 +77,19 @@ fn bypass_and_blocked_have_no_tables_and_no_mappings() {
 fn translate_answers_as_the_emulated_unit_did() {
     let probes = read_json("vtd-sm-fs", "dma.json");
     let mut answers = [0, 0];
-    for probe in probes.as_array().unwrap().iter().step_by(7) {
-        // Reads of the probing module's own buffer were recorded as failing although the kernel had mapped it.
-        if (0x500_0000..0x510_0000).contains(&hex(&probe["iova"])) {
-            continue;
-        }
+    for probe in probes.as_array().unwrap() {
+        // A read of the probing module's own buffer was recorded as failing although the kernel had mapped it.
+        let expected = if probe["iova"] == "0x5023000" && probe["access"] == "r" { &json!(true) } else { &probe["succeeds"] };
         let [id, iova, access] = ["id", "iova", "access"].map(|field| probe[field].as_str().unwrap());
         let answer = run(&["translate", "vtd-sm-fs", "--device", id, "--iova", iova, "--access", access, "--format", "json"]).good().json();
-        assert_eq!(answer["succeeds"], probe["succeeds"], "{probe}");
+        assert_eq!(&answer["succeeds"], expected, "{probe}");
         answers[usize::from(answer["succeeds"] == true)] += 1;
         match answer["succeeds"].as_bool() {
             Some(true) => assert!(answer["address"].as_str().unwrap().starts_with("0x")),
             _ => assert!(answer["fault"]["reason"].is_string() && answer["fault"]["stage"] == 1, "{answer}"),
         }
     }
-    assert!(answers.iter().all(|count| *count > 3), "both answers are checked: {answers:?}");
+    assert!(answers.iter().all(|count| *count > 20), "both answers are checked: {answers:?}");
 }
 
 #[test]
@@ -111,7 +109,7 @@ fn formats_lists_settings_and_limits() {
 #[test]
 fn a_spent_budget_is_said_and_the_report_is_printed() {
     let found = run(&["inspect", "arm64-s1-4k", "--device", "0x38", "--format", "json", "--budget-tables", "10"]);
-    let line = "error: device 0x38 (0000:00:07.0): stopped by budget: more than 10 tables visited; --budget-tables and --budget-leaves allow more\n";
+    let line = "error: device 0x38 (0000:00:07.0): stopped by budget: more than 10 tables visited; --budget-tables allows more\n";
     assert_eq!((found.status, &*found.stderr), (1, line));
     let stream = &found.json()["streams"][0];
     assert_eq!(stream["reason"], "stopped by budget: more than 10 tables visited");
@@ -122,9 +120,35 @@ fn a_spent_budget_is_said_and_the_report_is_printed() {
     let found = run(&["convert", "arm64-s1-4k", "--to", "intel-vtd/first-stage", "--out", &path, "--budget-leaves", "10"]);
     assert_eq!(
         (found.status, &*found.stdout, &*found.stderr),
-        (1, "", "error: stopped by budget: more than 10 leaves; --budget-tables and --budget-leaves allow more\n")
+        (1, "", "error: stopped by budget: more than 10 leaves; --budget-leaves allows more\n")
     );
     assert_eq!(names(&out), [""; 0]);
+}
+
+/// What cannot be compared whole is neither the same nor different, and nothing is wrong with the snapshots.
+#[test]
+fn a_spent_budget_ends_a_comparison() {
+    let found = run(&["diff", "arm64-s1-4k", "vtd-sm-fs", "--budget-tables", "10"]);
+    let line = "error: arm64-s1-4k: device 0x38 (0000:00:07.0): stopped by budget: more than 10 tables visited; --budget-tables allows more\n";
+    assert_eq!((found.status, &*found.stdout, found.stderr.lines().next().unwrap()), (1, "", line.trim_end()));
+    let mut copy = Copy::new("budget-page", "arm64-s1-4k");
+    copy.remove_page(copy.entry(root(copy.path(), "0x30"), 0xffff_f000, 4) & !0xfff);
+    let found = run(&["diff", "vtd-sm-fs", copy.write().path(), "--budget-tables", "10"]);
+    assert_eq!(found.status, 2, "a snapshot that is not complete is the worse: {}", found.stderr);
+}
+
+/// A hint names the option that helps, and the option helps.
+#[test]
+fn what_would_help_is_said_only_where_it_helps() {
+    let stopped = |option: &'static str, few: &'static str, enough: &'static str, what: &str| {
+        let found = run(&["inspect", "arm64-s1-4k", "--device", "0x38", option, few]);
+        let line = format!("error: device 0x38 (0000:00:07.0): stopped by budget: more than {few} {what}; {option} allows more\n");
+        assert_eq!((found.status, &*found.stderr), (1, &*line));
+        run(&["inspect", "arm64-s1-4k", "--device", "0x38", option, enough]).good();
+    };
+    stopped("--budget-tables", "10", "1000", "tables visited");
+    stopped("--budget-leaves", "100", "10000", "leaves");
+    stopped("--budget-questions", "2", "100", "different patterns asked about");
 }
 
 #[test]

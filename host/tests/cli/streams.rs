@@ -67,6 +67,21 @@ fn more_pasids_than_are_listed() {
     }
 }
 
+/// No option allows more of them, and none is named.
+#[test]
+fn device_structures_without_end() {
+    let mut copy = Copy::new("endless-contexts", "arm64-s1-4k");
+    let entry = stream_table_entry(&copy);
+    // A list of 2^20 contexts where there is no memory.
+    copy.set_register("IDR1", copy.register("IDR1") & !(0x1f << 6) | 20 << 6);
+    copy.set_word(entry, copy.word(entry) & !0x000f_ffff_ffff_ffc0 | 0x90_0000_0000 | 20 << 59);
+    copy.set_word(entry + 8, copy.word(entry + 8) & !3 | 2);
+    let found = run(&["inspect", copy.write().path(), "--device", "0x30"]);
+    let most = (1 << 20) + copy.json["pages"].as_array().unwrap().len() * (16 << 12);
+    let line = format!("error: device 0x30 (0000:00:06.0): stopped by budget: more than {most} bytes of device structures\n");
+    assert_eq!((found.status, found.stderr), (1, line));
+}
+
 /// A level 1 table of stage 2 that maps gigabyte to gigabyte, and what is changed in it.
 fn nested(test: &str, change: impl Fn(&mut Copy, u64)) -> Copy {
     const TABLE: u64 = 0x7000_0000;

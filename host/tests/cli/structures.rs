@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::outcomes::Guest;
+use crate::outcomes::{Guest, riscv};
 use crate::support::{Copy, fixtures, run};
 
 /// Warnings about structures that `validate` finds, and nothing else.
@@ -99,6 +99,72 @@ fn reserved_bits_beside_the_tables_of_an_amd_unit_are_warned_of() {
     let places: Vec<(&Value, &Value)> = found.iter().map(|warning| (&warning["structure"], &warning["bits"])).collect();
     let (second, third) = (place(0x8000_1020, 2), place(0x8000_1020, 3));
     assert_eq!(places, [(&second, &json!("0x10000000000000")), (&third, &json!("0x1000000000000"))]);
+}
+
+/// What blocks the one device of a snapshot: structure, bits, section and reason. All other fields say that there is no entry of a table.
+fn blocked(path: &str, device: &str) -> [Value; 4] {
+    let found = run(&["validate", path, "--device", device, "--format", "json"]);
+    let report = found.json();
+    assert_eq!((found.status, &report["errors"], &report["warnings"]), (1, &json!(1), &json!(0)), "{report:#}");
+    let mut violation = report["violations"][0].clone();
+    let taken = ["structure", "bits", "section", "reason"].map(|name| violation.as_object_mut().unwrap().remove(name).unwrap_or_default());
+    let others = json!({
+        "id": violation["id"], "pasid": null, "shared": [], "severity": "error", "kind": "blocked", "stage": null, "iova": null, "last": null, "level": null,
+        "path": [], "entry": null, "count": 1,
+    });
+    assert_eq!(violation, others);
+    taken
+}
+
+/// Which structure, which field of it, and where the specification says so: each as a field of its own, for every architecture that has structures.
+#[test]
+fn what_hardware_refuses_is_named_to_the_bit() {
+    // IHI 0070 section 5.4: T0SZ of the context descriptor of device 0x30, which is behind a stream table entry of section 5.2.
+    let mut copy = Copy::new("refused-arm", "arm64-s1-4k");
+    let first = copy.register("STRTAB_BASE") & 0x000f_ffff_ffff_ffc0;
+    let entry = (copy.word(first) & 0x000f_ffff_ffff_ffc0) + 0x30 * 64;
+    let context = copy.word(entry) & 0x000f_ffff_ffff_ffc0;
+    let (entry_was, context_was) = (copy.word(entry), copy.word(context));
+    copy.set_word(context, context_was | 0x3f);
+    let reason = "C_BAD_CD: the input address size is out of range";
+    assert_eq!(blocked(copy.write().path(), "0x30"), [place(context, 0), json!("0x3f"), json!("IHI 0070 section 5.4, TxSZ"), json!(reason)]);
+    let human = run(&["validate", copy.path(), "--device", "0x30"]).stdout;
+    let lines = format!("bits 0x000000000000003f of 64-bit word 0 of the structure at {context:#x}");
+    assert!(human.contains(&lines) && human.contains(&format!("{reason} (IHI 0070 section 5.4, TxSZ)")), "{human}");
+    copy.set_word(context, context_was);
+    // S1CDMax: there are no SubstreamIDs of 31 bits.
+    copy.set_register("IDR1", copy.register("IDR1") & !(0x1f << 6) | 1 << 6);
+    copy.set_word(entry, entry_was | 0x1f << 59);
+    let [structure, bits, section, _] = blocked(copy.write().path(), "0x30");
+    assert_eq!([structure, bits, section], [place(entry, 0), json!("0xf800000000000000"), json!("IHI 0070 section 5.2, S1CDMax")]);
+    // A context where there is no memory: a structure as a whole.
+    copy.set_word(entry, entry_was & !0x000f_ffff_ffff_ffc0 | 0x90_0000_0000);
+    let [structure, bits, _, reason] = blocked(copy.write().path(), "0x30");
+    assert_eq!([structure, bits], [place(0x90_0000_0000, 0), json!(null)]);
+    assert_eq!(reason, "F_CD_FETCH: the context descriptor at 0x9000000000 cannot be read");
+    assert!(run(&["validate", copy.path(), "--device", "0x30"]).stdout.contains("\n  the structure at 0x9000000000\n"));
+
+    // D51397 section 9.6: bit 1 of word 2 of the PASID table entry.
+    let mut copy = Copy::new("refused-vtd", "vtd-sm-fs");
+    let pointer = |word: u64| word & !0xfff;
+    let context_entry = pointer(copy.word(pointer(copy.register("RTADDR")))) + 0x38 * 32;
+    let pasid = copy.word(context_entry + 8) & 0xf_ffff;
+    let directory = copy.word(pointer(copy.word(context_entry)) + (pasid >> 6) * 8);
+    let entry = pointer(directory) + (pasid & 0x3f) * 64;
+    copy.set_word(entry + 16, copy.word(entry + 16) | 2);
+    let reason = "SPT.3: the PASID table entry has a reserved bit";
+    let section = "D51397 section 7.1.3, fault reason 5Ah";
+    assert_eq!(blocked(copy.write().path(), "0x38"), [place(entry, 2), json!("0x2"), json!(section), json!(reason)]);
+
+    // 48882 section 2.2.2: mode 7.
+    let [structure, bits, _, reason] = blocked(&amd("refused-amd", [0b11 | 7 << 9 | 3 << 61, 5, 0, 0]), "1");
+    assert_eq!([structure, bits], [place(0x8000_1020, 0), json!("0xe00")]);
+    assert!(reason.as_str().unwrap().ends_with(": paging mode 7 is reserved"), "{reason}");
+
+    // RISC-V IOMMU section 2.1.3: a reserved bit of the translation attributes.
+    let saved = riscv([1, 0, 1, 0, 0, 0, 0, 0], true).save("refused-riscv");
+    let [structure, bits, section, _] = blocked(saved.to_str().unwrap(), "3");
+    assert_eq!([structure, bits, section], [place(0x8000_1000 + 3 * 64, 2), json!("0x1"), json!("RISC-V IOMMU 1.0 section 3.2, cause 259")]);
 }
 
 /// Real drivers do nothing that hardware refuses, and set no bit that is reserved.

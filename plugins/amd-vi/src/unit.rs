@@ -105,6 +105,13 @@ fn unless(condition: bool, event: Event, reason: &str) -> Result<(), Stop> {
     if condition { Err(blocked(event, reason)) } else { Ok(()) }
 }
 
+/// `Err` if one of `words` is not zero: what is wrong with each word of the structure that was read last.
+fn unless_zero(words: &[u64], event: Event, reason: &str) -> Result<(), Stop> {
+    let (name, section) = event.name_and_section();
+    let blocked = || Stop::Blocked(Blocked::refused(name, section, reason).at_first(words));
+    if words.iter().any(|word| *word != 0) { Err(blocked()) } else { Ok(()) }
+}
+
 fn unsupported(what: &str) -> Stop {
     Stop::Error(Error::Unsupported(what.to_owned()))
 }
@@ -187,7 +194,7 @@ impl Hardware {
         if entry[0] & V == 0 {
             return Ok(None);
         }
-        unless(entry[0] & RESERVED_0 != 0, Event::IllegalDevTableEntry, "the device table entry has a reserved bit")?;
+        unless_zero(&[entry[0] & RESERVED_0], Event::IllegalDevTableEntry, "the device table entry has a reserved bit")?;
         if exclusion::EX_EN.of(self.exclusion) == 1 && (exclusion::ALLOW.of(self.exclusion) == 1 || entry[1] & EX != 0) {
             return Err(unsupported("an exclusion range, whose addresses pass untranslated beside the tables"));
         }
@@ -202,8 +209,12 @@ impl Hardware {
     fn host_table(&self, entry: &[u64; WORDS]) -> Result<Option<TableConfig>, Stop> {
         let (mode, root) = (MODE.of(entry[0]), HOST_ROOT.in_place(entry[0]));
         let none = efr::HATS.of(self.features) == efr::NO_HOST_TABLES;
-        unless(none && (root != 0 || mode != 0), Event::IllegalDevTableEntry, "the unit has no host tables (HATS)")?;
-        unless(mode == 7, Event::IllegalDevTableEntry, "paging mode 7 is reserved")?;
+        unless_zero(
+            &[if none { entry[0] & (HOST_ROOT.mask() | MODE.mask()) } else { 0 }],
+            Event::IllegalDevTableEntry,
+            "the unit has no host tables (HATS)",
+        )?;
+        unless_zero(&[if mode == 7 { MODE.mask() } else { 0 }], Event::IllegalDevTableEntry, "paging mode 7 is reserved")?;
         if mode == 0 {
             return Ok(None);
         }
@@ -245,6 +256,9 @@ impl Hardware {
                 };
             }
         };
+        // Before anything else is read, as the whole entry is.
+        let mode = GUEST_PAGING_MODE.of(entry[2]);
+        unless_zero(&[0, 0, if mode > 1 { GUEST_PAGING_MODE.mask() } else { 0 }], Event::IllegalDevTableEntry, "this guest paging mode is reserved")?;
         let root = self.guest_root(&entry, pasid, &mut GuestPhysical { memory, host: host.as_ref() })?;
         let guest = self.guest_table(&entry, root, pasid, host.is_some())?;
         Ok(Outcome::Tables(Translated::new([guest].into_iter().chain(host).collect(), Tag { domain, space: Some(pasid) })))
@@ -261,7 +275,7 @@ impl Hardware {
             let unreadable = || blocked(Event::PageTabHardwareError, &format!("the guest CR3 table entry at {address:#x} cannot be read"));
             let next = memory.read(address, 8, translated).ok().and_then(|words| words.first().copied()).ok_or_else(unreadable)?;
             unused_if(next & gcr3::V == 0, Event::IoPageFault, "the guest CR3 table entry of the PASID is not valid")?;
-            unless(next & gcr3::RESERVED != 0, Event::IoPageFault, "the guest CR3 table entry of the PASID has a reserved bit")?;
+            unless_zero(&[next & gcr3::RESERVED], Event::IoPageFault, "the guest CR3 table entry of the PASID has a reserved bit")?;
             let reason = "the guest CR3 table entry of the PASID has reserved bits";
             Structure::new(memory.memory, address, GCR3_TABLE).warn(0, next & gcr3::IGNORED, reason);
             table = gcr3::ADDRESS.in_place(next);
@@ -272,15 +286,13 @@ impl Hardware {
 
     fn gcr3_levels(&self, entry: &[u64; WORDS]) -> Result<usize, Stop> {
         match GLX.of(entry[0]) {
-            3 => Err(blocked(Event::IllegalDevTableEntry, "this number of guest CR3 table levels (GLX) is reserved")),
+            3 => unless_zero(&[GLX.mask()], Event::IllegalDevTableEntry, "this number of guest CR3 table levels (GLX) is reserved").map(|()| 0),
             glx => Ok(glx as usize + 1),
         }
     }
 
     fn guest_table(&self, entry: &[u64; WORDS], root: u64, pasid: u32, nested: bool) -> Result<TableConfig, Stop> {
-        let mode = GUEST_PAGING_MODE.of(entry[2]);
-        unless(mode > 1, Event::IllegalDevTableEntry, "this guest paging mode is reserved")?;
-        let mut table = TableConfig::new(V2::NAME, &[("levels", 4 + mode), ("root", root)]);
+        let mut table = TableConfig::new(V2::NAME, &[("levels", 4 + GUEST_PAGING_MODE.of(entry[2])), ("root", root)]);
         let mut set = |name, value, default| {
             if value != default {
                 table.settings.set(name, value);

@@ -1,13 +1,13 @@
 //! From a stream table entry to a context descriptor, and what the descriptor says: IHI 0070 sections 5.3 and 5.4.
 
-use stagecraft_sdk::{Error, Format, GuestMemory, TableConfig};
+use stagecraft_sdk::{Blocked, Error, Format, GuestMemory, TableConfig};
 
 use crate::Stage1;
 use crate::notes;
 use crate::spec::registers::{address_size, idr0, idr3, l1cd};
 use crate::spec::{Slot, Words, cd, ste};
 use crate::stage1::LINUX_MAIR;
-use crate::stream::{Features, Stop, Stream, blocked, read_failed, refused, structure, unsupported, unused};
+use crate::stream::{Features, Stop, Stream, bad_context, bad_field, read_failed, refused, structure, unsupported, unused};
 use crate::vmsa::{Granule, align_down, root_alignment};
 
 /// Bytes that one read may have.
@@ -61,7 +61,8 @@ impl<'a> Contexts<'a> {
                 unused("C_BAD_SUBSTREAMID", "IHI 0070 section 5.2, S1CDMax", "the SubstreamID lies outside the context descriptor table")
             }
             Some(0) if self.zero_is_taken() => {
-                blocked("F_STREAM_DISABLED", "IHI 0070 section 5.2, S1DSS", "substream 0 is for requests without SubstreamID")
+                let reason = "substream 0 is for requests without SubstreamID";
+                Err(bad_field("F_STREAM_DISABLED", "IHI 0070 section 5.2, S1DSS", reason, Some(ste::S1DSS)))
             }
             Some(pasid) => Ok(Some(pasid)),
         }
@@ -86,14 +87,18 @@ impl<'a> Contexts<'a> {
 
     /// The CDs that a level 1 descriptor leads to.
     fn leaf_table(&self, descriptor: u64, leaf: u8) -> Result<u64, Stop> {
-        let bad = |reason: &str| blocked("C_BAD_SUBSTREAMID", "IHI 0070 section 5.3", reason);
         if l1cd::V.of(descriptor) == 0 {
             return unused("C_BAD_SUBSTREAMID", "IHI 0070 section 5.3", "the level 1 context descriptor is not valid");
         }
         let address = align_down(l1cd::L2PTR.in_place(descriptor), leaf + 6);
         let limit = if self.stream.stage2.is_some() { self.features.intermediate_bits() } else { self.features.output_bits() };
         if address >> limit != 0 {
-            return bad("the address in the level 1 context descriptor lies beyond the address size");
+            let blocked = Blocked::refused(
+                "C_BAD_SUBSTREAMID",
+                "IHI 0070 section 5.3",
+                "the address in the level 1 context descriptor lies beyond the address size",
+            );
+            return Err(Stop::Blocked(blocked.at(0, l1cd::L2PTR.mask())));
         }
         Ok(address)
     }
@@ -221,16 +226,16 @@ struct RangeSize {
 
 impl RangeSlots {
     fn size(&self, words: &Words, features: &Features) -> Result<RangeSize, Stop> {
-        let bad = |section: &str, reason: &str| blocked("C_BAD_CD", &format!("IHI 0070 section 5.4, {section}"), reason);
+        let bad = |slot: Slot, name: &str, reason: &str| Err(bad_field("C_BAD_CD", &format!("IHI 0070 section 5.4, {name}"), reason, Some(slot)));
         let granule = match (self.granule)(self.granule_slot.of(words)).map(Granule::from_log2) {
             Some(granule) if features.has_granule(granule) => granule,
-            _ => return bad("TGx", "the granule is reserved or not implemented"),
+            _ => return bad(self.granule_slot, "TGx", "the granule is reserved or not implemented"),
         };
         let lpa2 = features.has_lpa2() && cd::DS.is_set(words) && granule != Granule::K64;
         let input_bits = 64 - self.size.of(words) as u8;
         let most = if features.has_52_bit_input() { granule.widest(lpa2) } else { 48 };
         if input_bits < features.least_input_bits(granule) || input_bits > most {
-            return bad("TxSZ", "the input address size is out of range");
+            return bad(self.size, "TxSZ", "the input address size is out of range");
         }
         Ok(RangeSize { granule, input_bits, lpa2 })
     }
@@ -256,7 +261,7 @@ impl RangeSlots {
 
 /// IHI 0070 section 5.4.2, `CdIllegal`, without what concerns the ranges.
 fn check(words: &Words, entry: &Words, features: &Features, stream: &Stream, off: (bool, bool)) -> Result<(), Stop> {
-    let bad = |section: &str, reason: &str| blocked("C_BAD_CD", &format!("IHI 0070 section 5.4, {section}"), reason);
+    let bad = bad_context;
     if !cd::V.is_set(words) {
         return unused("C_BAD_CD", "IHI 0070 section 5.4, V", "the context descriptor is not valid");
     }

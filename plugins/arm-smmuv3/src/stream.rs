@@ -8,7 +8,7 @@ use stagecraft_sdk::{Blocked, Error, Format, GuestMemory, Registers, TableConfig
 use crate::Stage2;
 use crate::notes;
 use crate::spec::registers::{address_size, cr2, idr0, idr1, idr3, idr5, l1std, strtab_base, strtab_base_cfg};
-use crate::spec::{Words, cd, ste};
+use crate::spec::{Slot, Words, cd, field, ste};
 use crate::stage2::{default_start, start_level_setting};
 use crate::vmsa::{Granule, align_down, root_alignment};
 
@@ -30,6 +30,25 @@ impl From<Error> for Stop {
 /// The hardware refuses the request.
 pub(crate) fn blocked<T>(event: &str, section: &str, reason: &str) -> Result<T, Stop> {
     Err(Stop::Blocked(Blocked::refused(event, section, reason)))
+}
+
+/// A field of a stream table entry, by its name, has a value that the hardware refuses.
+pub(crate) fn bad_entry<T>(name: &str, reason: &str) -> Result<T, Stop> {
+    Err(bad_field("C_BAD_STE", &format!("IHI 0070 section 5.2, {name}"), reason, field(ste::ALL, name)))
+}
+
+/// The same of a context descriptor.
+pub(crate) fn bad_context<T>(name: &str, reason: &str) -> Result<T, Stop> {
+    Err(bad_field("C_BAD_CD", &format!("IHI 0070 section 5.4, {name}"), reason, field(cd::ALL, name)))
+}
+
+/// The same of a field whose name in the specification stands for several.
+pub(crate) fn bad_field(event: &str, section: &str, reason: &str, slot: Option<Slot>) -> Stop {
+    let blocked = Blocked::refused(event, section, reason);
+    Stop::Blocked(match slot.map(Slot::place) {
+        Some((word, bits)) => blocked.at(word as u8, bits),
+        None => blocked,
+    })
 }
 
 /// The same where nothing was set up for the requester.
@@ -195,7 +214,8 @@ fn second_level(descriptor: u64, split: u8, id: u64) -> Result<u64, Stop> {
         return unused("C_BAD_STREAMID", section, "the level 1 stream table descriptor is invalid");
     }
     if span > split + 1 {
-        return blocked("C_BAD_STREAMID", section, "the span of the level 1 stream table descriptor exceeds the split point");
+        let blocked = Blocked::refused("C_BAD_STREAMID", section, "the span of the level 1 stream table descriptor exceeds the split point");
+        return Err(Stop::Blocked(blocked.at(0, l1std::SPAN.mask())));
     }
     let index = id & ((1 << split) - 1);
     if index >> (span - 1) != 0 {
@@ -222,7 +242,7 @@ pub(crate) struct Stream {
 impl Stream {
     /// IHI 0070 section 5.2.2, `SteIllegal`.
     pub(crate) fn new(words: &Words, features: &Features) -> Result<Self, Stop> {
-        let bad = |section: &str, reason: &str| blocked("C_BAD_STE", &format!("IHI 0070 section 5.2, {section}"), reason);
+        let bad = bad_entry;
         if !ste::V.is_set(words) {
             return unused("C_BAD_STE", "IHI 0070 section 5.2, V", "the stream table entry is not valid");
         }
@@ -266,7 +286,7 @@ impl Stream {
     }
 
     fn check_stage1(words: &Words, features: &Features, stage2: bool) -> Result<(), Stop> {
-        let bad = |section: &str, reason: &str| blocked("C_BAD_STE", &format!("IHI 0070 section 5.2, {section}"), reason);
+        let bad = bad_entry;
         if ste::S1STALLD.is_set(words) && features.idr0(idr0::STALL_MODEL) != 0 {
             return bad("S1STALLD", "stalls cannot be configured");
         }
@@ -288,7 +308,7 @@ impl Stream {
 
 /// The stage 2 table of an STE.
 fn stage2_config(words: &Words, features: &Features) -> Result<TableConfig, Stop> {
-    let bad = |section: &str, reason: &str| blocked("C_BAD_STE", &format!("IHI 0070 section 5.2, {section}"), reason);
+    let bad = bad_entry;
     match (features.idr0(idr0::STALL_MODEL), ste::S2S.is_set(words)) {
         (1, true) => return bad("S2S", "stalls are not implemented"),
         (2, false) => return bad("S2S", "stalls are forced"),

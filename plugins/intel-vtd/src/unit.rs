@@ -58,6 +58,16 @@ fn unless(condition: bool, event: &str, number: u8, reason: &str) -> Result<(), 
     if condition { Err(fault(event, number, reason)) } else { Ok(()) }
 }
 
+/// `Err` if one of `words` is not zero: what is reserved, or wrong, in each word of the structure that was read last.
+fn unless_zero(words: &[u64], event: &str, number: u8, reason: &str) -> Result<(), Blocked> {
+    if words.iter().any(|word| *word != 0) { Err(fault(event, number, reason).at_first(words)) } else { Ok(()) }
+}
+
+/// `bits` if the condition holds.
+const fn when(condition: bool, bits: u64) -> u64 {
+    if condition { bits } else { 0 }
+}
+
 /// `Err` if the condition holds, because nothing was set up.
 fn unused_if(condition: bool, event: &str, number: u8, reason: &str) -> Result<(), Blocked> {
     if condition { Err(unused(event, number, reason)) } else { Ok(()) }
@@ -176,26 +186,27 @@ impl Hardware {
         let (bus, function) = (requester.id >> 8 & 0xff, requester.id & 0xff);
         let [low, high] = read(memory, self.root_table + bus * u64::from(root::BYTES), "LRT.1", 8, "root entry")?;
         unused_if(low & PRESENT == 0, "LRT.2", 1, "the root entry of this bus is not present")?;
-        let reserved = low & (root::RESERVED | self.beyond_host()) | high;
-        unless(reserved != 0, "LRT.3", 0xa, "the root entry has a reserved bit")?;
+        unless_zero(&[low & (root::RESERVED | self.beyond_host()), high], "LRT.3", 0xa, "the root entry has a reserved bit")?;
 
         let address = POINTER.in_place(low) + function * u64::from(context::BYTES);
         let [low, high] = read(memory, address, "LCT.1", 9, "context entry")?;
         unused_if(low & PRESENT == 0, "LCT.2", 2, "the context entry is not present")?;
-        let reserved = low & (context::RESERVED_0 | self.beyond_host()) | high & context::RESERVED_1;
-        let reserved = reserved != 0 || self.domain_is_too_wide(context::DID.of(high));
-        unless(reserved, "LCT.3", 0xb, "the context entry has a reserved bit")?;
-        let levels = self.levels(context::AW.of(high)).ok_or_else(|| fault("LCT.4.1", 3, "the unit does not have this address width (AW)"))?;
+        let domain = when(self.domain_is_too_wide(context::DID.of(high)), context::DID.mask());
+        let reserved = [low & (context::RESERVED_0 | self.beyond_host()), high & context::RESERVED_1 | domain];
+        unless_zero(&reserved, "LCT.3", 0xb, "the context entry has a reserved bit")?;
+        let levels = self
+            .levels(context::AW.of(high))
+            .ok_or_else(|| fault("LCT.4.1", 3, "the unit does not have this address width (AW)").at(1, context::AW.mask()))?;
         match context::TT.of(low) {
             context::PASS_THROUGH if self.has(ecap::PT) => Ok(Outcome::Bypass),
             context::DEVICE_TLB if !self.has(ecap::DT) => {
-                Err(fault("LCT.4.2", 3, "the translation type (TT) is for device TLBs, which the unit does not have"))
+                Err(fault("LCT.4.2", 3, "the translation type (TT) is for device TLBs, which the unit does not have").at(0, context::TT.mask()))
             }
             context::SECOND_STAGE | context::DEVICE_TLB => {
                 let tag = Tag { domain: Some(context::DID.of(high) as u32), space: None };
                 Ok(Outcome::Tables(Translated::new(vec![self.second_stage(POINTER.in_place(low), levels, false)], tag)))
             }
-            _ => Err(fault("LCT.4.2", 3, "the unit does not have this translation type (TT)")),
+            _ => Err(fault("LCT.4.2", 3, "the unit does not have this translation type (TT)").at(0, context::TT.mask())),
         }
     }
 
@@ -204,7 +215,7 @@ impl Hardware {
         let context = self.scalable_context(requester.id, memory)?;
         let largest = (1_u64 << (scalable_context::PDTS.of(context[0]) + 7 + 6)) - 1;
         let own = scalable_context::RID_PASID.of(context[1]);
-        unless(own > largest, "SCT.4.2", 0x43, "RID_PASID is beyond the PASID directory")?;
+        unless_zero(&[0, when(own > largest, scalable_context::RID_PASID.mask())], "SCT.4.2", 0x43, "RID_PASID is beyond the PASID directory")?;
         let Some(pasid) = requester.pasid.map(u64::from) else {
             let entry = self.pasid_entry(context[0], own, memory)?;
             return self.translation(&entry, own, context[1] & scalable_context::RID_PRIV != 0);
@@ -212,7 +223,12 @@ impl Hardware {
         unless(pasid > self.largest_pasid(), "SGN.10", 0x89, "the PASID has more bits than the unit supports (PSS)")?;
         unused_if(context[0] & scalable_context::PASIDE == 0, "SCT.6", 0x45, "the context entry does not enable PASIDs")?;
         unused_if(pasid > largest, "SCT.7", 0x46, "the PASID is beyond the PASID directory")?;
-        unless(pasid == own, "SCT.9", 0x48, "the PASID is the one that requests without PASID use (RID_PASID)")?;
+        unless_zero(
+            &[0, when(pasid == own, scalable_context::RID_PASID.mask())],
+            "SCT.9",
+            0x48,
+            "the PASID is the one that requests without PASID use (RID_PASID)",
+        )?;
         let entry = self.pasid_entry(context[0], pasid, memory)?;
         self.translation(&entry, pasid, false)
     }
@@ -229,8 +245,8 @@ impl Hardware {
         let halves: [u64; 2] = read(memory, self.root_table + bus * u64::from(root::BYTES), "SRT.1", 0x38, "scalable-mode root entry")?;
         let half = halves[usize::from(function >= 0x80)];
         unused_if(half & PRESENT == 0, "SRT.2", 0x39, "this half of the scalable-mode root entry is not present")?;
-        let reserved = halves.iter().any(|half| half & PRESENT != 0 && half & (root::RESERVED | self.beyond_host()) != 0);
-        unless(reserved, "SRT.3", 0x3a, "the scalable-mode root entry has a reserved bit")?;
+        let reserved = halves.map(|half| when(half & PRESENT != 0, half & (root::RESERVED | self.beyond_host())));
+        unless_zero(&reserved, "SRT.3", 0x3a, "the scalable-mode root entry has a reserved bit")?;
 
         let address = POINTER.in_place(half) + (function & 0x7f) * u64::from(scalable_context::BYTES);
         let entry: [u64; 4] = read(memory, address, "SCT.1", 0x40, "scalable-mode context entry")?;
@@ -249,13 +265,27 @@ impl Hardware {
         for (capability, bits) in [(ecap::RPS, scalable_context::RID_PASID.mask()), (ecap::RPRIVS, scalable_context::RID_PRIV)] {
             reserved_1 |= if self.has(capability) { 0 } else { bits };
         }
-        let reserved = entry[0] & reserved_0 | entry[1] & reserved_1 | entry[2] | entry[3];
-        unless(reserved != 0, "SCT.3", 0x42, "the scalable-mode context entry has a reserved bit")?;
+        unless_zero(
+            &[entry[0] & reserved_0, entry[1] & reserved_1, entry[2], entry[3]],
+            "SCT.3",
+            0x42,
+            "the scalable-mode context entry has a reserved bit",
+        )?;
         let enabled = |bit| entry[0] & bit != 0;
         let inconsistent = enabled(scalable_context::PRE) && !enabled(scalable_context::DTE);
-        unless(inconsistent, "SCT.4.1", 0x43, "page requests (PRE) are enabled without device TLBs (DTE)")?;
+        unless_zero(
+            &[when(inconsistent, scalable_context::PRE | scalable_context::DTE)],
+            "SCT.4.1",
+            0x43,
+            "page requests (PRE) are enabled without device TLBs (DTE)",
+        )?;
         let inconsistent = enabled(scalable_context::EPTR) && !enabled(scalable_context::PASIDE);
-        unless(inconsistent, "SCT.4.3", 0x43, "PASIDs in translated requests (EPTR) are enabled without PASIDs (PASIDE)")?;
+        unless_zero(
+            &[when(inconsistent, scalable_context::EPTR | scalable_context::PASIDE)],
+            "SCT.4.3",
+            0x43,
+            "PASIDs in translated requests (EPTR) are enabled without PASIDs (PASIDE)",
+        )?;
         Ok(entry)
     }
 
@@ -264,25 +294,25 @@ impl Hardware {
         let address = POINTER.in_place(context) + (pasid >> 6) * u64::from(directory::BYTES);
         let [entry] = read(memory, address, "SPD.1", 0x50, "PASID directory entry")?;
         unused_if(entry & PRESENT == 0, "SPD.2", 0x51, "the PASID directory entry is not present")?;
-        let reserved = entry & (directory::RESERVED | self.beyond_host()) != 0;
-        unless(reserved, "SPD.3", 0x52, "the PASID directory entry has a reserved bit")?;
+        unless_zero(&[entry & (directory::RESERVED | self.beyond_host())], "SPD.3", 0x52, "the PASID directory entry has a reserved bit")?;
 
         let address = POINTER.in_place(entry) + (pasid & 0x3f) * u64::from(pasid::BYTES);
         let entry: [u64; 8] = read(memory, address, "SPT.1", 0x58, "PASID table entry")?;
         unused_if(entry[0] & PRESENT == 0, "SPT.2", 0x59, "the PASID table entry is not present")?;
-        let mut reserved = entry[0] & (pasid::RESERVED_0 | self.beyond_host()) | entry[1] & pasid::RESERVED_1;
-        reserved |= entry[2] & (pasid::RESERVED_2 | self.beyond_host()) | entry[3] | entry[4] & pasid::RESERVED_4;
-        reserved |= entry[5] & pasid::RESERVED_5 | entry[6] | entry[7];
+        let (reserved_0, reserved_2) = (pasid::RESERVED_0 | self.beyond_host(), pasid::RESERVED_2 | self.beyond_host());
+        let always = [reserved_0, pasid::RESERVED_1, reserved_2, u64::MAX, pasid::RESERVED_4, pasid::RESERVED_5, u64::MAX, u64::MAX];
+        let mut reserved: [u64; 8] = std::array::from_fn(|word| entry[word] & always[word]);
         for (capability, bits) in [(ecap::SMPWCS, pasid::PWSNP), (ecap::SC, pasid::PGSNP), (ecap::MTS, pasid::MEMORY_TYPE)] {
-            reserved |= if self.has(capability) { 0 } else { entry[1] & bits };
+            reserved[1] |= when(!self.has(capability), entry[1] & bits);
         }
         if self.has(ecap::HPTS) {
-            reserved |= entry[4] & self.beyond_host();
+            reserved[4] |= entry[4] & self.beyond_host();
         } else {
-            reserved |= entry[4] & pasid::HPT_4 | pasid::HPT_5.in_place(entry[5]);
+            reserved[4] |= entry[4] & pasid::HPT_4;
+            reserved[5] |= pasid::HPT_5.in_place(entry[5]);
         }
-        let reserved = reserved != 0 || self.domain_is_too_wide(pasid::DID.of(entry[1]));
-        unless(reserved, "SPT.3", 0x5a, "the PASID table entry has a reserved bit")?;
+        reserved[1] |= when(self.domain_is_too_wide(pasid::DID.of(entry[1])), pasid::DID.mask());
+        unless_zero(&reserved, "SPT.3", 0x5a, "the PASID table entry has a reserved bit")?;
         self.note_pasid_entry(&entry, address, memory);
         Ok(entry)
     }
@@ -315,23 +345,37 @@ impl Hardware {
             _ => None,
         };
         let missing = capability.is_none_or(|capability| !self.has(capability));
-        unless(missing, "SPT.4.2", 0x5b, "the unit does not have this translation type (PGTT)")?;
+        unless_zero(&[when(missing, pasid::PGTT.mask())], "SPT.4.2", 0x5b, "the unit does not have this translation type (PGTT)")?;
 
         let mut second_levels = None;
         if matches!(kind, pasid::SECOND_STAGE | pasid::NESTED) {
-            let reserved = entry[0] & pasid::SSADE != 0 && !self.has(ecap::SSADS);
-            unless(reserved, "SPT.3", 0x5a, "the unit has no accessed and dirty flags (SSADE) in its second stage")?;
+            unless_zero(
+                &[when(!self.has(ecap::SSADS), entry[0] & pasid::SSADE)],
+                "SPT.3",
+                0x5a,
+                "the unit has no accessed and dirty flags (SSADE) in its second stage",
+            )?;
             second_levels = self.levels(pasid::AW.of(entry[0]));
-            unless(second_levels.is_none(), "SPT.4.1", 0x5b, "the unit does not have this address width (AW)")?;
+            unless_zero(&[when(second_levels.is_none(), pasid::AW.mask())], "SPT.4.1", 0x5b, "the unit does not have this address width (AW)")?;
         }
         if matches!(kind, pasid::FIRST_STAGE | pasid::NESTED) {
-            let unsupported = |capability, bit| entry[2] & bit != 0 && !self.has(capability);
-            unless(unsupported(ecap::SRS, pasid::SRE), "SPT.3", 0x5a, "the unit has no supervisor requests (SRE)")?;
-            unless(unsupported(ecap::EAFS, pasid::EAFE), "SPT.3", 0x5a, "the unit has no extended-accessed flag (EAFE)")?;
+            let unsupported = |capability, bit| [0, 0, when(!self.has(capability), entry[2] & bit)];
+            unless_zero(&unsupported(ecap::SRS, pasid::SRE), "SPT.3", 0x5a, "the unit has no supervisor requests (SRE)")?;
+            unless_zero(&unsupported(ecap::EAFS, pasid::EAFE), "SPT.3", 0x5a, "the unit has no extended-accessed flag (EAFE)")?;
             let supported = pasid::FSPM.of(entry[2]) <= cap::FS5LP.of(self.cap);
-            unless(!supported, "SPT.4.3", 0x5b, "the unit does not have this first-stage paging mode (FSPM)")?;
+            unless_zero(
+                &[0, 0, when(!supported, pasid::FSPM.mask())],
+                "SPT.4.3",
+                0x5b,
+                "the unit does not have this first-stage paging mode (FSPM)",
+            )?;
         }
-        unless(privileged && entry[2] & pasid::SRE == 0, "SPT.6", 0x5d, "RID_PRIV makes requests privileged, and SRE refuses those")?;
+        unless_zero(
+            &[0, 0, when(privileged && entry[2] & pasid::SRE == 0, pasid::SRE)],
+            "SPT.6",
+            0x5d,
+            "RID_PRIV makes requests privileged, and SRE refuses those",
+        )?;
 
         let second = second_levels.map(|levels| self.second_stage(POINTER.in_place(entry[0]), levels, entry[0] & pasid::SSADE != 0));
         let tag = Tag { domain: Some(pasid::DID.of(entry[1]) as u32), space: Some(pasid as u32) };
@@ -343,7 +387,12 @@ impl Hardware {
                 // The first stage's addresses are guest-physical: they end where the second stage's input does.
                 let input_bits = self.guest_bits().clamp(12, address_width(levels));
                 let beyond = POINTER.in_place(entry[2]) >> input_bits != 0;
-                unless(beyond, "SPT.4.4", 0x5b, "the first-stage table is beyond the second stage's input addresses")?;
+                unless_zero(
+                    &[0, 0, when(beyond, POINTER.mask())],
+                    "SPT.4.4",
+                    0x5b,
+                    "the first-stage table is beyond the second stage's input addresses",
+                )?;
                 let first = self.first_stage(entry, input_bits.min(self.host_bits()), privileged);
                 tables(vec![first, second])
             }

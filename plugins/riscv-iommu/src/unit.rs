@@ -30,7 +30,7 @@ const PAGE: u64 = 4096;
 const NARROWEST_OUTPUT: u64 = 32;
 
 /// A cause of a fault record: its number, and what the specification calls it.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 struct Cause(u16, &'static str);
 
 const GUEST_PAGE_FAULT: Cause = Cause(21, "Read guest-page fault");
@@ -56,9 +56,14 @@ fn unused_if(condition: bool, cause: Cause, reason: &str) -> Result<(), Blocked>
     if condition { Err(Blocked { kind: BlockKind::Unused, ..fault(cause, reason) }) } else { Ok(()) }
 }
 
-/// `Err` if the condition holds.
-fn unless(condition: bool, cause: Cause, reason: &str) -> Result<(), Blocked> {
-    if condition { Err(fault(cause, reason)) } else { Ok(()) }
+/// `Err` if one of `words` is not zero: what is wrong with each word of the structure that was read last.
+fn unless_zero(words: &[u64], cause: Cause, reason: &str) -> Result<(), Blocked> {
+    if words.iter().any(|word| *word != 0) { Err(fault(cause, reason).at_first(words)) } else { Ok(()) }
+}
+
+/// `bits` if the condition holds.
+const fn when(condition: bool, bits: u64) -> u64 {
+    if condition { bits } else { 0 }
 }
 
 /// A page number as an address.
@@ -164,13 +169,13 @@ impl Device {
         for level in (1..levels as usize).rev() {
             let [entry] = self.read_or_fault(memory, table + index[level] * pointer::BYTES, "process directory entry")?;
             unused_if(entry & pointer::V == 0, PDT_INVALID, "the process directory entry is not valid")?;
-            unless(entry & pointer::RESERVED != 0, PDT_MISCONFIGURED, "the process directory entry has a reserved bit")?;
+            unless_zero(&[entry & pointer::RESERVED], PDT_MISCONFIGURED, "the process directory entry has a reserved bit")?;
             table = page(pointer::PPN.of(entry));
         }
         let address = table + index[0] * process::BYTES;
         let context: [u64; 2] = self.read_or_fault(memory, address, "process context")?;
         unused_if(context[0] & process::V == 0, PDT_INVALID, "the process context is not valid")?;
-        unless(context[0] & process::RESERVED != 0, PDT_MISCONFIGURED, "the process context has a reserved bit")?;
+        unless_zero(&[context[0] & process::RESERVED], PDT_MISCONFIGURED, "the process context has a reserved bit")?;
         if atp::MODE.of(context[1]) == atp::BARE {
             let reason = "the process context has a root without a first stage (fsc)";
             Structure::new(memory, address, "RISC-V IOMMU 1.0 section 2.2.3").warn(1, atp::PPN.in_place(context[1]), reason);
@@ -296,7 +301,7 @@ impl Hardware {
         for level in (1..self.directory_levels as usize).rev() {
             let words = read(table + index[level] * pointer::BYTES, pointer::BYTES, "device directory entry")?;
             unused_if(words[0] & pointer::V == 0, DDT_INVALID, "the device directory entry is not valid")?;
-            unless(words[0] & pointer::RESERVED != 0, DDT_MISCONFIGURED, "the device directory entry has a reserved bit")?;
+            unless_zero(&[words[0] & pointer::RESERVED], DDT_MISCONFIGURED, "the device directory entry has a reserved bit")?;
             table = page(pointer::PPN.of(words[0]));
         }
         let address = table + index[0] * bytes;
@@ -312,54 +317,74 @@ impl Hardware {
     /// Reserved bits and bits that contradict each other or the unit's capabilities, IOMMU section 2.1.4. The base format's missing words are zero.
     fn check_device(&self, &[tc, iohgatp, ta, _, msiptp, msi_mask, msi_pattern, last]: &[u64; 8]) -> Result<(), Blocked> {
         let has = |bit| tc & bit != 0;
-        let wrong = |condition, reason| unless(condition, DDT_MISCONFIGURED, reason);
+        let wrong = |words: &[u64], reason| unless_zero(words, DDT_MISCONFIGURED, reason);
+        let wrong_tc = |condition, bits, reason| wrong(&[when(condition, bits)], reason);
         unused_if(!has(tc::V), DDT_INVALID, "the device context is not valid")?;
-        wrong(tc & tc::RESERVED != 0, "the device context has a reserved bit (tc)")?;
+        wrong(&[tc & tc::RESERVED], "the device context has a reserved bit (tc)")?;
         let qos = if self.has(capabilities::QOSID) { 0 } else { ta::QOS };
-        wrong(ta & (ta::RESERVED | qos) != 0, "the device context has a reserved bit (ta)")?;
-        let msi_reserved = (msi_mask | msi_pattern) & !device::MSI_PAGE | msiptp & atp::RESERVED | last;
-        wrong(msi_reserved != 0, "the device context has a reserved bit (MSI)")?;
-        wrong(atp::MODE.of(msiptp) > atp::FLAT, "the MSI page table has a reserved mode")?;
+        wrong(&[0, 0, ta & (ta::RESERVED | qos)], "the device context has a reserved bit (ta)")?;
+        let msi_reserved = [0, 0, 0, 0, msiptp & atp::RESERVED, msi_mask & !device::MSI_PAGE, msi_pattern & !device::MSI_PAGE, last];
+        wrong(&msi_reserved, "the device context has a reserved bit (MSI)")?;
+        wrong(&[0, 0, 0, 0, when(atp::MODE.of(msiptp) > atp::FLAT, atp::MODE.mask())], "the MSI page table has a reserved mode")?;
         let services = has(tc::EN_ATS) || has(tc::EN_PRI) || has(tc::PRPR);
-        wrong(services && !self.has(capabilities::ATS), "the unit has no translation services (ATS)")?;
-        wrong(has(tc::EN_PRI) && !has(tc::EN_ATS), "page requests (EN_PRI) are enabled without translation services (EN_ATS)")?;
-        wrong(has(tc::PRPR) && !has(tc::EN_PRI), "responses to page requests (PRPR) are configured without page requests (EN_PRI)")?;
+        wrong_tc(services && !self.has(capabilities::ATS), tc & (tc::EN_ATS | tc::EN_PRI | tc::PRPR), "the unit has no translation services (ATS)")?;
+        wrong_tc(
+            has(tc::EN_PRI) && !has(tc::EN_ATS),
+            tc::EN_PRI | tc::EN_ATS,
+            "page requests (EN_PRI) are enabled without translation services (EN_ATS)",
+        )?;
+        wrong_tc(
+            has(tc::PRPR) && !has(tc::EN_PRI),
+            tc::PRPR | tc::EN_PRI,
+            "responses to page requests (PRPR) are configured without page requests (EN_PRI)",
+        )?;
         if has(tc::T2GPA) {
-            wrong(!self.has(capabilities::T2GPA), "the unit's translation services do not answer guest-physical addresses (T2GPA)")?;
-            wrong(!has(tc::EN_ATS), "guest-physical answers (T2GPA) are enabled without translation services (EN_ATS)")?;
-            wrong(atp::MODE.of(iohgatp) == atp::BARE, "guest-physical answers (T2GPA) are enabled without a second stage")?;
+            wrong_tc(!self.has(capabilities::T2GPA), tc::T2GPA, "the unit's translation services do not answer guest-physical addresses (T2GPA)")?;
+            wrong_tc(!has(tc::EN_ATS), tc::T2GPA | tc::EN_ATS, "guest-physical answers (T2GPA) are enabled without translation services (EN_ATS)")?;
+            wrong_tc(atp::MODE.of(iohgatp) == atp::BARE, tc::T2GPA, "guest-physical answers (T2GPA) are enabled without a second stage")?;
         }
-        wrong(has(tc::DPE) && !has(tc::PDTV), "a default process (DPE) is enabled without a process directory (PDTV)")?;
+        wrong_tc(has(tc::DPE) && !has(tc::PDTV), tc::DPE | tc::PDTV, "a default process (DPE) is enabled without a process directory (PDTV)")?;
         let updates = has(tc::SADE) || has(tc::GADE);
-        wrong(updates && !self.has(capabilities::AMO_HWAD), "the unit does not set accessed and dirty bits (SADE, GADE)")?;
+        wrong_tc(
+            updates && !self.has(capabilities::AMO_HWAD),
+            tc & (tc::SADE | tc::GADE),
+            "the unit does not set accessed and dirty bits (SADE, GADE)",
+        )?;
         let other_order = has(tc::SBE) != self.big_endian;
-        wrong(other_order && !self.has(capabilities::END), "the unit has only one byte order, and SBE asks for the other")?;
-        wrong(self.narrow_guests && !has(tc::SXL), "guests have 32 bits (GXL), and their supervisors do not (SXL)")
+        wrong_tc(other_order && !self.has(capabilities::END), tc::SBE, "the unit has only one byte order, and SBE asks for the other")?;
+        wrong_tc(self.narrow_guests && !has(tc::SXL), tc::SXL, "guests have 32 bits (GXL), and their supervisors do not (SXL)")
     }
 
     /// The modes of the two stages and of the process directory, IOMMU section 2.1.4.
     fn check_modes(&self, &[tc, iohgatp, ta, fsc, msiptp, msi_mask, msi_pattern, _]: &[u64; 8]) -> Result<Device, Blocked> {
-        let wrong = |condition, reason| unless(condition, DDT_MISCONFIGURED, reason);
+        let wrong = |words: &[u64], reason| unless_zero(words, DDT_MISCONFIGURED, reason);
         let mut second = None;
         let mode = atp::MODE.of(iohgatp);
         if mode != atp::BARE {
-            let levels = self.second_levels(mode).ok_or_else(|| fault(DDT_MISCONFIGURED, "the unit does not have this mode of the second stage"))?;
+            let no_mode = || fault(DDT_MISCONFIGURED, "the unit does not have this mode of the second stage").at(1, atp::MODE.mask());
+            let levels = self.second_levels(mode).ok_or_else(no_mode)?;
             let root = page(atp::PPN.of(iohgatp));
-            wrong(root & 0x3fff != 0, "the second stage's root table is not aligned to 16 KiB")?;
-            wrong(root >> self.output_bits != 0, "the second stage's root table has more address bits than the unit (PAS)")?;
+            wrong(&[0, when(root & 0x3fff != 0, atp::PPN.mask())], "the second stage's root table is not aligned to 16 KiB")?;
+            wrong(
+                &[0, when(root >> self.output_bits != 0, atp::PPN.mask())],
+                "the second stage's root table has more address bits than the unit (PAS)",
+            )?;
             let mut table = self.table(SecondStage::NAME, levels, root, self.output_bits, tc & tc::GADE != 0, self.big_endian);
             if tc & tc::SXL != 0 && levels > 2 {
                 table.settings.set("input-bits", NARROW);
             }
             second = Some(table);
         }
-        wrong(fsc & atp::RESERVED != 0, "the device context has a reserved bit (fsc)")?;
+        wrong(&[0, 0, 0, fsc & atp::RESERVED], "the device context has a reserved bit (fsc)")?;
         if tc & tc::PDTV == 0 {
             self.check_first(fsc, tc, second.is_some(), DDT_MISCONFIGURED)?;
         } else {
             let has = [true, self.has(capabilities::PD8), self.has(capabilities::PD17), self.has(capabilities::PD20)];
             let mode = atp::MODE.of(fsc);
-            wrong(mode > atp::THREE_LEVELS || !has[(mode & 3) as usize], "the unit does not have this mode of the process directory")?;
+            wrong(
+                &[0, 0, 0, when(mode > atp::THREE_LEVELS || !has[(mode & 3) as usize], atp::MODE.mask())],
+                "the unit does not have this mode of the process directory",
+            )?;
         }
         let msi = (atp::MODE.of(msiptp) == atp::FLAT).then_some([page(atp::PPN.of(msiptp)), msi_mask, msi_pattern]);
         let guest = second.is_some().then(|| atp::GSCID.of(iohgatp) as u32);
@@ -368,15 +393,19 @@ impl Hardware {
 
     /// Levels of the first stage; none if it is Bare.
     fn check_first(&self, fsc: u64, tc: u64, behind_second: bool, cause: Cause) -> Result<Option<u64>, Blocked> {
-        unless(fsc & atp::RESERVED != 0, cause, "the context has a reserved bit (fsc)")?;
+        // A device context has it in word 3, a process context in word 1.
+        let wrong = |bits: u64, reason| {
+            if cause == PDT_MISCONFIGURED { unless_zero(&[0, bits], cause, reason) } else { unless_zero(&[0, 0, 0, bits], cause, reason) }
+        };
+        wrong(fsc & atp::RESERVED, "the context has a reserved bit (fsc)")?;
         let mode = atp::MODE.of(fsc);
         if mode == atp::BARE {
             return Ok(None);
         }
         let levels = self.first_levels(mode, tc & tc::SXL != 0);
-        unless(levels.is_none(), cause, "the unit does not have this mode of the first stage")?;
+        wrong(when(levels.is_none(), atp::MODE.mask()), "the unit does not have this mode of the first stage")?;
         let beyond = !behind_second && page(atp::PPN.of(fsc)) >> self.output_bits != 0;
-        unless(beyond, cause, "the first stage's root table has more address bits than the unit (PAS)")?;
+        wrong(when(beyond, atp::PPN.mask()), "the first stage's root table has more address bits than the unit (PAS)")?;
         Ok(levels)
     }
 

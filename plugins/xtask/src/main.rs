@@ -51,6 +51,8 @@ pub const PLUGINS: [PluginCrate; 9] = [
 
 /// Name of the custom section with the hash of a plugin's sources.
 pub const SOURCE_HASH_SECTION: &str = "stagecraft:source-hash";
+/// The hash of everything before it: a built file that somebody changed is not the one that the sources made.
+const BUILT_HASH_SECTION: &str = "stagecraft:built-hash";
 
 const USAGE: &str = "usage: cargo xtask plugins [NAME ...]    build the plugins into host/builtin (needs the target wasm32-unknown-unknown)
        cargo xtask check-plugins         refuse built plugins that do not match their sources
@@ -106,6 +108,8 @@ fn plugins(root: &Path, names: &[String]) -> Result<()> {
         let hash = sources::hash(root, plugin.folder)?;
         let mut component = toolchain.build(root, plugin).with_context(|| format!("plugin {}", plugin.name))?;
         section::append(&mut component, SOURCE_HASH_SECTION, hash.as_bytes());
+        let built = sources::of_bytes(&component);
+        section::append(&mut component, BUILT_HASH_SECTION, built.as_bytes());
         let file = root.join(plugin.file());
         std::fs::create_dir_all(root.join(plugin.output))?;
         std::fs::write(&file, &component).with_context(|| format!("writing {}", file.display()))?;
@@ -123,7 +127,7 @@ fn check_plugins(root: &Path) -> Result<()> {
         }
     }
     if stale > 0 {
-        bail!("{stale} of {} built plugins do not match their sources", PLUGINS.len());
+        bail!("{stale} of {} built plugins are not what their sources make", PLUGINS.len());
     }
     println!("{} built plugins match their sources", PLUGINS.len());
     Ok(())
@@ -131,10 +135,44 @@ fn check_plugins(root: &Path) -> Result<()> {
 
 fn check(root: &Path, plugin: &PluginCrate) -> Result<()> {
     let component = std::fs::read(root.join(plugin.file())).context("not built yet")?;
-    let built = section::find(&component, SOURCE_HASH_SECTION).context("has no source hash")?;
-    let now = sources::hash(root, plugin.folder)?;
+    check_component(&component, &sources::hash(root, plugin.folder)?)
+}
+
+/// Whether a component was built from sources with the hash `now`, and is as it was built.
+fn check_component(component: &[u8], now: &str) -> Result<()> {
+    let built = section::find(component, SOURCE_HASH_SECTION).context("has no source hash")?;
     if built != now.as_bytes() {
         bail!("stale: built from {:.12}, the sources are {:.12}", String::from_utf8_lossy(built), now);
     }
+    let (before, built) = section::last(component, BUILT_HASH_SECTION).context("does not end with a hash of its bytes")?;
+    if built != sources::of_bytes(before).as_bytes() {
+        bail!("changed since it was built");
+    }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_built_plugin_that_was_changed_is_refused() {
+        let mut component = b"\0asm\x0d\0\x01\0".to_vec();
+        section::append(&mut component, "code", &[1, 2, 3]);
+        section::append(&mut component, SOURCE_HASH_SECTION, b"sources");
+        let unsealed = component.clone();
+        let built = sources::of_bytes(&component);
+        section::append(&mut component, BUILT_HASH_SECTION, built.as_bytes());
+        assert!(check_component(&component, "sources").is_ok());
+        let refused = |component: &[u8], now: &str| check_component(component, now).err().map(|error| error.to_string());
+        assert_eq!(refused(&component, "others").as_deref(), Some("stale: built from sources, the sources are others"));
+        assert_eq!(refused(&unsealed, "sources").as_deref(), Some("does not end with a hash of its bytes"));
+        for index in 8..component.len() {
+            let mut changed = component.clone();
+            changed[index] ^= 4;
+            assert!(refused(&changed, "sources").is_some(), "byte {index}");
+        }
+        section::append(&mut component, "more", b"");
+        assert_eq!(refused(&component, "sources").as_deref(), Some("does not end with a hash of its bytes"));
+    }
 }

@@ -29,6 +29,14 @@ pub fn find<'a>(component: &'a [u8], name: &str) -> Option<&'a [u8]> {
     found
 }
 
+/// The bytes before the last section, if that is a custom one called `name`, and its content.
+pub fn last<'a>(component: &'a [u8], name: &str) -> Option<(&'a [u8], &'a [u8])> {
+    let content = find(component, name)?;
+    let mut section = Vec::new();
+    append(&mut section, name, content);
+    Some((component.strip_suffix(&*section)?, content))
+}
+
 fn leb128(out: &mut Vec<u8>, mut value: usize) {
     loop {
         let low = (value & 0x7f) as u8;
@@ -64,6 +72,16 @@ mod tests {
         assert_eq!(find(&component, "first"), Some(&b"one"[..]));
         assert_eq!(find(&component, "second"), Some(&[7; 300][..]));
         assert_eq!(find(&component, "third"), None);
+    }
+
+    #[test]
+    fn the_last_section_is_told_from_what_stands_before_it() {
+        let mut component = b"\0asm\x0d\0\x01\0".to_vec();
+        append(&mut component, "first", b"one");
+        let before = component.clone();
+        append(&mut component, "second", b"two");
+        assert_eq!(last(&component, "second"), Some((&*before, &b"two"[..])));
+        assert_eq!(last(&component, "first"), None, "another one follows");
     }
 
     #[test]

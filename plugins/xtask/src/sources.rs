@@ -8,7 +8,23 @@ use std::path::{Path, PathBuf};
 /// What all plugins share: the SDK, the contract, the build profile, and the way this task builds.
 const SHARED: [&str; 5] = ["Cargo.toml", "sdk/Cargo.toml", "sdk/src", "wit", "plugins/xtask/src/build.rs"];
 
-/// Hex SHA-256 over the sorted paths and contents of the plugin in `folder`, the SDK, the WIT and the workspace's manifest.
+/// The crate whose dependencies are those of all plugins.
+const SDK: &str = "stagecraft-sdk";
+
+/// Hex SHA-256 of `bytes`.
+pub fn of_bytes(bytes: &[u8]) -> String {
+    hex(Sha256::digest(bytes).as_slice())
+}
+
+fn hex(digest: &[u8]) -> String {
+    digest.iter().fold(String::new(), |mut hex, byte| {
+        let _ = write!(hex, "{byte:02x}");
+        hex
+    })
+}
+
+/// Hex SHA-256 over the sorted paths and contents of the plugin in `folder`, the SDK, the WIT and the workspace's manifest, and over what the lock file says of the
+/// SDK's dependencies.
 pub fn hash(root: &Path, folder: &str) -> Result<String> {
     let mut files = Vec::new();
     for shared in SHARED {
@@ -30,10 +46,38 @@ pub fn hash(root: &Path, folder: &str) -> Result<String> {
         hash.update((content.len() as u64).to_le_bytes());
         hash.update(&content);
     }
-    Ok(hash.finalize().iter().fold(String::new(), |mut hex, byte| {
-        let _ = write!(hex, "{byte:02x}");
-        hex
-    }))
+    let lock = root.join("Cargo.lock");
+    if lock.is_file() {
+        hash.update(locked(&std::fs::read_to_string(&lock).context("reading Cargo.lock")?, SDK));
+    }
+    Ok(hex(hash.finalize().as_slice()))
+}
+
+/// Names, versions and checksums of all that `package` depends on, by the lock file `lock`.
+fn locked(lock: &str, package: &str) -> String {
+    let blocks: Vec<Vec<&str>> = lock.split("[[package]]").skip(1).map(|block| block.lines().map(str::trim).collect()).collect();
+    let value = |block: &[&str], name: &str| {
+        let line = block.iter().find_map(|line| line.strip_prefix(name)?.strip_prefix(" = \""));
+        line.and_then(|line| line.strip_suffix('"')).unwrap_or_default().to_owned()
+    };
+    // A dependency is a name, and a version where there are several.
+    let is = |block: &[&str], dependency: &str| {
+        let (name, version) = dependency.split_once(' ').unwrap_or((dependency, ""));
+        value(block, "name") == name && (version.is_empty() || value(block, "version") == version)
+    };
+    let mut wanted = vec![package.to_owned()];
+    let mut found = std::collections::BTreeSet::new();
+    while let Some(dependency) = wanted.pop() {
+        let Some(block) = blocks.iter().find(|block| is(block, &dependency)) else { continue };
+        let ours = value(block, "source").is_empty();
+        let line = ["name", "version", "checksum"].map(|name| value(block, name)).join(" ");
+        // The version of our own crates is in the workspace's manifest.
+        if (ours || found.insert(line)) && (!ours || dependency == package) {
+            let listed = block.iter().skip_while(|line| **line != "dependencies = [").skip(1).take_while(|line| **line != "]");
+            wanted.extend(listed.map(|line| line.trim_matches(|c| c == '"' || c == ',').to_owned()));
+        }
+    }
+    found.into_iter().collect::<Vec<_>>().join("\n")
 }
 
 /// Of the workspace's manifest only the plugins' profile and the SDK's dependency matter: other changes must not make plugins stale.
@@ -78,6 +122,23 @@ mod tests {
         let changed = b"[workspace.dependencies]\nwit-bindgen = \"0.62\"\n[profile.plugin]\nlto = \"fat\"\n";
         assert_eq!(relevant(before), relevant(other));
         assert_ne!(relevant(before), relevant(changed));
+    }
+
+    #[test]
+    fn what_the_sdk_depends_on_counts_and_nothing_else_of_the_lock_file() {
+        let package = |name: &str, version: &str, sum: &str, dependencies: &[&str]| {
+            let source = if sum.is_empty() { String::new() } else { format!("source = \"registry\"\nchecksum = \"{sum}\"\n") };
+            let list: String = dependencies.iter().map(|name| format!(" \"{name}\",\n")).collect();
+            format!("[[package]]\nname = \"{name}\"\nversion = \"{version}\"\n{source}dependencies = [\n{list}]\n\n")
+        };
+        let lock = |parser: &str, other: &str| {
+            let sdk = package(SDK, "0.1.0", "", &["wit-bindgen"]) + &package("wit-bindgen", "0.61.0", "aa", &["wit-parser 0.61.0", "wit-bindgen"]);
+            let parsers = package("wit-parser", "0.254.2", other, &[]) + &package("wit-parser", "0.61.0", parser, &[]);
+            format!("version = 4\n\n{sdk}{parsers}{}", package("host", "0.1.0", "", &["wit-parser 0.254.2", SDK]))
+        };
+        assert_eq!(locked(&lock("bb", "cc"), SDK), "wit-bindgen 0.61.0 aa\nwit-parser 0.61.0 bb");
+        assert_eq!(locked(&lock("bb", "cc"), SDK), locked(&lock("bb", "dd"), SDK));
+        assert_ne!(locked(&lock("bb", "cc"), SDK), locked(&lock("ee", "cc"), SDK));
     }
 
     #[test]

@@ -84,7 +84,7 @@ pub fn run(global: &Global, arguments: &Arguments) -> Result<Status> {
             Err(status) => return Ok(status),
         },
     };
-    let progress = Progress::new("converting tables");
+    let progress = Progress::new("converting tables", &guest);
     let conversion = convert(&guest, &streams, &target, &mut |done, all| progress.at(done, all))?;
     drop(progress);
     let refused: u128 = conversion.tables.iter().map(|table| table.built.losses.refused_bytes()).sum();
@@ -181,7 +181,7 @@ fn target(arguments: &Arguments) -> Result<Target> {
 fn report(conversion: &Conversion, out: Option<&Path>) -> Value {
     let example = |piece: &Piece| {
         let bytes = u128::from(piece.iova.length_minus_one()) + 1;
-        json!({"iova": json::hex(piece.iova.first), "address": json::hex(piece.address), "size": bytes as u64, "attributes": piece.attributes.to_string()})
+        json!({"iova": json::hex(piece.iova.first), "address": json::hex(piece.address), "size": json::bytes(bytes), "attributes": piece.attributes.to_string()})
     };
     let loss = |(loss, count): (Loss, &Count)| {
         json!({
@@ -189,7 +189,7 @@ fn report(conversion: &Conversion, out: Option<&Path>) -> Value {
             "refused": loss.is_refused(),
             "description": loss.describe(),
             "pieces": count.pieces,
-            "bytes": count.bytes as u64,
+            "bytes": json::bytes(count.bytes),
             "examples": count.examples.iter().map(example).collect::<Vec<_>>(),
         })
     };

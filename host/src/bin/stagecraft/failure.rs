@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use stagecraft::convert::ConvertError;
 use stagecraft::device::LookupError;
 use stagecraft::guest::GuestError;
+use stagecraft::memory::Exhausted;
 use stagecraft::table::{BuildError, WalkError};
 
 use crate::output::{BAD, printable};
@@ -35,7 +36,7 @@ pub fn report(error: &anyhow::Error) -> Status {
         return Status::Good;
     }
     complain(&format!("{}{error:#}{}", place(error), hint(error)));
-    if is_budget(error) { Status::Found } else { Status::Trouble }
+    if spent(error).is_some() { Status::Found } else { Status::Trouble }
 }
 
 /// What an error is about that does not say so itself: only writing to standard output has no name of a file.
@@ -48,10 +49,28 @@ fn hint(error: &anyhow::Error) -> &'static str {
     match error.downcast_ref::<ConvertError>() {
         Some(ConvertError::Build { error: BuildError::Full(_), .. }) => "; --table-bytes allows more",
         Some(ConvertError::NoHole { .. }) => "; --table-bytes N asks for less",
-        _ if is_budget(error) => "; --budget-tables and --budget-leaves allow more",
-        _ => "",
+        _ => spent(error).map_or("", |exhausted| more(exhausted.what)),
     }
 }
+
+/// Which option allows more, by the words that a spent budget is named with. Some budgets cannot be changed.
+pub fn more(spent: &str) -> &'static str {
+    let about = |words: &str| spent.contains(words);
+    if about("tables visited") {
+        "; --budget-tables allows more"
+    } else if about("leaves") || about("separate mappings") {
+        "; --budget-leaves allows more"
+    } else if about("patterns asked about") {
+        "; --budget-questions allows more"
+    } else if about(IN_ONE_REPORT) {
+        "; --device ID asks for one device"
+    } else {
+        ""
+    }
+}
+
+/// Ends the name of a budget of what a report may repeat.
+pub const IN_ONE_REPORT: &str = "in one report";
 
 /// Characters of a message that are shown: its beginning and its end. A snapshot may have names of any length.
 const SHOWN: (usize, usize) = (600, 300);
@@ -70,12 +89,15 @@ fn shortened(line: String) -> String {
     format!("{} [{left_out} characters] {}", begin.iter().collect::<String>(), end.iter().collect::<String>())
 }
 
-/// Whether a budget was spent: the guest's tables are larger than the caller allows, and nothing is wrong with the call.
-fn is_budget(error: &anyhow::Error) -> bool {
-    let spent = |error: &GuestError| matches!(error, GuestError::Walk(WalkError::Exhausted(_)) | GuestError::Lookup(LookupError::Exhausted(_)));
-    match error.downcast_ref::<ConvertError>() {
-        Some(ConvertError::Guest(error)) => spent(error),
-        _ => error.downcast_ref::<GuestError>().is_some_and(spent),
+/// The budget that was spent, if one was: the guest's tables are larger than the caller allows, and nothing is wrong with the call.
+fn spent(error: &anyhow::Error) -> Option<Exhausted> {
+    let guest = match error.downcast_ref::<ConvertError>() {
+        Some(ConvertError::Guest(error)) => Some(error),
+        _ => error.downcast_ref::<GuestError>(),
+    };
+    match guest? {
+        GuestError::Walk(WalkError::Exhausted(exhausted)) | GuestError::Lookup(LookupError::Exhausted(exhausted)) => Some(*exhausted),
+        _ => None,
     }
 }
 

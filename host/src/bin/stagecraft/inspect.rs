@@ -17,12 +17,13 @@ use crate::json::{self, Separator};
 use crate::options::Global;
 use crate::output::{BAD, Cell, Columns, DIM, FEW, GOOD, HEAD, PLAIN, WARN, count, counted, human, printable, raw, size};
 use crate::session::{Session, device, load};
-use crate::view::{Seen, View};
+use crate::view::{Seen, View, mapped, most_mappings};
 
 /// Show which tables each device uses, and what maps where
 ///
 /// One line per device (and PASID), then one summary per table; devices of one domain share a table. A table that cannot be followed to its end is shown as
-/// far as it goes, and the reason with it: exit status 2 if the snapshot lacks a page, 1 if a budget was spent.
+/// far as it goes, and the reason with it: exit status 2 if the snapshot lacks a page, 1 if a budget was spent. JSON repeats what devices share for each of
+/// them, which is bounded, too.
 #[derive(Args, Debug)]
 pub struct Arguments {
     /// Folder with snapshot.json and pages.bin
@@ -41,8 +42,9 @@ pub fn run(global: &Global, arguments: &Arguments) -> Result<Status> {
     let only = arguments.device.as_deref().map(|text| device(&snapshot, text)).transpose()?;
     let session = Session::new(global)?;
     let guest = session.guest(&snapshot)?;
-    let view = View::new(&guest, only)?;
+    let mut view = View::new(&guest, only)?;
     if global.json() {
+        view.bound(most_mappings(&guest));
         write_json(&mut raw(), &view)?;
     } else {
         write_human(&mut human(), &guest, &view, arguments.all)?;
@@ -73,7 +75,7 @@ fn write_json(out: &mut impl Write, view: &View) -> Result<()> {
         let head = head.to_string();
         write!(out, "{},\"mappings\":[", head.strip_suffix('}').unwrap_or(&head))?;
         let mut mappings = Separator::default();
-        for mapping in reach.map_or(&[][..], |reach| reach.collected.collector.mappings()) {
+        for mapping in reach.map_or(&[][..], |reach| reach.collected.collector.mappings()).iter().take(seen.shown) {
             let Mapping { iova, address, access } = mapping;
             let bytes = u128::from(iova.length_minus_one()) + 1;
             let separator = mappings.next();
@@ -161,15 +163,9 @@ fn write_stream(columns: &mut Columns, view: &View, seen: &Seen) {
         Cell::styled(stream.state.as_str(), style),
         seen.table.map_or("-".to_owned(), |table| format!("#{}", table + 1)).into(),
         reach.map_or(String::new(), |reach| count(reach.collected.collector.mappings().len() as u64)).into(),
-        reach.map_or(String::new(), |reach| size(mapped(reach.collected.collector.mappings(), None))).into(),
+        reach.map_or(String::new(), |reach| size(reach.bytes)).into(),
         printable(&what.join("; ")).into(),
     ]);
-}
-
-/// Bytes that are mapped, all together or with one access.
-fn mapped(mappings: &[Mapping], access: Option<Access>) -> u128 {
-    let counts = |mapping: &&Mapping| access.is_none_or(|access| mapping.access == access);
-    mappings.iter().filter(counts).map(|mapping| u128::from(mapping.iova.length_minus_one()) + 1).sum()
 }
 
 fn write_table(out: &mut impl Write, plugins: &Plugins, view: &View, index: usize, few: usize) -> Result<()> {
@@ -194,9 +190,9 @@ fn write_table(out: &mut impl Write, plugins: &Plugins, view: &View, index: usiz
         _ => String::new(),
     };
     let runs = counted(mappings.len() as u64, "run", "runs");
-    rows.row([Cell::styled("mapped", DIM), format!("{} in {runs}{span}", size(mapped(mappings, None))).into()]);
+    rows.row([Cell::styled("mapped", DIM), format!("{} in {runs}{span}", size(reach.bytes)).into()]);
     let leaves = collector.leaf_sizes().iter().enumerate().filter(|(_, leaves)| **leaves != 0);
-    let leaves: Vec<String> = leaves.map(|(log2, leaves)| format!("{} x {}", count(*leaves), size(1 << log2))).collect();
+    let leaves: Vec<String> = leaves.map(|(log2, leaves)| format!("{} x {}", count(*leaves), size(1_u128 << log2))).collect();
     rows.row([Cell::styled("leaves", DIM), if leaves.is_empty() { "none".to_owned() } else { leaves.join(", ") }.into()]);
     let access = |access| match mapped(mappings, Some(access)) {
         0 => None,

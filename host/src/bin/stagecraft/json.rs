@@ -14,6 +14,11 @@ pub fn hex(value: u64) -> Value {
     Value::String(format!("{value:#x}"))
 }
 
+/// A number of bytes; all of an address space are 2^64, one more than 64 bits say.
+pub fn bytes(bytes: u128) -> Value {
+    u64::try_from(bytes).map_or_else(|_| Value::from(bytes as f64), Value::from)
+}
+
 /// Settings without the root: JSON numbers, or hex strings for addresses and where a JSON number would lose digits.
 pub fn settings(settings: &Settings) -> Value {
     let value = |name: &str, value: u64| if name.starts_with("root") || value >> 53 != 0 { hex(value) } else { Value::from(value) };
@@ -35,9 +40,9 @@ pub fn intercept(intercept: &Intercept) -> Value {
 
 /// IOVAs that go to memory without any table.
 pub fn window(window: &Window) -> Value {
-    let bytes = u128::from(window.iova.length_minus_one()) + 1;
+    let size = bytes(u128::from(window.iova.length_minus_one()) + 1);
     let access = window.attributes.access(true).as_str();
-    json!({"iova": hex(window.iova.first), "address": hex(window.address), "size": u64::try_from(bytes).unwrap_or(u64::MAX), "access": access})
+    json!({"iova": hex(window.iova.first), "address": hex(window.address), "size": size, "access": access})
 }
 
 /// A stream's id and PASID.

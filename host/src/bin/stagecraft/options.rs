@@ -44,6 +44,9 @@ pub struct Global {
     /// Stop walking a table after this many leaves [default: 512 per table of the other budget]
     #[arg(long, global = true, value_name = "N", value_parser = crate::numbers::number, allow_negative_numbers = true)]
     pub budget_leaves: Option<u64>,
+    /// Stop walking a table after this many different patterns of entries, each of which its plugin is asked about [default: 16384]
+    #[arg(long, global = true, value_name = "N", value_parser = crate::numbers::number, allow_negative_numbers = true)]
+    pub budget_questions: Option<u64>,
 }
 
 /// What to print.

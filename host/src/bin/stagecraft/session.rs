@@ -25,6 +25,7 @@ pub struct Session {
     pub plugins: Plugins,
     budget_tables: Option<u64>,
     budget_leaves: Option<u64>,
+    budget_questions: Option<u64>,
 }
 
 impl Session {
@@ -45,7 +46,8 @@ impl Session {
         if let Some(path) = global.plugins.clone().or_else(from_environment) {
             plugins = plugins.with_directory(&PluginDirectory::open(&path)?)?;
         }
-        Ok(Self { plugins, budget_tables: global.budget_tables, budget_leaves: global.budget_leaves })
+        let Global { budget_tables, budget_leaves, budget_questions, .. } = *global;
+        Ok(Self { plugins, budget_tables, budget_leaves, budget_questions })
     }
 
     /// A snapshot, looked at within the budgets of the command line.
@@ -56,6 +58,11 @@ impl Session {
             limits.leaves = tables.saturating_mul(512);
         }
         limits.leaves = self.budget_leaves.unwrap_or(limits.leaves);
+        if self.budget_tables.is_some() || self.budget_leaves.is_some() {
+            // A mapping has a leaf at least, so that whoever allows so many leaves allows so many mappings.
+            limits.mappings = limits.leaves;
+        }
+        limits.questions = self.budget_questions.unwrap_or(limits.questions);
         Ok(Guest::with_limits(snapshot, &self.plugins, limits)?)
     }
 }

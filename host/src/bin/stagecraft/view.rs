@@ -3,13 +3,15 @@
 use std::collections::HashMap;
 
 use anyhow::Result;
+use stagecraft::Access;
 use stagecraft::device::LookupError;
 use stagecraft::guest::{Collected, Guest, GuestError, State, StreamState};
 use stagecraft::memory::PAGE;
 use stagecraft::plugin::CallError;
 use stagecraft::snapshot::{Device, Source};
+use stagecraft::table::Mapping;
 
-use crate::failure::{Status, complain};
+use crate::failure::{IN_ONE_REPORT, Status, complain, more};
 use crate::progress::Progress;
 use crate::session::name;
 
@@ -27,16 +29,22 @@ pub struct Seen {
     pub stream: StreamState,
     /// Index into the tables if it has an address space of its own.
     pub table: Option<usize>,
-    /// Why looking for its tables ended early, if it did.
+    /// Why looking for its tables ended early, or why not all of its mappings are shown, if so.
     pub stopped: Option<String>,
+    /// How many of its mappings are shown at most, see [`View::bound`].
+    pub shown: usize,
 }
 
 /// What devices reach through one table, or through two.
 pub struct Reach {
     /// The first stream that goes this way.
     pub stream: StreamState,
+    /// Which streams do, as indices into the streams.
+    users: Vec<usize>,
     /// Mappings and faults.
     pub collected: Collected,
+    /// Bytes that are mapped.
+    pub bytes: u128,
 }
 
 impl View {
@@ -44,31 +52,49 @@ impl View {
     pub fn new(guest: &Guest<'_>, only: Option<&Device>) -> Result<Self> {
         let streams = streams(guest, only)?;
         let mut view = Self { streams: Vec::with_capacity(streams.len()), tables: Vec::new() };
-        let (mut known, mut places) = (Vec::<StreamState>::new(), HashMap::new());
+        let (mut known, mut places) = (Vec::<(StreamState, Vec<usize>)>::new(), HashMap::new());
         for (stream, stopped) in streams {
             let table = matches!(stream.state, State::Translated(_) | State::Direct(_)).then(|| {
-                *places.entry(stream.way()).or_insert_with(|| {
-                    known.push(stream.clone());
+                let place = *places.entry(stream.way()).or_insert_with(|| {
+                    known.push((stream.clone(), Vec::new()));
                     known.len() - 1
-                })
+                });
+                known[place].1.push(view.streams.len());
+                place
             });
-            view.streams.push(Seen { stream, table, stopped });
+            view.streams.push(Seen { stream, table, stopped, shown: usize::MAX });
         }
-        let progress = Progress::new("walking tables");
+        let progress = Progress::new("walking tables", guest);
         let all = known.len();
-        for (done, stream) in known.into_iter().enumerate() {
+        for (done, (stream, users)) in known.into_iter().enumerate() {
             progress.at(done, all);
             // Only streams with an address space are known.
             let Some(mut space) = guest.space(&stream)? else { continue };
             let collected = guest.collect(&mut space, 0)?;
-            view.tables.push(Reach { stream, collected });
+            let bytes = mapped(collected.collector.mappings(), None);
+            view.tables.push(Reach { stream, users, collected, bytes });
         }
         Ok(view)
     }
 
+    /// Bounds a report that says for each stream what it reaches: tables are walked once, but may be shared by as many streams as a guest likes. From
+    /// the stream on that would be shown mapping number `most` and one more, they are cut, and say so.
+    pub fn bound(&mut self, most: u64) {
+        let mut left = most;
+        for seen in &mut self.streams {
+            let mappings = seen.table.map_or(0, |table| self.tables[table].collected.collector.mappings().len() as u64);
+            if mappings > left {
+                seen.shown = left as usize;
+                let cut = in_one_report("mappings", most);
+                seen.stopped = Some(seen.stopped.take().map_or_else(|| cut.clone(), |other| format!("{other}; {cut}")));
+            }
+            left = left.saturating_sub(mappings);
+        }
+    }
+
     /// The streams that use a table.
     pub fn users(&self, table: usize) -> impl Iterator<Item = &StreamState> {
-        self.streams.iter().filter(move |seen| seen.table == Some(table)).map(|seen| &seen.stream)
+        self.tables[table].users.iter().map(|place| &self.streams[*place].stream)
     }
 
     /// Why a stream is blocked, or why what is known about it is not all.
@@ -112,10 +138,43 @@ impl View {
 /// PASIDs of one device that a plugin lists at most: `pasids` of the contract.
 const MOST_PASIDS: usize = 1024;
 
+/// Streams that may share all tables of a guest before [`View::bound`] cuts what is said about them.
+const SHARING: u64 = 1 << 10;
+/// Mappings that are said in any case, whatever number of streams reach them: some gigabytes of JSON.
+const MOST_SAID: u64 = 1 << 25;
+/// What all walks of a guest together may find, in walks.
+const ALL_WALKS: u64 = 16;
+
+/// How many mappings all walks of a guest together may find.
+pub fn all_walks(guest: &Guest<'_>) -> u64 {
+    guest.budget().limits().mappings.saturating_mul(ALL_WALKS)
+}
+
+/// How many mappings one report about a guest may have, all streams together: what is in as many entries as there are for each of many streams, and
+/// in any case what all walks may find.
+pub fn most_mappings(guest: &Guest<'_>) -> u64 {
+    let (snapshot, limit) = (guest.snapshot(), guest.budget().limits().mappings);
+    let entries = match &snapshot.source {
+        Source::Domains(_) => limit,
+        Source::Unit { .. } | Source::Tables(_) => limit.min(snapshot.pages.saturating_mul(PAGE / 8)),
+    };
+    entries.saturating_mul(SHARING).min(MOST_SAID).max(all_walks(guest))
+}
+
+/// That a report ends early because streams share so much.
+pub fn in_one_report(what: &str, limit: u64) -> String {
+    format!("stopped by budget: more than {limit} {what} {IN_ONE_REPORT}")
+}
+
+/// Bytes that are mapped, all together or with one access.
+pub fn mapped(mappings: &[Mapping], access: Option<Access>) -> u128 {
+    let counts = |mapping: &&Mapping| access.is_none_or(|access| mapping.access == access);
+    mappings.iter().filter(counts).map(|mapping| u128::from(mapping.iova.length_minus_one()) + 1).sum()
+}
+
 /// The line that says why what is known of a stream is not all, and what would help.
 pub fn stopped_at(stopped: &str, stream: &StreamState) -> String {
-    let hint = if stopped.starts_with("stopped by budget") { "; --budget-tables and --budget-leaves allow more" } else { "" };
-    format!("device {}: {stopped}{hint}", stream_name(stream))
+    format!("device {}: {stopped}{}", stream_name(stream), more(stopped))
 }
 
 /// The line that says that the snapshot is not complete.

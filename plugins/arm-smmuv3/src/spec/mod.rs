@@ -59,12 +59,17 @@ impl Slot {
     }
 }
 
-/// Declares the fields of a 64-byte structure, and the list of all of them for the layout test. A layout is whole: some fields nothing else reads.
+/// The field that the specification calls `name`, whatever its capitals.
+pub(crate) fn field(fields: &[(&str, Slot)], name: &str) -> Option<Slot> {
+    fields.iter().find(|(known, _)| known.eq_ignore_ascii_case(name)).map(|(_, slot)| *slot)
+}
+
+/// Declares the fields of a 64-byte structure, and the list of all of them. A layout is whole: some fields nothing else reads.
 macro_rules! slots {
     ($($(#[$doc:meta])* $name:ident = [$high:literal : $low:literal];)+) => {
         $($(#[$doc])* #[allow(dead_code)] pub(crate) const $name: $crate::spec::Slot = $crate::spec::Slot::new($high, $low);)+
-        #[cfg(test)]
-        pub(super) const ALL: &[(&str, $crate::spec::Slot)] = &[$((stringify!($name), $name)),+];
+        /// All fields, by name.
+        pub(crate) const ALL: &[(&str, $crate::spec::Slot)] = &[$((stringify!($name), $name)),+];
     };
 }
 /// The same for a register or a 64-bit entry.

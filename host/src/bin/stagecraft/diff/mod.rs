@@ -7,25 +7,25 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use clap::Args;
 use serde_json::{Value, json};
 use stagecraft::guest::StreamState;
 use stagecraft::table::Mapping;
 
-use crate::failure::Status;
+use crate::failure::{Status, complain};
 use crate::json::{self, Separator};
 use crate::options::Global;
 use crate::output::{BAD, Columns, DIM, FEW, GOOD, HEAD, WARN, counted, human, printable, raw, size};
 use crate::session::{Session, load};
-use crate::view::{Seen, View, stream_name};
+use crate::view::{Seen, View, all_walks, stream_name};
 
 use spaces::{Change, Range, Target, compare};
 
 /// Compare what devices reach in two snapshots
 ///
 /// Devices are matched by id and PASID; their address spaces are compared byte by byte, whatever the format, the page sizes and the place of the tables. Exit
-/// status 0 if devices reach the same, 1 if they do not, 2 if that cannot be said.
+/// status 0 if devices reach the same, 1 if they do not or a budget was spent before that could be said, 2 if a snapshot lacks a page.
 #[derive(Args, Debug)]
 pub struct Arguments {
     /// Folder with snapshot.json and pages.bin
@@ -40,17 +40,19 @@ pub struct Arguments {
 /// How one stream differs, or several whose tables are the same on both sides.
 struct Difference {
     streams: Vec<StreamState>,
-    /// What it gets in each snapshot; none if it is not there.
-    states: [Option<&'static str>; 2],
+    states: States,
     ranges: Rc<[Range]>,
 }
 
 /// Runs the command.
 pub fn run(global: &Global, arguments: &Arguments) -> Result<Status> {
     let session = Session::new(global)?;
-    let a = view(&session, &arguments.a)?;
-    let b = view(&session, &arguments.b)?;
-    let (differences, compared) = differences(&a, &b);
+    let (a, b) = match (view(&session, &arguments.a)?, view(&session, &arguments.b)?) {
+        (Ok(a), Ok(b)) => (a, b),
+        // The worse of two.
+        (a, b) => return Ok([a, b].into_iter().filter_map(Result::err).max().unwrap_or(Status::Trouble)),
+    };
+    let Ok((differences, compared)) = differences(&a, &b) else { return Ok(Status::Found) };
     if global.json() {
         write_json(&mut raw(), &differences, compared)?;
     } else {
@@ -59,22 +61,37 @@ pub fn run(global: &Global, arguments: &Arguments) -> Result<Status> {
     Ok(if differences.is_empty() { Status::Good } else { Status::Found })
 }
 
-/// Everything that devices reach in a snapshot, or an error: half an address space cannot be compared.
-fn view(session: &Session, path: &Path) -> Result<View> {
+/// A snapshot, and how much of it may be compared.
+struct Side {
+    view: View,
+    most: u64,
+}
+
+/// Everything that devices reach in a snapshot; or how the command ends, which is said: half an address space cannot be compared.
+fn view(session: &Session, path: &Path) -> Result<std::result::Result<Side, Status>> {
     let snapshot = load(path)?;
     let guest = session.guest(&snapshot)?;
     let view = View::new(&guest, None)?;
-    match view.incomplete() {
-        Some((_, what)) => bail!("{}: {what}", path.display()),
-        None => Ok(view),
-    }
+    Ok(match view.incomplete() {
+        Some((status, what)) => {
+            complain(&format!("{}: {what}", path.display()));
+            Err(status)
+        }
+        None => Ok(Side { view, most: all_walks(&guest) }),
+    })
 }
 
 /// Tables in each snapshot, if there are any.
 type TablePair = (Option<usize>, Option<usize>);
+/// What a stream gets in each snapshot; none if it is not there.
+type States = [Option<&'static str>; 2];
 
-/// How streams differ, and how many there are.
-fn differences(a: &View, b: &View) -> (Vec<Difference>, usize) {
+/// How streams differ, and how many there are; or that there is too much to compare, which is said. Each pair of tables is compared once, but a guest
+/// may pair its tables in as many ways as it has streams.
+fn differences(a: &Side, b: &Side) -> std::result::Result<(Vec<Difference>, usize), Status> {
+    let most = a.most.saturating_add(b.most);
+    let mut left = most;
+    let (a, b) = (&a.view, &b.view);
     let key = |seen: &Seen| (seen.stream.id, seen.stream.pasid);
     let mut keys: Vec<(u64, Option<u32>)> = a.streams.iter().chain(&b.streams).map(key).collect();
     keys.sort_unstable();
@@ -83,26 +100,42 @@ fn differences(a: &View, b: &View) -> (Vec<Difference>, usize) {
     let in_b: HashMap<_, &Seen> = b.streams.iter().map(|seen| (key(seen), seen)).collect();
     let mut known: HashMap<TablePair, Rc<[Range]>> = HashMap::new();
     let mut differences: Vec<Difference> = Vec::new();
+    let mut places: HashMap<(TablePair, States), usize> = HashMap::new();
     for key in &keys {
         let pair = [in_a.get(key).copied(), in_b.get(key).copied()];
         let Some(stream) = pair.iter().flatten().next().map(|seen| seen.stream.clone()) else { continue };
         let table = |side: usize| pair[side].and_then(|seen| seen.table);
         let tables = (table(0), table(1));
-        let ranges = known.entry(tables).or_insert_with(|| compare(mappings(a, tables.0), mappings(b, tables.1)).into());
+        let ranges = match known.get(&tables) {
+            Some(ranges) => Rc::clone(ranges),
+            None => {
+                let (in_a, in_b) = (mappings(a, tables.0), mappings(b, tables.1));
+                let Some(rest) = left.checked_sub((in_a.len() + in_b.len()) as u64) else {
+                    complain(&format!("stopped by budget: more than {most} mappings to compare; --budget-leaves allows more"));
+                    return Err(Status::Found);
+                };
+                left = rest;
+                let ranges: Rc<[Range]> = compare(in_a, in_b).into();
+                known.insert(tables, Rc::clone(&ranges));
+                ranges
+            }
+        };
         let states = pair.map(|seen| seen.map(|seen| seen.stream.state.as_str()));
         // Windows without a table, and a table that maps the same, reach the same.
         let same_way = states[0] == states[1] || tables.0.is_some() && tables.1.is_some();
         if same_way && ranges.is_empty() {
             continue;
         }
-        let ranges = Rc::clone(ranges);
-        let same = |other: &&mut Difference| tables != (None, None) && other.states == states && Rc::ptr_eq(&other.ranges, &ranges);
-        match differences.iter_mut().find(same) {
+        let same = places.get(&(tables, states)).filter(|_| tables != (None, None));
+        match same.and_then(|place| differences.get_mut(*place)) {
             Some(other) => other.streams.push(stream),
-            None => differences.push(Difference { streams: vec![stream], states, ranges }),
+            None => {
+                places.insert((tables, states), differences.len());
+                differences.push(Difference { streams: vec![stream], states, ranges });
+            }
         }
     }
-    (differences, keys.len())
+    Ok((differences, keys.len()))
 }
 
 fn mappings(view: &View, table: Option<usize>) -> &[Mapping] {
@@ -122,7 +155,7 @@ fn write_json(out: &mut impl Write, differences: &[Difference], compared: usize)
     for difference in differences {
         let totals = |change: Change| {
             let (ranges, bytes) = total(&difference.ranges, change);
-            json!({"ranges": ranges, "bytes": bytes as u64})
+            json!({"ranges": ranges, "bytes": json::bytes(bytes)})
         };
         let streams: Vec<Value> = difference.streams.iter().map(|stream| json::stream((stream.id, stream.pasid))).collect();
         let head = json!({
@@ -140,7 +173,7 @@ fn write_json(out: &mut impl Write, differences: &[Difference], compared: usize)
             let object = json!({
                 "change": range.change().as_str(),
                 "iova": json::hex(range.iova.first),
-                "size": range.bytes() as u64,
+                "size": json::bytes(range.bytes()),
                 "a": target(range.a),
                 "b": target(range.b),
             });

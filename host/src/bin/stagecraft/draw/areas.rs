@@ -31,7 +31,7 @@ pub struct Areas<'a> {
     /// Ascending.
     pub areas: Vec<Area>,
     /// Leaves of each size, at index log2.
-    pub leaves: [u64; 64],
+    pub leaves: [u64; 65],
     /// Entries or ranges that fault.
     pub faults: u64,
     /// The first page that could not be read.
@@ -41,13 +41,13 @@ pub struct Areas<'a> {
 impl<'a> Areas<'a> {
     /// What an unprivileged request, or a `privileged` one, can reach.
     pub const fn new(map: &'a MemoryMap, privileged: bool) -> Self {
-        Self { map, privileged, areas: Vec::new(), leaves: [0; 64], faults: 0, missing: None }
+        Self { map, privileged, areas: Vec::new(), leaves: [0; 65], faults: 0, missing: None }
     }
 }
 
 impl Visitor for Areas<'_> {
     fn piece(&mut self, piece: &Piece, _: &[Step]) -> Result<(), WalkError> {
-        let page_log2 = piece.iova.length_minus_one().checked_add(1).map_or(63, |bytes| bytes.ilog2() as u8);
+        let page_log2 = piece.iova.length_minus_one().checked_add(1).map_or(64, |bytes| bytes.ilog2() as u8);
         self.leaves[usize::from(page_log2)] += 1;
         let access = piece.attributes.access(self.privileged);
         if access.is_none() {

@@ -22,7 +22,7 @@ use crate::options::Global;
 use crate::output::{GOOD, count, counted, human, raw};
 use crate::progress::Progress;
 use crate::session::{Session, device, load};
-use crate::view::{missing_page, stream_name, streams};
+use crate::view::{missing_page, stopped_at, stream_name, streams};
 
 use areas::{Area, Areas};
 use picture::{Drawing, draw};
@@ -57,7 +57,7 @@ pub struct Section {
     /// What is mapped.
     pub areas: Vec<Area>,
     /// Leaves of each size, at index log2.
-    pub leaves: [u64; 64],
+    pub leaves: [u64; 65],
     /// Entries or ranges that fault.
     pub faults: u64,
     /// Why this is not all, if it is not.
@@ -97,7 +97,7 @@ fn look(guest: &Guest<'_>, streams: Vec<(StreamState, Option<String>)>) -> Resul
             incomplete = Some((status, what));
         }
     };
-    let progress = Progress::new("walking tables");
+    let progress = Progress::new("walking tables", guest);
     let mut places = HashMap::new();
     let all = streams.len();
     for (done, (stream, stopped)) in streams.into_iter().enumerate() {
@@ -105,7 +105,7 @@ fn look(guest: &Guest<'_>, streams: Vec<(StreamState, Option<String>)>) -> Resul
         if let Some(page) = stream.missing {
             note(Status::Trouble, missing_page(page.0, &stream));
         } else if let Some(stopped) = stopped {
-            note(Status::Found, format!("device {}: {stopped}", stream_name(&stream)));
+            note(Status::Found, stopped_at(&stopped, &stream));
         }
         let name = stream_name(&stream);
         match &stream.state {
@@ -134,7 +134,7 @@ fn look(guest: &Guest<'_>, streams: Vec<(StreamState, Option<String>)>) -> Resul
         if let Some(page) = areas.missing {
             note(Status::Trouble, missing_page(page, &stream));
         } else if let Some(stopped) = &stopped {
-            note(Status::Found, format!("device {name}: {stopped}; --budget-tables and --budget-leaves allow more"));
+            note(Status::Found, stopped_at(stopped, &stream));
         }
         let Areas { areas, leaves, faults, .. } = areas;
         sections.push(Section { stream, users: vec![name], areas, leaves, faults, stopped });

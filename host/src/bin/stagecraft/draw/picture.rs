@@ -171,7 +171,7 @@ fn heading(svg: &mut Svg, y: f64, index: usize, section: &Section, plugins: &Plu
     svg.text((LEFT, y + 42.0), "small", &clip(&format!("used by {}", printable(&section.users.join(", "))), 180));
     let mapped: u128 = section.areas.iter().map(super::areas::Area::bytes).sum();
     let leaves = section.leaves.iter().enumerate().filter(|(_, leaves)| **leaves > 0);
-    let leaves: Vec<String> = leaves.map(|(log2, leaves)| format!("{} x {}", count(*leaves), size(1 << log2))).collect();
+    let leaves: Vec<String> = leaves.map(|(log2, leaves)| format!("{} x {}", count(*leaves), size(1_u128 << log2))).collect();
     let mut text = if leaves.is_empty() { "nothing is mapped".to_owned() } else { format!("{} mapped by {}", size(mapped), leaves.join(", ")) };
     if section.faults > 0 {
         text.push_str(&format!("; {}", counted(section.faults, "entry or range faults", "entries or ranges fault")));

@@ -47,14 +47,13 @@ impl Shapes {
     }
 }
 
-/// Different patterns that are kept: more than a walk's budget lets a guest show.
-const MAX_PATTERNS: usize = 1 << 15;
-
 /// The visitor.
 pub struct Examine {
     first_stage: u8,
     stages: Vec<Vec<Shapes>>,
     keep: usize,
+    /// Different patterns that are kept: more than the walk's budget lets a guest show.
+    most_patterns: usize,
     /// Faults that were kept.
     pub faults: Vec<FaultSeen>,
     /// Faults beyond those.
@@ -70,8 +69,9 @@ pub struct Examine {
 }
 
 impl Examine {
-    /// Examines the entries of tables with these geometries, of `first_stage` and the next; keeps up to `keep` faults.
-    pub fn new<'a>(geometries: impl Iterator<Item = &'a Geometry>, first_stage: u8, keep: usize) -> Self {
+    /// Examines the entries of tables with these geometries, of `first_stage` and the next; keeps up to `keep` faults. A walk asks about
+    /// `questions` patterns at most.
+    pub fn new<'a>(geometries: impl Iterator<Item = &'a Geometry>, first_stage: u8, keep: usize, questions: u64) -> Self {
         let geometries: Vec<&Geometry> = geometries.collect();
         let candidates = Candidates::new(geometries.first().copied());
         let shapes = |level: &stagecraft::table::Level| {
@@ -79,7 +79,8 @@ impl Examine {
         };
         let stages = geometries.iter().map(|geometry| geometry.levels.iter().map(shapes).collect()).collect();
         let entries = BTreeMap::new();
-        Self { first_stage, stages, keep, faults: Vec::new(), more: 0, missing: None, entries, candidates, last_path: Vec::new() }
+        let most_patterns = usize::try_from(questions.saturating_mul(2)).unwrap_or(usize::MAX);
+        Self { first_stage, stages, keep, most_patterns, faults: Vec::new(), more: 0, missing: None, entries, candidates, last_path: Vec::new() }
     }
 
     /// Counts `count` entries like the last one of `path`, and the table entries that lead there if they are new.
@@ -106,7 +107,7 @@ impl Examine {
         let shapes = self.stages.first().and_then(|levels| levels.get(usize::from(step.level)));
         let pattern = shapes.map_or(entry, |shapes| shapes.pattern(entry));
         let key = (stage, step.level, step.inherited, pattern);
-        if self.entries.len() >= MAX_PATTERNS && !self.entries.contains_key(&key) {
+        if self.entries.len() >= self.most_patterns && !self.entries.contains_key(&key) {
             return;
         }
         self.entries.entry(key).or_insert_with(|| Entry { stage, path: path.to_vec(), span, count: 0 }).count += count;

@@ -6,6 +6,7 @@ mod replicas;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
+use std::rc::Rc;
 
 use anyhow::Result;
 use clap::Args;
@@ -15,14 +16,14 @@ use stagecraft::plugin::{Note, TableConfig};
 use stagecraft::table::{Cause, Severity, Step, WalkError};
 use stagecraft::{Gpa, Span};
 
-use crate::failure::{Status, complain};
+use crate::failure::{Status, complain, more};
 use crate::numbers::number;
 use crate::options::Global;
 use crate::output::{human, raw};
 use crate::progress::Progress;
 use crate::session::{Session, device, load};
 use crate::translate::{describe, worst};
-use crate::view::{missing_page, stopped_at, streams};
+use crate::view::{in_one_report, missing_page, stopped_at, streams};
 
 use examine::{Entry, Examine, FaultSeen};
 use replicas::Unlike;
@@ -52,11 +53,11 @@ pub struct Arguments {
 }
 
 /// One thing that is wrong.
-pub struct Violation {
+pub struct Violation<'a> {
     /// The first stream that it concerns.
-    pub stream: StreamState,
+    pub stream: &'a StreamState,
     /// Others, whose tables are the same.
-    pub shared: Vec<StreamState>,
+    pub shared: Rc<[&'a StreamState]>,
     /// Error or warning.
     pub severity: Severity,
     /// Why a request fails, or would.
@@ -67,7 +68,7 @@ pub struct Violation {
     pub span: Option<Span>,
     /// From the root of the stage to the entry; empty unless a table's entry is meant.
     pub path: Vec<Step>,
-    /// The structure's address and the 64-bit word in it, if a device structure is meant.
+    /// A device structure's address and the 64-bit word in it, if one is meant.
     pub structure: Option<(Gpa, u8)>,
     /// The bits of the entry, or of the word, that show it.
     pub bits: Option<u64>,
@@ -81,9 +82,9 @@ pub struct Violation {
 
 /// All that was found.
 #[derive(Default)]
-pub struct Report {
+pub struct Report<'a> {
     /// What was recorded, errors of a table before its warnings.
-    pub violations: Vec<Violation>,
+    pub violations: Vec<Violation<'a>>,
     /// All errors, those that were not recorded included.
     pub errors: u64,
     /// All warnings.
@@ -94,6 +95,8 @@ pub struct Report {
     pub tables: usize,
     /// How many violations are recorded.
     max: usize,
+    /// How many streams they name, those that share tables with the first.
+    named: usize,
     /// Why the report is not all, and the status that this is.
     incomplete: Option<(Status, String)>,
 }
@@ -101,8 +104,12 @@ pub struct Report {
 /// Streams that share the tables of `configs`.
 struct Group<'a> {
     configs: &'a [TableConfig],
-    streams: Vec<StreamState>,
+    stream: &'a StreamState,
+    shared: Rc<[&'a StreamState]>,
 }
+
+/// How many streams all violations together may name: each of a thousand violations those of as many devices.
+const MOST_NAMED: usize = 1 << 20;
 
 /// Runs the command.
 pub fn run(global: &Global, arguments: &Arguments) -> Result<Status> {
@@ -112,7 +119,7 @@ pub fn run(global: &Global, arguments: &Arguments) -> Result<Status> {
     let guest = session.guest(&snapshot)?;
     let streams = streams(&guest, only)?;
     let mut report = Report { max: usize::try_from(arguments.max).unwrap_or(usize::MAX), streams: streams.len(), ..Report::default() };
-    let mut groups: Vec<Group<'_>> = Vec::new();
+    let mut translated: Vec<(&[TableConfig], Vec<&StreamState>)> = Vec::new();
     let mut places = HashMap::new();
     for (stream, stopped) in &streams {
         if let Some(page) = stream.missing {
@@ -127,17 +134,18 @@ pub fn run(global: &Global, arguments: &Arguments) -> Result<Status> {
             State::Blocked(_) if stream.missing.is_some() || stopped.is_some() || stream.unused => {}
             State::Blocked(reason) => report.blocked(stream, reason),
             State::Translated(configs) => {
-                let place = *places.entry(stream.way()).or_insert(groups.len());
-                match groups.get_mut(place) {
-                    Some(group) => group.streams.push(stream.clone()),
-                    None => groups.push(Group { configs, streams: vec![stream.clone()] }),
+                let place = *places.entry(stream.way()).or_insert(translated.len());
+                match translated.get_mut(place) {
+                    Some((_, users)) => users.push(stream),
+                    None => translated.push((configs, vec![stream])),
                 }
             }
         }
     }
     report.structures(&streams);
+    let groups: Vec<Group<'_>> = translated.iter().filter_map(|(configs, users)| Group::new(configs, users)).collect();
     report.tables = groups.len();
-    let progress = Progress::new("examining tables");
+    let progress = Progress::new("examining tables", &guest);
     for (done, group) in groups.iter().enumerate() {
         progress.at(done, groups.len());
         report.examine(&guest, group)?;
@@ -156,7 +164,7 @@ pub fn run(global: &Global, arguments: &Arguments) -> Result<Status> {
     }))
 }
 
-impl Report {
+impl<'a> Report<'a> {
     fn incomplete(&mut self, status: Status, what: String) {
         if self.incomplete.as_ref().is_none_or(|(known, _)| *known < status) {
             self.incomplete = Some((status, what));
@@ -171,39 +179,51 @@ impl Report {
         self.incomplete(Status::Found, stopped_at(stopped, stream));
     }
 
-    fn add(&mut self, violation: Violation) {
+    fn add(&mut self, mut violation: Violation<'a>) {
         match violation.severity {
             Severity::Error => self.errors += 1,
             _ => self.warnings += 1,
         }
         if self.violations.len() < self.max {
+            if self.named + violation.shared.len() > MOST_NAMED {
+                let stopped = in_one_report("names of streams", MOST_NAMED as u64);
+                self.incomplete(Status::Found, format!("{stopped}{}", more(&stopped)));
+                violation.shared = Rc::default();
+            }
+            self.named += violation.shared.len();
             self.violations.push(violation);
         }
     }
 
-    fn blocked(&mut self, stream: &StreamState, reason: &str) {
+    /// A structure that hardware refuses: which one, and which bits, as far as the plugin says so.
+    fn blocked(&mut self, stream: &'a StreamState, reason: &str) {
+        let (section, reason) = match &stream.blocked {
+            Some(blocked) => (Some(blocked.section.clone()), format!("{}: {}", blocked.event, blocked.reason)),
+            None => (None, reason.to_owned()),
+        };
+        let refused = stream.notes.refused();
         self.add(Violation {
-            stream: stream.clone(),
-            shared: Vec::new(),
+            stream,
+            shared: Rc::default(),
             severity: Severity::Error,
             kind: "blocked",
             stage: None,
             span: None,
             path: Vec::new(),
-            structure: None,
-            bits: None,
-            section: None,
-            reason: reason.to_owned(),
+            structure: refused.map(|note| (note.address, note.word)),
+            bits: refused.map(|note| note.bits).filter(|bits| *bits != 0),
+            section: section.filter(|section| !section.is_empty()),
+            reason,
             count: 1,
         });
     }
 
     /// Warnings about device structures: one for each, with all streams whose way leads through it.
-    fn structures(&mut self, streams: &[(StreamState, Option<String>)]) {
-        let mut noted: Vec<(&Note, Vec<&StreamState>)> = Vec::new();
+    fn structures(&mut self, streams: &'a [(StreamState, Option<String>)]) {
+        let mut noted: Vec<(&Note, Vec<&'a StreamState>)> = Vec::new();
         let mut places = HashMap::new();
         for (stream, _) in streams {
-            for note in stream.notes.kept.iter().filter(|note| note.severity != Severity::Info) {
+            for note in stream.notes.kept.iter().filter(|note| note.severity == Severity::Warning) {
                 let place = *places.entry(note).or_insert(noted.len());
                 if place == noted.len() {
                     noted.push((note, Vec::new()));
@@ -218,8 +238,8 @@ impl Report {
         for (note, streams) in noted {
             let Some((first, others)) = streams.split_first() else { continue };
             self.add(Violation {
-                stream: (*first).clone(),
-                shared: others.iter().map(|stream| (*stream).clone()).collect(),
+                stream: first,
+                shared: others.into(),
                 severity: note.severity,
                 kind: "structure",
                 stage: None,
@@ -235,26 +255,31 @@ impl Report {
     }
 
     /// Walks the tables of a group. Of two stages the second is walked on its own as well: its entries show there, also those that no IOVA leads to.
-    fn examine(&mut self, guest: &Guest<'_>, group: &Group<'_>) -> Result<()> {
+    fn examine(&mut self, guest: &Guest<'_>, group: &Group<'a>) -> Result<()> {
         let keep = self.max - self.violations.len();
         let mut space = guest.open(group.configs)?;
-        let mut examine = Examine::new(space.tables().map(stagecraft::table::Table::geometry), 1, keep);
+        let mut examine = Examine::new(space.tables().map(stagecraft::table::Table::geometry), 1, keep, guest.budget().limits().questions);
         let walked = guest.walk(&mut space, &mut examine);
         self.walked(walked, group)?;
         self.explain(group, &mut space, examine, None)?;
         let Some(second) = group.configs.get(1..).filter(|second| !second.is_empty()) else { return Ok(()) };
         let mut space = guest.open(second)?;
-        let mut examine = Examine::new(space.tables().map(stagecraft::table::Table::geometry), 1, self.max - self.violations.len());
+        let mut examine = Examine::new(
+            space.tables().map(stagecraft::table::Table::geometry),
+            1,
+            self.max - self.violations.len(),
+            guest.budget().limits().questions,
+        );
         let walked = guest.walk(&mut space, &mut examine);
         self.walked(walked, group)?;
         self.explain(group, &mut space, examine, Some(2))
     }
 
-    fn walked(&mut self, walked: Result<(), WalkError>, group: &Group<'_>) -> Result<()> {
+    fn walked(&mut self, walked: Result<(), WalkError>, group: &Group<'a>) -> Result<()> {
         match walked {
             Ok(()) => Ok(()),
             Err(WalkError::Exhausted(stopped)) => {
-                self.stops(&stopped.to_string(), &group.streams[0]);
+                self.stops(&stopped.to_string(), group.stream);
                 Ok(())
             }
             Err(error) => Err(GuestError::from(error).into()),
@@ -262,9 +287,9 @@ impl Report {
     }
 
     /// Turns what a walk met into violations. `alone`: the stage that was walked on its own, so that its addresses are no IOVAs.
-    fn explain(&mut self, group: &Group<'_>, space: &mut stagecraft::table::AddressSpace, examine: Examine, alone: Option<u8>) -> Result<()> {
+    fn explain(&mut self, group: &Group<'a>, space: &mut stagecraft::table::AddressSpace, examine: Examine, alone: Option<u8>) -> Result<()> {
         if let Some(page) = examine.missing {
-            self.lacks(Gpa(page), &group.streams[0]);
+            self.lacks(Gpa(page), group.stream);
         }
         let known: Vec<(u64, u64)> = self.seen_in_stage(group, alone);
         let is_known = |path: &[Step]| path.last().is_some_and(|step| known.contains(&(step.table.0, step.index)));
@@ -307,13 +332,18 @@ impl Report {
     }
 
     /// Entries of the second stage that are recorded for this group already: table and index.
-    fn seen_in_stage(&self, group: &Group<'_>, stage: Option<u8>) -> Vec<(u64, u64)> {
-        let of_group = |violation: &&Violation| violation.stage == stage && violation.stream.id == group.streams[0].id;
+    fn seen_in_stage(&self, group: &Group<'a>, stage: Option<u8>) -> Vec<(u64, u64)> {
+        let of_group = |violation: &&Violation<'_>| violation.stage == stage && violation.stream.id == group.stream.id;
         self.violations.iter().filter(of_group).filter_map(|violation| violation.path.last()).map(|step| (step.table.0, step.index)).collect()
     }
 }
 
-impl Group<'_> {
+impl<'a> Group<'a> {
+    fn new(configs: &'a [TableConfig], users: &[&'a StreamState]) -> Option<Self> {
+        let (stream, shared) = users.split_first()?;
+        Some(Self { configs, stream, shared: shared.into() })
+    }
+
     #[allow(clippy::too_many_arguments)]
     fn violation(
         &self,
@@ -326,8 +356,8 @@ impl Group<'_> {
         section: Option<String>,
         reason: String,
         count: u64,
-    ) -> Violation {
-        let (stream, shared) = (self.streams[0].clone(), self.streams[1..].to_vec());
+    ) -> Violation<'a> {
+        let (stream, shared) = (self.stream, Rc::clone(&self.shared));
         Violation { stream, shared, severity, kind, stage: Some(stage), span, path, structure: None, bits, section, reason, count }
     }
 }

@@ -21,7 +21,7 @@ const fn word(severity: Severity) -> &'static str {
 }
 
 /// The fixed form.
-pub fn json(out: &mut impl Write, report: &Report) -> Result<()> {
+pub fn json(out: &mut impl Write, report: &Report<'_>) -> Result<()> {
     write!(out, "{{\"version\":{},\"violations\":[", json::VERSION)?;
     let mut separator = Separator::default();
     for violation in &report.violations {
@@ -31,7 +31,7 @@ pub fn json(out: &mut impl Write, report: &Report) -> Result<()> {
     Ok(out.flush()?)
 }
 
-fn object(violation: &Violation) -> Value {
+fn object(violation: &Violation<'_>) -> Value {
     let step = |step: &Step| json!({"level": step.number, "table": json::hex(step.table.0), "index": step.index, "entry": step.entry.map(json::hex)});
     let last = violation.path.last();
     let mut object = json!({
@@ -58,7 +58,7 @@ fn object(violation: &Violation) -> Value {
 }
 
 /// The summary first, then one paragraph per violation.
-pub fn human(out: &mut impl Write, report: &Report, all: bool) -> Result<()> {
+pub fn human(out: &mut impl Write, report: &Report<'_>, all: bool) -> Result<()> {
     let (streams, tables) = (counted(report.streams as u64, "stream", "streams"), counted(report.tables as u64, "table", "tables"));
     let errors =
         if report.errors == 0 { format!("{GOOD}no errors{GOOD:#}") } else { format!("{BAD}{}{BAD:#}", counted(report.errors, "error", "errors")) };
@@ -67,7 +67,7 @@ pub fn human(out: &mut impl Write, report: &Report, all: bool) -> Result<()> {
         warnings => format!("{WARN}{}{WARN:#}", counted(warnings, "warning", "warnings")),
     };
     writeln!(out, "{HEAD}{streams}, {tables}{HEAD:#}: {errors}, {warnings}")?;
-    let mut order: Vec<&Violation> = report.violations.iter().collect();
+    let mut order: Vec<&Violation<'_>> = report.violations.iter().collect();
     order.sort_by_key(|violation| violation.severity);
     let shown = if all { order.len() } else { order.len().min(FEW) };
     for violation in &order[..shown] {
@@ -84,9 +84,9 @@ pub fn human(out: &mut impl Write, report: &Report, all: bool) -> Result<()> {
     Ok(out.flush()?)
 }
 
-fn paragraph(out: &mut impl Write, violation: &Violation) -> Result<()> {
+fn paragraph(out: &mut impl Write, violation: &Violation<'_>) -> Result<()> {
     let style = if violation.severity == Severity::Error { BAD } else { WARN };
-    write!(out, "{style}{}: {}{style:#}  device {}", word(violation.severity), violation.kind, printable(&stream_name(&violation.stream)))?;
+    write!(out, "{style}{}: {}{style:#}  device {}", word(violation.severity), violation.kind, printable(&stream_name(violation.stream)))?;
     match violation.shared.len() {
         0 => {}
         others => write!(out, " and {others} more")?,
@@ -100,7 +100,8 @@ fn paragraph(out: &mut impl Write, violation: &Violation) -> Result<()> {
     match (violation.bits, violation.structure) {
         (Some(bits), Some((address, word))) => writeln!(out, "  bits {bits:#018x} of 64-bit word {word} of the structure at {:#x}", address.0)?,
         (Some(bits), None) => writeln!(out, "  bits {bits:#018x} of the entry")?,
-        (None, _) => {}
+        (None, Some((address, _))) => writeln!(out, "  the structure at {:#x}", address.0)?,
+        (None, None) => {}
     }
     if violation.count > 1 {
         writeln!(out, "  {}, of which the first:", counted(violation.count, "entry", "entries"))?;
