@@ -9,7 +9,7 @@ use stagecraft::sync::{Live, Report, ShadowLimits, Space, Unwatched, Way};
 use stagecraft::table::{Arena, Builder, Intercept, Mapping, Piece, Step, Table, Visitor, WalkError};
 use stagecraft::{Access, Attributes, Gpa, Span};
 use stagecraft_tests::reference::Run;
-use stagecraft_tests::reference::generate::{Format, Options, Rng, build, generate_with, random_leaves};
+use stagecraft_tests::reference::generate::{Format, Options, Rng, build, generate_with, random_leaves, share_empty_tables};
 use stagecraft_tests::reference::snapshot::{Memory, Snapshot};
 use stagecraft_tests::reference::tables;
 use stagecraft_tests::reference::walk::Walker;
@@ -120,7 +120,11 @@ struct Case {
 impl Case {
     fn new(format_: Format, seed: u64) -> Self {
         let mut rng = Rng::new(seed ^ 0x11ee);
-        let generated = generate_with(format_, seed, Options { clusters: 5, ..Options::default() });
+        let mut generated = generate_with(format_, seed, Options { clusters: 5, ..Options::default() });
+        // Some of them let unused slots lead to tables with nothing in them, until something is written there.
+        if seed % 4 == 1 {
+            share_empty_tables(&mut generated, &mut Rng::new(seed), if seed % 8 == 1 { 100 } else { 20 });
+        }
         let plugin = configs::plugin_config(&generated.config);
         let (name, settings) = rng.pick(HOSTS);
         let host = Host::new(&TableConfig::new(name, settings), 8 << 20);
