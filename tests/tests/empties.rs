@@ -71,7 +71,10 @@ fn what_is_mapped_is_what_it_was() {
 /// What a snapshot's only table maps once it was converted, and what of it was refused; none if it cannot be.
 fn converted(snapshot: &Snapshot) -> Option<(Vec<Mapping>, u128)> {
     let guest = Guest::new(snapshot, configs::plugins()).unwrap();
-    let conversion = convert(&guest, &guest.streams().unwrap(), &Target::new("intel-vtd/second-stage"), &mut |_, _| {}).ok()?;
+    let streams = guest.streams().unwrap();
+    // Not all have IOVAs in the upper half.
+    let targets = ["intel-vtd/second-stage", "arm-smmuv3/stage1", "loongarch/paging"];
+    let conversion = targets.iter().find_map(|target| convert(&guest, &streams, &Target::new(target), &mut |_, _| {}).ok())?;
     let table = &conversion.tables[0];
     let mut collector = Collector::new(false, 0);
     let budget = Budget::new(Limits::default());
@@ -201,11 +204,11 @@ fn six_levels_of_tables_that_lead_to_nothing() {
     for level in 2..=6 {
         let (own, below) = (table(level) + 0x10_0000, table(level - 1) + 0x10_0000);
         mapped.fill(own, amd(table(level - 1), level - 1));
-        mapped.put(if level == 6 { table(6) } else { own }, 300, amd(below, level - 1));
+        mapped.put(if level == 6 { table(6) } else { own }, 100, amd(below, level - 1));
     }
     mapped.put(table(1) + 0x10_0000, 7, amd(0x5000, 0));
     let (mappings, visited, _) = walk(&amd_config(), &mapped, Span::ALL, Limits::for_pages(6)).unwrap();
-    let iova = (1..6).fold(0, |iova, level| iova | 300 << (12 + 9 * level)) | 7 << 12;
+    let iova = (1..6).fold(0, |iova, level| iova | 100 << (12 + 9 * level)) | 7 << 12;
     assert_eq!(mappings.iter().map(|mapping| (mapping.iova.first, mapping.address)).collect::<Vec<_>>(), [(iova, 0x5000)]);
     assert_eq!(visited, 11);
     memory.put(table(1), 511, amd(0x5000, 0));
@@ -231,10 +234,10 @@ fn loops_are_what_is_found_in_them() {
     memory.fill(BASE, BASE);
     let config = TableConfig::new("loongarch/paging", &[("granule", 4096), ("levels", 4), ("root", BASE)]);
     assert_eq!(walk(&config, &memory, Span::ALL, limits).unwrap().1, 4);
-    // One entry that is a page at the last level, and a huge one above: 512 or 1 each time.
+    // One entry that is a page at the last level: there are 511 to the third of them.
     memory.put(BASE, 9, BASE | 0x19f);
-    let ended = walk(&config, &memory, Span::ALL, limits);
-    assert!(ended.is_ok_and(|(mappings, visited, _)| visited > 4 && !mappings.is_empty()), "reserved bits of a table entry are faults above");
+    let ended = walk(&config, &memory, Span::ALL, limits).unwrap_err();
+    assert_eq!(ended.to_string(), format!("stopped by budget: more than {} tables visited", limits.tables));
 }
 
 /// Of a table that was walked in part, nothing is known: here the upper half of it, in which there is nothing, comes first.

@@ -242,7 +242,7 @@ fn tables_that_come_and_go_leave_nothing() {
     let mut case = Case::new(populated(12, 3), ShadowLimits { table_pages: 1 << 10, leaves: 1 << 12 });
     let before = case.figures();
     for round in 0..4 {
-        let iovas: Vec<u64> = (0..300).map(|index| 0x10_0000_0000 + (index << 21) + (round << 12)).collect();
+        let iovas: Vec<u64> = (0..300).map(|index| 0x11_0000_0000 + (index << 21) + (round << 12)).collect();
         for iova in &iovas {
             let written = case.guest.map(*iova, 0x7000_0000);
             case.told(&written);
@@ -252,7 +252,7 @@ fn tables_that_come_and_go_leave_nothing() {
         case.told(&slots);
         case.check("all unmapped");
     }
-    let root_slot = case.guest.drop_table(0x10_0000_0000, 2);
+    let root_slot = case.guest.drop_table(0x11_0000_0000, 2);
     case.told(&[root_slot]);
     let after = case.figures();
     assert!(after.table_pages <= before.table_pages + 1, "{before:?}, {after:?}");

@@ -49,7 +49,7 @@ use words::Words;
 /// How much a guest may make the engine keep for one address space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ShadowLimits {
-    /// Pages of 4 KiB of tables; a page that is used in two places counts twice. Each costs the host 6 KiB, or 12 with small entries.
+    /// Pages of 4 KiB of tables; a page that is used in several places counts as often, unless there is nothing in it: then twice. Each costs the host 6 KiB, or 12 with small entries.
     pub table_pages: u64,
     /// Entries that are leaves.
     pub leaves: u64,
