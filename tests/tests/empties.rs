@@ -62,7 +62,11 @@ fn what_is_mapped_is_what_it_was() {
             built += one.0.len();
         }
         println!("{format:?}: {shared} slots share tables, {mapped} runs, {built} pages of tables built");
-        assert!(shared > 100 * seeds && mapped as u64 > seeds && built > 0, "{format:?}: {shared} slots, {mapped} runs, {built} pages");
+        // An s390 entry that is absent has its own bit for that, and is not zero: it is not taken for one that is free.
+        assert!(
+            (shared > 100 * seeds || format == Format::S390) && mapped as u64 > seeds && built > 0,
+            "{format:?}: {shared} slots, {mapped} runs, {built} pages"
+        );
     }
 }
 
