@@ -173,6 +173,15 @@ fn self_maps_of_every_format_end_by_budget() {
     }
 }
 
+/// LoongArch's pointers are not valid at the last level: a table of nothing but pointers to itself has nothing in it, which is seen once at each level.
+#[test]
+fn a_table_that_leads_nowhere_but_to_itself_is_gone_through_once_at_each_level() {
+    let settings = [("granule", 4096), ("levels", 4), ("root", PAGE)];
+    let (_, collector, ended) = walk(open("loongarch/paging", &settings), &Pages::full(PAGE, &PAGE.to_le_bytes()), &MemoryMap::everything(48));
+    assert!(!ended && collector.mappings().is_empty());
+    assert_eq!(collector.fault_count(), 0);
+}
+
 /// The bits of the levels that are left out on the way of an IOVA, by what NextLevel is in the table's entries in turn; none if the way does not end in a leaf.
 fn skipped_bits(skips: &[u64], levels: u64, iova: u64) -> Option<u64> {
     let (mut level, mut bits) = (levels, 0);

@@ -26,7 +26,8 @@
 //!
 //! *Depth* needs no rule of its own. Read with too few levels, tables look like leaves, and the evidence of everything below is lost. Read with too many,
 //! pages of data are read as tables, or are not there. So the deepest nest that is consistent wins. A level that is skipped and a table without any entry
-//! cost a few bits, because they are rare.
+//! cost a few bits, because they are rare. Neighbours that point to the same table cost a few bits each, for the same reason, unless it leads to nothing: slots that
+//! are not used may all lead to one such table, and it costs its bits once.
 //!
 //! # What it cannot tell
 //!

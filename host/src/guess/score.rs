@@ -51,7 +51,7 @@ pub(super) struct Scored {
 }
 
 /// A table that is to be read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Place {
     level: u8,
     address: u64,
@@ -65,6 +65,17 @@ struct Judged {
     meaning: Meaning,
     /// Index into [`Scorer::classes`], for leaves and tables.
     class: usize,
+}
+
+/// A word, taken apart.
+struct Looked {
+    shape: Option<u8>,
+    /// Address bits.
+    mask: u64,
+    address: u64,
+    pattern: u64,
+    judged: Judged,
+    meaning: Meaning,
 }
 
 /// Patterns of absent entries that are told apart.
@@ -109,8 +120,12 @@ pub(super) struct Scorer<'a, M: ?Sized> {
     /// Ranges that were reached as tables: first to last byte, and as what.
     claimed: BTreeMap<u64, (u64, u8, u64)>,
     queue: VecDeque<Place>,
+    /// Tables that several neighbours point to: whether they lead to nothing.
+    nowhere: HashMap<Place, bool>,
     evidence: Evidence,
     pages_left: u64,
+    /// The same, for finding out whether tables lead to nothing.
+    nowhere_pages_left: u64,
     questions_left: u64,
     /// Bytes of the memory map that leaves may point to.
     mapped: f64,
@@ -136,6 +151,8 @@ enum Last {
     Whole,
     /// A leaf that is larger than its slot.
     Replica,
+    /// A table that leads to nothing.
+    Nowhere,
 }
 
 impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
@@ -166,7 +183,9 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
             remains: HashSet::new(),
             claimed: BTreeMap::new(),
             queue: VecDeque::new(),
+            nowhere: HashMap::new(),
             pages_left: pages,
+            nowhere_pages_left: pages,
             questions_left: questions,
             mapped,
         };
@@ -212,8 +231,7 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
 
     /// Reads one table, page by page.
     fn table(&mut self, place: Place) -> Result<(), FormatError> {
-        let layout = EntryLayout { bytes: self.geometry.entry_bytes, order: self.geometry.order };
-        let size = u64::from(layout.bytes);
+        let size = u64::from(self.geometry.entry_bytes);
         let entries = self.geometry.levels[usize::from(place.level)].entries();
         let (first, last) = (place.exists.0, place.exists.1.min(entries - 1));
         let depth = self.nest.depth(&self.geometry.levels[usize::from(place.level)]);
@@ -231,7 +249,7 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
             let address = place.address.wrapping_add(cursor.index * size);
             let count = ((PAGE - address % PAGE) / size).min(last - cursor.index + 1);
             let words = &mut buffer[..count as usize];
-            if !self.exists(address, count * size) || self.subject.memory.read_entries(Gpa(address), layout, words).is_err() {
+            if !self.read(address, words) {
                 if self.subject.missing == Missing::Against {
                     self.evidence.bits -= HOLE;
                 }
@@ -256,31 +274,92 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
     }
 
     /// The weight of a word that stands beside an equal one. It is no evidence for anything: memory is full of repetitions. Where the leaf is larger than
-    /// its slot it has to be so; but neighbours that point to the same page or table are rare.
+    /// its slot it has to be so, and slots that are not used may all lead to one table with nothing in it; but neighbours that point to the same page or table
+    /// are rare otherwise.
     fn again(&self, cursor: &Cursor, weight: f64) -> f64 {
         match cursor.last {
-            Last::Replica | Last::Nothing => weight.min(0.0),
+            Last::Replica | Last::Nowhere | Last::Nothing => weight.min(0.0),
             Last::Whole => weight.min(AGAIN),
         }
+    }
+
+    /// Reads entries of one page; false: they are not there.
+    fn read(&self, address: u64, words: &mut [u64]) -> bool {
+        let layout = EntryLayout { bytes: self.geometry.entry_bytes, order: self.geometry.order };
+        self.exists(address, words.len() as u64 * u64::from(layout.bytes)) && self.subject.memory.read_entries(Gpa(address), layout, words).is_ok()
     }
 
     fn exists(&self, address: u64, bytes: u64) -> bool {
         self.subject.map.region(address).is_some() && self.subject.map.region(address.saturating_add(bytes - 1)).is_some()
     }
 
-    /// The weight of one word.
-    fn entry(&mut self, cursor: &mut Cursor, word: u64) -> Result<f64, FormatError> {
-        let Place { level, inherited, .. } = cursor.place;
+    /// Takes one word of a table apart.
+    fn look(&mut self, level: u8, inherited: u64, word: u64) -> Result<Looked, FormatError> {
         let shapes = &self.shapes[usize::from(level)];
         let shape = shapes.find(word);
         let (mask, address) = (shapes.field(shape).entry_mask, shapes.field(shape).extract(word));
         let pattern = word & !mask;
         let judged = self.judge(level, inherited, shape, pattern)?;
-        let size = self.geometry.entry_bytes;
         let meaning = match judged.meaning {
             Meaning::WholeEntry if self.charge() => self.format.decode_entry(level, inherited, word)?,
             meaning => meaning,
         };
+        Ok(Looked { shape, mask, address, pattern, judged, meaning })
+    }
+
+    /// Whether a table leads to nothing: each of its entries is absent, or a table that leads to nothing. It may be read once more later, to be weighed.
+    fn leads_nowhere(&mut self, place: Place) -> Result<bool, FormatError> {
+        if let Some(known) = self.nowhere.get(&place) {
+            return Ok(*known);
+        }
+        let size = u64::from(self.geometry.entry_bytes);
+        let last = place.exists.1.min(self.geometry.levels[usize::from(place.level)].entries() - 1);
+        let mut buffer = [0; (PAGE / 4) as usize];
+        let (mut index, mut previous, mut nowhere) = (place.exists.0, None, true);
+        while nowhere && index <= last {
+            let Some(left) = self.nowhere_pages_left.checked_sub(1) else { return Ok(false) };
+            self.nowhere_pages_left = left;
+            let address = place.address.wrapping_add(index * size);
+            let count = ((PAGE - address % PAGE) / size).min(last - index + 1);
+            nowhere = self.read(address, &mut buffer[..count as usize]);
+            for &word in &buffer[..count as usize] {
+                if nowhere && previous != Some(word) {
+                    nowhere = self.is_nowhere(place, word)?;
+                    previous = Some(word);
+                }
+            }
+            index += count;
+        }
+        self.nowhere.insert(place, nowhere);
+        Ok(nowhere)
+    }
+
+    /// The same for one word of a table.
+    fn is_nowhere(&mut self, place: Place, word: u64) -> Result<bool, FormatError> {
+        let looked = self.look(place.level, place.inherited, word)?;
+        match looked.meaning {
+            Meaning::Absent => Ok(true),
+            // Each level is below the one before, so that this comes to an end.
+            Meaning::Table { next, inherited } => match self.below(place.level, next, inherited, looked.address) {
+                Some(below) => self.leads_nowhere(below),
+                None => Ok(false),
+            },
+            _ => Ok(false),
+        }
+    }
+
+    /// The table that an entry of a table of kind `level` points to; none if that kind cannot stand there.
+    fn below(&self, level: u8, next: Next, inherited: u64, address: u64) -> Option<Place> {
+        let below = self.geometry.levels.get(usize::from(next.level))?;
+        let fits = below.top_bit() <= self.geometry.levels[usize::from(level)].index_lsb;
+        let last = if u64::from(next.last) >= below.entries() { u64::MAX } else { u64::from(next.last) };
+        fits.then_some(Place { level: next.level, address, inherited, exists: (next.first.into(), last) })
+    }
+
+    /// The weight of one word.
+    fn entry(&mut self, cursor: &mut Cursor, word: u64) -> Result<f64, FormatError> {
+        let Place { level, inherited, .. } = cursor.place;
+        let Looked { shape, mask, address, pattern, judged, meaning } = self.look(level, inherited, word)?;
         let whole = judged.meaning == Meaning::WholeEntry;
         let slot = self.geometry.levels[usize::from(level)].index_lsb;
         cursor.last = match meaning {
@@ -299,7 +378,14 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
             Meaning::Table { next, inherited } => {
                 cursor.end = None;
                 let class = self.class(judged, whole, (level, shape, true), cursor.place.inherited, pattern)?;
-                Ok(self.pointer(level, next, inherited, address, class, word, pattern, size))
+                let Some(place) = self.below(level, next, inherited, address) else {
+                    self.evidence.tables_outside += 1;
+                    return Ok(WRONG);
+                };
+                if word == cursor.previous && self.leads_nowhere(place)? {
+                    cursor.last = Last::Nowhere;
+                }
+                self.pointer(level, place, class, word, pattern)
             }
             Meaning::Leaf { size_log2, attributes } | Meaning::Part { size_log2, attributes, .. } => {
                 let class = self.class(judged, whole, (level, shape, false), inherited, pattern)?;
@@ -406,27 +492,21 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
         f64::from(self.geometry.entry_bytes) / 4.0
     }
 
-    #[allow(clippy::too_many_arguments)]
-    fn pointer(&mut self, level: u8, next: Next, inherited: u64, address: u64, class: usize, word: u64, pattern: u64, size: u8) -> f64 {
-        let this = &self.geometry.levels[usize::from(level)];
-        let Some(below) = self.geometry.levels.get(usize::from(next.level)).filter(|below| below.top_bit() <= this.index_lsb) else {
-            self.evidence.tables_outside += 1;
-            return WRONG;
-        };
-        let skips = below.top_bit() < this.index_lsb;
-        let bytes = self.bytes(next.level);
-        let exists = (u64::from(next.first), if u64::from(next.last) >= below.entries() { u64::MAX } else { u64::from(next.last) });
-        let place = Place { level: next.level, address, inherited, exists };
+    fn pointer(&mut self, level: u8, place: Place, class: usize, word: u64, pattern: u64) -> Result<f64, FormatError> {
+        let Place { address, exists, .. } = place;
+        let size = self.geometry.entry_bytes;
+        let skips = self.geometry.levels[usize::from(place.level)].top_bit() < self.geometry.levels[usize::from(level)].index_lsb;
+        let bytes = self.bytes(place.level);
         let anything = as_anything(word, size);
         match self.claimed_as(place) {
-            // Tables may be shared. That one is said nothing about the format that its first use did not say.
-            Some(true) => {
+            // Tables may be shared. That one is said nothing about the format that its first use did not say. One with nothing in it may serve several levels.
+            Some(same) if same || self.claimed.contains_key(&address) && self.leads_nowhere(place)? => {
                 self.evidence.pointers += 1;
-                return 0.0;
+                return Ok(0.0);
             }
-            Some(false) => {
+            Some(_) => {
                 self.evidence.overlaps += 1;
-                return WRONG;
+                return Ok(WRONG);
             }
             None => {}
         }
@@ -434,7 +514,7 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
         let readable = in_memory && self.is_readable(address + exists.0 * u64::from(size));
         if !in_memory || (!readable && self.subject.missing == Missing::Against) {
             self.evidence.tables_outside += 1;
-            return WRONG;
+            return Ok(WRONG);
         }
         let (pattern, _) = self.pattern(class, pattern);
         let among = if readable { self.subject.readable as f64 } else { self.mapped };
@@ -446,7 +526,7 @@ impl<'a, M: EntryMemory + ?Sized> Scorer<'a, M> {
         } else {
             self.evidence.unknown_tables += 1;
         }
-        weight
+        Ok(weight)
     }
 
     fn is_readable(&self, address: u64) -> bool {

@@ -5,7 +5,7 @@ use std::cell::Cell;
 /// How much work one call may do on behalf of one guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Tables visited. A table that many entries point to counts each time.
+    /// Tables visited. A table that many entries point to counts each time, unless there is nothing in it: then it counts once in each walk.
     pub tables: u64,
     /// Leaves seen. A leaf that memory is there for in several pieces counts as many; a table of the second stage that is visited for the sake of a
     /// first-stage leaf or table counts as one.

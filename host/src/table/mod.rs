@@ -6,6 +6,7 @@ mod arena;
 mod build;
 mod collect;
 mod direct;
+mod empty;
 mod format;
 mod geometry;
 mod intercept;

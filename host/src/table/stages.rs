@@ -447,6 +447,10 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Visitor for Flatten<'_, '_, M, V> {
         self.visitor.absent(span, path)
     }
 
+    fn nothing_below(&mut self, span: Span, entries: u64, path: &[Step]) -> Result<(), WalkError> {
+        self.visitor.nothing_below(span, entries, path)
+    }
+
     fn fault(&mut self, fault: &FaultAt<'_>) -> Result<(), WalkError> {
         if self.outer.stopped.borrow().is_some() {
             return Err(WalkError::Stopped);

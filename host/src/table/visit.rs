@@ -139,6 +139,16 @@ pub trait Visitor {
         Ok(())
     }
 
+    /// Nothing is mapped here: so many entries side by side, the first of which `path` leads to, are equal and point to a table that this walk has seen, and
+    /// in which there was nothing. It is not gone through again.
+    ///
+    /// # Errors
+    /// [`WalkError::Stopped`] ends the walk.
+    fn nothing_below(&mut self, span: Span, entries: u64, path: &[Step]) -> Result<(), WalkError> {
+        let _ = entries;
+        self.absent(span, path)
+    }
+
     /// A request here faults, for another reason than that nothing is mapped.
     ///
     /// # Errors

@@ -6,6 +6,7 @@
 use std::fmt;
 
 use crate::memory::{Budget, EntryLayout, EntryMemory, Exhausted, MemoryMap, Nearby, PAGE};
+use crate::table::empty::{Empties, TableKey};
 use crate::table::format::{FaultKind, Finding, Format, FormatError, Meaning, Missing};
 use crate::table::geometry::{AddressField, Geometry, Nonsense, Root};
 use crate::table::lanes::{Pattern, Scanned, all_in_place_within, all_within, repeated, run_length, scan};
@@ -23,11 +24,12 @@ pub struct Table {
     scratch: Scratch,
 }
 
-/// Memory that walks use again: one buffer per level, and the path.
+/// Memory that walks use again: one buffer per level, the path, and what is remembered of a walk.
 #[derive(Default)]
 struct Scratch {
     buffers: Vec<Box<Buffer>>,
     path: Vec<Step>,
+    empties: Empties,
 }
 
 impl fmt::Debug for Scratch {
@@ -173,11 +175,14 @@ impl Table {
             stage,
             buffers: &mut self.scratch.buffers,
             path: &mut self.scratch.path,
+            empties: &mut self.scratch.empties,
+            told: 0,
             last_read: None,
             usual: None,
             misses: Misses::default(),
         };
         walker.path.clear();
+        walker.empties.clear();
         let mut next = Some(span.first);
         for root in &geometry.roots {
             let Some(part) = span.intersection(Span { first: root.first, last: root.last }) else { continue };
@@ -214,6 +219,14 @@ struct LastRead {
     nearby: Nearby,
 }
 
+/// What became of a table that an entry points to.
+enum Found {
+    /// The visitor was told what there is.
+    Told,
+    /// It was walked before, and there was nothing. The visitor was not told.
+    Nothing,
+}
+
 /// Where leaves that are alike begin, and what the first of them is.
 #[derive(Clone, Copy)]
 struct Leaves<'a> {
@@ -237,6 +250,9 @@ struct Walker<'a, M: ?Sized, V> {
     stage: u8,
     buffers: &'a mut Vec<Box<Buffer>>,
     path: &'a mut Vec<Step>,
+    empties: &'a mut Empties,
+    /// Runs of leaves, leaves and faults that the visitor was told of, if nothing else: a table with nothing in it leaves this as it was.
+    told: u64,
     last_read: Option<LastRead>,
     /// What full tables were like lately.
     usual: Option<Usual>,
@@ -355,6 +371,7 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
                 break;
             }
             self.budget.charge_leaves(count as u64 - passed.gaps)?;
+            self.told += 1;
             told += count;
         }
         Ok(told)
@@ -387,6 +404,7 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
     }
 
     fn fault(&mut self, cause: Cause, span: Span, address: Option<u64>) -> Result<(), WalkError> {
+        self.told += 1;
         self.visitor.fault(&FaultAt { stage: self.stage, cause, span, address, reading_table: false, path: self.path })
     }
 
@@ -445,8 +463,16 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
                     let field = level.field(known.shape);
                     let ahead = entries.get(at + 1).filter(|ahead| **ahead & known.mask == known.pattern).map(|ahead| field.extract(*ahead));
                     let below = Place { level: next.level, table: field.extract(entry), base: slot.first, inherited, ahead };
-                    self.next_table(place, below, slot, part, (u64::from(next.first), last_index(next.last)))?;
-                    1
+                    match self.next_table(place, below, slot, part, (u64::from(next.first), last_index(next.last)))? {
+                        Found::Told => 1,
+                        Found::Nothing => {
+                            // Neighbours that lead there as well are told of together.
+                            let count = run_length(&entries[at..], u64::MAX, entry);
+                            let last = Span::of_log2(iova + ((count as u64 - 1) << lsb), lsb).last.min(span.last);
+                            self.visitor.nothing_below(Span { first: part.first, last }, count as u64, self.path)?;
+                            count
+                        }
+                    }
                 }
                 Meaning::Fault(kind) => {
                     self.set_step(index + at as u64, Some(entry));
@@ -498,8 +524,8 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
         Ok(())
     }
 
-    /// Walks the table `next`, which an entry of the table `place` points to.
-    fn next_table(&mut self, place: Place, next: Place, slot: Span, part: Span, exists: (u64, u64)) -> Result<(), WalkError> {
+    /// Walks the table `next`, which an entry of the table `place` points to, unless there was nothing in it before.
+    fn next_table(&mut self, place: Place, next: Place, slot: Span, part: Span, exists: (u64, u64)) -> Result<Found, WalkError> {
         let Some(below) = self.plan.levels.get(usize::from(next.level)) else {
             return Err(Nonsense(format!("level kind {} is followed by level kind {}, which does not exist", place.level, next.level)).into());
         };
@@ -513,23 +539,31 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
             .into());
         }
         if !self.output.contains(next.table) {
-            return self.fault(Cause::Entry(FaultKind::AddressSize), part, Some(next.table));
+            return self.fault(Cause::Entry(FaultKind::AddressSize), part, Some(next.table)).map(|()| Found::Told);
         }
         if !next.table.is_multiple_of(u64::from(self.layout.bytes)) {
-            return self.fault(Cause::Entry(FaultKind::Misaligned), part, Some(next.table));
+            return self.fault(Cause::Entry(FaultKind::Misaligned), part, Some(next.table)).map(|()| Found::Told);
+        }
+        let key = TableKey { level: next.level, table: next.table, inherited: next.inherited, exists };
+        if self.empties.has(&key) {
+            return Ok(Found::Nothing);
         }
         // A level that was skipped: IOVA bits between the two tables must be zero.
         let reachable = Span::of_log2(slot.first, top);
-        match part.intersection(reachable) {
-            Some(inside) => {
-                self.table(next, inside, exists)?;
-                match inside.last.checked_add(1) {
-                    Some(first) if first <= part.last => self.visitor.absent(Span { first, last: part.last }, self.path),
-                    _ => Ok(()),
-                }
-            }
-            None => self.visitor.absent(part, self.path),
+        let Some(inside) = part.intersection(reachable) else {
+            self.visitor.absent(part, self.path)?;
+            return Ok(Found::Told);
+        };
+        let before = self.told;
+        self.table(next, inside, exists)?;
+        // Of a table that was walked in part, nothing is known.
+        if self.told == before && inside == reachable {
+            self.empties.add(key);
         }
+        if let Some(first) = inside.last.checked_add(1).filter(|first| *first <= part.last) {
+            self.visitor.absent(Span { first, last: part.last }, self.path)?;
+        }
+        Ok(Found::Told)
     }
 
     /// Leaves as large as their slots: all of the first kind, and of one more, that stand side by side; how many entries these are.
@@ -583,6 +617,7 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
         let run = &entries[..count];
         let run = &run[..run.iter().rposition(|entry| !pattern.kinds.is_gap(*entry)).map_or(0, |last| last + 1)];
         self.budget.charge_leaves((count as u64 - gaps) << repeat_log2)?;
+        self.told += 1;
         let within = if outside || plain.is_none() { self.targets_of(run, field, &pattern.kinds, size_mask) } else { within };
         if field.address_mask & size_mask == 0
             && let Some(within) = within
@@ -625,6 +660,7 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
 
     /// One leaf, of which `part` is wanted; `offset` is how far into the leaf that is.
     fn leaf(&mut self, part: Span, address: u64, offset: u64, size_log2: u8, attributes: Attributes) -> Result<(), WalkError> {
+        self.told += 1;
         if !self.output.contains(address) {
             return self.fault(Cause::Entry(FaultKind::AddressSize), part, Some(address));
         }

@@ -3,6 +3,7 @@
 
 mod changes;
 mod damage;
+mod empties;
 mod errors;
 mod examples;
 mod golden;

@@ -1,6 +1,6 @@
 //! Following the entries: all mappings by visiting every entry, and one address by a walk of its own.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 
 use super::snapshot::{Memory, PAGE};
 use super::tables::{Entry, Region, TableConfig, beyond};
@@ -39,6 +39,17 @@ impl Table {
         self.exists.is_none_or(|(first, last)| first <= index && index <= last)
     }
 }
+
+/// What the visit of a stage has left to spend, and what it found.
+struct Visit {
+    budget: u64,
+    walk: Walk,
+    /// Tables below which there was nothing, whole: neither a run nor a page that is not there. Many entries may point to one of them, with as little behind each.
+    nothing: HashSet<Visited>,
+}
+
+/// First IOVA of the region, depth, address, half, entries that exist, access from above: all that what is found depends on.
+type Visited = (u64, usize, u64, usize, Option<(u64, u64)>, Access);
 
 enum NoEntry {
     Fault,
@@ -189,37 +200,46 @@ impl<'a> Walker<'a> {
     }
 
     fn walk_stage(&self, stage: usize, budget: &mut u64) -> Walk {
-        let mut walk = Walk::default();
+        let mut visit = Visit { budget: *budget, walk: Walk::default(), nothing: HashSet::new() };
         for region in &self.stages[stage].1 {
             let root = Table { address: region.root, half: region.half, exists: None };
-            self.visit(stage, region, 0, root, 0, self.stages[stage].0.granted(), budget, &mut walk);
+            self.visit(stage, region, 0, root, 0, self.stages[stage].0.granted(), &mut visit);
         }
-        walk.runs = merge(walk.runs);
-        walk
+        *budget = visit.budget;
+        visit.walk.runs = merge(visit.walk.runs);
+        visit.walk
     }
 
-    /// Every entry of one table, and of those that it points to. `start` is where the table begins in what the first table could cover.
+    /// Every entry of one table, and of those that it points to. `start` is where the table begins in what the first table could cover. False: all of the table
+    /// was looked at, and there is nothing in it or below.
     #[allow(clippy::too_many_arguments)]
-    fn visit(&self, stage: usize, region: &Region, depth: usize, table: Table, start: u64, allowed: Access, budget: &mut u64, walk: &mut Walk) {
+    fn visit(&self, stage: usize, region: &Region, depth: usize, table: Table, start: u64, allowed: Access, visit: &mut Visit) -> bool {
+        let key = (region.first, depth, table.address, table.half, table.exists, allowed);
+        if visit.nothing.contains(&key) {
+            return false;
+        }
         let (config, step) = (&self.stages[stage].0, region.steps[depth]);
+        let mut anything = false;
         for index in (0..step.entries).filter(|index| table.has(*index)) {
             let position = start + (index << step.shift);
             // The part of the region that this entry covers, as offsets.
             let end = position + ((1 << step.shift) - 1);
             let region_end = region.table_first + region.length();
             if end < region.table_first || position > region_end {
+                anything = true;
                 continue;
             }
-            if *budget == 0 {
-                walk.exhausted = true;
-                return;
+            if visit.budget == 0 {
+                visit.walk.exhausted = true;
+                return true;
             }
-            *budget -= 1;
+            visit.budget -= 1;
             let entry = match self.read(stage, table.address + index * config.entry_bytes()) {
                 Ok(entry) => entry,
                 Err(NoEntry::Fault) => continue,
                 Err(NoEntry::Unreadable(page)) => {
-                    walk.unreadable.insert(page);
+                    visit.walk.unreadable.insert(page);
+                    anything = true;
                     continue;
                 }
             };
@@ -227,9 +247,10 @@ impl<'a> Walker<'a> {
                 Entry::Fault => {}
                 Entry::Table { address, limit, skip, exists, half } => {
                     // Without levels between, what the next table covers is the beginning of this slot: the bits of the levels left out are zero.
-                    self.visit(stage, region, depth + 1 + skip, Table { address, half, exists }, position, allowed.and(limit), budget, walk);
+                    anything |= self.visit(stage, region, depth + 1 + skip, Table { address, half, exists }, position, allowed.and(limit), visit);
                 }
                 Entry::Leaf { address, access, size, reach } => {
+                    anything = true;
                     let access = allowed.and(access);
                     // The part of the leaf under this slot, of that the part inside the region, and of that what can be reached.
                     let offset = position % (1 << size.unwrap_or(step.shift));
@@ -244,11 +265,15 @@ impl<'a> Walker<'a> {
                     }
                     if access != Access::NONE && !beyond(address, config.output_bits()) {
                         let iova = region.first + (first - region.table_first);
-                        append(&mut walk.runs, Run { iova, address: address + (first - position), size: last - first + 1, access });
+                        append(&mut visit.walk.runs, Run { iova, address: address + (first - position), size: last - first + 1, access });
                     }
                 }
             }
         }
+        if !anything {
+            visit.nothing.insert(key);
+        }
+        anything
     }
 }
 

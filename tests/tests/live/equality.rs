@@ -9,13 +9,13 @@ use stagecraft::sync::{Live, Report, ShadowLimits, Space, Unwatched, Way};
 use stagecraft::table::{Arena, Builder, Intercept, Mapping, Piece, Step, Table, Visitor, WalkError};
 use stagecraft::{Access, Attributes, Gpa, Span};
 use stagecraft_tests::reference::Run;
-use stagecraft_tests::reference::generate::{Format, Options, Rng, build, generate_with, random_leaves};
+use stagecraft_tests::reference::generate::{Format, Options, Rng, build, generate_with, random_leaves, share_empty_tables};
 use stagecraft_tests::reference::snapshot::{Memory, Snapshot};
 use stagecraft_tests::reference::tables;
 use stagecraft_tests::reference::walk::Walker;
 
 use super::behaviour::range;
-use super::support::{Host, View, append, format, walk};
+use super::support::{Host, View, append, format, walk, walk_within};
 use crate::configs;
 use crate::mutate::{Words, mutate};
 
@@ -120,7 +120,16 @@ struct Case {
 impl Case {
     fn new(format_: Format, seed: u64) -> Self {
         let mut rng = Rng::new(seed ^ 0x11ee);
-        let generated = generate_with(format_, seed, Options { clusters: 5, ..Options::default() });
+        let mut generated = generate_with(format_, seed, Options { clusters: 5, ..Options::default() });
+        // Some of them let unused slots lead to tables with nothing in them, until something is written there. (A table that is not aligned to its size is something
+        // that the reference refuses, and LoongArch's plugin does not: mutations would come across it.)
+        let shares = match generated.config {
+            tables::TableConfig::LoongArch(config) => config.granule == 4096,
+            _ => seed % 4 == 1,
+        };
+        if shares {
+            share_empty_tables(&mut generated, &mut Rng::new(seed), if seed % 8 == 1 { 100 } else { 20 });
+        }
         let plugin = configs::plugin_config(&generated.config);
         let (name, settings) = rng.pick(HOSTS);
         let host = Host::new(&TableConfig::new(name, settings), 8 << 20);
@@ -234,7 +243,11 @@ impl Case {
             self.exhausted += 1;
             return;
         }
-        let walked = walk(&mut self.table, &View(memory), &self.map);
+        // A table that the naive walk takes for empty may be full of faults, which the engine tells one by one.
+        let Ok(walked) = walk_within(1 << 16, &mut self.table, &View(memory), &self.map) else {
+            self.exhausted += 1;
+            return;
+        };
         assert_same(&model, &walked, &format!("{what}: what was told, and a walk"));
         let expected = clipped(&naive.runs, &self.map);
         assert_same(&model, &expected, &format!("{what}: what was told, and the naive walk"));

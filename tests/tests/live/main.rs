@@ -5,6 +5,7 @@ mod batches;
 mod behaviour;
 #[path = "../configs/mod.rs"]
 mod configs;
+mod empties;
 mod equality;
 mod guest;
 mod hardware;

@@ -6,7 +6,7 @@ use std::sync::{Arc, RwLock};
 use stagecraft::memory::{Budget, EntryLayout, EntryMemory, Limits, MemoryMap, ReadError};
 use stagecraft::plugin::TableConfig;
 use stagecraft::sync::{CommitError, Committer, Needed, NestedTable, RegionTables, Sink};
-use stagecraft::table::{ByteOrder, Collector, Format, Mapping, Piece, Table};
+use stagecraft::table::{ByteOrder, Collector, Format, Mapping, Piece, Table, WalkError};
 use stagecraft::{Change, Gpa, Span};
 use stagecraft_tests::reference::snapshot::Memory;
 use vm_memory::{MmapRegion, VolatileMemory};
@@ -200,8 +200,13 @@ impl Sink for Host {
 
 /// What the engine finds in tables.
 pub fn walk<M: EntryMemory + ?Sized>(table: &mut Table, memory: &M, map: &MemoryMap) -> Vec<Mapping> {
+    walk_within(1 << 18, table, memory, map).unwrap()
+}
+
+/// The same, if so many tables are enough.
+pub fn walk_within<M: EntryMemory + ?Sized>(tables: u64, table: &mut Table, memory: &M, map: &MemoryMap) -> Result<Vec<Mapping>, WalkError> {
     let mut collector = Collector::new(table.geometry().privileged, 0);
-    let budget = Budget::new(Limits { tables: 1 << 18, ..Limits::default() });
-    table.walk(memory, map, Span::ALL, &budget, &mut collector).unwrap();
-    collector.into_mappings()
+    let budget = Budget::new(Limits { tables, ..Limits::default() });
+    table.walk(memory, map, Span::ALL, &budget, &mut collector)?;
+    Ok(collector.into_mappings())
 }

@@ -12,7 +12,7 @@ use crate::sync::wanted::Wanted;
 use crate::table::{Meaning, Next, Piece, low_bits};
 
 /// What an entry stands for that was just judged.
-enum Judged {
+pub(super) enum Judged {
     /// Nothing, or a leaf.
     Plain(State),
     Blocked(Reason),
@@ -55,8 +55,12 @@ impl<M: EntryMemory + ?Sized> Pass<'_, M> {
     pub(super) fn entry(&mut self, node: &mut Node, at: usize, entry: u64, wanted: &[Wanted], mode: Mode, deep: bool) {
         let old = node.states[at].what();
         if mode != Mode::Judge && node.entries[at] == entry && old != What::Unknown {
-            if deep && let What::Table(child) = old {
-                self.visit(child, wanted, mode);
+            match old {
+                What::Table(child) if deep => self.visit(child, wanted, mode),
+                What::Empty(shared) if deep => {
+                    self.is_still_empty(shared);
+                }
+                _ => {}
             }
             return;
         }
@@ -96,6 +100,14 @@ impl<M: EntryMemory + ?Sized> Pass<'_, M> {
     fn follow(&mut self, node: &mut Node, at: usize, entry: u64, wanted: &[Wanted], mode: Mode, deep: bool) {
         let slot = self.shadow.slot(node, at);
         let judged = self.judge(node, entry, slot);
+        if let Judged::Table(below) = &judged
+            && let Some(shared) = self.known_empty(below)
+        {
+            let state = self.share(shared);
+            self.drop_entry(node, at);
+            node.entries[at] = entry;
+            return self.set(node, at, state);
+        }
         match (node.states[at].what(), judged) {
             (What::Leaf(old), Judged::Plain(new)) if let What::Leaf(new) = new.what() => self.replace_leaf(node, at, entry, slot, old, new),
             (What::Table(child), Judged::Table(below)) if self.is_place_of(child, &below) => {
@@ -129,11 +141,14 @@ impl<M: EntryMemory + ?Sized> Pass<'_, M> {
     }
 
     /// What a new entry stands for comes to life.
-    fn add(&mut self, node: &mut Node, at: usize, slot: Span, judged: Judged) {
+    pub(super) fn add(&mut self, node: &mut Node, at: usize, slot: Span, judged: Judged) {
         let state = match judged {
             Judged::Plain(state) => return self.add_plain(node, at, slot, state),
             Judged::Blocked(reason) => Err(reason),
-            Judged::Table(below) => self.create(&below).map(|child| child.map_or(State::NOTHING, State::table)),
+            Judged::Table(below) => match self.empty(&below) {
+                Some(shared) => Ok(self.share(shared)),
+                None => self.create(&below).map(|child| child.map_or(State::NOTHING, State::table)),
+            },
         };
         match state {
             Ok(state) => self.set(node, at, state),
@@ -160,11 +175,12 @@ impl<M: EntryMemory + ?Sized> Pass<'_, M> {
     }
 
     /// What an entry stood for is gone.
-    fn drop_entry(&mut self, node: &mut Node, at: usize) {
+    pub(super) fn drop_entry(&mut self, node: &mut Node, at: usize) {
         match node.states[at].what() {
             What::Nothing | What::Unknown => {}
             What::Leaf(kind) => self.drop_leaf(node, at, self.shadow.slot(node, at), kind),
             What::Table(child) => self.remove(child),
+            What::Empty(shared) => self.unshare(shared),
         }
         self.set(node, at, State::NOTHING);
     }
@@ -241,7 +257,7 @@ impl<M: EntryMemory + ?Sized> Pass<'_, M> {
         moved
     }
 
-    fn judge(&mut self, node: &Node, entry: u64, slot: Span) -> Judged {
+    pub(super) fn judge(&mut self, node: &Node, entry: u64, slot: Span) -> Judged {
         let asked = match self.shadow.meaning(node.level, node.inherited, entry, self.budget) {
             Ok(asked) => asked,
             Err(reason) => return Judged::Blocked(reason),

@@ -41,6 +41,8 @@ impl Shadow {
             }
             self.roots = vec![None; plan.geometry.roots.len()];
         }
+        self.empties.begin();
+        self.empties.forget();
         self.judge = Judge::new(format, plan.levels.len());
         self.words = Words::new(plan.levels.len());
         self.plan = plan;
@@ -48,14 +50,21 @@ impl Shadow {
             let whole = self.root_span(root);
             Pass::new(self, memory, budget, changes).root_anew(root, whole);
         }
+        Pass::new(self, memory, budget, changes).settle();
     }
 
     /// Tells `each` the IOVAs that tables in a page serve, by the page's number, until it says false.
     pub(in crate::sync) fn served_by(&self, page: u64, each: &mut dyn FnMut(Span) -> bool) -> ControlFlow<()> {
         let mut nodes = Vec::new();
         self.pages.holders(page, &mut nodes);
-        let mut spans = nodes.iter().filter_map(|node| self.nodes.get(*node)).map(|node| node.span);
-        spans.try_for_each(|span| if each(span) { ControlFlow::Continue(()) } else { ControlFlow::Break(()) })
+        for id in nodes {
+            match self.nodes.get(id) {
+                Some(node) if node.shared.is_some() => self.shared_by(id, each)?,
+                Some(node) if !each(node.span) => return ControlFlow::Break(()),
+                _ => {}
+            }
+        }
+        ControlFlow::Continue(())
     }
 
     pub(in crate::sync) const fn limits(&self) -> ShadowLimits {

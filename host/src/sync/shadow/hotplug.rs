@@ -25,9 +25,11 @@ impl Shadow {
         let whole = |page: Gpa| Span::of_log2(page.0, PAGE.trailing_zeros() as u8);
         let mut pages: Vec<Span> = self.pages.watched().map(whole).filter(|page| meets(&tables, *page)).collect();
         pages.sort_unstable();
+        self.empties.begin();
         for page in pages {
             Pass::new(self, memory, budget, changes).written(page);
         }
+        Pass::new(self, memory, budget, changes).settle();
     }
 
     /// Tells what of all leaves came and went, of those that point to `targets`.

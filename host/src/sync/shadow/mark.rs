@@ -22,7 +22,7 @@ impl Shadow {
         if let Some(part) = node.span.intersection(marked.iova) {
             for at in self.places(&node, part) {
                 match node.states[at].what() {
-                    What::Nothing | What::Unknown => {}
+                    What::Nothing | What::Unknown | What::Empty(_) => {}
                     What::Table(below) => self.mark_below(memory, below, marked, budget, written),
                     What::Leaf(kind) => self.mark_leaf(memory, &mut node, at, kind, marked, budget, written),
                 }

@@ -11,9 +11,12 @@
 //!    a write:     guest page -> nodes in it -> the entries that were written
 //! ```
 //!
+//! Tables in which there is nothing and that many entries point to are shared by these ([`empty`]), and become nodes when there is something in them.
+//!
 //! What cannot be followed, because a limit is reached or the format failed, is *blocked*: it counts as absent, is told as such, and is judged again
 //! whenever it is read.
 
+mod empty;
 mod entry;
 mod hooks;
 mod hotplug;
@@ -36,6 +39,7 @@ use crate::sync::changes::Changes;
 use crate::sync::wanted::{Wanted, join, within};
 use crate::table::{Format, FormatError, Geometry, Judge, OpenError, Plan};
 use crate::{Gpa, Span};
+use empty::Empties;
 use kind::Kinds;
 use node::{Node, NodeId, Nodes, Pages};
 use pass::{Pass, Scratch};
@@ -45,7 +49,7 @@ use words::Words;
 /// How much a guest may make the engine keep for one address space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ShadowLimits {
-    /// Pages of 4 KiB of tables; a page that is used in two places counts twice. Each costs the host 6 KiB, or 12 with small entries.
+    /// Pages of 4 KiB of tables; a page that is used in several places counts as often, unless there is nothing in it: then twice. Each costs the host 6 KiB, or 12 with small entries.
     pub table_pages: u64,
     /// Entries that are leaves.
     pub leaves: u64,
@@ -102,6 +106,7 @@ pub struct Shadow {
     blocked: u64,
     scratch: Scratch,
     spare: Spare,
+    empties: Empties,
 }
 
 impl fmt::Debug for Shadow {
@@ -135,6 +140,7 @@ impl Shadow {
             blocked: 0,
             scratch: Scratch::default(),
             spare: Spare::default(),
+            empties: Empties::default(),
         })
     }
 
@@ -177,9 +183,19 @@ impl Shadow {
         budget: &Budget,
         changes: &mut Changes,
     ) {
-        if Pass::new(self, memory, budget, changes).near(wanted) {
-            return;
+        self.empties.begin();
+        if !Pass::new(self, memory, budget, changes).near(wanted) {
+            self.synchronise_roots(memory, wanted, budget, changes);
         }
+        Pass::new(self, memory, budget, changes).settle();
+        // What is blocked may have room if others need less of it.
+        if self.blocked > 0 && wanted == [Wanted::whole(Span::ALL)] && Pass::new(self, memory, budget, changes).gather() {
+            self.synchronise_roots(memory, wanted, budget, changes);
+            Pass::new(self, memory, budget, changes).settle();
+        }
+    }
+
+    fn synchronise_roots<M: EntryMemory + ?Sized>(&mut self, memory: &M, wanted: &[Wanted], budget: &Budget, changes: &mut Changes) {
         for root in 0..self.roots.len() {
             if self.plan.geometry.roots[root].ignored == 0 {
                 let here = within(wanted, self.root_span(root));
@@ -204,7 +220,10 @@ impl Shadow {
     /// The cost is that of one look-up per page, and of the entries. Pages without tables cost the look-up.
     pub fn table_written<M: EntryMemory + ?Sized>(&mut self, memory: &M, address: Gpa, length: u64, budget: &Budget, changes: &mut Changes) {
         let Some(last) = length.checked_sub(1).map(|rest| address.0.saturating_add(rest)) else { return };
-        Pass::new(self, memory, budget, changes).written(Span { first: address.0, last });
+        self.empties.begin();
+        let mut pass = Pass::new(self, memory, budget, changes);
+        pass.written(Span { first: address.0, last });
+        pass.settle();
     }
 
     /// Asks another instance of the same format from now on; blocked entries are judged again when they are read next.
@@ -287,7 +306,20 @@ impl Shadow {
             last: within.last.min(Span::of_log2(base + ((first + count - 1) << lsb), lsb).last),
         };
         let (entries, states) = self.spare.take(count as usize, self.nodes.len());
-        Some(Box::new(Node { level, table, base, inherited, first, span, entries, states, tables: 0, unknown: count as u32 }))
+        Some(Box::new(Node {
+            level,
+            table,
+            base,
+            inherited,
+            first,
+            span,
+            entries,
+            states,
+            tables: 0,
+            unknown: count as u32,
+            empties: 0,
+            shared: None,
+        }))
     }
 }
 

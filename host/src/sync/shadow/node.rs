@@ -24,6 +24,8 @@ pub(super) enum What {
     Unknown,
     /// A table.
     Table(NodeId),
+    /// A table in which there is nothing, and which other entries share.
+    Empty(NodeId),
     /// A leaf of this kind.
     Leaf(u32),
 }
@@ -34,10 +36,16 @@ impl State {
     /// Unknown because a limit was reached or the format failed.
     pub(super) const BLOCKED: Self = Self(1 << 2 | 1);
     /// Kinds of leaves and nodes are numbered below this.
-    pub(super) const MOST: u32 = 1 << 30;
+    pub(super) const MOST: u32 = (1 << 30) - Self::SHARED;
+    /// Above what else an entry can be that is neither a table nor a leaf.
+    const SHARED: u32 = 2;
 
     pub(super) const fn table(id: NodeId) -> Self {
         Self(id.0 << 2 | 2)
+    }
+
+    pub(super) const fn empty(id: NodeId) -> Self {
+        Self((id.0 + Self::SHARED) << 2 | 1)
     }
 
     pub(super) const fn leaf(kind: u32) -> Self {
@@ -48,14 +56,26 @@ impl State {
     pub(super) const fn what(self) -> What {
         match self.0 & 3 {
             0 => What::Nothing,
-            1 => What::Unknown,
+            1 if self.0 >> 2 < Self::SHARED => What::Unknown,
+            1 => What::Empty(NodeId((self.0 >> 2) - Self::SHARED)),
             2 => What::Table(NodeId(self.0 >> 2)),
             _ => What::Leaf(self.0 >> 2),
         }
     }
 }
 
-/// One table at one place in the address space. A table that is used twice has two nodes.
+/// What is known of a table in which there is nothing and which several entries share.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Shared {
+    /// How many entries share it.
+    pub(super) users: u64,
+    /// The look that it was read in last.
+    pub(super) look: u64,
+    /// There is something in it.
+    pub(super) full: bool,
+}
+
+/// One table at one place in the address space. A table that is used twice has two nodes, unless there is nothing in it.
 #[derive(Debug)]
 pub(super) struct Node {
     /// Kind of table.
@@ -78,6 +98,10 @@ pub(super) struct Node {
     pub(super) tables: u32,
     /// How many of them are not known.
     pub(super) unknown: u32,
+    /// How many of them share tables in which there is nothing.
+    pub(super) empties: u32,
+    /// Entries share this table, and it has no place: IOVAs begin at zero.
+    pub(super) shared: Option<Shared>,
 }
 
 impl Node {
@@ -92,11 +116,13 @@ impl Node {
     pub(super) fn set(&mut self, at: usize, state: State) {
         match self.states[at].what() {
             What::Table(_) => self.tables -= 1,
+            What::Empty(_) => self.empties -= 1,
             What::Unknown => self.unknown -= 1,
             What::Nothing | What::Leaf(_) => {}
         }
         match state.what() {
             What::Table(_) => self.tables += 1,
+            What::Empty(_) => self.empties += 1,
             What::Unknown => self.unknown += 1,
             What::Nothing | What::Leaf(_) => {}
         }
@@ -147,6 +173,24 @@ impl Nodes {
     /// Those that are not taken out, in no order.
     pub(super) fn iter(&self) -> impl Iterator<Item = &Node> {
         self.slots.iter().filter_map(|slot| slot.as_deref())
+    }
+
+    /// The same, with what they are called.
+    pub(super) fn iter_with_ids(&self) -> impl Iterator<Item = (NodeId, &Node)> {
+        self.slots.iter().enumerate().filter_map(|(id, slot)| Some((NodeId(id as u32), slot.as_deref()?)))
+    }
+
+    /// The first from `from` on, which then is the one behind it: for going through all while they change.
+    pub(super) fn next(&self, from: &mut NodeId) -> Option<NodeId> {
+        let place = self.slots.iter().skip(from.0 as usize).position(Option::is_some)?;
+        let id = NodeId(from.0 + place as u32);
+        *from = NodeId(id.0 + 1);
+        Some(id)
+    }
+
+    /// What is known of a table that is shared.
+    pub(super) fn shared(&mut self, id: NodeId) -> Option<&mut Shared> {
+        self.slots.get_mut(id.0 as usize)?.as_mut()?.shared.as_mut()
     }
 
     pub(super) fn len(&self) -> usize {
@@ -310,6 +354,16 @@ impl Pages {
         }
     }
 
+    /// The same, in no order that means anything.
+    pub(super) fn some_holders(&self, page: u64) -> impl Iterator<Item = NodeId> + '_ {
+        let (one, many) = match self.holders.get(&page) {
+            None => (None, None),
+            Some(Holders::One(node)) => (Some(*node), None),
+            Some(Holders::Many(many)) => (None, Some(many)),
+        };
+        one.into_iter().chain(many.into_iter().flatten().copied())
+    }
+
     /// The node whose table is in this page, if there is one only.
     #[inline]
     pub(super) fn only_holder(&self, page: u64) -> Option<NodeId> {
@@ -317,6 +371,11 @@ impl Pages {
             Some(Holders::One(node)) => Some(*node),
             _ => None,
         }
+    }
+
+    /// Whether there are two nodes in some page.
+    pub(super) fn are_shared(&self) -> bool {
+        self.count > self.holders.len() as u64
     }
 
     /// Pages of tables, each as often as there are nodes in it.

@@ -21,7 +21,7 @@ const MANY: usize = 4;
 
 /// Begins at a cache line, for wide registers.
 #[repr(align(64))]
-struct Buffer([u64; BUFFER]);
+pub(super) struct Buffer(pub(super) [u64; BUFFER]);
 
 /// Memory that passes use again.
 #[derive(Default)]
@@ -125,6 +125,10 @@ impl<'a, M: EntryMemory + ?Sized> Pass<'a, M> {
         // A node that went meanwhile, or whose number is another's by now, is in other pages.
         let Some(bytes) = self.shadow.nodes.get(id).and_then(|node| node.bytes(layout.bytes.into())) else { return };
         let Some(here) = bytes.intersection(written) else { return };
+        if self.shadow.nodes.shared(id).is_some() {
+            self.look_at_shared(id);
+            return;
+        }
         let Some(mut node) = self.shadow.nodes.take(id) else { return };
         let place = |address: u64| ((address - bytes.first) >> layout.bytes.trailing_zeros()) as usize;
         let (from, to, whole) = (place(here.first), place(here.last), Wanted::whole(node.span));
@@ -140,7 +144,8 @@ impl<'a, M: EntryMemory + ?Sized> Pass<'a, M> {
     pub(super) fn near(&mut self, wanted: &[Wanted]) -> bool {
         // One table at each level serves an IOVA, so that this one is on the way from a root.
         let Some((id, all)) = self.shadow.scratch.near.zip(extent(wanted)) else { return false };
-        let serves = self.shadow.nodes.get(id).is_some_and(|node| node.span.first <= all.first && all.last <= node.span.last);
+        let is_here = |node: &Node| node.shared.is_none() && node.span.first <= all.first && all.last <= node.span.last;
+        let serves = self.shadow.nodes.get(id).is_some_and(is_here);
         let near = serves && wanted.iter().all(|one| one.leaf_only);
         if near {
             self.visit(id, wanted, Mode::Compare);
@@ -319,7 +324,7 @@ impl<'a, M: EntryMemory + ?Sized> Pass<'a, M> {
 
     /// Goes through entries that were read, `from` is the place of the first: lines that are `changed` are in `fresh`.
     fn compare(&mut self, node: &mut Node, from: usize, (changed, fresh): (u128, &[u64]), wanted: Wanted, mode: Mode, deep: bool) {
-        let plain = mode != Mode::Judge && node.unknown == 0 && (node.tables == 0 || !deep);
+        let plain = mode != Mode::Judge && node.unknown == 0 && (node.tables + node.empties == 0 || !deep);
         let mut lines = if plain { changed } else { u128::MAX >> (u128::BITS as usize - fresh.len().div_ceil(LINE)) };
         while lines != 0 {
             let line = lines.trailing_zeros() as usize;
@@ -341,7 +346,11 @@ impl<'a, M: EntryMemory + ?Sized> Pass<'a, M> {
         }
     }
 
-    fn buffer(&mut self) -> Box<Buffer> {
+    pub(super) fn give_back(&mut self, buffer: Box<Buffer>) {
+        self.shadow.scratch.buffers.push(buffer);
+    }
+
+    pub(super) fn buffer(&mut self) -> Box<Buffer> {
         self.shadow.scratch.buffers.pop().unwrap_or_else(|| Box::new(Buffer([0; BUFFER])))
     }
 
@@ -355,7 +364,7 @@ impl<'a, M: EntryMemory + ?Sized> Pass<'a, M> {
     }
 
     /// Reads entries within one page, the first of which is at the place `from`, as [`EntryMemory::read_changed`] does; none if they are not there.
-    fn read(&self, node: &Node, from: usize, fresh: &mut [u64]) -> Option<u128> {
+    pub(super) fn read(&self, node: &Node, from: usize, fresh: &mut [u64]) -> Option<u128> {
         let layout = self.shadow.layout();
         let address = node.table + (node.first + from as u64) * u64::from(layout.bytes);
         let exists = self.shadow.map.has_both(address, address + (fresh.len() as u64 * u64::from(layout.bytes) - 1));

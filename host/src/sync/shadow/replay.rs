@@ -36,7 +36,7 @@ impl Shadow {
         };
         for at in self.places(node, part) {
             match node.states[at].what() {
-                What::Nothing | What::Unknown => {}
+                What::Nothing | What::Unknown | What::Empty(_) => {}
                 What::Table(below) => self.pieces_of(below, part, each)?,
                 What::Leaf(kind) => {
                     let piece = self.piece(node.level, self.slot(node, at), node.entries[at], kind);

@@ -21,9 +21,12 @@ mod loongarch;
 mod radix;
 mod riscv;
 mod s390;
+mod shared;
 #[cfg(test)]
 mod tests;
 mod v7s;
+
+pub use shared::share_empty_tables;
 
 /// The id of the only device in a generated snapshot.
 pub const DEVICE: u64 = 0x38;

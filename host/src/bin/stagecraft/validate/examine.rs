@@ -146,6 +146,12 @@ impl Visitor for Examine {
         Ok(())
     }
 
+    fn nothing_below(&mut self, span: Span, entries: u64, path: &[Step]) -> Result<(), WalkError> {
+        // Their table was looked at when it was met first; they themselves are entries like others.
+        self.entry(span, path, entries);
+        Ok(())
+    }
+
     fn fault(&mut self, fault: &FaultAt<'_>) -> Result<(), WalkError> {
         if fault.cause == Cause::Missing {
             self.missing = self.missing.or(fault.address);
