@@ -11,9 +11,10 @@ use anyhow::{Result, bail};
 use clap::Args;
 use serde_json::{Value, json};
 use stagecraft::guest::StreamState;
-use stagecraft::table::Mapping;
+use stagecraft::table::{Intercept, Mapping};
 
 use crate::failure::Status;
+use crate::inspect::describe_intercept;
 use crate::json::{self, Separator};
 use crate::options::Global;
 use crate::output::{BAD, Columns, DIM, FEW, GOOD, HEAD, WARN, counted, human, printable, raw, size};
@@ -43,6 +44,8 @@ struct Difference {
     /// What it gets in each snapshot; none if it is not there.
     states: [Option<&'static str>; 2],
     ranges: Rc<[Range]>,
+    /// What the guests set up beside the tables, if that differs.
+    intercepts: Option<[Vec<Intercept>; 2]>,
 }
 
 /// Runs the command.
@@ -92,17 +95,26 @@ fn differences(a: &View, b: &View) -> (Vec<Difference>, usize) {
         let states = pair.map(|seen| seen.map(|seen| seen.stream.state.as_str()));
         // Windows without a table, and a table that maps the same, reach the same.
         let same_way = states[0] == states[1] || tables.0.is_some() && tables.1.is_some();
-        if same_way && ranges.is_empty() {
+        let own = pair.map(|seen| seen.map_or_else(Vec::new, own_intercepts));
+        let intercepts = (own[0] != own[1]).then_some(own);
+        if same_way && ranges.is_empty() && intercepts.is_none() {
             continue;
         }
         let ranges = Rc::clone(ranges);
-        let same = |other: &&mut Difference| tables != (None, None) && other.states == states && Rc::ptr_eq(&other.ranges, &ranges);
+        let alike = |other: &Difference| other.states == states && Rc::ptr_eq(&other.ranges, &ranges) && other.intercepts == intercepts;
+        let same = |other: &&mut Difference| tables != (None, None) && alike(other);
         match differences.iter_mut().find(same) {
             Some(other) => other.streams.push(stream),
-            None => differences.push(Difference { streams: vec![stream], states, ranges }),
+            None => differences.push(Difference { streams: vec![stream], states, ranges, intercepts }),
         }
     }
     (differences, keys.len())
+}
+
+/// What a guest set up beside a stream's tables. What comes with an architecture, like interrupts at fixed addresses, is in no guest's hands, and a request there reaches
+/// no memory on either side.
+fn own_intercepts(seen: &Seen) -> Vec<Intercept> {
+    seen.stream.intercepts.iter().filter(|intercept| intercept.is_guests_own()).cloned().collect()
 }
 
 fn mappings(view: &View, table: Option<usize>) -> &[Mapping] {
@@ -125,13 +137,17 @@ fn write_json(out: &mut impl Write, differences: &[Difference], compared: usize)
             json!({"ranges": ranges, "bytes": bytes as u64})
         };
         let streams: Vec<Value> = difference.streams.iter().map(|stream| json::stream((stream.id, stream.pasid))).collect();
-        let head = json!({
+        let mut head = json!({
             "streams": streams,
             "states": {"a": difference.states[0], "b": difference.states[1]},
             "added": totals(Change::Added),
             "removed": totals(Change::Removed),
             "changed": totals(Change::Changed),
         });
+        if let (Some([a, b]), Some(head)) = (&difference.intercepts, head.as_object_mut()) {
+            let list = |intercepts: &[Intercept]| intercepts.iter().map(json::intercept).collect::<Vec<_>>();
+            head.insert("intercepts".to_owned(), json!({"a": list(a), "b": list(b)}));
+        }
         let head = head.to_string();
         let head = head.strip_suffix('}').unwrap_or(&head);
         write!(out, "{}{head},\"ranges\":[", separator.next())?;
@@ -182,6 +198,11 @@ fn write_difference(out: &mut impl Write, difference: &Difference, few: usize) -
     let [a, b] = difference.states.map(|state| state.unwrap_or("not there"));
     if a != b {
         writeln!(out, "  {a} in a, {b} in b")?;
+    }
+    for (name, intercepts) in ["a", "b"].iter().zip(difference.intercepts.iter().flatten()) {
+        for intercept in intercepts {
+            writeln!(out, "  intercepted in {name}: {}", describe_intercept(intercept))?;
+        }
     }
     let totals = [Change::Removed, Change::Added, Change::Changed].map(|change| (change, total(&difference.ranges, change)));
     let totals = totals.iter().filter(|(_, (ranges, _))| *ranges > 0);
