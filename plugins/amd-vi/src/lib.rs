@@ -20,8 +20,9 @@
 //! # Capabilities
 //!
 //! What `EXT_FEATURES` does not show is no reason to refuse a device table entry that uses it: firmware can replace the register's contents for software
-//! (the IVHD's copy of it), so that a driver rightly uses what the register does not show. More levels of host tables, guest tables or guest CR3 tables than
-//! it shows, and GIoV without GIOSup, are noted as odd. It counts only where it changes what entries mean: `NXSup` and "no host tables".
+//! (the IVHD's copy of it), so that a driver rightly uses what the register does not show: Linux sets GIoV so on units without GIOSup. More levels of host
+//! tables, guest tables or guest CR3 tables than it shows are noted as warnings. It counts only where it changes what entries mean: `NXSup` and "no host
+//! tables".
 //!
 //! # Addresses that are not translated
 //!

@@ -213,9 +213,6 @@ impl Hardware {
         if GUEST_PAGING_MODE.of(entry[2]) > efr::GATS.of(features) {
             structure.warn(2, GUEST_PAGING_MODE.mask(), "the device table entry asks for more levels of guest tables (GuestPagingMode) than the unit shows (GATS)");
         }
-        if efr::GIO_SUP.of(features) == 0 {
-            structure.warn(0, entry[0] & GIOV, "the device table entry asks for guest I/O protection (GIoV), which the unit does not show (GIoSup)");
-        }
     }
 
     /// An entry that asks for translation, or nothing if it does not.

@@ -8,6 +8,7 @@ mod configs;
 mod equality;
 mod guest;
 mod hardware;
+mod holes;
 mod marks;
 #[path = "../hostile/mutate.rs"]
 #[allow(dead_code)]
