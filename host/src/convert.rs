@@ -10,8 +10,8 @@ use crate::memory::{Kind, MemoryMap, Region};
 use crate::plugin::{CallError, Plugin, Settings, TableConfig};
 use crate::snapshot::{Stream, StreamEntry};
 use crate::table::{
-    AddressSpace, Arena, BuildError, Builder, Built, Count, FaultAt, Intercept, Loss, Losses, Need, Passed, Piece, Receiver, Root, Run, Step, Visitor,
-    WalkError, Window,
+    AddressSpace, Arena, BuildError, Builder, Built, Count, FaultAt, Intercept, Loss, Losses, Need, Passed, Piece, Receiver, Root, Run, Step,
+    Visitor, WalkError, Window,
 };
 use crate::{Attributes, Gpa, Span};
 
@@ -101,7 +101,7 @@ pub struct ConvertedTable {
     pub table: TableConfig,
     /// What was built, and what could not be said.
     pub built: Built,
-    /// What else than tables served some addresses of the source, and is nothing that the target's units do as well: requests there fault in the target.
+    /// What else than tables served some addresses of the source, unless the target's units do the same: requests there fault in the target.
     pub intercepts: Vec<Intercept>,
     /// Leaves of the source.
     pub source_leaves: u64,
@@ -110,8 +110,8 @@ pub struct ConvertedTable {
 }
 
 impl ConvertedTable {
-    /// The intercepts that are missed: the guest set them up, so that its devices' requests are to reach them. What comes with the source's architecture is no part of
-    /// what the guest asked for.
+    /// The intercepts that are missed: the guest set them up, so that its devices' requests are to reach them. What comes with the source's
+    /// architecture is no part of what the guest asked for.
     pub fn lost_intercepts(&self) -> impl Iterator<Item = &Intercept> {
         self.intercepts.iter().filter(|intercept| intercept.is_guests_own())
     }

@@ -36,7 +36,17 @@ impl Collector {
     /// Collects what an unprivileged request, or a `privileged` one, can reach, and up to `keep_faults` faults.
     #[must_use]
     pub const fn new(privileged: bool, keep_faults: usize) -> Self {
-        Self { privileged, keep_faults, most: u64::MAX, mappings: Vec::new(), faults: Vec::new(), fault_count: 0, intercepted: 0, missing: None, leaf_sizes: [0; 64] }
+        Self {
+            privileged,
+            keep_faults,
+            most: u64::MAX,
+            mappings: Vec::new(),
+            faults: Vec::new(),
+            fault_count: 0,
+            intercepted: 0,
+            missing: None,
+            leaf_sizes: [0; 64],
+        }
     }
 
     /// The same, for at most `most` runs: more end the walk.

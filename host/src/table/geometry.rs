@@ -149,8 +149,8 @@ pub struct Geometry {
     pub output_bits: u8,
     /// All requests count as privileged.
     pub privileged: bool,
-    /// IOVAs that units do not look up in such tables for requests without PASID, whatever they say: sorted, not overlapping. Tables that are made for such
-    /// requests leave them out.
+    /// IOVAs that units do not look up in such tables for requests without PASID, whatever they say: sorted, not overlapping. Tables that are made for
+    /// such requests leave them out.
     pub untranslated: Vec<Span>,
 }
 

@@ -22,8 +22,8 @@
 
 use stagecraft_sdk::bits::words;
 use stagecraft_sdk::{
-    Attributes, Binding, Blocked, Command, Direct, Error, EventRecord, Format, GuestMemory, Intercept, Offer, Outcome, PageRequest, PlaceToBind, Registers,
-    Requester, Structure, TableConfig, Tag, Translated, Unit, Window,
+    Attributes, Binding, Blocked, Command, Direct, Error, EventRecord, Format, GuestMemory, Intercept, Offer, Outcome, PageRequest, PlaceToBind,
+    Registers, Requester, Structure, TableConfig, Tag, Translated, Unit, Window,
 };
 
 use crate::queue;
@@ -211,7 +211,11 @@ impl Hardware {
             structure.warn(0, GLX.mask(), "the device table entry asks for more levels of guest CR3 tables (GLX) than the unit shows (GLXSup)");
         }
         if GUEST_PAGING_MODE.of(entry[2]) > efr::GATS.of(features) {
-            structure.warn(2, GUEST_PAGING_MODE.mask(), "the device table entry asks for more levels of guest tables (GuestPagingMode) than the unit shows (GATS)");
+            structure.warn(
+                2,
+                GUEST_PAGING_MODE.mask(),
+                "the device table entry asks for more levels of guest tables (GuestPagingMode) than the unit shows (GATS)",
+            );
         }
     }
 
@@ -263,9 +267,7 @@ impl Hardware {
     fn lookup(&self, requester: Requester, memory: &mut dyn GuestMemory) -> Result<Outcome, Stop> {
         let outcome = self.structures(requester, memory)?;
         Ok(match outcome {
-            Outcome::Tables(translated) if requester.pasid.is_none() => {
-                Outcome::Tables(Translated { intercepts: vec![interrupts()], ..translated })
-            }
+            Outcome::Tables(translated) if requester.pasid.is_none() => Outcome::Tables(Translated { intercepts: vec![interrupts()], ..translated }),
             outcome => outcome,
         })
     }

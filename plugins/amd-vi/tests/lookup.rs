@@ -9,8 +9,8 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 use stagecraft_plugin_amd_vi::{unit::AmdVi, v1::V1, v2::V2};
 use stagecraft_sdk::{
-    BlockKind, Direct, Error, Extent, Format, GuestMemory, Intercept, InvalidationTarget, Outcome, PlaceToBind, Registers, Requester, TableConfig, Tag,
-    Translated, Unit, Window,
+    BlockKind, Direct, Error, Extent, Format, GuestMemory, Intercept, InvalidationTarget, Outcome, PlaceToBind, Registers, Requester, TableConfig,
+    Tag, Translated, Unit, Window,
 };
 
 /// 64-bit words by address; what was never written reads as zero below `end`, and nothing can be read from there on. What is read through a host table

@@ -11,8 +11,8 @@
 
 use stagecraft_sdk::bits::{mask, words};
 use stagecraft_sdk::{
-    Binding, BlockKind, Blocked, Command, Error, Event, EventRecord, Extent, Format, GuestMemory, Intercept, InvalidationTarget, Offer, Outcome, PageRequest,
-    Place, PlaceToBind, RangeEntry, Recipe, Registers, Requester, Structure, TableConfig, Tag, Translated, Unit,
+    Binding, BlockKind, Blocked, Command, Error, Event, EventRecord, Extent, Format, GuestMemory, Intercept, InvalidationTarget, Offer, Outcome,
+    PageRequest, Place, PlaceToBind, RangeEntry, Recipe, Registers, Requester, Structure, TableConfig, Tag, Translated, Unit,
 };
 
 use crate::first_stage::FirstStage;
@@ -178,9 +178,7 @@ impl Hardware {
     fn lookup(&self, requester: Requester, memory: &mut dyn GuestMemory) -> Result<Outcome, Blocked> {
         let outcome = self.structures(requester, memory)?;
         Ok(match outcome {
-            Outcome::Tables(translated) if requester.pasid.is_none() => {
-                Outcome::Tables(Translated { intercepts: vec![interrupts()], ..translated })
-            }
+            Outcome::Tables(translated) if requester.pasid.is_none() => Outcome::Tables(Translated { intercepts: vec![interrupts()], ..translated }),
             outcome => outcome,
         })
     }

@@ -9,8 +9,8 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 use stagecraft_plugin_intel_vtd::{first_stage::FirstStage, second_stage::SecondStage, unit::IntelVtd};
 use stagecraft_sdk::{
-    BlockKind, Error, Extent, Format, GuestMemory, Intercept, InvalidationTarget, Outcome, Place, PlaceToBind, RangeEntry, Registers, Requester, TableConfig, Tag,
-    Translated, Unit,
+    BlockKind, Error, Extent, Format, GuestMemory, Intercept, InvalidationTarget, Outcome, Place, PlaceToBind, RangeEntry, Registers, Requester,
+    TableConfig, Tag, Translated, Unit,
 };
 
 /// 64-bit words by address; what was never written reads as zero below `end`, and nothing can be read from there on.

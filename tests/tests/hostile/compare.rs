@@ -153,7 +153,12 @@ pub fn same_state(engine: &Result<StreamState, GuestError>, reference: &Result<R
 }
 
 /// Whether both say the same of addresses that no table serves, where requests are not blocked.
-pub fn same_intercepts(engine: &Result<StreamState, GuestError>, guest: &reference::snapshot::Snapshot, id: u64, pasid: Option<u64>) -> Result<(), String> {
+pub fn same_intercepts(
+    engine: &Result<StreamState, GuestError>,
+    guest: &reference::snapshot::Snapshot,
+    id: u64,
+    pasid: Option<u64>,
+) -> Result<(), String> {
     let reference = &messages(guest, id);
     let Ok(stream @ StreamState { state: State::Translated(_) | State::Direct(_) | State::Bypass, .. }) = engine else { return Ok(()) };
     let said: Vec<_> = stream.intercepts.iter().map(|one| (one.passed, one.mask, one.value, one.address)).collect();

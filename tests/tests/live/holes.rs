@@ -82,7 +82,11 @@ fn a_table_is_followed_without_them() {
                         let iova = iova.min(base + LARGE - 0x1000);
                         let address = DATA + rng.below(8) * 0x1000;
                         guest.put(iova, 0, if change < 4 { 0 } else { address | RW });
-                        if change < 4 { pages.remove(&iova) } else { pages.insert(iova, address) };
+                        if change < 4 {
+                            pages.remove(&iova)
+                        } else {
+                            pages.insert(iova, address)
+                        };
                     }
                 }
                 if rng.percent(30) {
@@ -104,7 +108,11 @@ fn a_table_is_followed_without_them() {
                 };
                 let wanted = address.filter(|address| !caught(0, iova) && !caught(1, *address));
                 let piece = live.sink().0.pieces.range(..=iova).next_back().map(|(_, piece)| *piece).filter(|piece| piece.iova.contains(iova));
-                assert_eq!(piece.map(|piece| piece.address + (iova - piece.iova.first)), wanted, "seed {seed}, round {round}: {iova:#x}, {intercepts:x?}");
+                assert_eq!(
+                    piece.map(|piece| piece.address + (iova - piece.iova.first)),
+                    wanted,
+                    "seed {seed}, round {round}: {iova:#x}, {intercepts:x?}"
+                );
             }
             // Who joins later hears the same.
             let mut told = Vec::new();

@@ -111,8 +111,8 @@ fn differences(a: &View, b: &View) -> (Vec<Difference>, usize) {
     (differences, keys.len())
 }
 
-/// What a guest set up beside a stream's tables. What comes with an architecture, like interrupts at fixed addresses, is in no guest's hands, and a request there reaches
-/// no memory on either side.
+/// What a guest set up beside a stream's tables. What comes with an architecture, like interrupts at fixed addresses, is in no guest's hands, and a
+/// request there reaches no memory on either side.
 fn own_intercepts(seen: &Seen) -> Vec<Intercept> {
     seen.stream.intercepts.iter().filter(|intercept| intercept.is_guests_own()).cloned().collect()
 }
