@@ -464,7 +464,11 @@ fn bind_data_is_a_guests_device_table_entry() {
     memory.words.extend((0..512).map(|slot| (GCR3 + slot * 8, context[slot as usize])));
     assert_eq!(
         ask(&[], &memory, None),
-        Outcome::Tables(Translated::new(vec![TableConfig::new("amd-vi/v2", &good)], Tag { domain: Some(0), space: Some(0) }))
+        Outcome::Tables(Translated {
+            tables: vec![TableConfig::new("amd-vi/v2", &good)],
+            intercepts: vec![interrupts()],
+            tag: Tag { domain: Some(0), space: Some(0) }
+        })
     );
 
     let refused = |name: &str, value| {

@@ -567,11 +567,11 @@ fn interrupts_are_intercepted_for_requests_without_pasid() {
     };
     let (server, section) = ("interrupt controller".to_owned(), "D51397 section 3.15".to_owned());
     let interrupts = Intercept { passed: 0, mask: 0xffff_ffff_fff0_0000, value: 0xfee0_0000, server, address: None, section };
-    assert_eq!(caught(ask(&registers(CAP, 0, ROOT), &legacy(TABLE | 1, 2), None)), [interrupts.clone()]);
+    assert_eq!(caught(ask(&registers(CAP, 0, ROOT), &legacy(TABLE | 1, 2), None)), std::slice::from_ref(&interrupts));
     let scalable_mode = registers(CAP, SCALABLE, ROOT | 1 << 10);
     for entry in [[FIRST_ONLY | 1, 0, TABLE], [SECOND_ONLY | AW_4 | SECOND | 1, 0, 0], [NESTED | AW_4 | SECOND | 1, 0, TABLE]] {
         let context = [1 | 1 << 3, 7];
-        assert_eq!(caught(ask(&scalable_mode, &scalable(context, 7, entry), None)), [interrupts.clone()]);
+        assert_eq!(caught(ask(&scalable_mode, &scalable(context, 7, entry), None)), std::slice::from_ref(&interrupts));
         assert_eq!(caught(ask(&scalable_mode, &scalable(context, 9, entry), Some(9))), []);
     }
     for geometry in [FirstStage::open(&Default::default()).unwrap().geometry(), SecondStage::open(&Default::default()).unwrap().geometry()] {
