@@ -243,6 +243,36 @@ fn interrupts_of_an_x86_unit_are_not_the_tables_business() {
 }
 
 #[test]
+fn requests_with_pasid_are_translated_where_others_are_interrupts() {
+    let (cap, ecap) = (1_u64 << 56 | 0b11 << 34 | 47 << 16 | 0b01110 << 8 | 6, 1_u64 << 49 | 1 << 47 | 1 << 43 | 1 << 40 | 19 << 35);
+    let registers = json!({"VER": "0x60", "CAP": format!("{cap:#x}"), "ECAP": format!("{ecap:#x}"), "GSTS": "0x80000000", "RTADDR": "0x80001400"});
+    let unit = json!({"unit": {"kind": "intel-vtd", "registers": registers}});
+    // PASID 7 is for requests without one; 9 has the same table.
+    let (table, leaf) = (0x27, 0x67);
+    let entry = [1 | 1 << 6, 1, 0x8000_5000];
+    let guest = Guest::new(&unit, 0x10).words(0x8000_1000, &[0x8000_2000 | 1]).words(0x8000_2000 + 0x10 * 32, &[0x8000_3000 | 1 | 1 << 3, 7]);
+    let guest = guest.words(0x8000_3000, &[0x8000_4000 | 1]).words(0x8000_4000 + 7 * 64, &entry).words(0x8000_4000 + 9 * 64, &entry);
+    let guest = guest.words(0x8000_5000, &[0x8000_6000 | table]).words(0x8000_6000 + 3 * 8, &[0x8000_7000 | table]);
+    let guest = guest.words(0x8000_7000 + 0x1f7 * 8, &[0x8000_8000 | table]);
+    let saved = guest.words(0x8000_8000 + 8, &[0x8010_0000 | leaf]).words(0x8000_8000 + 0x100 * 8, &[0x8010_3000 | leaf]).save("interrupts-pasid");
+    let path = saved.to_str().unwrap();
+    let (page, behind) = (mapping(0xfee0_1000, 0x8010_0000, 0x1000, "rw"), mapping(0xfef0_0000, 0x8010_3000, 0x1000, "rw"));
+    let check = |path: &str| {
+        let streams = run(&["inspect", path, "--format", "json"]).good().json()["streams"].clone();
+        assert_eq!((&streams[0]["pasid"], &streams[0]["mappings"]), (&json!(null), &json!([behind])), "{path}");
+        assert_eq!((&streams[1]["pasid"], &streams[1]["mappings"]), (&json!(9), &json!([page, behind])), "{path}");
+    };
+    check(path);
+    for to in ["amd-vi/v2", "intel-vtd/first-stage", "arm-smmuv3/stage1"] {
+        let out = saved.with_file_name(to.replace('/', "-"));
+        let out = out.to_str().unwrap();
+        assert_eq!(run(&["convert", path, "--to", to, "--out", out, "--strict"]).good().status, 0);
+        check(out);
+        assert_eq!(run(&["diff", path, out]).good().status, 0);
+    }
+}
+
+#[test]
 fn where_x86_units_have_interrupts_a_table_for_them_maps_nothing() {
     // Pages before, among and behind those addresses, in a table that is free to have them.
     let (sv39, leaf) = (8 << 60 | 0x8000_4000_u64 >> 12, 0xdf);
