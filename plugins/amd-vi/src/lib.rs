@@ -26,7 +26,7 @@
 //!
 //! # Addresses that are not translated
 //!
-//! Requests without PASID to 0xfee0_0000..=0xfeef_ffff are interrupts (section 2.2.5): [`unit`] intercepts them, and tables that are made have nothing there.
+//! Requests without PASID to 0xfee0_0000..=0xfeef_ffff are interrupts (section 2.2.5): [`mod@unit`] intercepts them, and tables that are made have nothing there.
 //! Requests with PASID are taken to be translated there, as on other x86 units: interrupts have none. Left to the tables is the HyperTransport range,
 //! 0xfd_0000_0000..=0xff_ffff_ffff. In parts of it the device table entry decides (SysMgt, IoCtl, IntCtl), in others the tables do, and in a unit with
 //! HTRangeIgnore, which is in a register that snapshots do not have, all of it is as any other. Drivers map nothing there, and the kernel has none of it in its
