@@ -89,6 +89,22 @@ impl Span {
     }
 }
 
+/// Cuts `span` at the borders of `holes`, which are sorted and do not overlap: in ascending order, whether a part is in none of them, and the part.
+pub(crate) fn cut(holes: &[Span], span: Span) -> impl Iterator<Item = (bool, Span)> + '_ {
+    let mut next = Some(span.first);
+    std::iter::from_fn(move || {
+        let first = next.filter(|first| *first <= span.last)?;
+        let (outside, last) = match holes.iter().find(|hole| hole.last >= first) {
+            Some(hole) if hole.first <= first => (false, hole.last),
+            Some(hole) => (true, hole.first - 1),
+            None => (true, u64::MAX),
+        };
+        let last = last.min(span.last);
+        next = last.checked_add(1);
+        Some((outside, Span { first, last }))
+    })
+}
+
 impl fmt::Debug for Span {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)

@@ -10,8 +10,8 @@ use crate::memory::{Kind, MemoryMap, Region};
 use crate::plugin::{CallError, Plugin, Settings, TableConfig};
 use crate::snapshot::{Stream, StreamEntry};
 use crate::table::{
-    AddressSpace, Arena, BuildError, Builder, Built, Count, FaultAt, Loss, Losses, Need, Passed, Piece, Receiver, Root, Run, Step, Visitor,
-    WalkError, Window,
+    AddressSpace, Arena, BuildError, Builder, Built, Count, FaultAt, Intercept, Loss, Losses, Need, Passed, Piece, Receiver, Root, Run, Step,
+    Visitor, WalkError, Window,
 };
 use crate::{Attributes, Gpa, Span};
 
@@ -101,10 +101,20 @@ pub struct ConvertedTable {
     pub table: TableConfig,
     /// What was built, and what could not be said.
     pub built: Built,
+    /// What else than tables served some addresses of the source, unless the target's units do the same: requests there fault in the target.
+    pub intercepts: Vec<Intercept>,
     /// Leaves of the source.
     pub source_leaves: u64,
     /// Bytes of the new table.
     pub bytes: u64,
+}
+
+impl ConvertedTable {
+    /// The intercepts that are missed: the guest set them up, so that its devices' requests are to reach them. What comes with the source's
+    /// architecture is no part of what the guest asked for.
+    pub fn lost_intercepts(&self) -> impl Iterator<Item = &Intercept> {
+        self.intercepts.iter().filter(|intercept| intercept.is_guests_own())
+    }
 }
 
 /// Everything that was converted.
@@ -349,6 +359,13 @@ fn convert_table(
     let before = arena.bytes();
     let all_privileged = space.privileged();
     let mut builder = Builder::new(Box::new(plugin.open(&config)?), arena).map_err(build)?;
+    // Requests with PASID are looked up everywhere.
+    let for_pasids = streams.iter().all(|(_, pasid)| pasid.is_some());
+    let untranslated = if for_pasids { Vec::new() } else { builder.geometry().untranslated.clone() };
+    let intercepts = stream.intercepts.iter().filter(|intercept| !intercept.is_kept_by(&untranslated)).cloned().collect();
+    if for_pasids {
+        builder = builder.for_pasids();
+    }
     let mut tags = Losses::default();
     survey.lose_tags(&builder.geometry().roots, &mut tags);
     let walked = if all_privileged { guest.walk(&mut space, &mut AllPrivileged(&mut builder)) } else { guest.walk(&mut space, &mut builder) };
@@ -363,7 +380,7 @@ fn convert_table(
     let bytes = arena.bytes() - before;
     let windows = if let State::Direct(windows) = &stream.state { windows.clone() } else { Vec::new() };
     let (streams, source) = (streams.clone(), stream.tables().to_vec());
-    Ok(ConvertedTable { streams, source, windows, table: config, built, source_leaves: survey.leaves, bytes })
+    Ok(ConvertedTable { streams, source, windows, table: config, built, intercepts, source_leaves: survey.leaves, bytes })
 }
 
 /// The guest's memory map with the memory that the new tables take.

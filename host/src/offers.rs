@@ -12,7 +12,7 @@
 
 use std::fmt;
 
-use crate::convert::{Conversion, ConvertError, Target, convert};
+use crate::convert::{Conversion, ConvertError, ConvertedTable, Target, convert};
 use crate::guest::{Guest, State, StreamState};
 use crate::plugin::{CallError, FormatManifest, Offer, Plugins, PluginsError, Refusal, Settings, TableConfig};
 use crate::table::{Loss, Need};
@@ -184,6 +184,9 @@ fn refused_natively(guest: &Guest<'_>, streams: &[StreamState], offer: &Offer) -
     for stream in streams {
         let State::Translated(configs) = &stream.state else { continue };
         tables += 1;
+        for intercept in stream.intercepts.iter().filter(|intercept| intercept.is_guests_own()) {
+            say(format!("some addresses are for the guest's {}, which the unit does not know", intercept.server));
+        }
         let [config] = &configs[..] else {
             say("the guest has two stages, which only become one table by conversion".to_owned());
             continue;
@@ -253,6 +256,9 @@ fn why_not(guest: &Guest<'_>, offer: &Offer, conversion: &Conversion) -> Vec<Str
             let example = count.examples.first().map_or_else(String::new, |piece| format!(", such as {} ({})", piece.iova, piece.attributes));
             reasons.push(format!("{loss}: {:#x} bytes in {} leaves{example}: {}", count.bytes, count.pieces, loss.describe()));
         }
+    }
+    for intercept in conversion.tables.iter().flat_map(ConvertedTable::lost_intercepts) {
+        reasons.push(format!("some addresses are for the guest's {}, which a converted table does not know", intercept.server));
     }
     reasons.dedup();
     reasons

@@ -310,6 +310,7 @@ impl<F: Format> Opened for F {
             },
             output_bits: geometry.output_bits,
             privileged: geometry.privileged,
+            untranslated: geometry.untranslated.into_iter().map(|(first, last)| types::Span { first, last }).collect(),
         }
     }
 

@@ -113,6 +113,8 @@ pub struct Geometry {
     pub output_bits: u8,
     /// All requests count as privileged.
     pub privileged: bool,
+    /// IOVAs, `first` and `last`, that units do not look up in these tables for requests without PASID: at most 4, sorted.
+    pub untranslated: Vec<(u64, u64)>,
 }
 
 /// How memory is to be treated.
@@ -465,6 +467,13 @@ pub trait Format: Sized {
         false
     }
 
+    /// IOVAs, `first` and `last`, that units do not look up in tables of this format for requests without PASID, whatever the tables say: at most 4, sorted.
+    /// Nothing is mapped there in tables that are made for such requests. For tables that are read, [`Unit::lookup`](crate::Unit::lookup) says it by
+    /// intercepts.
+    fn untranslated(&self) -> Vec<(u64, u64)> {
+        Vec::new()
+    }
+
     /// What the type bits say. `Leaf` where a reserved encoding is neither: [`Format::check`] refuses it.
     fn kind(&self, level: u8, pattern: u64) -> Kind;
 
@@ -520,6 +529,7 @@ pub trait Format: Sized {
             order: self.byte_order(),
             output_bits: self.output_bits(),
             privileged: self.privileged(),
+            untranslated: self.untranslated(),
         }
     }
 

@@ -65,7 +65,11 @@ impl Toy {
             level.number = number as i8;
         }
         let root = Root { setting: "root".to_owned(), first: 0, last: (1 << lsb) - 1, ..Root::default() };
-        Self { geometry: Geometry { roots: vec![root], levels, entry_bytes, order, output_bits, privileged: false }, group_log2, by_address }
+        Self {
+            geometry: Geometry { roots: vec![root], levels, entry_bytes, order, output_bits, privileged: false, untranslated: Vec::new() },
+            group_log2,
+            by_address,
+        }
     }
 
     fn at(&self, root: u64) -> Self {
@@ -381,7 +385,15 @@ fn a_shape_decided_by_address_bits_of_another_is_walked_right() {
     ];
     let level = Level { index_lsb: 20, index_bits: 6, shapes, ..Level::default() };
     let root = Root { setting: "root".to_owned(), last: (1 << 26) - 1, address: 0x4000, ..Root::default() };
-    let geometry = Geometry { roots: vec![root], levels: vec![level], entry_bytes: 4, order: ByteOrder::Little, output_bits: 40, privileged: false };
+    let geometry = Geometry {
+        roots: vec![root],
+        levels: vec![level],
+        entry_bytes: 4,
+        order: ByteOrder::Little,
+        output_bits: 40,
+        privileged: false,
+        untranslated: Vec::new(),
+    };
     geometry.check().unwrap();
     // A table's address with bit 18, small leaves, a large one of 40 bits in all its slots, and the same entries again in another order.
     let mut words = vec![0x0004_0001, 0x1230_0002, 0x1240_0002, 0x1250_0002];

@@ -19,7 +19,7 @@ use stagecraft::plugin::TableConfig;
 use stagecraft::snapshot::{PageMemory, Source};
 use stagecraft::table::{AddressSpace, Cause, Collector, Mapping, WalkError};
 use stagecraft::{Access, Iova, Span};
-use stagecraft_tests::reference::detect::{messages, resolve, resolve_pasid};
+use stagecraft_tests::reference::detect::{resolve, resolve_pasid};
 use stagecraft_tests::reference::generate::{Format, Rng, generate};
 use stagecraft_tests::reference::snapshot::{Device, MemoryRange, Snapshot};
 use stagecraft_tests::reference::tables;
@@ -123,7 +123,7 @@ impl Case<'_> {
                     Ok(_) => {}
                     Err(difference) => seen.differ(&self.label, format!("device {:#x}, PASID {pasid:?}: {difference}", device.id)),
                 }
-                if let Err(difference) = same_intercepts(&stream, &messages(&self.reference, device.id)) {
+                if let Err(difference) = same_intercepts(&stream, &self.reference, device.id, pasid.map(u64::from)) {
                     seen.differ(&self.label, format!("device {:#x}, PASID {pasid:?}: {difference}", device.id));
                 }
                 seen.states += 1;
@@ -459,7 +459,7 @@ fn damaged_structures() {
             if let Err(difference) = same_state(&stream, &expected) {
                 seen.differ(&label, difference);
             }
-            if let Err(difference) = same_intercepts(&stream, &messages(&reference, id)) {
+            if let Err(difference) = same_intercepts(&stream, &reference, id, pasid) {
                 seen.differ(&label, difference);
             }
             let kind = stream.map_or("refused", |stream| stream.state.as_str());

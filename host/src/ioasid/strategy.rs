@@ -136,7 +136,9 @@ impl Choice<'_> {
             Outcome::Direct(_) => one("the guest's windows are no table"),
             Outcome::Tables(Translated { tables, intercepts, .. }) => {
                 let [config] = &tables[..] else { return one("the guest has two stages, which only become one table by conversion") };
-                if let Some(intercept) = intercepts.first() {
+                // What the architecture serves beside the tables, a unit that takes them serves as well.
+                let kept = self.geometry.map_or(&[][..], |geometry| &geometry.untranslated);
+                if let Some(intercept) = intercepts.iter().find(|intercept| !intercept.is_kept_by(kept)) {
                     return Err(vec![format!("some addresses are for the guest's {}, which the unit does not know", intercept.server)]);
                 }
                 let Some(offer) = self.capabilities.offer(&config.format) else {

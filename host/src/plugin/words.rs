@@ -1,11 +1,11 @@
 //! From the contract's packed words and records to the host's types: everything is checked, nothing is trusted.
 
-use crate::Attributes;
 use crate::plugin::bindings::exports::stagecraft::format::table as wit;
 use crate::plugin::bindings::stagecraft::format::types;
 use crate::plugin::error::clean;
 use crate::plugin::{Refusal, Settings, TableConfig};
 use crate::table::{ByteOrder, FaultKind, Finding, Geometry, Level, Mark, Meaning, Missing, Next, Root, Segment, Severity, Shape};
+use crate::{Attributes, Span};
 
 /// Most settings of one configuration.
 const MAX_SETTINGS: usize = 64;
@@ -103,6 +103,7 @@ pub(super) fn geometry(geometry: wit::Geometry) -> Geometry {
         },
         output_bits: geometry.output_bits,
         privileged: geometry.privileged,
+        untranslated: geometry.untranslated.into_iter().map(|types::Span { first, last }| Span { first, last }).collect(),
     }
 }
 

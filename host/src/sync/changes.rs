@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use crate::address::cut;
 use crate::table::Piece;
 use crate::{Change, Span};
 
@@ -67,6 +68,8 @@ pub struct Changes {
     batch: Vec<Change>,
     blocked: Vec<Blocked>,
     blocked_count: u64,
+    /// IOVAs of which nothing is taken in.
+    holes: Vec<Span>,
 }
 
 impl Changes {
@@ -94,8 +97,31 @@ impl Changes {
         self.blocked_count
     }
 
+    /// From now on, what is found at IOVAs of `holes` is left out: they are sorted and do not overlap.
+    pub(super) fn leave_out(&mut self, holes: &[Span]) {
+        self.holes.clear();
+        self.holes.extend_from_slice(holes);
+    }
+
+    fn has_hole(&self, span: Span) -> bool {
+        self.holes.iter().any(|hole| hole.intersection(span).is_some())
+    }
+
+    /// The parts of a span that are in no hole.
+    fn outside(&self, span: Span) -> Vec<Span> {
+        cut(&self.holes, span).filter_map(|(outside, part)| outside.then_some(part)).collect()
+    }
+
     #[inline]
     pub(super) fn map(&mut self, piece: Piece) {
+        if self.has_hole(piece.iova) {
+            return self.outside(piece.iova).into_iter().for_each(|part| self.add(piece.part(part)));
+        }
+        self.add(piece);
+    }
+
+    #[inline]
+    fn add(&mut self, piece: Piece) {
         if let Some(places) = &mut self.places {
             places.insert(piece.iova.first, self.maps.len());
         }
@@ -107,6 +133,14 @@ impl Changes {
     /// A piece that was mapped is gone. If this batch mapped it (a guest that writes while it is being read), the two are nothing.
     #[inline]
     pub(super) fn unmap(&mut self, span: Span) {
+        if self.has_hole(span) {
+            return self.outside(span).into_iter().for_each(|part| self.take(part));
+        }
+        self.take(span);
+    }
+
+    #[inline]
+    fn take(&mut self, span: Span) {
         if self.maps.is_empty() || self.highest < span.first || !self.unmap_again(span.first) {
             self.mixed.0 |= self.unmaps.last().is_some_and(|last| last.span().first > span.first);
             self.unmaps.push(Change::Unmap(span));

@@ -139,6 +139,8 @@ pub struct Builder<'a> {
     merged: Vec<u64>,
     losses: Losses,
     leaves: u64,
+    /// All requests have a PASID.
+    for_pasids: bool,
     failed: Option<BuildError>,
 }
 
@@ -176,10 +178,18 @@ impl<'a> Builder<'a> {
             merged: Vec::new(),
             losses: Losses::default(),
             leaves: 0,
+            for_pasids: false,
             failed: None,
         };
         builder.plan_chains()?;
         Ok(builder)
+    }
+
+    /// The same for a table that only requests with PASID use: nothing is left out that units do not look up for others
+    /// ([`Geometry::untranslated`]).
+    #[must_use]
+    pub fn for_pasids(self) -> Self {
+        Self { for_pasids: true, ..self }
     }
 
     /// The target's geometry.
@@ -255,17 +265,39 @@ impl<'a> Builder<'a> {
 
     fn flush(&mut self) -> Result<(), BuildError> {
         let Some(piece) = self.pending.take() else { return Ok(()) };
+        if !self.leaves_out(piece.iova) {
+            return self.place_all(&piece);
+        }
+        let parts: Vec<(bool, Span)> = self.geometry().cut(piece.iova).collect();
+        for (looked_up, iova) in parts {
+            let part = piece.part(iova);
+            if looked_up {
+                self.place_all(&part)?;
+            } else {
+                self.lose(Loss::InputRange, &part, iova);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether some of these IOVAs are nobody's who uses the table.
+    fn leaves_out(&self, span: Span) -> bool {
+        !self.for_pasids && self.geometry().leaves_out(span)
+    }
+
+    /// Maps what windows have of a piece.
+    fn place_all(&mut self, piece: &Piece) -> Result<(), BuildError> {
         let mut next = Some(piece.iova.first);
         for index in 0..self.windows.len() {
             let Some(part) = self.windows[index].span.intersection(piece.iova) else { continue };
             if let Some(first) = next.filter(|first| *first < part.first) {
-                self.lose(Loss::InputRange, &piece, Span { first, last: part.first - 1 });
+                self.lose(Loss::InputRange, piece, Span { first, last: part.first - 1 });
             }
-            self.place(index, &piece, part)?;
+            self.place(index, piece, part)?;
             next = part.last.checked_add(1);
         }
         if let Some(first) = next.filter(|first| *first <= piece.iova.last) {
-            self.lose(Loss::InputRange, &piece, Span { first, last: piece.iova.last });
+            self.lose(Loss::InputRange, piece, Span { first, last: piece.iova.last });
         }
         Ok(())
     }

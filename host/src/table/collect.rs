@@ -27,6 +27,7 @@ pub struct Collector {
     mappings: Vec<Mapping>,
     faults: Vec<(Span, Fault)>,
     fault_count: u64,
+    intercepted: u64,
     missing: Option<u64>,
     leaf_sizes: [u64; 65],
 }
@@ -35,7 +36,17 @@ impl Collector {
     /// Collects what an unprivileged request, or a `privileged` one, can reach, and up to `keep_faults` faults.
     #[must_use]
     pub const fn new(privileged: bool, keep_faults: usize) -> Self {
-        Self { privileged, keep_faults, most: u64::MAX, mappings: Vec::new(), faults: Vec::new(), fault_count: 0, missing: None, leaf_sizes: [0; 65] }
+        Self {
+            privileged,
+            keep_faults,
+            most: u64::MAX,
+            mappings: Vec::new(),
+            faults: Vec::new(),
+            fault_count: 0,
+            intercepted: 0,
+            missing: None,
+            leaf_sizes: [0; 65],
+        }
     }
 
     /// The same, for at most `most` runs: more end the walk.
@@ -66,6 +77,12 @@ impl Collector {
     #[must_use]
     pub const fn fault_count(&self) -> u64 {
         self.fault_count
+    }
+
+    /// Those of the faults that are none of the tables': mapped ranges that something else serves ([`Cause::Intercepted`]).
+    #[must_use]
+    pub const fn intercepted_count(&self) -> u64 {
+        self.intercepted
     }
 
     /// The first page that the memory map promises and that could not be read.
@@ -104,6 +121,7 @@ impl Visitor for Collector {
 
     fn fault(&mut self, fault: &FaultAt<'_>) -> Result<(), WalkError> {
         self.fault_count += 1;
+        self.intercepted += u64::from(fault.cause == Cause::Intercepted);
         if fault.cause == Cause::Missing && self.missing.is_none() {
             self.missing = fault.address;
         }

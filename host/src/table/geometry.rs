@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::Span;
+
 /// Bits `entry_lsb .. entry_lsb + width` of an entry are bits `address_lsb .. address_lsb + width` of an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Segment {
@@ -147,6 +149,9 @@ pub struct Geometry {
     pub output_bits: u8,
     /// All requests count as privileged.
     pub privileged: bool,
+    /// IOVAs that units do not look up in such tables for requests without PASID, whatever they say: sorted, not overlapping. Tables that are made for
+    /// such requests leave them out.
+    pub untranslated: Vec<Span>,
 }
 
 /// A geometry that no table can have: what a plugin must never answer.
@@ -164,6 +169,8 @@ pub const MAX_SHAPES: usize = 8;
 pub const MAX_ROOT_INDEX_BITS: u8 = 18;
 /// Most index bits of any other table.
 pub const MAX_INDEX_BITS: u8 = 16;
+/// Most spans of IOVAs that are not looked up.
+pub const MAX_UNTRANSLATED: usize = 4;
 
 fn refuse<T>(reason: impl fmt::Display) -> Result<T, Nonsense> {
     Err(Nonsense(reason.to_string()))
@@ -186,6 +193,13 @@ impl Geometry {
         }
         if self.roots.len() > MAX_ROOTS {
             return refuse(format_args!("{} roots; at most {MAX_ROOTS}", self.roots.len()));
+        }
+        if self.untranslated.len() > MAX_UNTRANSLATED {
+            return refuse(format_args!("{} spans of IOVAs that are not translated; at most {MAX_UNTRANSLATED}", self.untranslated.len()));
+        }
+        let empty = self.untranslated.iter().any(|span| span.first > span.last);
+        if empty || self.untranslated.windows(2).any(|pair| pair[0].last >= pair[1].first) {
+            return refuse("spans of IOVAs that are not translated are empty, overlap or are not sorted");
         }
         for (index, level) in self.levels.iter().enumerate() {
             self.check_level(level).map_err(|Nonsense(reason)| Nonsense(format!("level kind {index}: {reason}")))?;
@@ -249,6 +263,18 @@ impl Geometry {
             return refuse(format_args!("table at {:#x}", root.address));
         }
         Ok(())
+    }
+
+    /// Whether any IOVA of `span` is one that units do not look up for requests without PASID.
+    #[inline]
+    #[must_use]
+    pub fn leaves_out(&self, span: Span) -> bool {
+        self.untranslated.iter().any(|other| other.intersection(span).is_some())
+    }
+
+    /// Cuts `span` into parts, in ascending order: whether units look them up for requests without PASID, and the IOVAs.
+    pub(crate) fn cut(&self, span: Span) -> impl Iterator<Item = (bool, Span)> + '_ {
+        crate::address::cut(&self.untranslated, span)
     }
 
     /// Bytes of a whole table of kind `level`.

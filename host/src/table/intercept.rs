@@ -2,7 +2,8 @@
 
 use crate::Span;
 use crate::memory::Budget;
-use crate::table::leaves::Piece;
+use crate::table::leaves::{Piece, Run};
+use crate::table::passage::{Passed, Receiver};
 use crate::table::visit::{Cause, FaultAt, Step, Visitor};
 use crate::table::walk::WalkError;
 
@@ -28,6 +29,27 @@ impl Intercept {
     #[must_use]
     pub const fn matches(&self, address: u64) -> bool {
         address & self.mask == self.value
+    }
+
+    /// The IOVAs that are intercepted, if they are one span: it is IOVAs that are compared, and the bits that are not compared are the lowest ones.
+    #[must_use]
+    pub const fn iovas(&self) -> Option<Span> {
+        let free = !self.mask;
+        if self.passed == 0 && free & free.wrapping_add(1) == 0 { Some(Span { first: self.value, last: self.value | free }) } else { None }
+    }
+
+    /// Whether a unit that does not look up the `untranslated` IOVAs in its tables does to this one what the guest's does.
+    #[must_use]
+    pub fn is_kept_by(&self, untranslated: &[Span]) -> bool {
+        // One of the guest's own, in its memory, is something that no other unit knows.
+        let within = |iovas: Span| untranslated.iter().any(|span| span.first <= iovas.first && iovas.last <= span.last);
+        self.address.is_none() && self.iovas().is_some_and(within)
+    }
+
+    /// Whether it stands in the guest's memory, so that the guest set it up. Others come with the architecture, like interrupts at fixed addresses.
+    #[must_use]
+    pub const fn is_guests_own(&self) -> bool {
+        self.address.is_some()
     }
 
     /// Whether `address` matches, and up to which address that stays so.
@@ -73,11 +95,48 @@ impl<V: Visitor + ?Sized> Intercepted<'_, V> {
         }
         (caught, alike)
     }
+
+    /// Whether nothing of a run is intercepted. Its leaves may be anywhere in [`Run::within`].
+    fn is_clear_of(&self, run: &Run<'_>) -> bool {
+        let length = (run.entries.len() as u64).checked_shl(run.size_log2.into()).unwrap_or(0);
+        let iovas = Span { first: run.iova.0, last: run.iova.0.saturating_add(length.wrapping_sub(1)) };
+        self.intercepts.iter().all(|intercept| {
+            let compared = self.rules.iter().find(|(passed, _)| *passed == intercept.passed);
+            compared.is_none_or(|(_, compared)| {
+                let span = if *compared == Compared::Iova { iovas } else { run.within };
+                let (matches, last) = intercept.extent(span.first);
+                !matches && last >= span.last
+            })
+        })
+    }
 }
 
 impl<V: Visitor + ?Sized> Visitor for Intercepted<'_, V> {
+    fn takes_gaps(&self) -> bool {
+        self.visitor.takes_gaps()
+    }
+
+    fn takes_large(&self) -> bool {
+        self.visitor.takes_large()
+    }
+
     fn table(&mut self) {
         self.visitor.table();
+    }
+
+    fn receive(&mut self, run: &Run<'_>) -> Option<Receiver<'_>> {
+        if self.is_clear_of(run) { self.visitor.receive(run) } else { None }
+    }
+
+    fn received(&mut self, run: &Run<'_>, passed: Passed) -> Result<bool, WalkError> {
+        self.visitor.received(run, passed)
+    }
+
+    fn leaves(&mut self, run: &Run<'_>, path: &[Step]) -> Result<(), WalkError> {
+        if self.is_clear_of(run) {
+            return self.visitor.leaves(run, path);
+        }
+        run.pieces().try_for_each(|piece| self.piece(&piece, path))
     }
 
     fn piece(&mut self, piece: &Piece, path: &[Step]) -> Result<(), WalkError> {

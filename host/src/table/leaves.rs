@@ -164,3 +164,11 @@ pub struct Piece {
     /// What it allows.
     pub attributes: Attributes,
 }
+
+impl Piece {
+    /// What is at some of its IOVAs.
+    #[must_use]
+    pub(crate) const fn part(&self, iova: Span) -> Self {
+        Self { iova, address: self.address.wrapping_add(iova.first - self.iova.first), attributes: self.attributes }
+    }
+}

@@ -8,7 +8,7 @@ use crate::{Access, Attributes};
 /// Something that the target format cannot say. The first group is refused (not mapped at all), the second narrowed (mapped with less).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Loss {
-    /// The IOVA is beyond the target's input range.
+    /// The IOVA is beyond the target's input range, or one that its units never look up for such requests, like those of interrupts.
     InputRange,
     /// The target cannot reach the address: it has more bits than the target's output, or is not in memory that the kernel knows.
     OutputRange,
@@ -69,7 +69,7 @@ impl Loss {
     #[must_use]
     pub const fn describe(self) -> &'static str {
         match self {
-            Self::InputRange => "the IOVA is beyond the target's input range",
+            Self::InputRange => "the target does not translate these IOVAs",
             Self::OutputRange => "the target cannot reach the address",
             Self::Granule => "smaller than, or not aligned to, the target's smallest page",
             Self::Permission => "the target cannot say this permission without allowing more",

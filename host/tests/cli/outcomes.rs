@@ -145,9 +145,27 @@ fn msi_addresses_are_not_the_tables_business() {
     assert_eq!((&fault["kind"], &fault["stage"]), (&json!("intercepted"), &json!(1)));
     assert!(fault["reason"].as_str().unwrap().contains("0x28000004 is intercepted: the MSI page table serves it"), "{fault}");
     assert!(run(&["inspect", path]).good().stdout.contains("outputs of the first table with 0x28000000 under mask"));
+    let text = run(&["inspect", path]).good().stdout;
+    assert!(text.contains("1 range that the tables map; requests there never come to them") && !text.contains("validate"), "{text}");
     let out = saved.with_file_name("out");
-    convert(path, "arm-smmuv3/stage1", out.to_str().unwrap());
-    assert_eq!(stream(out.to_str().unwrap())["mappings"], json!(expected), "an intercepted page is not mapped elsewhere");
+    let out = out.to_str().unwrap();
+    // What the guest set up is missed in any target, the same format's too.
+    for to in ["arm-smmuv3/stage1", "intel-vtd/second-stage", "riscv-iommu/first-stage"] {
+        let refused = run(&["convert", path, "--to", to, "--out", out, "--strict"]);
+        assert_eq!(refused.status, 1);
+        assert!(refused.stderr.contains("1 intercept that the guest set up, and --strict"), "{}", refused.stderr);
+        assert!(refused.stdout.contains("refused intercept: outputs of the first table") && !refused.stdout.contains("none"), "{}", refused.stdout);
+    }
+    let report = convert(path, "arm-smmuv3/stage1", out);
+    let mut lost = intercept[0].clone();
+    lost["refused"] = json!(true);
+    assert_eq!((&report["tables"][0]["losses"], &report["tables"][0]["intercepts"]), (&json!([]), &json!([lost])));
+    assert_eq!(stream(out)["mappings"], json!(expected), "an intercepted page is not mapped elsewhere");
+    let diff = run(&["diff", path, out, "--format", "json"]);
+    assert_eq!(diff.status, 1);
+    assert_eq!(diff.json()["differences"][0]["intercepts"], json!({"a": intercept, "b": []}));
+    assert!(run(&["diff", path, out]).stdout.contains("intercepted in a: outputs of the first table with 0x28000000"));
+    assert_eq!(run(&["diff", path, path]).good().status, 0);
 
     // Without a first stage the IOVA is compared, before the second stage: 0x28000000 is nowhere in this table.
     let guest = riscv(with(8 << 60 | 0x8002_0000_u64 >> 12, bare), false).table(0x8002_0000, &[0x8000_5000 >> 12 << 10 | 1]);
@@ -174,6 +192,110 @@ fn msi_addresses_are_not_the_tables_business() {
     assert_eq!((&found["state"], &found["mappings"][0]["iova"]), (&json!("bypass"), &json!("0x28001000")));
     assert_eq!(translate(path, "0x28000fff", "w")["fault"]["kind"], "intercepted");
     assert_eq!(translate(path, "0x80000000", "w"), json!({"succeeds": true, "address": "0x80000000"}));
+}
+
+/// A VT-d unit in legacy mode, and a second stage with pages before, among and behind the addresses of interrupts.
+fn vtd() -> Guest {
+    let cap = 1_u64 << 56 | 0b11 << 34 | 47 << 16 | 0b01110 << 8 | 6;
+    let registers = json!({"VER": "0x60", "CAP": format!("{cap:#x}"), "ECAP": "0x0", "GSTS": "0x80000000", "RTADDR": "0x80001000"});
+    let unit = json!({"unit": {"kind": "intel-vtd", "registers": registers}});
+    let guest = Guest::new(&unit, 0x10).words(0x8000_1000, &[0x8000_2000 | 1]).words(0x8000_2000 + 0x10 * 16, &[0x8000_3000 | 1, 2]);
+    let guest = guest.words(0x8000_3000, &[0x8000_4000 | 3]).words(0x8000_4000 + 3 * 8, &[0x8000_5000 | 3]);
+    let guest = guest.words(0x8000_5000 + 0x1f6 * 8, &[0x8000_6000 | 3, 0x8000_7000 | 3]);
+    let guest = guest.words(0x8000_6000 + 0x1ff * 8, &[0x8010_0000 | 3]).words(0x8000_7000 + 8, &[0x8010_1000 | 3]);
+    guest.words(0x8000_7000 + 0xff * 8, &[0x8010_2000 | 3, 0x8010_3000 | 3])
+}
+
+#[test]
+fn interrupts_of_an_x86_unit_are_not_the_tables_business() {
+    let saved = vtd().save("interrupts");
+    let path = saved.to_str().unwrap();
+    let found = stream(path);
+    let intercept = json!([{"passed": 0, "mask": "0xfffffffffff00000", "value": "0xfee00000", "server": "interrupt controller", "address": null,
+        "section": "D51397 section 3.15"}]);
+    assert_eq!(found["intercepts"], intercept);
+    let expected = [mapping(0xfedf_f000, 0x8010_0000, 0x1000, "rw"), mapping(0xfef0_0000, 0x8010_3000, 0x1000, "rw")];
+    assert_eq!(found["mappings"], json!(expected));
+    for iova in ["0xfee01000", "0xfeeff000", "0xfee00000"] {
+        let fault = translate(path, iova, "w")["fault"].clone();
+        assert_eq!((&fault["kind"], &fault["stage"]), (&json!("intercepted"), &json!(1)));
+        assert!(fault["reason"].as_str().unwrap().contains("the interrupt controller serves it"), "{fault}");
+    }
+    assert_eq!(translate(path, "0xfef00008", "w"), json!({"succeeds": true, "address": "0x80103008"}));
+    let text = run(&["inspect", path]).good().stdout;
+    assert!(text.contains("2 ranges that the tables map") && !text.contains("faults"), "{text}");
+    assert_eq!(run(&["validate", path]).good().status, 0);
+
+    // It comes with the architecture: no target misses it, those that have the same say nothing of it, and both reach the same memory.
+    let out = saved.with_file_name("out");
+    let out = out.to_str().unwrap();
+    for (to, kept) in [("arm-smmuv3/stage1", false), ("riscv-iommu/first-stage", false), ("amd-vi/v1", true), ("intel-vtd/first-stage", true)] {
+        let report = run(&["convert", path, "--to", to, "--out", out, "--force", "--strict", "--format", "json"]).good().json();
+        let mut left_out = intercept[0].clone();
+        left_out["refused"] = json!(false);
+        let table = &report["tables"][0];
+        assert_eq!((&table["losses"], &table["intercepts"]), (&json!([]), &if kept { json!(null) } else { json!([left_out]) }), "{to}");
+        assert_eq!(stream(out)["mappings"], json!(expected), "{to}");
+        assert_eq!(run(&["diff", path, out]).good().status, 0, "{to}");
+    }
+    let text = run(&["convert", path, "--to", "arm-smmuv3/stage1", "--out", out, "--force"]).good().stdout;
+    assert!(text.contains("left out intercept: IOVAs with 0xfee00000 under mask") && text.contains("none"), "{text}");
+}
+
+#[test]
+fn requests_with_pasid_are_translated_where_others_are_interrupts() {
+    let (cap, ecap) = (1_u64 << 56 | 0b11 << 34 | 47 << 16 | 0b01110 << 8 | 6, 1_u64 << 49 | 1 << 47 | 1 << 43 | 1 << 40 | 19 << 35);
+    let registers = json!({"VER": "0x60", "CAP": format!("{cap:#x}"), "ECAP": format!("{ecap:#x}"), "GSTS": "0x80000000", "RTADDR": "0x80001400"});
+    let unit = json!({"unit": {"kind": "intel-vtd", "registers": registers}});
+    // PASID 7 is for requests without one; 9 has the same table.
+    let (table, leaf) = (0x27, 0x67);
+    let entry = [1 | 1 << 6, 1, 0x8000_5000];
+    let guest = Guest::new(&unit, 0x10).words(0x8000_1000, &[0x8000_2000 | 1]).words(0x8000_2000 + 0x10 * 32, &[0x8000_3000 | 1 | 1 << 3, 7]);
+    let guest = guest.words(0x8000_3000, &[0x8000_4000 | 1]).words(0x8000_4000 + 7 * 64, &entry).words(0x8000_4000 + 9 * 64, &entry);
+    let guest = guest.words(0x8000_5000, &[0x8000_6000 | table]).words(0x8000_6000 + 3 * 8, &[0x8000_7000 | table]);
+    let guest = guest.words(0x8000_7000 + 0x1f7 * 8, &[0x8000_8000 | table]);
+    let saved = guest.words(0x8000_8000 + 8, &[0x8010_0000 | leaf]).words(0x8000_8000 + 0x100 * 8, &[0x8010_3000 | leaf]).save("interrupts-pasid");
+    let path = saved.to_str().unwrap();
+    let (page, behind) = (mapping(0xfee0_1000, 0x8010_0000, 0x1000, "rw"), mapping(0xfef0_0000, 0x8010_3000, 0x1000, "rw"));
+    let check = |path: &str| {
+        let streams = run(&["inspect", path, "--format", "json"]).good().json()["streams"].clone();
+        assert_eq!((&streams[0]["pasid"], &streams[0]["mappings"]), (&json!(null), &json!([behind])), "{path}");
+        assert_eq!((&streams[1]["pasid"], &streams[1]["mappings"]), (&json!(9), &json!([page, behind])), "{path}");
+    };
+    check(path);
+    for to in ["amd-vi/v2", "intel-vtd/first-stage", "arm-smmuv3/stage1"] {
+        let out = saved.with_file_name(to.replace('/', "-"));
+        let out = out.to_str().unwrap();
+        assert_eq!(run(&["convert", path, "--to", to, "--out", out, "--strict"]).good().status, 0);
+        check(out);
+        assert_eq!(run(&["diff", path, out]).good().status, 0);
+    }
+}
+
+#[test]
+fn where_x86_units_have_interrupts_a_table_for_them_maps_nothing() {
+    // Pages before, among and behind those addresses, in a table that is free to have them.
+    let (sv39, leaf) = (8 << 60 | 0x8000_4000_u64 >> 12, 0xdf);
+    let entry = |address: u64, flags: u64| address >> 12 << 10 | flags;
+    let guest = riscv([1, 0, 0, sv39, 0, 0, 0, 0], true).words(0x8000_4000 + 3 * 8, &[entry(0x8000_7000, 1)]);
+    let guest = guest.words(0x8000_7000 + 0x1f6 * 8, &[entry(0x8000_8000, 1), entry(0x8000_9000, 1)]);
+    let guest = guest.words(0x8000_8000 + 0x1ff * 8, &[entry(0x8020_0000, leaf)]).words(0x8000_9000, &[entry(0x8020_1000, leaf); 0x100]);
+    let saved = guest.words(0x8000_9000 + 0x100 * 8, &[entry(0x8030_1000, leaf)]).save("interrupts-target");
+    let (path, out) = (saved.to_str().unwrap(), saved.with_file_name("out"));
+    let out = out.to_str().unwrap();
+    for to in ["intel-vtd/first-stage", "intel-vtd/second-stage", "amd-vi/v1", "amd-vi/v2"] {
+        let refused = run(&["convert", path, "--to", to, "--out", out, "--force", "--strict"]);
+        assert_eq!(refused.status, 1, "{to}");
+        assert!(refused.stderr.contains("1 MiB of what is mapped"), "{}", refused.stderr);
+        let report = run(&["convert", path, "--to", to, "--out", out, "--force", "--format", "json"]).good().json();
+        let losses: Vec<&Value> = report["tables"][0]["losses"].as_array().unwrap().iter().filter(|loss| loss["refused"] == true).collect();
+        assert_eq!((losses.len(), &losses[0]["loss"], &losses[0]["bytes"]), (1, &json!("input-range"), &json!(0x10_0000)), "{to}");
+        assert_eq!(losses[0]["examples"][0]["iova"], "0xfee00000", "{to}");
+        let mappings = stream(out)["mappings"].clone();
+        let last = mappings.as_array().unwrap().iter().rev().take(2).cloned().collect::<Vec<_>>();
+        assert_eq!(last, [mapping(0xfef0_0000, 0x8030_1000, 0x1000, "rw"), mapping(0xfedf_f000, 0x8020_0000, 0x1000, "rw")], "{to}");
+    }
+    assert_eq!(run(&["convert", path, "--to", "loongarch/paging", "--out", out, "--force", "--strict"]).good().status, 0);
 }
 
 #[test]

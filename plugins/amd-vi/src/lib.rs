@@ -19,9 +19,18 @@
 //!
 //! # Capabilities
 //!
-//! `EXT_FEATURES` is not asked whether a device table entry may use a feature: firmware can replace the register's contents for software (the IVHD's
-//! copy of it), so that a driver rightly uses what the register does not show. It counts only where it changes what entries mean: `NXSup` and
-//! "no host tables".
+//! What `EXT_FEATURES` does not show is no reason to refuse a device table entry that uses it: firmware can replace the register's contents for software
+//! (the IVHD's copy of it), so that a driver rightly uses what the register does not show: Linux sets GIoV so on units without GIOSup. More levels of host
+//! tables, guest tables or guest CR3 tables than it shows are noted as warnings. It counts only where it changes what entries mean: `NXSup` and "no host
+//! tables".
+//!
+//! # Addresses that are not translated
+//!
+//! Requests without PASID to 0xfee0_0000..=0xfeef_ffff are interrupts (section 2.2.5): [`mod@unit`] intercepts them, and tables that are made have nothing there.
+//! Requests with PASID are taken to be translated there, as on other x86 units: interrupts have none. Left to the tables is the HyperTransport range,
+//! 0xfd_0000_0000..=0xff_ffff_ffff. In parts of it the device table entry decides (SysMgt, IoCtl, IntCtl), in others the tables do, and in a unit with
+//! HTRangeIgnore, which is in a register that snapshots do not have, all of it is as any other. Drivers map nothing there, and the kernel has none of it in its
+//! ranges of IOVAs.
 
 pub mod kernel;
 mod queue;
@@ -43,6 +52,9 @@ stagecraft_sdk::export_format! {
 
 /// Address bits of entries, and the default of `output-bits`.
 pub const ADDRESS_BITS: u64 = 52;
+
+/// Interrupts: requests without PASID to these addresses are never translated, whatever the tables say.
+pub(crate) const INTERRUPTS: (u64, u64) = (0xfee0_0000, 0xfeef_ffff);
 
 /// `inherited`: the device table entry or a table above forbids reads.
 const NO_READ: u64 = 1;

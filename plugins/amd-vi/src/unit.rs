@@ -14,16 +14,16 @@
 //! untranslated beside a table; no outcome of the contract says that, so the answer is that this is not supported. A guest table without a host table takes IR
 //! and IW into its own settings.
 //!
-//! A request that hardware would refuse is blocked with the event that it would log (section 2.5). Not judged here: interrupt addresses and the other
-//! special ranges at the top of the address space, which do not walk whatever the tables say.
+//! A request that hardware would refuse is blocked with the event that it would log (section 2.5). Addresses of interrupts are intercepted for requests without
+//! PASID; see the crate's documentation for the other special addresses, which are not judged.
 //!
 //! Addresses in guest CR3 tables, and of guest tables, are guest-physical: the host table translates them, if there is one. That of the first guest CR3 table
 //! is so only if CONTROL.GCR3TRPMode says so.
 
 use stagecraft_sdk::bits::words;
 use stagecraft_sdk::{
-    Attributes, Binding, Blocked, Command, Direct, Error, EventRecord, Format, GuestMemory, Offer, Outcome, PageRequest, PlaceToBind, Registers,
-    Requester, Structure, TableConfig, Tag, Translated, Unit, Window,
+    Attributes, Binding, Blocked, Command, Direct, Error, EventRecord, Format, GuestMemory, Intercept, Offer, Outcome, PageRequest, PlaceToBind,
+    Registers, Requester, Structure, TableConfig, Tag, Translated, Unit, Window,
 };
 
 use crate::queue;
@@ -34,7 +34,7 @@ use crate::spec::device_table::{
 use crate::spec::registers::{control, devtab, efr, exclusion};
 use crate::v1::{V1, input_bits};
 use crate::v2::V2;
-use crate::{ADDRESS_BITS, kernel};
+use crate::{ADDRESS_BITS, INTERRUPTS, kernel};
 
 /// The architecture.
 #[derive(Clone, Copy, Debug)]
@@ -116,16 +116,24 @@ fn unsupported(what: &str) -> Stop {
     Stop::Error(Error::Unsupported(what.to_owned()))
 }
 
+/// Addresses of interrupts, which no tables serve, and no bypass.
+fn interrupts() -> Intercept {
+    let (first, last) = INTERRUPTS;
+    let (server, section) = ("interrupt controller".to_owned(), "48882 section 2.2.5".to_owned());
+    Intercept { passed: 0, mask: !(last - first), value: first, server, address: None, section }
+}
+
 /// All of guest memory as it is, for reads or for writes only.
 fn one_way(read: bool, write: bool) -> Direct {
     let attributes = Attributes { read, write, coherent: true, ..Attributes::default() };
-    Direct { windows: vec![Window { first: 0, last: u64::MAX, address: 0, attributes }], intercepts: Vec::new() }
+    Direct { windows: vec![Window { first: 0, last: u64::MAX, address: 0, attributes }], intercepts: vec![interrupts()] }
 }
 
 /// A unit that translates.
 struct Hardware {
     control: u64,
-    features: u64,
+    /// EXT_FEATURES; none if nobody knows.
+    features: Option<u64>,
     exclusion: u64,
     /// Bases and sizes of the device table's segments.
     segments: Vec<u64>,
@@ -161,10 +169,15 @@ impl Hardware {
         let segments = [Ok(first)].into_iter().chain((1..count).map(|segment| registers.need(&format!("DEVTAB_SEG{segment}_BASE"))));
         Ok(Some(Self {
             control,
-            features: registers.get("EXT_FEATURES").unwrap_or(0),
+            features: registers.get("EXT_FEATURES"),
             exclusion: registers.get("EXCL_BASE").unwrap_or(0),
             segments: segments.collect::<Result<_, _>>()?,
         }))
+    }
+
+    /// A field of EXT_FEATURES that changes what entries mean; zero if nobody knows.
+    fn feature(&self, field: stagecraft_sdk::bits::Field) -> u64 {
+        self.features.map_or(0, |features| field.of(features))
     }
 
     fn controls(&self, field: stagecraft_sdk::bits::Field) -> bool {
@@ -184,8 +197,33 @@ impl Hardware {
         if entry[0] & V != 0 {
             let reason = "the device table entry has reserved bits";
             Structure::new(memory, address, DEVICE_TABLE).warn(2, entry[2] & RESERVED_2, reason).warn(3, entry[3] & RESERVED_3, reason);
+            self.note_features(&entry, address, memory);
         }
         Ok(entry)
+    }
+
+    /// What a translating entry uses and EXT_FEATURES does not show; see the crate's documentation.
+    fn note_features(&self, entry: &[u64; WORDS], address: u64, memory: &mut dyn GuestMemory) {
+        let Some(features) = self.features.filter(|_| entry[0] & TV != 0) else { return };
+        let mut structure = Structure::new(memory, address, REGISTERS);
+        let (mode, hats) = (MODE.of(entry[0]), efr::HATS.of(features));
+        // Without host tables any mode but 0, and with them mode 7, is refused.
+        if hats != efr::NO_HOST_TABLES && (1..7).contains(&mode) && mode > hats + 4 {
+            structure.warn(0, MODE.mask(), "the device table entry asks for more levels of host tables (Mode) than the unit shows (HATS)");
+        }
+        if !self.has_guest_tables(entry) {
+            return;
+        }
+        if GLX.of(entry[0]) > efr::GLX_SUP.of(features) {
+            structure.warn(0, GLX.mask(), "the device table entry asks for more levels of guest CR3 tables (GLX) than the unit shows (GLXSup)");
+        }
+        if GUEST_PAGING_MODE.of(entry[2]) > efr::GATS.of(features) {
+            structure.warn(
+                2,
+                GUEST_PAGING_MODE.mask(),
+                "the device table entry asks for more levels of guest tables (GuestPagingMode) than the unit shows (GATS)",
+            );
+        }
     }
 
     /// An entry that asks for translation, or nothing if it does not.
@@ -208,7 +246,7 @@ impl Hardware {
     /// The host table of an entry, if it has one.
     fn host_table(&self, entry: &[u64; WORDS]) -> Result<Option<TableConfig>, Stop> {
         let (mode, root) = (MODE.of(entry[0]), HOST_ROOT.in_place(entry[0]));
-        let none = efr::HATS.of(self.features) == efr::NO_HOST_TABLES;
+        let none = self.feature(efr::HATS) == efr::NO_HOST_TABLES;
         unless_zero(
             &[if none { entry[0] & (HOST_ROOT.mask() | MODE.mask()) } else { 0 }],
             Event::IllegalDevTableEntry,
@@ -236,7 +274,17 @@ impl Hardware {
         self.controls(control::GT_EN) && entry[0] & GV != 0
     }
 
+    /// What `requester` gets, with what is no business of the tables.
     fn lookup(&self, requester: Requester, memory: &mut dyn GuestMemory) -> Result<Outcome, Stop> {
+        let outcome = self.structures(requester, memory)?;
+        Ok(match outcome {
+            Outcome::Tables(translated) if requester.pasid.is_none() => Outcome::Tables(Translated { intercepts: vec![interrupts()], ..translated }),
+            outcome => outcome,
+        })
+    }
+
+    /// What the structures say.
+    fn structures(&self, requester: Requester, memory: &mut dyn GuestMemory) -> Result<Outcome, Stop> {
         let Some(entry) = self.translating_entry(requester.id, memory)? else { return Ok(Outcome::Bypass) };
         let host = self.host_table(&entry)?;
         let (read, write) = (entry[0] & IR != 0, entry[0] & IW != 0);
@@ -303,7 +351,7 @@ impl Hardware {
         set("output-bits", output_bits, ADDRESS_BITS);
         unless(root >> output_bits != 0, Event::IoPageFault, "the guest table's root is beyond the addresses that the host table translates")?;
         set("sign-extended", u64::from(pasid != 0), 1);
-        set("no-execute", efr::NX_SUP.of(self.features), 0);
+        set("no-execute", self.feature(efr::NX_SUP), 0);
         set("read", u64::from(nested || entry[0] & IR != 0), 1);
         set("write", u64::from(nested || entry[0] & IW != 0), 1);
         set("update-accessed", 1 - control::GA_UPDATE_DIS.of(self.control), 1);

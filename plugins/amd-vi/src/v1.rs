@@ -19,7 +19,7 @@ use stagecraft_sdk::{
 };
 
 use crate::spec::v1::{A, ADDRESS, D, FC, IR, IW, LEAF, NEXT_LEVEL, PR, RESERVED, SIZED_LEAF, U, coded_size_log2, size_code};
-use crate::{ADDRESS_BITS, NO_READ, NO_WRITE, in_manifest_order, root_address, root_permissions};
+use crate::{ADDRESS_BITS, INTERRUPTS, NO_READ, NO_WRITE, in_manifest_order, root_address, root_permissions};
 
 const ENTRIES: &str = "48882 section 2.2.3";
 pub(crate) const NAMES: &[&str] = &["levels", "root", "output-bits", "next-level-7", "read", "write", "update-accessed", "update-dirty"];
@@ -121,6 +121,10 @@ impl Format for V1 {
 
     fn output_bits(&self) -> u8 {
         self.output_bits
+    }
+
+    fn untranslated(&self) -> Vec<(u64, u64)> {
+        vec![INTERRUPTS]
     }
 
     fn kind(&self, level: u8, pattern: u64) -> Kind {

@@ -14,7 +14,7 @@
 use stagecraft_sdk::{Attributes, Encoded, Error, Findings, Format, Kind, Level, Mark, MemoryType, Need, Next, Root, Segment, Settings, Shape};
 
 use crate::spec::v2::{A, D, NX, P, PS, RESERVED_1G, RESERVED_2M, RESERVED_TOP, RW, US};
-use crate::{ADDRESS_BITS, NO_READ, NO_WRITE, in_manifest_order, root_address, root_permissions};
+use crate::{ADDRESS_BITS, INTERRUPTS, NO_READ, NO_WRITE, in_manifest_order, root_address, root_permissions};
 
 const ENTRIES: &str = "48882 section 2.2.6";
 const TOP: &str = "24593 section 5.3.3";
@@ -136,6 +136,10 @@ impl Format for V2 {
 
     fn output_bits(&self) -> u8 {
         self.output_bits
+    }
+
+    fn untranslated(&self) -> Vec<(u64, u64)> {
+        vec![INTERRUPTS]
     }
 
     fn privileged(&self) -> bool {

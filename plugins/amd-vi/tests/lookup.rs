@@ -9,8 +9,8 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 use stagecraft_plugin_amd_vi::{unit::AmdVi, v1::V1, v2::V2};
 use stagecraft_sdk::{
-    BlockKind, Direct, Error, Extent, Format, GuestMemory, InvalidationTarget, Outcome, PlaceToBind, Registers, Requester, TableConfig, Tag,
-    Translated, Unit, Window,
+    BlockKind, Direct, Error, Extent, Format, GuestMemory, Intercept, InvalidationTarget, Outcome, PlaceToBind, Registers, Requester, TableConfig,
+    Tag, Translated, Unit, Window,
 };
 
 /// 64-bit words by address; what was never written reads as zero below `end`, and nothing can be read from there on. What is read through a host table
@@ -131,6 +131,12 @@ fn settings(outcome: Outcome) -> String {
     tables.into_iter().map(one).collect::<Vec<_>>().join("; ")
 }
 
+/// What no tables serve, and no bypass.
+fn interrupts() -> Intercept {
+    let (server, section) = ("interrupt controller".to_owned(), "48882 section 2.2.5".to_owned());
+    Intercept { passed: 0, mask: 0xffff_ffff_fff0_0000, value: 0xfee0_0000, server, address: None, section }
+}
+
 const ILLEGAL: &str = "ILLEGAL_DEV_TABLE_ENTRY";
 const PAGE_FAULT: &str = "IO_PAGE_FAULT";
 
@@ -175,7 +181,8 @@ fn mode_0_goes_by_the_entrys_permissions() {
     for alone in [IR, IW] {
         let Outcome::Direct(Direct { windows, intercepts }) = ask(&[], &entry([VALID | alone, 0, 0]), None) else { panic!("not direct") };
         let [Window { first: 0, last: u64::MAX, address: 0, attributes }] = windows[..] else { panic!("{windows:?}") };
-        assert_eq!((attributes.read, attributes.write, intercepts.len()), (alone == IR, alone == IW, 0));
+        assert_eq!((attributes.read, attributes.write), (alone == IR, alone == IW));
+        assert_eq!(intercepts, [interrupts()]);
     }
 }
 
@@ -457,7 +464,11 @@ fn bind_data_is_a_guests_device_table_entry() {
     memory.words.extend((0..512).map(|slot| (GCR3 + slot * 8, context[slot as usize])));
     assert_eq!(
         ask(&[], &memory, None),
-        Outcome::Tables(Translated::new(vec![TableConfig::new("amd-vi/v2", &good)], Tag { domain: Some(0), space: Some(0) }))
+        Outcome::Tables(Translated {
+            tables: vec![TableConfig::new("amd-vi/v2", &good)],
+            intercepts: vec![interrupts()],
+            tag: Tag { domain: Some(0), space: Some(0) }
+        })
     );
 
     let refused = |name: &str, value| {
@@ -570,6 +581,54 @@ fn devices_that_nobody_set_up_are_unused() {
     assert_eq!(kind(&entry([VALID, 0, 0])), BlockKind::Unused, "neither reads nor writes");
     assert_eq!(kind(&entry([VALID | RW | mode(7), 0, 0])), BlockKind::Refused);
     assert_eq!(kind(&entry([VALID | RW | 4, 0, 0])), BlockKind::Refused);
+}
+
+#[test]
+fn interrupts_are_intercepted_for_requests_without_pasid() {
+    let caught = |outcome| match outcome {
+        Outcome::Tables(Translated { intercepts, .. }) => intercepts,
+        other => panic!("no tables: {other:?}"),
+    };
+    assert_eq!(caught(ask(&[], &entry([VALID | RW | mode(3) | HOST, 0, 0]), None)), [interrupts()]);
+    // with GIoV the guest table of PASID 0 is for requests with and without a PASID
+    assert_eq!(caught(ask(&[], &guest(RW | GIOV, 0), None)), [interrupts()]);
+    assert_eq!(caught(ask(&[], &guest(RW | GIOV, 0), Some(0))), []);
+    assert_eq!(caught(ask(&[], &guest(RW, 5), Some(5))), []);
+    for geometry in [V1::open(&Default::default()).unwrap().geometry(), V2::open(&Default::default()).unwrap().geometry()] {
+        assert_eq!(geometry.untranslated, [(0xfee0_0000, 0xfeef_ffff)]);
+    }
+}
+
+#[test]
+fn what_an_entry_asks_for_beyond_the_features_is_noted() {
+    let warnings = |features: Option<u64>, memory: Memory, pasid| {
+        let known = features.map(|features| ("EXT_FEATURES".to_owned(), features));
+        let registers = [("DEVTAB_BASE".to_owned(), TABLE | 0x1ff), ("CONTROL".to_owned(), ON | GT)].into_iter().chain(known).collect();
+        let mut memory = notes::Noting::new(memory);
+        let outcome = AmdVi::lookup(&registers, Requester { id: ID, pasid }, &mut memory).unwrap();
+        assert!(matches!(outcome, Outcome::Tables(_)), "{outcome:?}");
+        memory.warnings()
+    };
+    let host = |levels| entry([VALID | RW | mode(levels) | HOST, 0, 0]);
+    let too_many = [(ENTRY, 0, 7 << 9)];
+    for (hats, most) in [(0, 4), (1, 5), (2, 6)] {
+        for levels in 1..7 {
+            let expected = if levels > most { &too_many[..] } else { &[] };
+            assert_eq!(warnings(Some(hats << 10), host(levels), None), expected, "HATS {hats}, {levels} levels");
+        }
+    }
+    assert_eq!(warnings(None, host(6), None), [], "nobody knows");
+
+    let mut memory = guest(RW | GIOV | glx(1), 0);
+    memory.words.extend([(GCR3, 0x7000 | 1), (0x7000, GUEST | 1), (ENTRY + 16, 1 << 54)]);
+    let (glx_bits, paging_mode) = ((ENTRY, 0, 3 << 56), (ENTRY, 2, 3 << 54));
+    let (two_levels, five_levels) = (1 << 14, 1 << 12);
+    assert_eq!(warnings(Some(0), memory.clone(), None), [glx_bits, paging_mode]);
+    assert_eq!(warnings(Some(two_levels), memory.clone(), None), [paging_mode]);
+    assert_eq!(warnings(Some(five_levels), memory.clone(), Some(0)), [glx_bits]);
+    // GIoV without GIOSup is what Linux does where firmware says so.
+    assert_eq!(warnings(Some(two_levels | five_levels), memory.clone(), None), []);
+    assert_eq!(warnings(None, memory, None), [], "nobody knows");
 }
 
 #[test]

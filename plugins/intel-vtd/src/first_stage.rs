@@ -14,7 +14,7 @@
 use stagecraft_sdk::{Attributes, Encoded, Error, Findings, Format, Kind, Level, Mark, MemoryType, Need, Next, Root, Segment, Settings, Shape};
 
 use crate::spec::first_stage::{A, D, EA, P, PCD, PS, PWT, RESERVED_1G, RESERVED_2M, RW, US};
-use crate::{DEFAULT_OUTPUT_BITS, in_manifest_order, output_bits_for};
+use crate::{DEFAULT_OUTPUT_BITS, INTERRUPTS, in_manifest_order, output_bits_for};
 
 const ENTRIES: &str = "D51397 section 9.7";
 const PASID_ENTRY: &str = "D51397 section 9.6";
@@ -147,6 +147,10 @@ impl Format for FirstStage {
 
     fn privileged(&self) -> bool {
         self.privileged
+    }
+
+    fn untranslated(&self) -> Vec<(u64, u64)> {
+        vec![INTERRUPTS]
     }
 
     fn kind(&self, level: u8, pattern: u64) -> Kind {

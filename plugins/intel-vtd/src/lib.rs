@@ -35,6 +35,9 @@ stagecraft_sdk::export_format! {
 /// Host address width if nothing else is known; see the crate's documentation.
 pub const DEFAULT_OUTPUT_BITS: u64 = 48;
 
+/// Interrupts, section 3.15: requests without PASID to these addresses are never translated, whatever the tables say. Those with PASID are.
+pub(crate) const INTERRUPTS: (u64, u64) = (0xfee0_0000, 0xfeef_ffff);
+
 /// How many bits it takes to say `address`, as far as entries can.
 fn output_bits_for(address: u64) -> u64 {
     u64::from(64 - address.leading_zeros()).clamp(12, 52)

@@ -5,15 +5,15 @@
 //! * Accesses snoop the processors' caches unless the request itself asks not to, so every leaf is coherent; SNP, where the unit has
 //!   `snoop-control`, also overrules such requests. Execution, privilege and memory types cannot be said.
 //! * Input addresses end where the tables or the unit (MGAW, `input-bits`) end.
-//! * Requests without PASID to 0xfee0_0000..=0xfeef_ffff are interrupts and never walk; this module does not carve them out, nor does it refuse
-//!   leaves that point there (fault LGN.4 or SGN.8): the memory map does.
+//! * Requests without PASID to 0xfee0_0000..=0xfeef_ffff are interrupts and never walk: [`Format::untranslated`] says so of tables that are made, and `unit`
+//!   of those that are read. Leaves that point there (fault LGN.4 or SGN.8) are not refused here: the memory map does.
 //!
 //! `inherited` says what the tables above take away: `NO_READ`, `NO_WRITE`.
 
 use stagecraft_sdk::{Attributes, Encoded, Error, Findings, Format, Kind, Level, Mark, MemoryType, Need, Next, Root, Segment, Settings, Shape};
 
 use crate::spec::second_stage::{A, D, IR, IW, PS, R, RESERVED_1G, RESERVED_2M, SNP, W};
-use crate::{DEFAULT_OUTPUT_BITS, in_manifest_order, output_bits_for};
+use crate::{DEFAULT_OUTPUT_BITS, INTERRUPTS, in_manifest_order, output_bits_for};
 
 const ENTRIES: &str = "D51397 section 9.8";
 const WIDTHS: &str = "D51397 section 3.7";
@@ -154,6 +154,10 @@ impl Format for SecondStage {
 
     fn output_bits(&self) -> u8 {
         self.output_bits
+    }
+
+    fn untranslated(&self) -> Vec<(u64, u64)> {
+        vec![INTERRUPTS]
     }
 
     fn kind(&self, level: u8, pattern: u64) -> Kind {

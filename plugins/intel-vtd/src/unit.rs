@@ -1,23 +1,26 @@
 //! From registers to tables: root, context, PASID directory and PASID table entries (chapters 3 and 9), and the kernel's view of a real unit.
 //!
-//! A request that hardware would refuse is blocked with the condition code of table 30 (section 7.1.3), such as `LCT.2`. Not judged here: interrupt
-//! addresses, protected memory regions (PMEN) and host permission tables, which no untranslated request meets.
+//! A request that hardware would refuse is blocked with the condition code of table 30 (section 7.1.3), such as `LCT.2`. Not judged here: protected memory
+//! regions (PMEN) and host permission tables, which no untranslated request meets.
+//!
+//! Addresses of interrupts are intercepted for requests without PASID, as section 3.15 says; requests with PASID are translated there as anywhere. So are
+//! inputs of a second stage below a first: what counts is the address in the request.
 //!
 //! A field that the specification reserves because a capability is missing faults only where the field would have been used: Linux fills in the
 //! second stage's AW of a first-stage entry on units without a second stage, and hardware goes along.
 
 use stagecraft_sdk::bits::{mask, words};
 use stagecraft_sdk::{
-    Binding, BlockKind, Blocked, Command, Error, Event, EventRecord, Extent, Format, GuestMemory, InvalidationTarget, Offer, Outcome, PageRequest,
-    Place, PlaceToBind, RangeEntry, Recipe, Registers, Requester, Structure, TableConfig, Tag, Translated, Unit,
+    Binding, BlockKind, Blocked, Command, Error, Event, EventRecord, Extent, Format, GuestMemory, Intercept, InvalidationTarget, Offer, Outcome,
+    PageRequest, Place, PlaceToBind, RangeEntry, Recipe, Registers, Requester, Structure, TableConfig, Tag, Translated, Unit,
 };
 
-use crate::DEFAULT_OUTPUT_BITS;
 use crate::first_stage::FirstStage;
 use crate::queue;
 use crate::second_stage::{SecondStage, WIDEST, address_width};
 use crate::spec::registers::{cap, ecap, gsts, rtaddr};
 use crate::spec::structures::{POINTER, PRESENT, context, directory, pasid, root, scalable_context};
+use crate::{DEFAULT_OUTPUT_BITS, INTERRUPTS};
 
 /// The architecture.
 #[derive(Clone, Copy, Debug)]
@@ -78,6 +81,19 @@ fn read<const N: usize>(memory: &mut dyn GuestMemory, address: u64, event: &str,
     let failed = || fault(event, number, &format!("the {what} at {address:#x} cannot be read"));
     let bytes = memory.read(address, 8 * N as u32).map_err(|_| failed())?;
     words(&bytes).try_into().map_err(|_| failed())
+}
+
+/// Addresses of interrupts, which no tables serve: section 3.15.
+fn interrupts() -> Intercept {
+    let (first, last) = INTERRUPTS;
+    Intercept {
+        passed: 0,
+        mask: !(last - first),
+        value: first,
+        server: "interrupt controller".to_owned(),
+        address: None,
+        section: "D51397 section 3.15".to_owned(),
+    }
 }
 
 /// A unit that translates: what it can do, and where its tables start.
@@ -168,8 +184,17 @@ impl Hardware {
         table
     }
 
-    /// What `requester` gets, section 3.4.
+    /// What `requester` gets, section 3.4, with what is no business of the tables.
     fn lookup(&self, requester: Requester, memory: &mut dyn GuestMemory) -> Result<Outcome, Blocked> {
+        let outcome = self.structures(requester, memory)?;
+        Ok(match outcome {
+            Outcome::Tables(translated) if requester.pasid.is_none() => Outcome::Tables(Translated { intercepts: vec![interrupts()], ..translated }),
+            outcome => outcome,
+        })
+    }
+
+    /// What the structures say.
+    fn structures(&self, requester: Requester, memory: &mut dyn GuestMemory) -> Result<Outcome, Blocked> {
         match self.mode {
             rtaddr::LEGACY => self.legacy(requester, memory),
             rtaddr::SCALABLE => self.scalable(requester, memory),

@@ -7,10 +7,10 @@ mod notes;
 use std::collections::BTreeMap;
 
 use proptest::prelude::*;
-use stagecraft_plugin_intel_vtd::unit::IntelVtd;
+use stagecraft_plugin_intel_vtd::{first_stage::FirstStage, second_stage::SecondStage, unit::IntelVtd};
 use stagecraft_sdk::{
-    BlockKind, Error, Extent, GuestMemory, InvalidationTarget, Outcome, Place, PlaceToBind, RangeEntry, Registers, Requester, TableConfig, Tag,
-    Translated, Unit,
+    BlockKind, Error, Extent, Format, GuestMemory, Intercept, InvalidationTarget, Outcome, Place, PlaceToBind, RangeEntry, Registers, Requester,
+    TableConfig, Tag, Translated, Unit,
 };
 
 /// 64-bit words by address; what was never written reads as zero below `end`, and nothing can be read from there on.
@@ -557,4 +557,24 @@ fn reserved_bits_of_a_stage_that_is_not_used_are_noted() {
     assert_eq!(warnings(SCALABLE | SRS | EAFS, [second[0], 0, sre | eafe]), []);
     assert_eq!(warnings(SCALABLE, [first[0], 0, TABLE | 3 << 5]), [(PASIDS, 2, 3 << 5)]);
     assert_eq!(warnings(SCALABLE, [PASS | AW_4 | 1, 0, 0]), []);
+}
+
+#[test]
+fn interrupts_are_intercepted_for_requests_without_pasid() {
+    let caught = |outcome| match outcome {
+        Outcome::Tables(Translated { intercepts, .. }) => intercepts,
+        other => panic!("no tables: {other:?}"),
+    };
+    let (server, section) = ("interrupt controller".to_owned(), "D51397 section 3.15".to_owned());
+    let interrupts = Intercept { passed: 0, mask: 0xffff_ffff_fff0_0000, value: 0xfee0_0000, server, address: None, section };
+    assert_eq!(caught(ask(&registers(CAP, 0, ROOT), &legacy(TABLE | 1, 2), None)), std::slice::from_ref(&interrupts));
+    let scalable_mode = registers(CAP, SCALABLE, ROOT | 1 << 10);
+    for entry in [[FIRST_ONLY | 1, 0, TABLE], [SECOND_ONLY | AW_4 | SECOND | 1, 0, 0], [NESTED | AW_4 | SECOND | 1, 0, TABLE]] {
+        let context = [1 | 1 << 3, 7];
+        assert_eq!(caught(ask(&scalable_mode, &scalable(context, 7, entry), None)), std::slice::from_ref(&interrupts));
+        assert_eq!(caught(ask(&scalable_mode, &scalable(context, 9, entry), Some(9))), []);
+    }
+    for geometry in [FirstStage::open(&Default::default()).unwrap().geometry(), SecondStage::open(&Default::default()).unwrap().geometry()] {
+        assert_eq!(geometry.untranslated, [(0xfee0_0000, 0xfeef_ffff)]);
+    }
 }

@@ -14,6 +14,7 @@ use stagecraft_tests::reference::{Run, merge};
 use crate::production::Production;
 use crate::riscv::RiscvTables;
 use crate::smmu::SmmuTables;
+use crate::spaces::INTERRUPTS;
 use crate::tables::amd::AmdTable;
 use crate::tables::riscv::RiscvTable;
 use crate::{Access, Memory, Tables};
@@ -47,6 +48,13 @@ fn plain(bits: u32) -> Vec<(u64, u64)> {
     vec![(0, u64::MAX >> (64 - bits))]
 }
 
+/// Without the addresses at which an x86 unit has interrupts.
+fn x86(windows: Vec<(u64, u64)>) -> Vec<(u64, u64)> {
+    let part = |first: u64, last: u64| (first <= last).then_some((first, last));
+    let parts = |(first, last): (u64, u64)| [part(first, last.min(INTERRUPTS.start - 1)), part(first.max(INTERRUPTS.end), last)];
+    windows.into_iter().flat_map(parts).flatten().collect()
+}
+
 /// From zero upwards and from the last address downwards.
 fn two_halves(bits: u32) -> Vec<(u64, u64)> {
     vec![(0, (1 << bits) - 1), (u64::MAX << bits, u64::MAX)]
@@ -55,19 +63,19 @@ fn two_halves(bits: u32) -> Vec<(u64, u64)> {
 /// VT-d second stage: three or four levels.
 pub fn vtd_second(rng: &mut Rng) -> Goal {
     let levels = rng.pick(&[3, 4, 4]);
-    Goal { write_only: true, ..goal("intel-vtd/second-stage", &[("levels", levels)], plain(12 + 9 * levels as u32)) }
+    Goal { write_only: true, ..goal("intel-vtd/second-stage", &[("levels", levels)], x86(plain(12 + 9 * levels as u32))) }
 }
 
 /// VT-d first stage: four levels.
 pub fn vtd_first() -> Goal {
-    goal("intel-vtd/first-stage", &[("levels", 4)], two_halves(47))
+    goal("intel-vtd/first-stage", &[("levels", 4)], x86(two_halves(47)))
 }
 
 /// AMD v1: any number of levels, with and without sizes between those of the levels.
 pub fn amd(rng: &mut Rng) -> Goal {
     let levels = rng.pick(&[3, 4, 5, 6]);
     let bits = if levels == 6 { 64 } else { 12 + 9 * levels as u32 };
-    Goal { output_bits: 52, write_only: true, ..goal("amd-vi/v1", &[("levels", levels), ("next-level-7", rng.below(2))], plain(bits)) }
+    Goal { output_bits: 52, write_only: true, ..goal("amd-vi/v1", &[("levels", levels), ("next-level-7", rng.below(2))], x86(plain(bits))) }
 }
 
 /// SMMUv3 stage 1 with a granule. The model has 44 address bits.

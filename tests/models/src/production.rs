@@ -50,7 +50,7 @@ impl Production {
         let guest = Guest::new(snapshot, &self.plugins)?;
         let stream = guest.stream(DEVICE, None)?;
         let State::Translated(configs) = &stream.state else { bail!("the engine finds no tables: {stream:?}") };
-        let space = guest.open(configs).with_context(|| format!("{configs:x?}"))?;
+        let space = guest.space(&stream).with_context(|| format!("{configs:x?}"))?.context("no address space")?;
         Ok(View { configs: configs.clone(), stream, guest, space })
     }
 }

@@ -12,12 +12,12 @@ use anyhow::{Context, Result, ensure};
 use stagecraft::table::Loss;
 use stagecraft_models::amd::Amd;
 use stagecraft_models::conversion::{self, Goal, converted, in_memory, reserve};
-use stagecraft_models::judge::{Tally, compare_with_excuses, lookup, questions, seeds};
+use stagecraft_models::judge::{Tally, compare_with_excuses, lookup, questions, seeds, tag_interrupts};
 use stagecraft_models::known::{self, KnownError};
 use stagecraft_models::production::Production;
 use stagecraft_models::riscv::Riscv;
 use stagecraft_models::smmu::{Smmu, Stages};
-use stagecraft_models::spaces::{Contents, Space, amd, riscv, smmu, vtd};
+use stagecraft_models::spaces::{Contents, INTERRUPTS, Space, amd, riscv, smmu, vtd};
 use stagecraft_models::vtd::{Mode, Vtd};
 use stagecraft_models::{Board, Model, Tables, available};
 use stagecraft_tests::reference::Run;
@@ -109,7 +109,7 @@ fn excuse(seat: Seat, goal: &Goal, iova: u64, address: Option<u64>) -> Option<Kn
     let near_interrupts = address.is_some_and(|address| address >> 30 == 3);
     match seat {
         Seat::Legacy | Seat::ScalableSecond | Seat::ScalableFirst if near_interrupts => Some(known::VTD_INTERRUPT_PAGES),
-        Seat::Amd if !inside => Some(known::AMD_WIDTH),
+        Seat::Amd if !inside && !INTERRUPTS.contains(&iova) => Some(known::AMD_WIDTH),
         Seat::Smmu if goal.target.format.ends_with("stage2") && iova >> 44 != 0 => Some(known::SMMU_UNRECORDED),
         _ => None,
     }
@@ -155,6 +155,7 @@ fn judge_source(
     }
     let all: BTreeSet<u64> = questions.iter().flatten().copied().collect();
     let all: Vec<u64> = all.into_iter().collect();
+    tag_interrupts(model, &space.beneath, &all)?;
     let tally = compare_with_excuses(model, &all, |iova, write| space.lookup(iova, write), |iova, write| space.excuse(iova, write))
         .with_context(|| format!("{:#x?}", space.tables))?;
     ensure!(tally.unrecorded == 0 || !model.records(), "refusals without a record: {tally:?}");
@@ -184,6 +185,7 @@ fn judge_destination(
     model.write_memory(&converted.memory)?;
     model.set_table(converted.tables)?;
     let expect = |iova: u64, write: bool| lookup(truth, iova, write).filter(|_| goal.loss(truth, iova).is_none());
+    tag_interrupts(model, truth, iovas)?;
     let tally = compare_with_excuses(model, iovas, expect, |iova, write| excuse(seat, goal, iova, expect(iova, write)))
         .with_context(|| format!("{:x?}", converted.table.table))?;
     ensure!(tally.unrecorded == 0 || !model.records(), "refusals without a record: {tally:?}");

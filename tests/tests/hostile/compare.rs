@@ -6,7 +6,7 @@ use stagecraft::memory::MemoryMap;
 use stagecraft::plugin::{CallError, Refusal, TableConfig};
 use stagecraft::table::{AddressSpace, Cause, Fault, FaultKind, Finding, Mapping, Severity};
 use stagecraft::{Access, Span};
-use stagecraft_tests::reference::detect::{MessageTable, Resolution};
+use stagecraft_tests::reference::detect::{INTERRUPTS, Resolution, is_interrupt, messages};
 use stagecraft_tests::reference::tables;
 use stagecraft_tests::reference::{self, Problem, Run};
 
@@ -153,13 +153,22 @@ pub fn same_state(engine: &Result<StreamState, GuestError>, reference: &Result<R
 }
 
 /// Whether both say the same of addresses that no table serves, where requests are not blocked.
-pub fn same_intercepts(engine: &Result<StreamState, GuestError>, reference: &Result<Option<MessageTable>, Problem>) -> Result<(), String> {
+pub fn same_intercepts(
+    engine: &Result<StreamState, GuestError>,
+    guest: &reference::snapshot::Snapshot,
+    id: u64,
+    pasid: Option<u64>,
+) -> Result<(), String> {
+    let reference = &messages(guest, id);
     let Ok(stream @ StreamState { state: State::Translated(_) | State::Direct(_) | State::Bypass, .. }) = engine else { return Ok(()) };
     let said: Vec<_> = stream.intercepts.iter().map(|one| (one.passed, one.mask, one.value, one.address)).collect();
     let Ok(table) = reference else { return Err(format!("the reference says {reference:x?}")) };
     let passed = u8::from(stream.tables().iter().any(|table| table.format == "riscv-iommu/first-stage"));
     let expected: Vec<_> = table.iter().map(|table| (passed, *table, !(table.mask << 12 | 0xfff))).collect();
-    let expected: Vec<_> = expected.iter().map(|(passed, table, mask)| (*passed, *mask, table.pattern << 12 & mask, Some(table.root))).collect();
+    let expected = expected.iter().map(|(passed, table, mask)| (*passed, *mask, table.pattern << 12 & mask, Some(table.root)));
+    // Where nothing is translated, interrupts are addresses as any other to this engine.
+    let interrupts = stream.state != State::Bypass && is_interrupt(&guest.unit_kind, pasid, INTERRUPTS.0);
+    let expected: Vec<_> = expected.chain(interrupts.then_some((0, !(INTERRUPTS.1 - INTERRUPTS.0), INTERRUPTS.0, None))).collect();
     if said == expected { Ok(()) } else { Err(format!("the engine intercepts {said:x?}, the reference {expected:x?}")) }
 }
 

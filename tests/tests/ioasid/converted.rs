@@ -2,6 +2,8 @@
 
 use stagecraft::ioasid::{GuestView, Ioasid, Request, Strategy};
 use stagecraft::kernel::sim::{Call, UnitConfig};
+use stagecraft::plugin::Outcome;
+use stagecraft::table::Intercept;
 use stagecraft::{Access, Gpa, Iova};
 
 use crate::guests::{Arch, Guest};
@@ -65,6 +67,63 @@ fn every_guest_on_every_host_and_never_stale() {
             ioasid.attach(&device, None).unwrap_or_else(|error| panic!("{what}: {error}"));
             assert_eq!(ioasid.strategies(), [how.strategy(arch, host)], "{what}: {}", ioasid.explain()[0]);
             check(&rig, &guest, &ioasid, &what);
+        }
+        rig.assert_clean();
+    });
+}
+
+/// What an x86 unit serves beside its tables.
+fn interrupts() -> Intercept {
+    let (server, section) = ("interrupt controller".to_owned(), String::new());
+    Intercept { passed: 0, mask: !0xf_ffff, value: 0xfee0_0000, server, address: None, section }
+}
+
+#[test]
+fn addresses_of_interrupts_are_no_mappings_on_either_side() {
+    all(|arch, host, how| {
+        let what = format!("{arch:?} on {host:?}, {how:?}");
+        let rig = Rig::new(&[how.unit(host)], &[("nic", &[0])]);
+        let guest = Guest::new(arch, &rig.memory);
+        let is_x86 = |arch: Arch| matches!(arch, Arch::Vtd | Arch::Amd);
+        {
+            let context = rig.context();
+            let device = context.connect("nic").unwrap();
+            // Before, among and behind those addresses.
+            let pages = [0xfedf_f000, 0xfee0_0000, 0xfee0_1000, 0xfeef_f000, 0xfef0_0000];
+            let pages: Vec<(u64, u64)> = pages.into_iter().zip((DATA..).step_by(0x1000)).collect();
+            pages.iter().for_each(|(iova, address)| guest.put(*iova, *address, true));
+            let mut view = guest.view();
+            if let (Outcome::Tables(translated), true) = (&mut view.outcome, is_x86(arch)) {
+                translated.intercepts = vec![interrupts()];
+            }
+            let ioasid = context.allocate(how.request(view)).unwrap();
+            ioasid.attach(&device, None).unwrap_or_else(|error| panic!("{what}: {error}"));
+            assert_eq!(ioasid.strategies(), [how.strategy(arch, host)], "{what}: {}", ioasid.explain()[0]);
+            let served = |iova: u64| !(is_x86(arch) || is_x86(host)) || iova >> 20 != 0xfee;
+            let check = |moved: u64, when: &str| {
+                for (iova, address) in &pages {
+                    let wanted = served(*iova).then_some(*address + moved);
+                    assert_eq!(rig.dma("nic", *iova), wanted, "{what}, {when}: {iova:#x}");
+                }
+            };
+            check(0, "at first");
+            pages.iter().for_each(|(iova, address)| guest.put(*iova, *address + 0x10_0000, true));
+            ioasid.invalidate(&[range(0xfed0_0000, 0xfeff_ffff, true)]).unwrap();
+            check(0x10_0000, "moved");
+            // What the host does not serve is counted, unless the guest's own unit did not serve it.
+            let lost = ioasid.stats().refused_bytes;
+            let counts = !is_x86(arch) && is_x86(host);
+            assert_eq!(lost > 0, counts, "{what}: {lost:#x}");
+            // A page of 2 MiB that begins with them.
+            pages.iter().for_each(|(iova, _)| guest.remove(*iova));
+            guest.map_large(0xfee0_0000, 0x100_0000, true);
+            ioasid.invalidate(&[range(0xfed0_0000, 0xfeff_ffff, false)]).unwrap();
+            for iova in [0xfee0_0000, 0xfeef_fff0, 0xfef0_0000, 0xfeff_fff0] {
+                assert_eq!(rig.dma("nic", iova), served(iova).then_some(0x100_0000 + (iova - 0xfee0_0000)), "{what}, large: {iova:#x}");
+            }
+            guest.unmap_large(0xfee0_0000);
+            ioasid.invalidate(&[range(0xfed0_0000, 0xfeff_ffff, false)]).unwrap();
+            assert_eq!(rig.dma("nic", 0xfef0_0000), None, "{what}");
         }
         rig.assert_clean();
     });

@@ -9,6 +9,7 @@ mod empties;
 mod equality;
 mod guest;
 mod hardware;
+mod holes;
 mod marks;
 #[path = "../hostile/mutate.rs"]
 #[allow(dead_code)]

@@ -72,6 +72,7 @@ impl<F: sdk::Format + Send> table::Format for Native<F> {
             },
             output_bits: geometry.output_bits,
             privileged: geometry.privileged,
+            untranslated: geometry.untranslated.into_iter().map(|(first, last)| stagecraft::Span { first, last }).collect(),
         })
     }
 

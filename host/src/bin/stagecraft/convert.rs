@@ -12,10 +12,10 @@ use stagecraft::guest::{Guest, State, StreamState};
 use stagecraft::offers::{Choice, Hardware, offers};
 use stagecraft::plugin::{Plugins, Settings};
 use stagecraft::snapshot::{Device, Snapshot, SnapshotError, store};
-use stagecraft::table::{Count, Loss, Piece};
+use stagecraft::table::{Count, Intercept, Loss, Piece};
 
 use crate::failure::{Status, complain};
-use crate::inspect::{describe, describe_windows};
+use crate::inspect::{describe, describe_intercept, describe_windows};
 use crate::json;
 use crate::numbers::{number, setting};
 use crate::offers::{choose, hardware, status};
@@ -51,7 +51,7 @@ pub struct Arguments {
     /// Use a folder that exists: snapshot.json and pages.bin in it are replaced, other files are left alone
     #[arg(long)]
     force: bool,
-    /// Refuse to convert, with exit status 1, if any mapping would be refused
+    /// Refuse to convert, with exit status 1, if any mapping would be refused, or an intercept that the guest set up is not carried over
     #[arg(long)]
     strict: bool,
     /// Most bytes that the new tables may take, all together [default: 1 GiB]
@@ -88,7 +88,8 @@ pub fn run(global: &Global, arguments: &Arguments) -> Result<Status> {
     let conversion = convert(&guest, &streams, &target, &mut |done, all| progress.at(done, all))?;
     drop(progress);
     let refused: u128 = conversion.tables.iter().map(|table| table.built.losses.refused_bytes()).sum();
-    let keep = !(arguments.strict && refused > 0);
+    let lost_intercepts = conversion.tables.iter().map(|table| table.lost_intercepts().count() as u64).sum::<u64>();
+    let keep = !(arguments.strict && (refused > 0 || lost_intercepts > 0));
     if keep {
         let description = match &*snapshot.description {
             "" => format!("converted to {}", target.format),
@@ -107,7 +108,10 @@ pub fn run(global: &Global, arguments: &Arguments) -> Result<Status> {
     if keep {
         return Ok(Status::Good);
     }
-    complain(&format!("{} cannot say {} of what is mapped, and --strict was given: nothing was written", target.format, size(refused)));
+    let mapped = (refused > 0).then(|| format!("{} of what is mapped", size(refused)));
+    let intercepts = (lost_intercepts > 0).then(|| counted(lost_intercepts, "intercept that the guest set up", "intercepts that the guest set up"));
+    let lost: Vec<String> = mapped.into_iter().chain(intercepts).collect();
+    complain(&format!("{} cannot say {}, and --strict was given: nothing was written", target.format, lost.join(" and ")));
     Ok(Status::Found)
 }
 
@@ -193,6 +197,13 @@ fn report(conversion: &Conversion, out: Option<&Path>) -> Value {
             "examples": count.examples.iter().map(example).collect::<Vec<_>>(),
         })
     };
+    let intercept = |intercept: &Intercept| {
+        let mut object = json::intercept(intercept);
+        if let Some(object) = object.as_object_mut() {
+            object.insert("refused".to_owned(), intercept.is_guests_own().into());
+        }
+        object
+    };
     let table = |table: &ConvertedTable| {
         let mut object = json!({
             "streams": table.streams.iter().copied().map(json::stream).collect::<Vec<_>>(),
@@ -207,6 +218,9 @@ fn report(conversion: &Conversion, out: Option<&Path>) -> Value {
             object.insert("leaves".to_owned(), json!({"source": table.source_leaves, "target": table.built.leaves}));
             object.insert("bytes".to_owned(), table.bytes.into());
             object.insert("losses".to_owned(), table.built.losses.iter().map(loss).collect());
+        }
+        if let Some(object) = object.as_object_mut().filter(|_| !table.intercepts.is_empty()) {
+            object.insert("intercepts".to_owned(), table.intercepts.iter().map(intercept).collect());
         }
         object
     };
@@ -254,7 +268,7 @@ fn write_table(out: &mut impl Write, guest: &Guest<'_>, index: usize, table: &Co
     }
     let (before, after) = (counted(table.source_leaves, "leaf", "leaves"), counted(table.built.leaves, "leaf", "leaves"));
     rows.row([Cell::styled("size", DIM), format!("{before} before, {after} in {} after", size(table.bytes.into())).into()]);
-    if table.built.losses.is_empty() {
+    if table.built.losses.is_empty() && table.lost_intercepts().next().is_none() {
         rows.row([Cell::styled("losses", DIM), Cell::styled("none", GOOD)]);
     }
     rows.write(out)?;
@@ -268,6 +282,10 @@ fn write_table(out: &mut impl Write, guest: &Guest<'_>, index: usize, table: &Co
         if shown < count.examples.len() {
             writeln!(out, "    {DIM}(--all shows {} examples){DIM:#}", count.examples.len())?;
         }
+    }
+    for intercept in &table.intercepts {
+        let (style, word) = if intercept.is_guests_own() { (BAD, "refused") } else { (DIM, "left out") };
+        writeln!(out, "  {style}{word}{style:#} intercept: {}: requests there fault", describe_intercept(intercept))?;
     }
     Ok(())
 }

@@ -183,6 +183,10 @@ fn write_table(out: &mut impl Write, plugins: &Plugins, view: &View, index: usiz
     for intercept in &reach.stream.intercepts {
         rows.row([Cell::styled("intercepted", WARN), describe_intercept(intercept).into()]);
     }
+    if collector.intercepted_count() > 0 {
+        let ranges = counted(collector.intercepted_count(), "range that the tables map", "ranges that the tables map");
+        rows.row([Cell::styled("", WARN), format!("{ranges}; requests there never come to them").into()]);
+    }
     let users: Vec<String> = view.users(index).map(crate::view::stream_name).collect();
     rows.row([Cell::styled("used by", DIM), users.join(", ").into()]);
     let span = match (mappings.first(), mappings.last()) {
@@ -202,8 +206,9 @@ fn write_table(out: &mut impl Write, plugins: &Plugins, view: &View, index: usiz
     if !accesses.is_empty() {
         rows.row([Cell::styled("access", DIM), accesses.join(", ").into()]);
     }
-    if collector.fault_count() > 0 {
-        let faults = counted(collector.fault_count(), "entry or range", "entries or ranges");
+    let faults = collector.fault_count() - collector.intercepted_count();
+    if faults > 0 {
+        let faults = counted(faults, "entry or range", "entries or ranges");
         rows.row([Cell::styled("faults", WARN), Cell::styled(format!("{faults}; `stagecraft validate` explains them"), PLAIN)]);
     }
     if let Some(stopped) = &reach.collected.stopped {

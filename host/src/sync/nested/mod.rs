@@ -227,7 +227,36 @@ impl<M: TableMemory> NestedTable<M> {
     }
 
     /// Makes the changes of a batch, as [`Sink::apply`] says; what must be invalidated, of this batch and of all since [`NestedTable::completed`].
+    ///
+    /// IOVAs that units do not look up ([`Geometry::untranslated`]) are left out: the table may be for requests without PASID, now or later.
     pub fn apply(&mut self, batch: &[Change]) -> &Needed {
+        if batch.iter().any(|change| self.geometry().leaves_out(change.span())) {
+            let batch = self.looked_up(batch);
+            return self.apply_all(&batch);
+        }
+        self.apply_all(batch)
+    }
+
+    /// The parts of changes that are at IOVAs which units look up. What is not is counted where it would be mapped.
+    #[cold]
+    fn looked_up(&mut self, batch: &[Change]) -> Vec<Change> {
+        let mut kept = Vec::with_capacity(batch.len() + 1);
+        for change in batch {
+            let parts: Vec<(bool, Span)> = self.geometry().cut(change.span()).collect();
+            for (looked_up, iova) in parts {
+                match change {
+                    Change::Unmap(_) if looked_up => kept.push(Change::Unmap(iova)),
+                    Change::Map(piece) if looked_up => kept.push(Change::Map(piece.part(iova))),
+                    Change::Map(piece) => self.lose(Loss::InputRange, piece, iova),
+                    Change::Unmap(_) => {}
+                }
+            }
+        }
+        kept
+    }
+
+    /// The same, of IOVAs that units look up.
+    fn apply_all(&mut self, batch: &[Change]) -> &Needed {
         self.full = false;
         if let [change] = batch
             && self.apply_near(change)

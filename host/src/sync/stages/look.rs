@@ -1,5 +1,6 @@
 //! One look at a guest: what it reads with, what it may cost, and what it tells.
 
+use crate::address::cut;
 use crate::memory::Budget;
 use crate::sync::changes::{Changes, Reason};
 use crate::sync::stages::told::Told;
@@ -16,9 +17,11 @@ pub(super) struct Look<'a, M: ?Sized> {
     pub(super) changes: &'a mut Changes,
     pub(super) told: &'a mut Told,
     pub(super) intercepts: &'a [Intercept],
+    /// The IOVAs that are intercepted, if nothing else is and there is one table.
+    pub(super) holes: Option<&'a [Span]>,
     /// Pieces that may be told.
     pub(super) most: u64,
-    /// One table's changes go straight on: nothing is intercepted, and nobody compares with what was told.
+    /// One table's changes go straight on: at most IOVAs are intercepted, and nobody compares with what was told.
     pub(super) straight: bool,
     /// One thing takes another's place: what a table says now and said before is compared byte by byte, whatever became of the entries.
     pub(super) switching: bool,
@@ -37,6 +40,9 @@ impl<M: ?Sized> Look<'_, M> {
         let mut teller = Teller { told: self.told, most: self.most, next: piece.iova.first, anew };
         let result = if self.intercepts.is_empty() {
             teller.piece(piece, &[])
+        } else if let Some(holes) = self.holes {
+            // There are few of them: the parts need no budget.
+            cut(holes, piece.iova).filter(|(outside, _)| *outside).try_for_each(|(_, part)| teller.piece(&piece.part(part), &[]))
         } else {
             Intercepted { intercepts: self.intercepts, rules, tables: 2, budget: self.budget, visitor: &mut teller }.piece(piece, &[])
         };

@@ -7,7 +7,8 @@
 //! ```
 //!
 //! A [`Space`] may become another of these at any moment, with [`Space::switch`]: what a byte's translation is before and after is compared, and only what
-//! differs is told. One table without intercepts, the usual case, needs none of this: its changes go straight on, and nothing is kept besides the shadow.
+//! differs is told. One table of which nothing or a few IOVAs are intercepted, the usual case, needs none of this: its changes go straight on without those
+//! IOVAs, and nothing is kept besides the shadow.
 //!
 //! # Limits
 //!
@@ -28,6 +29,7 @@ pub use way::Way;
 use std::fmt;
 use std::ops::ControlFlow;
 
+use crate::address::cut;
 use crate::memory::{Budget, EntryMemory, MarkMemory, MemoryMap};
 use crate::sync::changes::{Changes, Reason};
 use crate::sync::marks::{Marked, MarksWritten};
@@ -62,7 +64,9 @@ enum Kind {
 pub struct Space {
     kind: Kind,
     intercepts: Vec<Intercept>,
-    /// Empty for one table without intercepts.
+    /// The IOVAs that are intercepted, if nothing else is: sorted, not overlapping.
+    holes: Option<Vec<Span>>,
+    /// Empty for one table of which at most IOVAs are intercepted.
     told: Told,
     ground: Ground,
 }
@@ -79,7 +83,7 @@ impl From<Shadow> for Space {
         let pages: Vec<Gpa> = shadow.watched_pages().collect();
         let watch = Shared::adopt(pages.into_iter(), |watcher| shadow.exchange_watcher(watcher));
         let ground = Ground { map: shadow.map().clone(), limits: shadow.limits(), watch };
-        Self { kind: Kind::One(Box::new(One::new(shadow))), intercepts: Vec::new(), told: Told::default(), ground }
+        Self { kind: Kind::One(Box::new(One::new(shadow))), intercepts: Vec::new(), holes: Some(Vec::new()), told: Told::default(), ground }
     }
 }
 
@@ -89,7 +93,7 @@ impl Space {
     #[must_use]
     pub fn new(map: MemoryMap, limits: ShadowLimits, watcher: Box<dyn Watcher>) -> Self {
         let ground = Ground { map, limits, watch: Shared::new(watcher) };
-        Self { kind: Kind::Blocked, intercepts: Vec::new(), told: Told::default(), ground }
+        Self { kind: Kind::Blocked, intercepts: Vec::new(), holes: Some(Vec::new()), told: Told::default(), ground }
     }
 
     /// The same with what `way` gives. Nothing is read yet: [`Space::synchronise`] does.
@@ -99,7 +103,7 @@ impl Space {
     pub fn open(way: Way, map: MemoryMap, limits: ShadowLimits, watcher: Box<dyn Watcher>) -> Result<Self, OpenError> {
         let mut space = Self::new(map, limits, watcher);
         space.kind = Kind::open(way.stages, &space.ground)?;
-        space.intercepts = way.intercepts;
+        space.intercept(way.intercepts);
         Ok(space)
     }
 
@@ -116,7 +120,7 @@ impl Space {
 
     /// The same for IOVAs that ascend, at once.
     pub(super) fn synchronise_all<M: EntryMemory + ?Sized>(&mut self, memory: &M, wanted: &[Wanted], budget: &Budget, changes: &mut Changes) {
-        if let Some(shadow) = self.straight() {
+        if let Some(shadow) = self.straight(changes) {
             return shadow.synchronise_all(memory, wanted, budget, changes);
         }
         self.look(memory, budget, changes, |kind, look, ground| match kind {
@@ -143,7 +147,7 @@ impl Space {
 
     /// `length` bytes of guest memory from `address` on were written: reads the entries among them again, of all tables, and adds what changed to `changes`.
     pub fn table_written<M: EntryMemory + ?Sized>(&mut self, memory: &M, address: Gpa, length: u64, budget: &Budget, changes: &mut Changes) {
-        if let Some(shadow) = self.straight() {
+        if let Some(shadow) = self.straight(changes) {
             return shadow.table_written(memory, address, length, budget, changes);
         }
         self.look(memory, budget, changes, |kind, look, _| match kind {
@@ -208,7 +212,7 @@ impl Space {
                 self.told.drop_all();
                 // The old one lets go of its pages when the new one has its own.
                 let before = std::mem::replace(&mut self.kind, kind);
-                self.intercepts = intercepts;
+                self.intercept(intercepts);
                 self.look_at_told(memory, budget, changes, |kind, look, ground| match kind {
                     Kind::Blocked => {}
                     Kind::Direct(windows) => show_windows(windows, look, ground),
@@ -238,7 +242,7 @@ impl Space {
         self.remember();
         if others {
             self.told.drop_all();
-            self.intercepts = intercepts;
+            self.intercept(intercepts);
         }
         self.look_at_told(memory, budget, changes, |kind, look, _| {
             act(kind, look);
@@ -302,21 +306,37 @@ impl Space {
     /// The same, until `each` has had enough.
     pub(super) fn pieces_until(&self, span: Span, each: &mut dyn FnMut(Piece) -> ControlFlow<()>) -> ControlFlow<()> {
         match &self.kind {
-            Kind::One(one) if self.is_straight() => one.shadow.pieces_until(span, each),
+            Kind::One(one) if self.is_straight() => match self.holes.as_deref() {
+                None | Some([]) => one.shadow.pieces_until(span, each),
+                Some(holes) => one.shadow.pieces_until(span, &mut |piece| {
+                    let here = |part: &Span| part.intersection(span).is_some();
+                    let mut parts = cut(holes, piece.iova).filter(|(outside, part)| *outside && here(part));
+                    parts.try_for_each(|(_, part)| each(piece.part(part)))
+                }),
+            },
             _ => self.told.pieces(span).try_for_each(each),
         }
     }
 
-    /// Changes of the table are changes of the address space.
+    /// Something else serves these addresses from now on.
+    fn intercept(&mut self, intercepts: Vec<Intercept>) {
+        self.holes = holes(&intercepts);
+        self.intercepts = intercepts;
+    }
+
+    /// Changes of the table are changes of the address space, but for IOVAs that are intercepted.
     fn is_straight(&self) -> bool {
-        matches!(self.kind, Kind::One(_)) && self.intercepts.is_empty()
+        matches!(self.kind, Kind::One(_)) && self.holes.is_some()
     }
 
     /// The only table, if its changes are those of the address space and nothing else is to be done.
     #[inline]
-    fn straight(&mut self) -> Option<&mut Shadow> {
+    fn straight(&mut self, changes: &mut Changes) -> Option<&mut Shadow> {
         match &mut self.kind {
-            Kind::One(one) if self.intercepts.is_empty() && !one.wants() => Some(&mut one.shadow),
+            Kind::One(one) if !one.wants() => {
+                changes.leave_out(self.holes.as_deref()?);
+                Some(&mut one.shadow)
+            }
             _ => None,
         }
     }
@@ -324,7 +344,8 @@ impl Space {
     /// From here on [`Space::told`] has everything.
     fn remember(&mut self) {
         if let (true, Kind::One(one)) = (self.is_straight(), &self.kind) {
-            one.shadow.pieces(Span::ALL, &mut |piece| self.told.remember(piece));
+            let holes = self.holes.as_deref().unwrap_or_default();
+            one.shadow.pieces(Span::ALL, &mut |piece| outside(holes, piece, |part| self.told.remember(part)));
         }
     }
 
@@ -336,8 +357,19 @@ impl Space {
         act: impl FnOnce(&mut Kind, &mut Look<'_, M>, &Ground),
     ) {
         let (straight, most) = (self.is_straight(), self.ground.limits.leaves);
-        let mut look =
-            Look { memory, budget, changes: &mut *changes, told: &mut self.told, intercepts: &self.intercepts, most, straight, switching: false };
+        let holes = self.holes.as_deref().filter(|_| straight);
+        changes.leave_out(holes.unwrap_or_default());
+        let mut look = Look {
+            memory,
+            budget,
+            changes: &mut *changes,
+            told: &mut self.told,
+            intercepts: &self.intercepts,
+            holes,
+            most,
+            straight,
+            switching: false,
+        };
         act(&mut self.kind, &mut look, &self.ground);
         self.told.settle(changes);
     }
@@ -353,12 +385,14 @@ impl Space {
         let straight = self.is_straight();
         // The shadow of a single table counts what it holds.
         let most = if straight { u64::MAX } else { self.ground.limits.leaves };
+        changes.leave_out(&[]);
         let mut look = Look {
             memory,
             budget,
             changes: &mut *changes,
             told: &mut self.told,
             intercepts: &self.intercepts,
+            holes: self.holes.as_deref().filter(|_| straight),
             most,
             straight: false,
             switching: true,
@@ -381,6 +415,23 @@ impl Kind {
             Stages::Two { first, second } => Self::Two(Box::new(Two::open(first, second, ground)?)),
         })
     }
+}
+
+/// The IOVAs that are intercepted, sorted and joined; none if other addresses are intercepted as well.
+fn holes(intercepts: &[Intercept]) -> Option<Vec<Span>> {
+    let mut spans = intercepts.iter().map(Intercept::iovas).collect::<Option<Vec<Span>>>()?;
+    spans.sort_unstable();
+    spans.dedup_by(|next, last| {
+        let joined = next.first <= last.last;
+        last.last = if joined { last.last.max(next.last) } else { last.last };
+        joined
+    });
+    Some(spans)
+}
+
+/// The parts of a piece that are in no hole.
+fn outside(holes: &[Span], piece: Piece, mut each: impl FnMut(Piece)) {
+    cut(holes, piece.iova).filter(|(outside, _)| *outside).for_each(|(_, part)| each(piece.part(part)));
 }
 
 /// All that windows show. There are few of them, so that they are looked at as a whole.

@@ -115,6 +115,9 @@ impl Builder<'_> {
     /// Leaves as large as the target's slots, or a few times larger or smaller, and one or two patterns for all of them.
     pub(super) fn map_run(&mut self, run: &Run<'_>) -> Result<(), BuildError> {
         let span = Span { first: run.iova.0, last: run.iova.0 + (((run.entries.len() as u64) << run.size_log2) - 1) };
+        if self.leaves_out(span) {
+            return self.map_pieces(run);
+        }
         let known = self.prepared.take_if(|known| known.serves(run) && self.windows[known.window].holds(span));
         let prepared = match known {
             Some(known) => known,
@@ -348,7 +351,7 @@ impl Builder<'_> {
         let first = run.iova.0;
         let last = first.checked_add(((run.entries.len() as u64) << run.size_log2) - 1)?;
         let whole = first & low_bits(page) == 0 && run.entries.len().is_multiple_of(1 << merge_log2);
-        if !whole || !window.holds(Span { first, last }) || run.within.last > prepared.last_address {
+        if !whole || !window.holds(Span { first, last }) || self.leaves_out(Span { first, last }) || run.within.last > prepared.last_address {
             return None;
         }
         // As many as fit into a table; the others are asked about again.

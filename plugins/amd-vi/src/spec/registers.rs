@@ -56,6 +56,8 @@ pub(crate) mod efr {
     pub(crate) const HATS: Field = Field::new(11, 10);
     /// Most levels of guest tables, minus four.
     pub(crate) const GATS: Field = Field::new(13, 12);
+    /// Most levels of guest CR3 tables, minus one.
+    pub(crate) const GLX_SUP: Field = Field::new(15, 14);
     /// Guest I/O protection: GIoV of device table entries.
     pub(crate) const GIO_SUP: Field = Field::new(48, 48);
 
@@ -80,7 +82,7 @@ mod tests {
     fn every_register_field_stands_where_the_specification_says() {
         assert_layout(&[(devtab::SIZE, 0x1a5), (devtab::BASE, 0x12_3456_789a)], 0x0001_2345_6789_a1a5);
         assert_layout(&[(control::DEV_TBL_SEG_EN, 0b101)], 0b101 << 34);
-        assert_layout(&[(efr::HATS, 0b01), (efr::GATS, 0b10)], 0x2400);
+        assert_layout(&[(efr::HATS, 0b01), (efr::GATS, 0b10), (efr::GLX_SUP, 0b01)], 0x6400);
         let flags = [
             (control::IOMMU_EN, 0),
             (control::GT_EN, 16),

@@ -1,8 +1,9 @@
 //! AMD v1 tables.
 
+use stagecraft_tests::reference::detect::without_interrupts;
 use stagecraft_tests::reference::generate::Rng;
 
-use super::{Contents, Space, add_common, into_device_memory};
+use super::{Contents, Space, add_common, add_interrupts, around_interrupts, into_device_memory};
 use crate::tables::amd::{AmdTable, build};
 use crate::tables::random_leaves;
 use crate::{Access, Board, Tables, known};
@@ -18,16 +19,20 @@ pub fn space(contents: Contents, rng: &mut Rng) -> Space {
     let mut leaves = random_leaves(&config.windows(), &config.sizes(), &accesses, rng, 14);
     into_device_memory(&mut leaves, &Board::Q35.device_memory(), rng);
     add_common(&mut leaves, 4096, rng);
-    let tables = build(config, &leaves, PLACES, rng);
     let width = config.windows()[0].1;
+    if width > 32 {
+        add_interrupts(&mut leaves, 4096, rng);
+    }
+    let tables = build(config, &leaves, PLACES, rng);
     let skipped = tables.skipped;
     Space {
         tables: Tables::Amd(tables.built.config),
         formats: vec!["amd-vi/v1"],
         memory: tables.built.memory,
-        truth: tables.built.truth,
+        truth: without_interrupts(&tables.built.truth),
+        beneath: tables.built.truth,
         decoys: tables.built.decoys,
-        corners: Vec::new(),
+        corners: around_interrupts(rng),
         excuse: Box::new(move |iova, _| {
             if width < 64 && iova >> width != 0 {
                 Some(known::AMD_WIDTH)

@@ -8,6 +8,7 @@ pub mod vtd;
 use std::fmt;
 use std::ops::Range;
 
+use stagecraft_tests::reference::detect;
 use stagecraft_tests::reference::generate::Rng;
 use stagecraft_tests::reference::tables::TableConfig;
 use stagecraft_tests::reference::{Run, merge};
@@ -21,7 +22,7 @@ use crate::{Access, Memory, Tables};
 pub const PLACES: Range<u64> = 0x8010_0000..0xb000_0000;
 
 /// Interrupts on the q35 machine, which no IOMMU there translates.
-pub const INTERRUPTS: Range<u64> = 0xfee0_0000..0xfef0_0000;
+pub const INTERRUPTS: Range<u64> = detect::INTERRUPTS.0..detect::INTERRUPTS.1 + 1;
 
 /// Which error of the model concerns a request, if one does.
 type Excuse = Box<dyn Fn(u64, bool) -> Option<KnownError>>;
@@ -36,6 +37,8 @@ pub struct Space {
     pub memory: Memory,
     /// What requests get: sorted maximal runs.
     pub truth: Vec<Run>,
+    /// What the tables say, if that is more: at addresses of interrupts.
+    pub beneath: Vec<Run>,
     /// IOVAs of entries that look like something and do not translate.
     pub decoys: Vec<u64>,
     /// IOVAs that are worth asking about for another reason.
@@ -100,6 +103,28 @@ fn add_common(leaves: &mut Vec<Run>, page: u64, rng: &mut Rng) {
         leaves.push(Run { iova: iova + offset, address: address + offset, size: page, access: Access::RW });
     }
     leaves.sort_by_key(|leaf| leaf.iova);
+}
+
+/// Adds some of four times 64 KiB, in pages of `page` bytes: on either side of both ends of [`INTERRUPTS`]. Some pages are not there.
+fn add_interrupts(leaves: &mut Vec<Run>, page: u64, rng: &mut Rng) {
+    for iova in [INTERRUPTS.start - (1 << 16), INTERRUPTS.start, INTERRUPTS.end - (1 << 16), INTERRUPTS.end] {
+        let end = iova + (1 << 16);
+        if rng.percent(25) || leaves.iter().any(|leaf| leaf.iova < end && leaf.iova + (leaf.size - 1) >= iova) {
+            continue;
+        }
+        let address = (8 << 30) + (rng.below(24 << 30) >> 16 << 16);
+        let there: Vec<u64> = (0..1 << 16).step_by(page as usize).filter(|_| rng.percent(80)).collect();
+        leaves.extend(there.into_iter().map(|offset| Run { iova: iova + offset, address: address + offset, size: page, access: Access::RW }));
+    }
+    leaves.sort_by_key(|leaf| leaf.iova);
+}
+
+/// Interesting addresses of interrupts, and on either side.
+fn around_interrupts(rng: &mut Rng) -> Vec<u64> {
+    let ends = [INTERRUPTS.start, INTERRUPTS.end];
+    let near = ends.into_iter().flat_map(|end| [end - 8, end, end - (1 << 16), end + (1 << 16)]).collect::<Vec<_>>();
+    let anywhere = (0..12).map(|_| INTERRUPTS.start - (1 << 16) + rng.below(0x12_0000 / 8) * 8);
+    near.into_iter().chain(anywhere).collect()
 }
 
 /// IOVAs where both stages have something: `leaves` are the second one's.

@@ -2,7 +2,7 @@
 
 use stagecraft_tests::reference::generate::Rng;
 
-use super::{Contents, PLACES, Space, add_common, crossings, into_device_memory};
+use super::{Contents, PLACES, Space, add_common, add_interrupts, around_interrupts, crossings, into_device_memory};
 use crate::judge::{lookup, second_stage};
 use crate::riscv::RiscvTables;
 use crate::tables::random_leaves;
@@ -20,6 +20,8 @@ pub fn space(second: bool, levels: u32, contents: Contents, rng: &mut Rng) -> Sp
     let mut leaves = random_leaves(&config.windows(), &config.sizes(), &[Access::R, Access::RW, Access::RW], rng, 12);
     into_device_memory(&mut leaves, &Board::RiscvVirt.device_memory(), rng);
     add_common(&mut leaves, 4096, rng);
+    // To an x86 target these are something else.
+    add_interrupts(&mut leaves, 4096, rng);
     let built = build(config, &leaves, PLACES, contents.variety, rng);
     let tables = match second {
         true => RiscvTables { second: Some(built.config), ..RiscvTables::default() },
@@ -30,8 +32,9 @@ pub fn space(second: bool, levels: u32, contents: Contents, rng: &mut Rng) -> Sp
         formats: vec![format(second)],
         memory: built.memory,
         truth: built.truth,
+        beneath: Vec::new(),
         decoys: built.decoys,
-        corners: Vec::new(),
+        corners: around_interrupts(rng),
         excuse: Box::new(|_, _| None),
     }
 }
@@ -58,6 +61,7 @@ pub fn two_stages(rng: &mut Rng) -> Space {
         formats: vec![format(false), format(true)],
         memory,
         truth,
+        beneath: Vec::new(),
         decoys: Vec::new(),
         corners,
         excuse: Box::new(move |iova, write| {

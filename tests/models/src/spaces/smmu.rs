@@ -114,6 +114,7 @@ pub fn stage_1(granules: &[u64], contents: Contents, rng: &mut Rng) -> Space {
         formats: vec![STAGE1],
         memory: generated.snapshot.memory.clone(),
         truth: generated.truth.clone(),
+        beneath: Vec::new(),
         decoys: rejected(&generated.snapshot.memory, &generated.config),
         corners: Vec::new(),
         excuse: Box::new(move |iova, write| {
@@ -140,6 +141,7 @@ pub fn stage_2(granule: u64, contents: Contents, rng: &mut Rng) -> Space {
         corners: Vec::new(),
         memory: generated.snapshot.memory,
         truth: generated.truth,
+        beneath: Vec::new(),
         excuse: Box::new(move |iova, _| match iova >> 44 {
             0 => in_any(&misplaced, iova).then_some(known::SMMU_BLOCKS),
             _ => Some(known::SMMU_UNRECORDED),
@@ -184,6 +186,7 @@ pub fn nested(contents: Contents, rng: &mut Rng) -> Space {
         formats: vec![STAGE1, STAGE2],
         memory: moved,
         truth: compose(&first.truth, &second.truth),
+        beneath: Vec::new(),
         decoys: rejected(&first.snapshot.memory, &first.config),
         corners: crossings(&first.truth, &leaves, rng),
         excuse: Box::new(move |iova, write| {

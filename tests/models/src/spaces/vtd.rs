@@ -1,9 +1,10 @@
 //! VT-d tables of three and four levels.
 
+use stagecraft_tests::reference::detect::without_interrupts;
 use stagecraft_tests::reference::generate::{Options, Rng, build, random_leaves};
 use stagecraft_tests::reference::tables::{TableConfig, VtdFirst, VtdSecond};
 
-use super::{Contents, Space, add_common, into_device_memory};
+use super::{Contents, Space, add_common, add_interrupts, around_interrupts, into_device_memory};
 use crate::judge::rejected;
 use crate::vtd::Mode;
 use crate::{Board, Tables};
@@ -24,14 +25,16 @@ pub fn space(mode: Mode, address_bits: u32, contents: Contents, rng: &mut Rng) -
     let mut leaves = random_leaves(&config, rng, options);
     into_device_memory(&mut leaves, &Board::Q35.device_memory(), rng);
     add_common(&mut leaves, 4096, rng);
+    add_interrupts(&mut leaves, 4096, rng);
     let generated = build(config, &leaves, rng, options);
     Space {
         tables: Tables::Vtd(generated.config),
         formats: vec![config.format()],
         decoys: rejected(&generated.snapshot.memory, &generated.config),
-        corners: Vec::new(),
+        corners: around_interrupts(rng),
         memory: generated.snapshot.memory,
-        truth: generated.truth,
+        truth: without_interrupts(&generated.truth),
+        beneath: generated.truth,
         excuse: Box::new(|_, _| None),
     }
 }

@@ -4,7 +4,7 @@
 
 use super::snapshot::{Snapshot, TableState};
 use super::tables::TableConfig;
-use super::{Access, Problem, bits};
+use super::{Access, Problem, Run, bits};
 
 mod amd;
 mod arm;
@@ -63,6 +63,32 @@ pub struct MessageTable {
 /// As [`resolve`].
 pub fn messages(snapshot: &Snapshot, id: u64) -> Result<Option<MessageTable>, Problem> {
     if snapshot.unit_kind == "riscv-iommu" { riscv::messages(snapshot, id) } else { Ok(None) }
+}
+
+/// Where x86 machines have interrupts: the first address and the last.
+pub const INTERRUPTS: (u64, u64) = (0xfee0_0000, 0xfeef_ffff);
+
+/// Whether an address in a request is an interrupt to the unit, and never looked up: in x86 units, without a PASID. VT-d D51397 section 3.15 (with a PASID they are
+/// "translated normally"); AMD 48882 section 2.2.5, interrupts have no PASID.
+pub fn is_interrupt(unit_kind: &str, pasid: Option<u64>, address: u64) -> bool {
+    let is_x86 = unit_kind == "intel-vtd" || unit_kind == "amd-vi";
+    is_x86 && pasid.is_none() && (INTERRUPTS.0..=INTERRUPTS.1).contains(&address)
+}
+
+/// What is left of runs where interrupts are no part of them.
+pub fn without_interrupts(runs: &[Run]) -> Vec<Run> {
+    let mut left = Vec::new();
+    for run in runs {
+        let last = run.iova + (run.size - 1);
+        if run.iova < INTERRUPTS.0 {
+            left.push(Run { size: last.min(INTERRUPTS.0 - 1) - run.iova + 1, ..*run });
+        }
+        if last > INTERRUPTS.1 {
+            let iova = run.iova.max(INTERRUPTS.1 + 1);
+            left.push(Run { iova, address: run.address + (iova - run.iova), size: last - iova + 1, ..*run });
+        }
+    }
+    left
 }
 
 fn blocked(reason: &str) -> Result<Resolution, Problem> {

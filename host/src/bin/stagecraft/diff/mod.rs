@@ -11,9 +11,10 @@ use anyhow::Result;
 use clap::Args;
 use serde_json::{Value, json};
 use stagecraft::guest::StreamState;
-use stagecraft::table::Mapping;
+use stagecraft::table::{Intercept, Mapping};
 
 use crate::failure::{Status, complain};
+use crate::inspect::describe_intercept;
 use crate::json::{self, Separator};
 use crate::options::Global;
 use crate::output::{BAD, Columns, DIM, FEW, GOOD, HEAD, WARN, counted, human, printable, raw, size};
@@ -42,6 +43,8 @@ struct Difference {
     streams: Vec<StreamState>,
     states: States,
     ranges: Rc<[Range]>,
+    /// What the guests set up beside the tables, if that differs.
+    intercepts: Option<[Vec<Intercept>; 2]>,
 }
 
 /// Runs the command.
@@ -100,7 +103,7 @@ fn differences(a: &Side, b: &Side) -> std::result::Result<(Vec<Difference>, usiz
     let in_b: HashMap<_, &Seen> = b.streams.iter().map(|seen| (key(seen), seen)).collect();
     let mut known: HashMap<TablePair, Rc<[Range]>> = HashMap::new();
     let mut differences: Vec<Difference> = Vec::new();
-    let mut places: HashMap<(TablePair, States), usize> = HashMap::new();
+    let mut places: HashMap<(TablePair, States, Option<[Vec<Intercept>; 2]>), usize> = HashMap::new();
     for key in &keys {
         let pair = [in_a.get(key).copied(), in_b.get(key).copied()];
         let Some(stream) = pair.iter().flatten().next().map(|seen| seen.stream.clone()) else { continue };
@@ -123,19 +126,27 @@ fn differences(a: &Side, b: &Side) -> std::result::Result<(Vec<Difference>, usiz
         let states = pair.map(|seen| seen.map(|seen| seen.stream.state.as_str()));
         // Windows without a table, and a table that maps the same, reach the same.
         let same_way = states[0] == states[1] || tables.0.is_some() && tables.1.is_some();
-        if same_way && ranges.is_empty() {
+        let own = pair.map(|seen| seen.map_or_else(Vec::new, own_intercepts));
+        let intercepts = (own[0] != own[1]).then_some(own);
+        if same_way && ranges.is_empty() && intercepts.is_none() {
             continue;
         }
-        let same = places.get(&(tables, states)).filter(|_| tables != (None, None));
-        match same.and_then(|place| differences.get_mut(*place)) {
+        let place = (tables, states, intercepts);
+        match places.get(&place).filter(|_| tables != (None, None)).and_then(|place| differences.get_mut(*place)) {
             Some(other) => other.streams.push(stream),
             None => {
-                places.insert((tables, states), differences.len());
-                differences.push(Difference { streams: vec![stream], states, ranges });
+                differences.push(Difference { streams: vec![stream], states, ranges, intercepts: place.2.clone() });
+                places.insert(place, differences.len() - 1);
             }
         }
     }
     Ok((differences, keys.len()))
+}
+
+/// What a guest set up beside a stream's tables. What comes with an architecture, like interrupts at fixed addresses, is in no guest's hands, and a
+/// request there reaches no memory on either side.
+fn own_intercepts(seen: &Seen) -> Vec<Intercept> {
+    seen.stream.intercepts.iter().filter(|intercept| intercept.is_guests_own()).cloned().collect()
 }
 
 fn mappings(view: &View, table: Option<usize>) -> &[Mapping] {
@@ -158,13 +169,17 @@ fn write_json(out: &mut impl Write, differences: &[Difference], compared: usize)
             json!({"ranges": ranges, "bytes": json::bytes(bytes)})
         };
         let streams: Vec<Value> = difference.streams.iter().map(|stream| json::stream((stream.id, stream.pasid))).collect();
-        let head = json!({
+        let mut head = json!({
             "streams": streams,
             "states": {"a": difference.states[0], "b": difference.states[1]},
             "added": totals(Change::Added),
             "removed": totals(Change::Removed),
             "changed": totals(Change::Changed),
         });
+        if let (Some([a, b]), Some(head)) = (&difference.intercepts, head.as_object_mut()) {
+            let list = |intercepts: &[Intercept]| intercepts.iter().map(json::intercept).collect::<Vec<_>>();
+            head.insert("intercepts".to_owned(), json!({"a": list(a), "b": list(b)}));
+        }
         let head = head.to_string();
         let head = head.strip_suffix('}').unwrap_or(&head);
         write!(out, "{}{head},\"ranges\":[", separator.next())?;
@@ -215,6 +230,11 @@ fn write_difference(out: &mut impl Write, difference: &Difference, few: usize) -
     let [a, b] = difference.states.map(|state| state.unwrap_or("not there"));
     if a != b {
         writeln!(out, "  {a} in a, {b} in b")?;
+    }
+    for (name, intercepts) in ["a", "b"].iter().zip(difference.intercepts.iter().flatten()) {
+        for intercept in intercepts {
+            writeln!(out, "  intercepted in {name}: {}", describe_intercept(intercept))?;
+        }
     }
     let totals = [Change::Removed, Change::Added, Change::Changed].map(|change| (change, total(&difference.ranges, change)));
     let totals = totals.iter().filter(|(_, (ranges, _))| *ranges > 0);
