@@ -38,13 +38,16 @@ pub struct Arguments {
     all: bool,
 }
 
+/// What the guest of each snapshot set up beside its tables.
+type OwnIntercepts = [Vec<Intercept>; 2];
+
 /// How one stream differs, or several whose tables are the same on both sides.
 struct Difference {
     streams: Vec<StreamState>,
     states: States,
     ranges: Rc<[Range]>,
     /// What the guests set up beside the tables, if that differs.
-    intercepts: Option<[Vec<Intercept>; 2]>,
+    intercepts: Option<OwnIntercepts>,
 }
 
 /// Runs the command.
@@ -103,7 +106,7 @@ fn differences(a: &Side, b: &Side) -> std::result::Result<(Vec<Difference>, usiz
     let in_b: HashMap<_, &Seen> = b.streams.iter().map(|seen| (key(seen), seen)).collect();
     let mut known: HashMap<TablePair, Rc<[Range]>> = HashMap::new();
     let mut differences: Vec<Difference> = Vec::new();
-    let mut places: HashMap<(TablePair, States, Option<[Vec<Intercept>; 2]>), usize> = HashMap::new();
+    let mut places: HashMap<(TablePair, States, Option<OwnIntercepts>), usize> = HashMap::new();
     for key in &keys {
         let pair = [in_a.get(key).copied(), in_b.get(key).copied()];
         let Some(stream) = pair.iter().flatten().next().map(|seen| seen.stream.clone()) else { continue };
