@@ -4,10 +4,10 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::context::Inner;
-use super::device::{Connected, Held, Slot};
+use super::device::{Connected, Held};
 use super::managed::{self, Managed, Target};
 use super::metrics::Counter;
-use super::part::{self, Engine, Host, Part};
+use super::part::{self, Dropped, Engine, Host, Part, Users};
 use super::software::Lookups;
 use super::watch::Watched;
 use super::{Error, Explanation, GuestMemory, GuestView, Kind, Property, Refusal, Request, Strategy};
@@ -66,8 +66,10 @@ pub struct Stats {
     pub refused_bytes: u128,
     /// Devices and PASIDs that are attached.
     pub attached: usize,
-    /// Devices and PASIDs that were detached because invalidations failed.
+    /// Devices and PASIDs that were detached because the kernel failed, and that wait for [`Ioasid::recover`].
     pub blocked: usize,
+    /// Units, or areas for all of them, that may still reach what was taken away, because invalidations failed: nobody is attached there.
+    pub stale: usize,
 }
 
 /// What is in an address space.
@@ -81,15 +83,14 @@ pub(super) enum Content {
     Guest,
 }
 
-/// Devices that were detached because what was taken away may still be in caches. Dropping the last handle of a device takes locks.
-type Detached = Vec<(Arc<Connected>, Option<Slot>)>;
-
 /// Lookups in software.
 pub(super) type Software = Engine<Lookups>;
 
 #[derive(Debug)]
 pub(super) struct State {
     pub(super) parts: Vec<Part>,
+    /// Who was detached because the kernel failed, as far as [`Connected::is_waiting`] still says so.
+    blocked: Users,
     software: Option<Software>,
     /// Opened when it is first needed: translates for faults.
     translator: Option<Box<AddressSpace>>,
@@ -122,7 +123,7 @@ impl Space {
         let faults =
             if request.page_requests { Some(FaultQueue::alloc(context.kernel()).map_err(Error::kernel("making a queue of faults"))?) } else { None };
         let kind = request.kind.clone();
-        let state = State { parts: Vec::new(), software: None, translator: None, content, kind, geometry, faults };
+        let state = State { parts: Vec::new(), blocked: Users::new(), software: None, translator: None, content, kind, geometry, faults };
         let watched = watcher.map(|watcher| Arc::new(Watched::new(watcher)));
         Ok(Arc::new(Self { state: Mutex::new(state), id, request, watched, context: Arc::clone(context) }))
     }
@@ -175,11 +176,19 @@ impl Space {
         state.parts.iter_mut().for_each(|part| drop(part.release(device, pasid)));
     }
 
+    /// Who was detached because the kernel failed, and is to be attached again.
+    pub(super) fn waiting(&self) -> Vec<(Arc<Connected>, Option<Pasid>)> {
+        let mut users: Vec<_> = self.lock().blocked.iter().filter_map(|(device, pasid)| Some((device.upgrade()?, *pasid))).collect();
+        // The last handle of a device may be among those that go.
+        users.retain(|(device, pasid)| device.is_waiting(*pasid, self.id));
+        users
+    }
+
     /// Does something to each host's side. If one of them could not be brought in step, its devices are blocked; `detached` is to be dropped after the lock.
     fn each(
         &self,
         state: &mut State,
-        detached: &mut Detached,
+        detached: &mut Dropped,
         mut part: impl FnMut(&mut Part) -> Result<Report, LiveError>,
         software: impl FnOnce(&mut Software) -> Result<Report, LiveError>,
     ) -> Result<Report, Error> {
@@ -196,10 +205,10 @@ impl Space {
         };
         for one in &mut state.parts {
             let result = part(one);
-            if matches!(result, Err(LiveError::Commit(_))) {
-                let mut blocked = one.block(|slot| std::ptr::eq(Arc::as_ptr(&slot.space), self));
-                self.context.count(Counter::Detached, blocked.len() as u64);
-                detached.append(&mut blocked);
+            if result.is_err() {
+                let users = one.block(self.id, detached);
+                self.context.count(Counter::Detached, users.len() as u64);
+                note(&mut state.blocked, users);
             }
             take(result);
         }
@@ -210,7 +219,7 @@ impl Space {
     }
 
     pub(super) fn memory_changed(&self, memory: &GuestMemory) -> Result<Report, Error> {
-        let mut detached = Detached::new();
+        let mut detached = Dropped::new();
         let mut state = self.lock();
         state.translator = None;
         let State { content, software, .. } = &mut *state;
@@ -224,6 +233,14 @@ impl Space {
         }
         let report = self.each(&mut state, &mut detached, |part| part.memory_changed(memory), |software| software.memory_changed(memory));
         unmapped.and(report)
+    }
+}
+
+/// Adds users that were detached, each once.
+fn note(blocked: &mut Users, users: Users) {
+    for (device, pasid) in users {
+        blocked.retain(|(known, of)| known.strong_count() > 0 && !(known.ptr_eq(&device) && *of == pasid));
+        blocked.push((device, pasid));
     }
 }
 
@@ -347,7 +364,7 @@ impl Ioasid {
     /// [`Error::Mapped`], [`Error::NotMapped`], [`Error::Refused`] by [`SpaceLimits::mappings`](super::SpaceLimits::mappings), or because it is not a
     /// [`Kind::Requests`] one: nothing changed. [`Error::Blocked`].
     pub fn change(&self, batch: &[Change]) -> Result<(), Error> {
-        let mut detached = Detached::new();
+        let mut detached = Dropped::new();
         let mut state = self.0.lock();
         let Content::Requests(domain) = &mut state.content else { return Err(self.wrong_kind("change")) };
         take_all(domain, batch, self.0.request.limits.mappings as u64)?;
@@ -361,7 +378,7 @@ impl Ioasid {
     /// # Errors
     /// [`Error::Blocked`].
     pub fn invalidate(&self, invalidations: &[Invalidation]) -> Result<Report, Error> {
-        let mut detached = Detached::new();
+        let mut detached = Dropped::new();
         let mut state = self.0.lock();
         if !matches!(state.kind, Kind::Guest(_)) {
             return Ok(Report::default());
@@ -388,7 +405,7 @@ impl Ioasid {
     /// # Errors
     /// [`Error::Blocked`].
     pub fn table_written(&self, address: Gpa, length: u64) -> Result<Report, Error> {
-        let mut detached = Detached::new();
+        let mut detached = Dropped::new();
         let mut state = self.0.lock();
         let memory = self.0.context.memory();
         self.0.each(
@@ -406,8 +423,9 @@ impl Ioasid {
     /// A strategy that cannot be had any more gives way to the next one; one that could be had now is not taken up.
     ///
     /// # Errors
-    /// [`Error::Refused`] because it is not a [`Kind::Guest`] one, or no strategy is left for a unit: nothing changed there. [`Error::Open`], [`Error::Call`]:
-    /// nothing changed. [`Error::Blocked`].
+    /// [`Error::Refused`] because it is not a [`Kind::Guest`] one, or no strategy is left for a unit; [`Error::Kernel`], [`Error::Open`], [`Error::Call`]: nothing
+    /// changed in any unit. [`Error::Detached`]: nor did it, or it did in all, which [`Ioasid::translate`] tells; devices that could stay neither here nor there wait
+    /// for [`Ioasid::recover`]. [`Error::Blocked`]: it changed.
     pub fn switch(&self, view: GuestView) -> Result<Report, Error> {
         if !matches!(self.0.request.kind, Kind::Guest(_)) {
             return Err(self.wrong_kind("switch"));
@@ -415,34 +433,44 @@ impl Ioasid {
         let kind = Kind::Guest(view.clone());
         let geometry = geometry(&self.0.context, &kind)?;
         let _memory = self.0.context.hold_memory();
-        let mut detached = Detached::new();
+        let mut detached = Dropped::new();
         let mut state = self.0.lock();
         let memory = self.0.context.memory();
         // All formats are opened before anything changes.
         let followers = state.parts.len() + usize::from(state.software.is_some());
         let mut ways = (0..followers).map(|_| part::way(&self.0.context, &view)).collect::<Result<Vec<_>, _>>()?;
+        if state.software.is_some() || state.parts.iter().any(Part::follows) {
+            // Nor does anything if those who follow could not: hardware may walk what they cannot.
+            let way = part::way(&self.0.context, &view)?;
+            drop(crate::sync::Space::open(way, memory.map().clone(), self.0.request.limits.shadow, Box::new(Unwatched))?);
+        }
         let before = (std::mem::replace(&mut state.kind, kind), std::mem::replace(&mut state.geometry, geometry));
         state.translator = None;
-        let mut report = match self.0.rebuild(&mut state, &mut detached) {
-            Ok(report) => report,
+        let (mut report, moved) = match self.0.rebuild(&mut state, &mut detached) {
+            Ok(rebuilt) => rebuilt,
             Err(error) => {
                 (state.kind, state.geometry) = before;
                 return Err(error);
             }
         };
         let software = state.software.is_some().then(|| ways.pop()).flatten();
+        let mut left_behind = Vec::new();
         let switched = self.0.each(
             &mut state,
             &mut detached,
             |part| match ways.pop() {
                 // What was made just now has read the new tables.
-                Some(way) if part.follows() && !std::mem::take(&mut part.is_new) => part.switch(&memory, way, &view),
+                Some(way) if part.follows() && !part.is_new => {
+                    part.switch(&memory, way, &view).inspect_err(|error| left_behind.extend(matches!(error, LiveError::Open(_)).then_some(part.unit)))
+                }
                 _ => Ok(Report::default()),
             },
             |engine| software.map_or(Ok(Report::default()), |way| engine.switch(&memory, way, &view)),
-        )?;
-        report.join(switched);
-        Ok(report)
+        );
+        // A plugin failed after all: whoever waits gets another part.
+        state.parts.retain(|part| !left_behind.contains(&part.unit));
+        report.join(switched.map_err(|error| if left_behind.is_empty() { error } else { Error::Detached(Box::new(error)) })?);
+        moved.map(|()| report)
     }
 
     /// Reads the guest's tables again, all of them.
@@ -450,33 +478,36 @@ impl Ioasid {
     /// # Errors
     /// [`Error::Blocked`].
     pub fn synchronise(&self) -> Result<Report, Error> {
-        let mut detached = Detached::new();
+        let mut detached = Dropped::new();
         let mut state = self.0.lock();
         let memory = self.0.context.memory();
         self.0.each(&mut state, &mut detached, |part| part.synchronise(&memory), |software| software.synchronise(&memory))
     }
 
-    /// Tries again what failed with [`Error::Blocked`], and attaches the devices again that were detached for it, except those that are attached elsewhere.
+    /// Tries again what failed with [`Error::Blocked`], and attaches the devices again that were detached for it, or with [`Error::Detached`]. Those that
+    /// were attached to something, or detached ([`Ioasid::detach`]), meanwhile are not touched.
     ///
     /// # Errors
-    /// [`Error::Blocked`]: it failed again. [`Error::Kernel`]: a device could not be attached.
+    /// The first error, if not all is well after all was tried; what failed and who is still blocked is tried again by the next call. [`Error::Blocked`]: what was taken away may
+    /// still be reached by way of one unit. [`Error::Kernel`]: a device could not be attached.
     pub fn recover(&self) -> Result<(), Error> {
-        let mut waiting = Vec::new();
-        {
+        let mut detached = Dropped::new();
+        let mut result = {
             let mut state = self.0.lock();
-            for part in &mut state.parts {
-                part.commit().map_err(Error::Blocked)?;
-                waiting.append(&mut part.blocked);
+            let settle = |part: &mut Part| part.settle().map(|()| Report::default()).map_err(LiveError::Commit);
+            self.0.each(&mut state, &mut detached, settle, |_| Ok(Report::default())).map(drop)
+        };
+        for (device, pasid) in self.0.waiting() {
+            let device = super::Device(device);
+            let attached = self.attach(&device, pasid).map(drop);
+            // Somebody else may have attached or detached it meanwhile.
+            if device.0.is_waiting(pasid, self.id()) {
+                result = result.and(attached);
             }
         }
-        for (device, pasid) in waiting {
-            let Some(device) = device.upgrade().map(super::Device) else { continue };
-            let elsewhere = device.0.slots().contains_key(&pasid);
-            if !elsewhere {
-                drop(self.attach(&device, pasid)?);
-            }
-        }
-        Ok(())
+        // A device that was attached may have settled what failed before.
+        let is_well = self.0.waiting().is_empty() && !self.0.lock().parts.iter().any(|part| part.stale);
+        if is_well { Ok(()) } else { result }
     }
 
     /// Where an access of one byte goes, by the guest's tables as they stand in memory now, or by what was mapped.
@@ -521,7 +552,7 @@ impl Ioasid {
     /// # Errors
     /// [`Error::Blocked`], or the tables cannot be walked.
     pub fn fault(&self, iova: Iova, access: Access) -> Result<Response, Error> {
-        let mut detached = Detached::new();
+        let mut detached = Dropped::new();
         let mut state = self.0.lock();
         let memory = self.0.context.memory();
         let page = Span { first: iova.0 & !(crate::memory::PAGE - 1), last: iova.0 | (crate::memory::PAGE - 1) };
@@ -617,8 +648,10 @@ impl Ioasid {
     /// What it holds at the moment.
     #[must_use]
     pub fn stats(&self) -> Stats {
+        let blocked = self.0.waiting().len();
         let state = self.0.lock();
         let mut stats = Stats {
+            blocked,
             mappings: match &state.content {
                 Content::Managed(managed) => managed.mappings().len() as u64,
                 Content::Requests(domain) => domain.len(),
@@ -628,7 +661,7 @@ impl Ioasid {
         };
         for part in &state.parts {
             stats.attached += part.users.iter().filter(|(user, _)| user.strong_count() > 0).count();
-            stats.blocked += part.blocked.len();
+            stats.stale += usize::from(part.stale);
             if let Host::Areas(engine) = &part.host {
                 let areas = engine.sink();
                 stats.areas += areas.figures().areas;
@@ -674,6 +707,18 @@ impl Ioasid {
 }
 
 impl State {
+    /// Users that are attached nowhere any more are taken off; false if there are none.
+    pub(super) fn take_off_lost(&mut self, space: &Space, dropped: &mut Dropped) -> bool {
+        let mut any = false;
+        for part in &mut self.parts {
+            let users = part.take_off(space.id, dropped, |held| matches!(held, Held::Nowhere));
+            space.context.count(Counter::Detached, users.len() as u64);
+            any |= !users.is_empty();
+            note(&mut self.blocked, users);
+        }
+        any
+    }
+
     /// Somebody looks things up in software.
     pub(super) const fn has_lookups(&self) -> bool {
         self.software.is_some()
