@@ -341,16 +341,17 @@ impl Ioasid {
         Ok(())
     }
 
-    /// Unmaps all mappings in `span`, in all tables; how many there were. When it returns, no DMA uses them.
+    /// Unmaps all mappings in `span`, in the tables of all units or in none; how many there were. When it returns without an error, no DMA uses them.
     ///
     /// # Errors
-    /// [`Error::NotMapped`]: a mapping would be cut, or there is none. [`Error::Kernel`]: those up to the one that failed are unmapped. As for [`Ioasid::map`].
+    /// [`Error::NotMapped`]: a mapping would be cut, or there is none. [`Error::Kernel`]: all are there. A kernel that fails when it has removed some is told to
+    /// map these again; one that it does not map again is unmapped everywhere. As for [`Ioasid::map`].
     pub fn unmap(&self, span: Span) -> Result<u64, Error> {
         let mut state = self.0.lock();
         let State { content: Content::Managed(managed), software, .. } = &mut *state else { return Err(self.wrong_kind("unmap")) };
         let before: Vec<Span> =
             managed.mappings().range(span.first..=span.last).map(|(first, mapping)| Span { first: *first, last: mapping.last }).collect();
-        let result = managed.unmap(span);
+        let result = managed.unmap(&self.0.context, span);
         if let Some(software) = software {
             let gone = before.into_iter().filter(|span| !managed.mappings().contains_key(&span.first)).map(Change::Unmap);
             software.tell(&gone.collect::<Vec<_>>()).map_err(Error::Blocked)?;
