@@ -139,7 +139,7 @@ pub enum Error {
         tables: Span,
     },
     /// The device's caches could not be told what is gone. The tables are right; devices that might use what was taken away were detached and stay blocked until
-    /// [`Ioasid::recover`](super::Ioasid::recover) succeeds.
+    /// [`Ioasid::recover`](super::Ioasid::recover) succeeds, or they are attached anew.
     #[error("devices were detached: {0}")]
     Blocked(#[source] CommitError),
     /// Devices could neither be moved nor be put back: they were detached, and stay blocked until [`Ioasid::recover`](super::Ioasid::recover) succeeds.

@@ -190,9 +190,9 @@ fn no_device_is_lost_by_a_recovery_that_fails() {
                 ioasid.invalidate(&[page(0x1000)]).unwrap_err();
                 machine.works();
                 if stays {
-                    machine.rig.sim.fail_from(n, Errno::ENOMEM)
+                    machine.rig.sim.fail_from(n, Errno::ENOMEM);
                 } else {
-                    machine.rig.sim.fail_nth(n, Errno::ENOMEM)
+                    machine.rig.sim.fail_nth(n, Errno::ENOMEM);
                 }
                 let recovered = ioasid.recover();
                 let is_over = machine.rig.sim.disarm();
@@ -202,7 +202,8 @@ fn no_device_is_lost_by_a_recovery_that_fails() {
                     let (gone, stays) = machine.both(device.label());
                     assert_eq!(gone, None, "{what}");
                     // Areas that could not be made again come with the next commit.
-                    let is_there = !device.attached().is_empty() && !(strategy == Strategy::Areas && stays.is_none());
+                    let is_late = strategy == Strategy::Areas && stays.is_none();
+                    let is_there = !device.attached().is_empty() && !is_late;
                     assert_eq!(stays, is_there.then_some(DATA + 0x1000), "{what}");
                 }
                 ioasid.recover().unwrap();
@@ -284,9 +285,9 @@ fn a_switch_is_for_all_units_or_for_none() {
                     let what = format!("{arch:?} on {hosts:?}, call {n}, stays {stays}");
                     assert_eq!(labels.map(|label| rig.dma(label, 0x1000)), [Some(DATA); 3], "{what}");
                     if stays {
-                        rig.sim.fail_from(n, Errno::ENOMEM)
+                        rig.sim.fail_from(n, Errno::ENOMEM);
                     } else {
-                        rig.sim.fail_nth(n, Errno::ENOMEM)
+                        rig.sim.fail_nth(n, Errno::ENOMEM);
                     }
                     let switched = ioasid.switch(guests[1].view());
                     let is_over = rig.sim.disarm();

@@ -203,7 +203,13 @@ impl Hard<'_> {
         self.equal(&[&nic, &two], &[&ioasid]);
         let other = self.step(|| context.allocate(request()), |_| context.allocate(request()));
         let again = |detached: bool| if detached { ioasid.recover().and_then(|()| other.replace(&nic, None)) } else { other.replace(&nic, None) };
-        self.step(|| other.replace(&nic, None), again);
+        let (what, wanted) = (self.what.clone(), self.wanted[0]);
+        let stays = |error: &Error| {
+            let is_there = !matches!(error, Error::Detached(_));
+            let found = (nic.attached().len(), ioasid.stats().blocked, rig.dma("nic", 0x1000));
+            assert_eq!(found, (usize::from(is_there), usize::from(!is_there), wanted.filter(|_| is_there)), "{what}: {error}");
+        };
+        self.step(|| other.replace(&nic, None).inspect_err(stays), again);
         self.equal(&[&nic, &two], &[&ioasid, &other]);
         guest.map(0x2000, DATA + 0x3000, true);
         self.wanted[1] = Some(DATA + 0x3000);
