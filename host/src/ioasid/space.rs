@@ -8,6 +8,7 @@ use super::device::{Connected, Held};
 use super::managed::{self, Managed, Target};
 use super::metrics::Counter;
 use super::part::{self, Dropped, Engine, Host, Part, Users};
+use super::recover::note;
 use super::software::Lookups;
 use super::watch::Watched;
 use super::{Error, Explanation, GuestMemory, GuestView, Kind, Property, Refusal, Request, Strategy};
@@ -90,7 +91,7 @@ pub(super) type Software = Engine<Lookups>;
 pub(super) struct State {
     pub(super) parts: Vec<Part>,
     /// Who was detached because the kernel failed, as far as [`Connected::is_waiting`] still says so.
-    blocked: Users,
+    pub(super) blocked: Users,
     software: Option<Software>,
     /// Opened when it is first needed: translates for faults.
     translator: Option<Box<AddressSpace>>,
@@ -176,16 +177,8 @@ impl Space {
         state.parts.iter_mut().for_each(|part| drop(part.release(device, pasid)));
     }
 
-    /// Who was detached because the kernel failed, and is to be attached again.
-    pub(super) fn waiting(&self) -> Vec<(Arc<Connected>, Option<Pasid>)> {
-        let mut users: Vec<_> = self.lock().blocked.iter().filter_map(|(device, pasid)| Some((device.upgrade()?, *pasid))).collect();
-        // The last handle of a device may be among those that go.
-        users.retain(|(device, pasid)| device.is_waiting(*pasid, self.id));
-        users
-    }
-
     /// Does something to each host's side. If one of them could not be brought in step, its devices are blocked; `detached` is to be dropped after the lock.
-    fn each(
+    pub(super) fn each(
         &self,
         state: &mut State,
         detached: &mut Dropped,
@@ -233,14 +226,6 @@ impl Space {
         }
         let report = self.each(&mut state, &mut detached, |part| part.memory_changed(memory), |software| software.memory_changed(memory));
         unmapped.and(report)
-    }
-}
-
-/// Adds users that were detached, each once.
-fn note(blocked: &mut Users, users: Users) {
-    for (device, pasid) in users {
-        blocked.retain(|(known, of)| known.strong_count() > 0 && !(known.ptr_eq(&device) && *of == pasid));
-        blocked.push((device, pasid));
     }
 }
 
@@ -424,9 +409,9 @@ impl Ioasid {
     /// A strategy that cannot be had any more gives way to the next one; one that could be had now is not taken up.
     ///
     /// # Errors
-    /// [`Error::Refused`] because it is not a [`Kind::Guest`] one, or no strategy is left for a unit; [`Error::Kernel`], [`Error::Open`], [`Error::Call`]: nothing
-    /// changed in any unit. [`Error::Detached`]: nor did it, or it did in all, which [`Ioasid::translate`] tells; devices that could stay neither here nor there wait
-    /// for [`Ioasid::recover`]. [`Error::Blocked`]: it changed.
+    /// [`Error::Refused`] because it is not a [`Kind::Guest`] one, or no strategy is left for a unit; [`Error::Kernel`], [`Error::Open`], [`Error::Call`]:
+    /// nothing changed in any unit. [`Error::Detached`]: nor did it, or it did in all, which [`Ioasid::translate`] tells; devices that could stay neither here
+    /// nor there wait for [`Ioasid::recover`]. [`Error::Blocked`]: it changed, and who could not follow waits as well.
     pub fn switch(&self, view: GuestView) -> Result<Report, Error> {
         if !matches!(self.0.request.kind, Kind::Guest(_)) {
             return Err(self.wrong_kind("switch"));
@@ -483,32 +468,6 @@ impl Ioasid {
         let mut state = self.0.lock();
         let memory = self.0.context.memory();
         self.0.each(&mut state, &mut detached, |part| part.synchronise(&memory), |software| software.synchronise(&memory))
-    }
-
-    /// Tries again what failed with [`Error::Blocked`], and attaches the devices again that were detached for it, or with [`Error::Detached`]. Those that
-    /// were attached to something, or detached ([`Ioasid::detach`]), meanwhile are not touched.
-    ///
-    /// # Errors
-    /// The first error, if not all is well after all was tried; what failed and who is still blocked is tried again by the next call. [`Error::Blocked`]: what was taken away may
-    /// still be reached by way of one unit. [`Error::Kernel`]: a device could not be attached.
-    pub fn recover(&self) -> Result<(), Error> {
-        let mut detached = Dropped::new();
-        let mut result = {
-            let mut state = self.0.lock();
-            let settle = |part: &mut Part| part.settle().map(|()| Report::default()).map_err(LiveError::Commit);
-            self.0.each(&mut state, &mut detached, settle, |_| Ok(Report::default())).map(drop)
-        };
-        for (device, pasid) in self.0.waiting() {
-            let device = super::Device(device);
-            let attached = self.attach(&device, pasid).map(drop);
-            // Somebody else may have attached or detached it meanwhile.
-            if device.0.is_waiting(pasid, self.id()) {
-                result = result.and(attached);
-            }
-        }
-        // A device that was attached may have settled what failed before.
-        let is_well = self.0.waiting().is_empty() && !self.0.lock().parts.iter().any(|part| part.stale);
-        if is_well { Ok(()) } else { result }
     }
 
     /// Where an access of one byte goes, by the guest's tables as they stand in memory now, or by what was mapped.
@@ -708,18 +667,6 @@ impl Ioasid {
 }
 
 impl State {
-    /// Users that are attached nowhere any more are taken off; false if there are none.
-    pub(super) fn take_off_lost(&mut self, space: &Space, dropped: &mut Dropped) -> bool {
-        let mut any = false;
-        for part in &mut self.parts {
-            let users = part.take_off(space.id, dropped, |held| matches!(held, Held::Nowhere));
-            space.context.count(Counter::Detached, users.len() as u64);
-            any |= !users.is_empty();
-            note(&mut self.blocked, users);
-        }
-        any
-    }
-
     /// Somebody looks things up in software.
     pub(super) const fn has_lookups(&self) -> bool {
         self.software.is_some()

@@ -400,3 +400,43 @@ fn whom_a_viommu_detached_does_not_come_back() {
     ioasid.recover().unwrap();
     assert_eq!(counts(&ioasid), (0, 0, 0));
 }
+
+/// Whatever call fails while a device's own table is made anew, so that a PASID has room beside it: it is reached as before, or the device waits.
+#[test]
+fn making_room_for_a_pasid_loses_nobody() {
+    for host in [Arch::Arm, Arch::Riscv] {
+        let machine = Machine::new(host);
+        let guest = Guest::new(host, &machine.rig.memory);
+        guest.map(0x1000, DATA, true);
+        let (pasid, mut detached) = (Some(Pasid(3)), 0);
+        for stays in [false, true] {
+            for n in 1.. {
+                let what = format!("{host:?}, call {n}, stays {stays}");
+                let [own, other] = [0, 0].map(|_| machine.context.allocate(Request::guest(guest.view())).unwrap());
+                own.attach(&machine.nic, None).unwrap();
+                if stays {
+                    machine.rig.sim.fail_from(n, Errno::ENOMEM);
+                } else {
+                    machine.rig.sim.fail_nth(n, Errno::ENOMEM);
+                }
+                let attached = other.attach(&machine.nic, pasid);
+                let is_over = machine.rig.sim.disarm();
+                let is_lost = matches!(attached, Err(Error::Detached(_)));
+                detached += u32::from(is_lost);
+                assert_eq!((own.stats().blocked, machine.rig.dma("nic", 0x1000)), (usize::from(is_lost), (!is_lost).then_some(DATA)), "{what}");
+                assert_eq!(machine.rig.dma_of("nic", pasid, 0x1000), attached.is_ok().then_some(DATA), "{what}");
+                own.recover().unwrap();
+                assert_eq!((counts(&own), machine.rig.dma("nic", 0x1000)), ((1, 0, 0), Some(DATA)), "{what}");
+                if attached.is_ok() {
+                    machine.nic.detach(pasid).unwrap();
+                }
+                machine.nic.detach(None).unwrap();
+                if is_over {
+                    attached.unwrap();
+                    break;
+                }
+            }
+        }
+        println!("{host:?}: detached {detached} times");
+    }
+}
