@@ -7,23 +7,23 @@ use super::device::{Connected, Held, Slot, Who, outside};
 use super::metrics::Counter;
 use super::nested::{Bound, For, OWNERS_PASIDS, takes_pasids};
 use super::parent::Under;
-use super::part::{Engine, Host, Part};
+use super::part::{Dropped, Engine, Host, Part};
 use super::space::{Content, Space, State};
 use super::strategy::{Candidate, Choice};
 use super::tables::PoolTables;
-use super::{Chosen, Device, Error, Explanation, Ioasid, Kind, Property, Refusal, Strategy};
+use super::{Chosen, Device, Error, Explanation, Ioasid, Property, Refusal, Strategy};
 use crate::kernel::{Errno, HwptFlags, Pasid};
 use crate::sync::{AreaLimits, Areas, Nested, NestedTable, Report};
-
-/// Users that were looked at, to be dropped without locks.
-type Dropped = Vec<(Arc<Connected>, Option<Slot>)>;
 
 impl Ioasid {
     /// Attaches a device, or a PASID of it. The first device behind a unit has a strategy chosen for its path; further ones share what was made. What was read
     /// of the guest's tables, if something was made, is told: entries that are blocked among it.
     ///
+    /// If invalidations of it failed before, they are tried again first.
+    ///
     /// # Errors
-    /// [`Error::Refused`] with the property that says no. Nothing has changed then, and the device's DMA is blocked as before.
+    /// [`Error::Refused`] with the property that says no; [`Error::Blocked`]: what was taken away may still be reached. Nothing has changed then, and the device's
+    /// DMA is blocked as before. [`Error::Detached`]: to make room for a PASID, the device itself was to be moved, which failed twice.
     pub fn attach(&self, device: &Device, pasid: Option<Pasid>) -> Result<Report, Error> {
         self.0.join_with_company(&device.0, pasid, false)
     }
@@ -31,7 +31,7 @@ impl Ioasid {
     /// Attaches a device, or a PASID of it, in the place of the IOASID that it is attached to: each of its transactions sees either the one or the other.
     ///
     /// # Errors
-    /// As [`Ioasid::attach`]; the old attachment stays.
+    /// As [`Ioasid::attach`]; the old attachment stays. [`Error::Detached`]: the kernel failed, and failed to leave it where it was.
     pub fn replace(&self, device: &Device, pasid: Option<Pasid>) -> Result<Report, Error> {
         self.0.join_with_company(&device.0, pasid, true)
     }
@@ -41,7 +41,8 @@ impl Ioasid {
     /// ([`Ioasid::switch`]), and when the last PASID of a device is detached.
     ///
     /// # Errors
-    /// The kernel or a plugin failed in the middle: units that were not moved stay as they are, and so does whoever is attached there.
+    /// The kernel or a plugin failed in the middle: units that were not moved stay as they are, and so does whoever is attached there, but for
+    /// [`Error::Detached`].
     pub fn reconsider(&self) -> Result<Report, Error> {
         let _memory = self.0.context().hold_memory();
         let mut detached = Vec::new();
@@ -49,11 +50,16 @@ impl Ioasid {
         self.0.improve(&mut state, &mut detached, "because somebody asked")
     }
 
-    /// Detaches a device, or a PASID of it, from this IOASID: its DMA is blocked from then on.
+    /// Detaches a device, or a PASID of it, from this IOASID: its DMA is blocked from then on. One that was detached because the kernel failed is not attached
+    /// again by [`Ioasid::recover`] then.
     ///
     /// # Errors
     /// [`Error::Refused`]: it is not attached to it.
     pub fn detach(&self, device: &Device, pasid: Option<Pasid>) -> Result<(), Error> {
+        if device.0.waits_no_more(pasid, Some(self.id())) {
+            device.went(pasid);
+            return Ok(());
+        }
         if !device.0.slots().get(&pasid).is_some_and(|slot| Arc::ptr_eq(&slot.space, &self.0)) {
             let reason = format!("{} is not attached to {}", Who(device.label(), pasid), self.id());
             return Err(Refusal::new(Property::Attachment, reason).into());
@@ -121,17 +127,6 @@ impl Ioasid {
     }
 }
 
-/// Why a part is made anew.
-#[derive(Clone, Copy)]
-struct Anew<'a> {
-    /// Only strategies that are better than this one.
-    better_than: Option<Strategy>,
-    /// A PASID is to be attached beside its users.
-    company: bool,
-    /// For [`Explanation::notes`]: the rest of a sentence.
-    why: &'a str,
-}
-
 impl Space {
     /// [`Space::join`]; where a device's own table stands in the way of its PASIDs, that one is made anew so that it does not.
     fn join_with_company(self: &Arc<Self>, device: &Arc<Connected>, pasid: Option<Pasid>, replace: bool) -> Result<Report, Error> {
@@ -145,80 +140,6 @@ impl Space {
             return Err(error.into());
         }
         self.join(device, pasid, replace)
-    }
-
-    /// A PASID of a device is to be attached, and the device's own table is one that its PASIDs belong to: makes it anew as one that leaves them alone. False: that is not
-    /// what stands in the way.
-    fn make_room_for_pasids(self: &Arc<Self>, device: &Arc<Connected>) -> Result<bool, Error> {
-        let _memory = self.context().hold_memory();
-        let mut dropped = Vec::new();
-        let mut state = self.lock();
-        let is_user = |part: &Part| part.users.iter().any(|(user, pasid)| pasid.is_none() && std::ptr::eq(user.as_ptr(), Arc::as_ptr(device)));
-        let Some(place) = state.parts.iter().position(|part| is_user(part) && !part.has_pasids()) else { return Ok(false) };
-        let why = format!("because device {} uses PASIDs, which belong to such a table's owner on this unit", device.label());
-        let anew = Anew { better_than: None, company: true, why: &why };
-        match self.make_anew(&mut state, place, anew, &mut dropped) {
-            Ok(made) => Ok(made.is_some()),
-            Err(Error::Refused(refusal)) => Err(Refusal::new(Property::Pasid, format!("{}: {}", self.id(), refusal.reason)).into()),
-            Err(error) => Err(error),
-        }
-    }
-
-    /// The last PASID of a device was detached: its own table may be a better one again.
-    pub(super) fn without_company(self: &Arc<Self>, device: &Connected) {
-        let _memory = self.context().hold_memory();
-        let mut dropped = Vec::new();
-        let mut state = self.lock();
-        let why = format!("because device {} uses no PASIDs any more", device.label());
-        if let Err(error) = self.improve(&mut state, &mut dropped, &why) {
-            tracing::debug!(%error, ioasid = self.id().0, "a better strategy was not to be had");
-        }
-    }
-
-    /// Chooses better strategies for units whose devices can have them now.
-    pub(super) fn improve(self: &Arc<Self>, state: &mut State, dropped: &mut Dropped, why: &str) -> Result<Report, Error> {
-        let mut all = Report::default();
-        for place in 0..state.parts.len() {
-            let Some(chosen) = state.parts[place].explanation.chosen.as_ref().map(|chosen| chosen.strategy) else { continue };
-            let anew = Anew { better_than: Some(chosen), company: false, why };
-            if let Some(report) = self.make_anew(state, place, anew, dropped)? {
-                all.join(report);
-            }
-        }
-        Ok(all)
-    }
-
-    /// Makes a part anew and moves its users there. None if nobody uses it, or there is nothing better. On an error nobody was moved.
-    fn make_anew(self: &Arc<Self>, state: &mut State, place: usize, anew: Anew<'_>, dropped: &mut Dropped) -> Result<Option<Report>, Error> {
-        let users: Vec<(Arc<Connected>, Option<Pasid>)> =
-            state.parts[place].users.iter().filter_map(|(user, pasid)| Some((user.upgrade()?, *pasid))).collect();
-        dropped.extend(users.iter().map(|(user, _)| (Arc::clone(user), None)));
-        let Some((device, _)) = users.first() else { return Ok(None) };
-        // The address space of a PASID, or of a device that uses PASIDs elsewhere.
-        let company = anew.company || users.iter().any(|(user, pasid)| pasid.is_some() || user.slots().keys().any(Option::is_some));
-        let Some((mut part, report)) = self.build(state, device, company, anew.better_than)? else { return Ok(None) };
-        let mut moved = Vec::new();
-        for (device, pasid) in &users {
-            match self.hand_over(&mut state.parts[place], &mut part, device, *pasid) {
-                Ok(()) => moved.push((device, *pasid)),
-                Err(error) => {
-                    for (device, pasid) in moved {
-                        let _ = self.hand_over(&mut part, &mut state.parts[place], device, pasid);
-                    }
-                    return Err(error);
-                }
-            }
-        }
-        let before = &mut state.parts[place];
-        let was = before.explanation.chosen.as_ref().map(|chosen| chosen.strategy);
-        let is_other = was != part.explanation.chosen.as_ref().map(|chosen| chosen.strategy);
-        if let Some(was) = was.filter(|_| is_other) {
-            part.explanation.notes.push(format!("chosen {}: was {was} before", anew.why));
-        }
-        part.users = std::mem::take(&mut before.users);
-        part.blocked = std::mem::take(&mut before.blocked);
-        state.parts[place] = part;
-        Ok(Some(report))
     }
 
     /// Whether single PASIDs can be attached to what a candidate makes.
@@ -320,6 +241,7 @@ impl Space {
         self.check(device, pasid)?;
         let _memory = self.context().hold_memory();
         let not_attached = || Refusal::new(Property::Attachment, format!("{} is not attached", Who(device.label(), pasid)));
+        let mut dropped = Dropped::new();
         loop {
             let before = device.slots().get(&pasid).map(|slot| Arc::clone(&slot.space));
             match (&before, replace) {
@@ -359,15 +281,16 @@ impl Space {
                     slots.insert(pasid, Slot { held, space: Arc::clone(self) });
                 }),
             };
+            drop(slots);
             if let Err(error) = moved {
                 if made.is_some() {
                     state.parts.pop();
                 }
-                return Err(error);
+                let is_lost = before.as_ref().zip(other.as_mut()).is_some_and(|(space, other)| other.take_off_lost(space, &mut dropped));
+                return Err(if is_lost { Error::Detached(Box::new(error)) } else { error });
             }
-            let part = &mut state.parts[place];
-            part.joined(device, pasid);
-            part.is_new = false;
+            device.waits_no_more(pasid, None);
+            state.parts[place].joined(device, pasid);
             if let Some(other) = &mut other {
                 let _ = other.parts.iter_mut().any(|part| part.left(Arc::as_ptr(device), pasid));
             }
@@ -376,73 +299,8 @@ impl Space {
         }
     }
 
-    /// The guest's structures say something else: parts whose units walk the guest's own table, or a table of the kernel's, are made anew, and those who use
-    /// them are moved. On an error nobody was. Others follow, unless something better can be had now. What is in `dropped` then is to be dropped without locks.
-    pub(super) fn rebuild(self: &Arc<Self>, state: &mut State, dropped: &mut Dropped) -> Result<Report, Error> {
-        const WHY: &str = "because the guest's structures changed";
-        let mut all = Report::default();
-        for place in 0..state.parts.len() {
-            if !state.parts[place].follows() {
-                let anew = Anew { better_than: None, company: false, why: WHY };
-                all.join(self.make_anew(state, place, anew, dropped)?.unwrap_or_default());
-            }
-        }
-        for place in 0..state.parts.len() {
-            let Some(chosen) = state.parts[place].explanation.chosen.as_ref().map(|chosen| chosen.strategy) else { continue };
-            if !state.parts[place].follows() || state.parts[place].is_new {
-                continue;
-            }
-            let anew = Anew { better_than: Some(chosen), company: false, why: WHY };
-            match self.make_anew(state, place, anew, dropped) {
-                Ok(report) => all.join(report.unwrap_or_default()),
-                // It follows as it is.
-                Err(error) => tracing::debug!(%error, ioasid = self.id().0, "a better strategy was not to be had"),
-            }
-        }
-        // Of what nobody uses nothing is kept: it would have to be made anew.
-        let Kind::Guest(_) = state.kind else { return Ok(all) };
-        state.parts.retain(|part| part.follows() || part.users.iter().any(|(user, _)| user.strong_count() > 0) || !part.blocked.is_empty());
-        Ok(all)
-    }
-
-    /// Moves an attachment of this IOASID from one part of it to another; on an error it stays.
-    fn hand_over(self: &Arc<Self>, from: &mut Part, to: &mut Part, device: &Arc<Connected>, pasid: Option<Pasid>) -> Result<(), Error> {
-        let mut slots = device.slots();
-        let Some(slot) = slots.get_mut(&pasid).filter(|slot| Arc::ptr_eq(&slot.space, self)) else { return Ok(()) };
-        let (attachment, was_areas) = match std::mem::replace(&mut slot.held, Held::Nowhere) {
-            Held::Here(attachment) => (attachment, false),
-            Held::Areas => match from.release(device, pasid) {
-                Some(attachment) => (attachment, true),
-                // A swap left it behind: it is detached by now, and has to be attached anew.
-                None => {
-                    slot.held = Self::attach_to(to, device, pasid)?;
-                    return Ok(());
-                }
-            },
-            Held::Nowhere => return Ok(()),
-        };
-        let before = device.vdevice();
-        let entered = to.viommu().map_or(Ok(()), |viommu| device.enter(viommu)).map_err(Error::kernel("telling the vIOMMU of the device"));
-        let result = match entered {
-            Ok(()) => to.adopt(attachment, pasid).map_err(|(attachment, errno)| (attachment, refused(errno, device, pasid))),
-            Err(error) => Err((attachment, error)),
-        };
-        match result {
-            Ok(held) => {
-                slot.held = held;
-                Ok(())
-            }
-            Err((attachment, error)) => {
-                device.restore(before);
-                // If areas do not take it back its DMA would go where nobody looks after it: better nothing.
-                slot.held = if was_areas { from.adopt(attachment, pasid).unwrap_or(Held::Nowhere) } else { Held::Here(attachment) };
-                Err(error)
-            }
-        }
-    }
-
     /// Attaches a device that is attached to nothing.
-    fn attach_to(part: &mut Part, device: &Arc<Connected>, pasid: Option<Pasid>) -> Result<Held, Error> {
+    pub(super) fn attach_to(part: &mut Part, device: &Arc<Connected>, pasid: Option<Pasid>) -> Result<Held, Error> {
         Self::within(part, device, pasid, |part| part.attach(device, pasid).map_err(|errno| refused(errno, device, pasid)))
     }
 
@@ -469,7 +327,7 @@ impl Space {
         Ok(())
     }
 
-    /// With the device known to the part's vIOMMU; as before on an error.
+    /// With the device known to the part's vIOMMU, and with nothing there that was taken away; as before on an error.
     fn within<T>(
         part: &mut Part,
         device: &Arc<Connected>,
@@ -478,6 +336,9 @@ impl Space {
     ) -> Result<T, Error> {
         if pasid.is_some() && !part.has_pasids() {
             return Err(Refusal::new(Property::Pasid, format!("device {}: {OWNERS_PASIDS}", device.label())).into());
+        }
+        if part.stale {
+            part.settle().map_err(Error::Blocked)?;
         }
         let before = device.vdevice();
         if let Some(viommu) = part.viommu() {
@@ -488,7 +349,7 @@ impl Space {
 
     /// Chooses a strategy for a device's path, and makes what it takes; what was read for that. None if there is none that is better than the given one. With `company`
     /// page tables of the device itself and of its PASIDs are to be side by side.
-    fn build(
+    pub(super) fn build(
         &self,
         state: &mut State,
         device: &Arc<Connected>,
@@ -517,7 +378,7 @@ impl Space {
                     self.context().count(Counter::of(strategy), 1);
                     explanation.chosen = Some(Chosen { strategy, what });
                     explanation.notes = notes;
-                    let part = Part { unit: device.unit(), host, explanation, users: Vec::new(), is_new: true, blocked: Vec::new() };
+                    let part = Part { unit: device.unit(), host, explanation, users: Vec::new(), is_new: true, stale: false };
                     return Ok(Some((part, report)));
                 }
                 Err(error) if is_no(&error) => explanation.reject(strategy, vec![error.to_string()]),
@@ -610,7 +471,7 @@ fn is_no(error: &Error) -> bool {
     }
 }
 
-fn refused(errno: Errno, device: &Connected, pasid: Option<Pasid>) -> Error {
+pub(super) fn refused(errno: Errno, device: &Connected, pasid: Option<Pasid>) -> Error {
     let who = Who(device.label(), pasid);
     let (property, reason) = match errno {
         Errno::EADDRINUSE => (Property::Iova, format!("areas lie where {who} must not translate")),

@@ -37,14 +37,20 @@ impl KernelCommitter {
         tracing::trace!(entries, tables, "invalidate");
         self.counters.add(Counter::InvalidationEntries, entries.into());
         let Err(error) = self.call(&self.array) else { return Ok(()) };
-        // Once more, and everything: entries in front of the one that failed are done, and doing them again is no harm.
-        tracing::warn!(%error, "an invalidation failed; everything is tried");
-        self.counters.add(Counter::InvalidationFailures, 1);
-        self.forget_everything()
+        self.once_more(&error)
     }
 
     /// All that was cached of the table.
     pub(super) fn forget_everything(&mut self) -> Result<(), CommitError> {
+        self.recipe.write_everything(&mut self.array);
+        let Err(error) = self.call(&self.array) else { return Ok(()) };
+        self.once_more(&error)
+    }
+
+    /// Once more, and everything: entries in front of the one that failed are done, and doing them again is no harm.
+    fn once_more(&mut self, error: &InvalidateError) -> Result<(), CommitError> {
+        tracing::warn!(%error, "an invalidation failed; everything is tried");
+        self.counters.add(Counter::InvalidationFailures, 1);
         self.recipe.write_everything(&mut self.array);
         self.call(&self.array).map_err(|error| CommitError(Box::new(error)))
     }

@@ -115,6 +115,8 @@ pub(super) type Slots = BTreeMap<Option<Pasid>, Slot>;
 #[derive(Debug)]
 pub(super) struct Connected {
     slots: Mutex<Slots>,
+    /// IOASIDs that it, or a PASID of it, was detached from because the kernel failed, and that it is to be attached to again.
+    waits: Mutex<BTreeMap<Option<Pasid>, SpaceId>>,
     /// Its number in one vIOMMU: the kernel lets it have one at a time.
     vdevice: Mutex<Option<(Viommu, Vdevice)>>,
     label: String,
@@ -158,6 +160,27 @@ impl Connected {
 
     pub(super) fn slots(&self) -> MutexGuard<'_, Slots> {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn waits(&self) -> MutexGuard<'_, BTreeMap<Option<Pasid>, SpaceId>> {
+        self.waits.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// It is to be attached to this IOASID again.
+    pub(super) fn waits_for(&self, pasid: Option<Pasid>, space: SpaceId) {
+        self.waits().insert(pasid, space);
+    }
+
+    /// Whether it is.
+    pub(super) fn is_waiting(&self, pasid: Option<Pasid>, space: SpaceId) -> bool {
+        self.waits().get(&pasid) == Some(&space)
+    }
+
+    /// It is attached, or not to be any more; false if it was not waiting, for this IOASID if one is given.
+    pub(super) fn waits_no_more(&self, pasid: Option<Pasid>, space: Option<SpaceId>) -> bool {
+        let mut waits = self.waits();
+        let waited = waits.get(&pasid).is_some_and(|known| space.is_none_or(|space| space == *known));
+        waited && waits.remove(&pasid).is_some()
     }
 
     /// The vIOMMU that knows it.
@@ -242,6 +265,7 @@ impl Device {
         let capabilities = Capabilities::of_path(context.plugins(), path, iova)?;
         Ok(Self(Arc::new(Connected {
             slots: Mutex::default(),
+            waits: Mutex::default(),
             vdevice: Mutex::default(),
             label: label.to_owned(),
             virtual_id,
@@ -283,6 +307,7 @@ impl Device {
     }
 
     /// Detaches the device, or a PASID of it: its DMA is blocked from then on. Without the last PASID the device itself may get a better strategy, see [`Ioasid::reconsider`].
+    /// One that was detached because the kernel failed is not attached again by [`Ioasid::recover`] then.
     ///
     /// # Errors
     /// [`Error::Refused`]: it is not attached.
@@ -290,17 +315,26 @@ impl Device {
         loop {
             let space = self.0.slots().get(&pasid).map(|slot| Arc::clone(&slot.space));
             let Some(space) = space else {
+                if self.0.waits_no_more(pasid, None) {
+                    self.went(pasid);
+                    return Ok(());
+                }
                 return Err(Refusal::new(Property::Attachment, format!("{} is not attached", Who(self.label(), pasid))).into());
             };
             // False: it was put on another one meanwhile.
             if space.detach(&self.0, pasid) {
                 tracing::debug!(device = self.label(), ioasid = space.id().0, "detached");
-                let own = self.0.slots().get(&None).map(|slot| Arc::clone(&slot.space));
-                if let Some(own) = own.filter(|_| pasid.is_some() && self.0.slots().len() == 1) {
-                    own.without_company(&self.0);
-                }
+                self.went(pasid);
                 return Ok(());
             }
+        }
+    }
+
+    /// It was detached, or a PASID of it, which may have been the last.
+    pub(super) fn went(&self, pasid: Option<Pasid>) {
+        let own = self.0.slots().get(&None).map(|slot| Arc::clone(&slot.space));
+        if let Some(own) = own.filter(|_| pasid.is_some() && self.0.slots().len() == 1) {
+            own.without_company(&self.0);
         }
     }
 }

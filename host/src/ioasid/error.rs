@@ -139,9 +139,12 @@ pub enum Error {
         tables: Span,
     },
     /// The device's caches could not be told what is gone. The tables are right; devices that might use what was taken away were detached and stay blocked until
-    /// [`Ioasid::recover`](super::Ioasid::recover) succeeds.
+    /// [`Ioasid::recover`](super::Ioasid::recover) succeeds, or they are attached anew.
     #[error("devices were detached: {0}")]
     Blocked(#[source] CommitError),
+    /// Devices could neither be moved nor be put back: they were detached, and stay blocked until [`Ioasid::recover`](super::Ioasid::recover) succeeds.
+    #[error("devices were detached, because they could be neither moved nor put back: {0}")]
+    Detached(#[source] Box<Self>),
     /// Nothing of this kind is mapped there, or a mapping would be cut.
     #[error("no mapping is at {0} as a whole")]
     NotMapped(Span),

@@ -72,6 +72,13 @@ impl Managed {
         if self.overlap(span).is_some() {
             return Err(Error::Mapped(span));
         }
+        self.put(context, span, target, access)?;
+        self.mappings.insert(span.first, Mapping { last: span.last, target, access });
+        Ok(())
+    }
+
+    /// Tells the kernel of a mapping.
+    fn put(&self, context: &Inner, span: Span, target: Target, access: Access) -> Result<(), Error> {
         let (iova, length) = (Some(Iova(span.first)), length(span));
         match target {
             Target::Guest(gpa) => {
@@ -99,26 +106,47 @@ impl Managed {
                 context.kernel().ioas_map(self.ioas.id(), &map).map_err(Error::kernel("mapping memory"))?;
             }
         }
-        self.mappings.insert(span.first, Mapping { last: span.last, target, access });
         Ok(())
     }
 
-    /// Unmaps all mappings in `span`, none of which may be cut; how many.
-    pub(super) fn unmap(&mut self, span: Span) -> Result<u64, Error> {
+    /// Unmaps all mappings in `span`, none of which may be cut, in all tables or in none; how many.
+    pub(super) fn unmap(&mut self, context: &Inner, span: Span) -> Result<u64, Error> {
         let before = self.mappings.range(..span.first).next_back().filter(|(_, mapping)| mapping.last >= span.first);
         let inside: Vec<(u64, u64)> = self.mappings.range(span.first..=span.last).map(|(first, mapping)| (*first, mapping.last)).collect();
         if before.is_some() || inside.last().is_none_or(|(_, last)| *last > span.last) {
             return Err(Error::NotMapped(span));
         }
-        for (first, last) in &inside {
-            let here = Span { first: *first, last: *last };
-            self.ioas.kernel().ioas_unmap(self.ioas.id(), Iova(*first), length(here)).map_err(Error::kernel("unmapping"))?;
+        if let (Some((first, _)), Some((_, last))) = (inside.first(), inside.last())
+            && let Err(errno) = self.take(Span { first: *first, last: *last })
+        {
+            // A kernel may have come half-way.
+            inside.iter().for_each(|(first, _)| self.restore(context, *first));
+            return Err(Error::kernel("unmapping")(errno));
+        }
+        for (first, _) in &inside {
             self.mappings.remove(first);
         }
         Ok(inside.len() as u64)
     }
 
-    /// Unmaps what leads to guest memory that is not in `map`, whole; what that was is added to `lost`.
+    /// What the kernel has in a span goes, from the tables of all units.
+    fn take(&self, span: Span) -> Result<(), Errno> {
+        self.ioas.kernel().ioas_unmap(self.ioas.id(), Iova(span.first), length(span)).map(drop)
+    }
+
+    /// A mapping is there again after a call that may have removed it. Where it can neither be there nor be known to be gone, it stays known.
+    fn restore(&mut self, context: &Inner, first: u64) {
+        let Some(Mapping { last, target, access }) = self.mappings.get(&first).copied() else { return };
+        let span = Span { first, last };
+        let restored = self.put(context, span, target, access);
+        let is_there = matches!(restored, Ok(()) | Err(Error::Kernel { errno: Errno::EEXIST, .. }));
+        if !is_there && matches!(self.take(span), Ok(()) | Err(Errno::ENOENT)) {
+            tracing::error!(%span, "a mapping that was to stay is gone, because calls of the kernel failed");
+            self.mappings.remove(&first);
+        }
+    }
+
+    /// Unmaps what leads to guest memory that is not in `map`, whole, as far as the kernel does; what that was is added to `lost`. The first error.
     pub(super) fn memory_changed(&mut self, map: &MemoryMap, lost: &mut Vec<Change>) -> Result<(), Error> {
         let leads = |first: u64, mapping: &Mapping| match mapping.target {
             Target::User(_) => false,
@@ -128,11 +156,17 @@ impl Managed {
             }
         };
         let span = |(first, mapping): (&u64, &Mapping)| leads(*first, mapping).then_some(Span { first: *first, last: mapping.last });
+        let mut result = Ok(());
         for span in self.mappings.iter().filter_map(span).collect::<Vec<Span>>() {
-            self.unmap(span)?;
-            lost.push(Change::Unmap(span));
+            match self.take(span) {
+                Ok(()) => {
+                    self.mappings.remove(&span.first);
+                    lost.push(Change::Unmap(span));
+                }
+                Err(errno) => result = result.and(Err(Error::kernel("unmapping memory that went")(errno))),
+            }
         }
-        Ok(())
+        result
     }
 
     /// What lookups in software have of them: mappings of guest memory.

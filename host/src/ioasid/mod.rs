@@ -30,6 +30,7 @@
 //! A [`Device`] that is attached keeps its IOASID; an IOASID keeps the context. A device is detached, and its DMA blocked, before anything that it uses goes.
 //! When the last handles are dropped, the kernel has no object of ours any more.
 
+mod anew;
 mod attach;
 mod commit;
 mod context;
@@ -43,6 +44,7 @@ mod metrics;
 mod nested;
 mod parent;
 mod part;
+mod recover;
 mod request;
 mod software;
 mod space;

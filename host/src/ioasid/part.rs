@@ -8,7 +8,7 @@ use super::device::{Connected, Held, Slot};
 use super::nested::Bound;
 use super::parent::Parent;
 use super::tables::PoolTables;
-use super::{Error, Explanation, GuestMemory, GuestView, Kind, SpaceLimits};
+use super::{Error, Explanation, GuestMemory, GuestView, Kind, SpaceId, SpaceLimits};
 use crate::kernel::handle::{Attachment, Hwpt, PageTable, Viommu};
 use crate::kernel::{Errno, Pasid};
 use crate::plugin::queue::{Effect, Invalidation};
@@ -141,6 +141,12 @@ pub(super) enum Host {
     Areas(Box<Engine<Areas>>),
 }
 
+/// Devices and PASIDs of them.
+pub(super) type Users = Vec<(Weak<Connected>, Option<Pasid>)>;
+
+/// Users that were looked at, to be dropped without locks: dropping the last handle of a device takes some.
+pub(super) type Dropped = Vec<(Arc<Connected>, Option<Slot>)>;
+
 /// What one unit has.
 #[derive(Debug)]
 pub(super) struct Part {
@@ -148,11 +154,11 @@ pub(super) struct Part {
     pub(super) host: Host,
     pub(super) explanation: Explanation,
     /// Who is attached.
-    pub(super) users: Vec<(Weak<Connected>, Option<Pasid>)>,
+    pub(super) users: Users,
     /// It was made in this call, of what the guest's structures say now.
     pub(super) is_new: bool,
-    /// Who was, until invalidations failed.
-    pub(super) blocked: Vec<(Weak<Connected>, Option<Pasid>)>,
+    /// A commit failed, and none has succeeded since: nobody is attached, because what was taken away may still be reached.
+    pub(super) stale: bool,
 }
 
 impl Part {
@@ -255,10 +261,7 @@ impl Part {
     pub(super) fn synchronise(&mut self, memory: &GuestMemory) -> Result<Report, LiveError> {
         match &mut self.host {
             Host::Kernel { .. } => Ok(Report::default()),
-            Host::Own(_, committer) => {
-                committer.forget_everything()?;
-                Ok(Report::default())
-            }
+            Host::Own(_, committer) => committer.forget_everything().map(|()| Report::default()).map_err(LiveError::Commit),
             Host::Table(_, engine) => engine.synchronise(memory),
             Host::Areas(engine) => engine.synchronise(memory),
         }
@@ -273,41 +276,55 @@ impl Part {
         }
     }
 
-    /// What failed is tried again.
-    pub(super) fn commit(&mut self) -> Result<(), CommitError> {
+    /// What failed is tried again: nothing that was taken away is reached through it when this returns without an error.
+    pub(super) fn settle(&mut self) -> Result<(), CommitError> {
         match &mut self.host {
-            Host::Kernel { .. } => Ok(()),
-            Host::Own(_, committer) => committer.forget_everything(),
-            Host::Table(_, engine) => engine.commit(),
-            Host::Areas(engine) => engine.commit(),
+            Host::Kernel { .. } => {}
+            Host::Own(_, committer) if self.stale => committer.forget_everything()?,
+            Host::Own(..) => {}
+            Host::Table(_, engine) => engine.commit()?,
+            Host::Areas(engine) => engine.commit()?,
         }
+        self.stale = false;
+        Ok(())
     }
 
-    /// Nobody's DMA gets here any more. `is_mine` says whether a device's slot is of this IOASID. What comes back is to be dropped without any lock.
-    pub(super) fn block(&mut self, is_mine: impl Fn(&Slot) -> bool) -> Vec<(Arc<Connected>, Option<Slot>)> {
-        let mut dropped = Vec::new();
+    /// A commit failed: nobody's DMA gets here any more. Who was attached is told.
+    pub(super) fn block(&mut self, space: SpaceId, dropped: &mut Dropped) -> Users {
+        self.stale = true;
+        self.take_off(space, dropped, |_| true)
+    }
+
+    /// Takes users off whose attachments are to go: they wait for [`Ioasid::recover`](super::Ioasid::recover). Who that was is told.
+    pub(super) fn take_off(&mut self, space: SpaceId, dropped: &mut Dropped, goes: impl Fn(&Held) -> bool) -> Users {
+        let mut taken = Users::new();
         for (device, pasid) in std::mem::take(&mut self.users) {
             let Some(connected) = device.upgrade() else { continue };
-            let slot = {
-                let mut slots = connected.slots();
-                if slots.get(&pasid).is_some_and(&is_mine) { slots.remove(&pasid) } else { None }
-            };
-            if let Some(mut slot) = slot {
+            let mut slots = connected.slots();
+            let held = slots.get(&pasid).filter(|slot| slot.space.id() == space).map(|slot| &slot.held);
+            if held.is_some_and(|held| !goes(held)) {
+                self.users.push((device, pasid));
+                drop(slots);
+                dropped.push((connected, None));
+                continue;
+            }
+            let mut slot = held.is_some().then(|| slots.remove(&pasid)).flatten();
+            drop(slots);
+            if let Some(slot) = &mut slot {
                 slot.held = Held::Nowhere;
                 drop(self.release(&connected, pasid));
-                tracing::error!(device = connected.label(), "detached: what was taken away may still be in caches");
-                self.blocked.push((device, pasid));
-                dropped.push((connected, Some(slot)));
-            } else {
-                dropped.push((connected, None));
+                connected.waits_for(pasid, space);
+                tracing::error!(device = connected.label(), ioasid = space.0, "detached, because a call of the kernel failed");
+                taken.push((device, pasid));
             }
+            dropped.push((connected, slot));
         }
-        dropped
+        taken
     }
 
-    /// Nobody is attached, or waits to be again.
+    /// Nobody is attached.
     pub(super) fn is_unused(&self) -> bool {
-        self.blocked.is_empty() && self.users.iter().all(|(user, _)| user.strong_count() == 0)
+        self.users.iter().all(|(user, _)| user.strong_count() == 0)
     }
 
     /// Somebody is attached.

@@ -4,10 +4,11 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::context::Inner;
-use super::device::{Connected, Held, Slot};
+use super::device::{Connected, Held};
 use super::managed::{self, Managed, Target};
 use super::metrics::Counter;
-use super::part::{self, Engine, Host, Part};
+use super::part::{self, Dropped, Engine, Host, Part, Users};
+use super::recover::note;
 use super::software::Lookups;
 use super::watch::Watched;
 use super::{Error, Explanation, GuestMemory, GuestView, Kind, Property, Refusal, Request, Strategy};
@@ -66,8 +67,10 @@ pub struct Stats {
     pub refused_bytes: u128,
     /// Devices and PASIDs that are attached.
     pub attached: usize,
-    /// Devices and PASIDs that were detached because invalidations failed.
+    /// Devices and PASIDs that were detached because the kernel failed, and that wait for [`Ioasid::recover`].
     pub blocked: usize,
+    /// Units, or areas for all of them, that may still reach what was taken away, because invalidations failed: nobody is attached there.
+    pub stale: usize,
 }
 
 /// What is in an address space.
@@ -81,15 +84,14 @@ pub(super) enum Content {
     Guest,
 }
 
-/// Devices that were detached because what was taken away may still be in caches. Dropping the last handle of a device takes locks.
-type Detached = Vec<(Arc<Connected>, Option<Slot>)>;
-
 /// Lookups in software.
 pub(super) type Software = Engine<Lookups>;
 
 #[derive(Debug)]
 pub(super) struct State {
     pub(super) parts: Vec<Part>,
+    /// Who was detached because the kernel failed, as far as [`Connected::is_waiting`] still says so.
+    pub(super) blocked: Users,
     software: Option<Software>,
     /// Opened when it is first needed: translates for faults.
     translator: Option<Box<AddressSpace>>,
@@ -122,7 +124,7 @@ impl Space {
         let faults =
             if request.page_requests { Some(FaultQueue::alloc(context.kernel()).map_err(Error::kernel("making a queue of faults"))?) } else { None };
         let kind = request.kind.clone();
-        let state = State { parts: Vec::new(), software: None, translator: None, content, kind, geometry, faults };
+        let state = State { parts: Vec::new(), blocked: Users::new(), software: None, translator: None, content, kind, geometry, faults };
         let watched = watcher.map(|watcher| Arc::new(Watched::new(watcher)));
         Ok(Arc::new(Self { state: Mutex::new(state), id, request, watched, context: Arc::clone(context) }))
     }
@@ -176,10 +178,10 @@ impl Space {
     }
 
     /// Does something to each host's side. If one of them could not be brought in step, its devices are blocked; `detached` is to be dropped after the lock.
-    fn each(
+    pub(super) fn each(
         &self,
         state: &mut State,
-        detached: &mut Detached,
+        detached: &mut Dropped,
         mut part: impl FnMut(&mut Part) -> Result<Report, LiveError>,
         software: impl FnOnce(&mut Software) -> Result<Report, LiveError>,
     ) -> Result<Report, Error> {
@@ -196,10 +198,10 @@ impl Space {
         };
         for one in &mut state.parts {
             let result = part(one);
-            if matches!(result, Err(LiveError::Commit(_))) {
-                let mut blocked = one.block(|slot| std::ptr::eq(Arc::as_ptr(&slot.space), self));
-                self.context.count(Counter::Detached, blocked.len() as u64);
-                detached.append(&mut blocked);
+            if result.is_err() {
+                let users = one.block(self.id, detached);
+                self.context.count(Counter::Detached, users.len() as u64);
+                note(&mut state.blocked, users);
             }
             take(result);
         }
@@ -210,7 +212,7 @@ impl Space {
     }
 
     pub(super) fn memory_changed(&self, memory: &GuestMemory) -> Result<Report, Error> {
-        let mut detached = Detached::new();
+        let mut detached = Dropped::new();
         let mut state = self.lock();
         state.translator = None;
         let State { content, software, .. } = &mut *state;
@@ -324,16 +326,17 @@ impl Ioasid {
         Ok(())
     }
 
-    /// Unmaps all mappings in `span`, in all tables; how many there were. When it returns, no DMA uses them.
+    /// Unmaps all mappings in `span`, in the tables of all units or in none; how many there were. When it returns without an error, no DMA uses them.
     ///
     /// # Errors
-    /// [`Error::NotMapped`]: a mapping would be cut, or there is none. [`Error::Kernel`]: those up to the one that failed are unmapped. As for [`Ioasid::map`].
+    /// [`Error::NotMapped`]: a mapping would be cut, or there is none. [`Error::Kernel`]: all are there. A kernel that fails when it has removed some is told to
+    /// map these again; one that it does not map again is unmapped everywhere. As for [`Ioasid::map`].
     pub fn unmap(&self, span: Span) -> Result<u64, Error> {
         let mut state = self.0.lock();
         let State { content: Content::Managed(managed), software, .. } = &mut *state else { return Err(self.wrong_kind("unmap")) };
         let before: Vec<Span> =
             managed.mappings().range(span.first..=span.last).map(|(first, mapping)| Span { first: *first, last: mapping.last }).collect();
-        let result = managed.unmap(span);
+        let result = managed.unmap(&self.0.context, span);
         if let Some(software) = software {
             let gone = before.into_iter().filter(|span| !managed.mappings().contains_key(&span.first)).map(Change::Unmap);
             software.tell(&gone.collect::<Vec<_>>()).map_err(Error::Blocked)?;
@@ -347,7 +350,7 @@ impl Ioasid {
     /// [`Error::Mapped`], [`Error::NotMapped`], [`Error::Refused`] by [`SpaceLimits::mappings`](super::SpaceLimits::mappings), or because it is not a
     /// [`Kind::Requests`] one: nothing changed. [`Error::Blocked`].
     pub fn change(&self, batch: &[Change]) -> Result<(), Error> {
-        let mut detached = Detached::new();
+        let mut detached = Dropped::new();
         let mut state = self.0.lock();
         let Content::Requests(domain) = &mut state.content else { return Err(self.wrong_kind("change")) };
         take_all(domain, batch, self.0.request.limits.mappings as u64)?;
@@ -361,7 +364,7 @@ impl Ioasid {
     /// # Errors
     /// [`Error::Blocked`].
     pub fn invalidate(&self, invalidations: &[Invalidation]) -> Result<Report, Error> {
-        let mut detached = Detached::new();
+        let mut detached = Dropped::new();
         let mut state = self.0.lock();
         if !matches!(state.kind, Kind::Guest(_)) {
             return Ok(Report::default());
@@ -388,7 +391,7 @@ impl Ioasid {
     /// # Errors
     /// [`Error::Blocked`].
     pub fn table_written(&self, address: Gpa, length: u64) -> Result<Report, Error> {
-        let mut detached = Detached::new();
+        let mut detached = Dropped::new();
         let mut state = self.0.lock();
         let memory = self.0.context.memory();
         self.0.each(
@@ -406,8 +409,9 @@ impl Ioasid {
     /// A strategy that cannot be had any more gives way to the next one; one that could be had now is not taken up.
     ///
     /// # Errors
-    /// [`Error::Refused`] because it is not a [`Kind::Guest`] one, or no strategy is left for a unit: nothing changed there. [`Error::Open`], [`Error::Call`]:
-    /// nothing changed. [`Error::Blocked`].
+    /// [`Error::Refused`] because it is not a [`Kind::Guest`] one, or no strategy is left for a unit; [`Error::Kernel`], [`Error::Open`], [`Error::Call`]:
+    /// nothing changed in any unit. [`Error::Detached`]: nor did it, or it did in all, which [`Ioasid::translate`] tells; devices that could stay neither here
+    /// nor there wait for [`Ioasid::recover`]. [`Error::Blocked`]: it changed, and who could not follow waits as well.
     pub fn switch(&self, view: GuestView) -> Result<Report, Error> {
         if !matches!(self.0.request.kind, Kind::Guest(_)) {
             return Err(self.wrong_kind("switch"));
@@ -415,34 +419,44 @@ impl Ioasid {
         let kind = Kind::Guest(view.clone());
         let geometry = geometry(&self.0.context, &kind)?;
         let _memory = self.0.context.hold_memory();
-        let mut detached = Detached::new();
+        let mut detached = Dropped::new();
         let mut state = self.0.lock();
         let memory = self.0.context.memory();
         // All formats are opened before anything changes.
         let followers = state.parts.len() + usize::from(state.software.is_some());
         let mut ways = (0..followers).map(|_| part::way(&self.0.context, &view)).collect::<Result<Vec<_>, _>>()?;
+        if state.software.is_some() || state.parts.iter().any(Part::follows) {
+            // Nor does anything if those who follow could not: hardware may walk what they cannot.
+            let way = part::way(&self.0.context, &view)?;
+            drop(crate::sync::Space::open(way, memory.map().clone(), self.0.request.limits.shadow, Box::new(Unwatched))?);
+        }
         let before = (std::mem::replace(&mut state.kind, kind), std::mem::replace(&mut state.geometry, geometry));
         state.translator = None;
-        let mut report = match self.0.rebuild(&mut state, &mut detached) {
-            Ok(report) => report,
+        let (mut report, moved) = match self.0.rebuild(&mut state, &mut detached) {
+            Ok(rebuilt) => rebuilt,
             Err(error) => {
                 (state.kind, state.geometry) = before;
                 return Err(error);
             }
         };
         let software = state.software.is_some().then(|| ways.pop()).flatten();
+        let mut left_behind = Vec::new();
         let switched = self.0.each(
             &mut state,
             &mut detached,
             |part| match ways.pop() {
                 // What was made just now has read the new tables.
-                Some(way) if part.follows() && !std::mem::take(&mut part.is_new) => part.switch(&memory, way, &view),
+                Some(way) if part.follows() && !part.is_new => {
+                    part.switch(&memory, way, &view).inspect_err(|error| left_behind.extend(matches!(error, LiveError::Open(_)).then_some(part.unit)))
+                }
                 _ => Ok(Report::default()),
             },
             |engine| software.map_or(Ok(Report::default()), |way| engine.switch(&memory, way, &view)),
-        )?;
-        report.join(switched);
-        Ok(report)
+        );
+        // A plugin failed after all: whoever waits gets another part.
+        state.parts.retain(|part| !left_behind.contains(&part.unit));
+        report.join(switched.map_err(|error| if left_behind.is_empty() { error } else { Error::Detached(Box::new(error)) })?);
+        moved.map(|()| report)
     }
 
     /// Reads the guest's tables again, all of them.
@@ -450,33 +464,10 @@ impl Ioasid {
     /// # Errors
     /// [`Error::Blocked`].
     pub fn synchronise(&self) -> Result<Report, Error> {
-        let mut detached = Detached::new();
+        let mut detached = Dropped::new();
         let mut state = self.0.lock();
         let memory = self.0.context.memory();
         self.0.each(&mut state, &mut detached, |part| part.synchronise(&memory), |software| software.synchronise(&memory))
-    }
-
-    /// Tries again what failed with [`Error::Blocked`], and attaches the devices again that were detached for it, except those that are attached elsewhere.
-    ///
-    /// # Errors
-    /// [`Error::Blocked`]: it failed again. [`Error::Kernel`]: a device could not be attached.
-    pub fn recover(&self) -> Result<(), Error> {
-        let mut waiting = Vec::new();
-        {
-            let mut state = self.0.lock();
-            for part in &mut state.parts {
-                part.commit().map_err(Error::Blocked)?;
-                waiting.append(&mut part.blocked);
-            }
-        }
-        for (device, pasid) in waiting {
-            let Some(device) = device.upgrade().map(super::Device) else { continue };
-            let elsewhere = device.0.slots().contains_key(&pasid);
-            if !elsewhere {
-                drop(self.attach(&device, pasid)?);
-            }
-        }
-        Ok(())
     }
 
     /// Where an access of one byte goes, by the guest's tables as they stand in memory now, or by what was mapped.
@@ -521,7 +512,7 @@ impl Ioasid {
     /// # Errors
     /// [`Error::Blocked`], or the tables cannot be walked.
     pub fn fault(&self, iova: Iova, access: Access) -> Result<Response, Error> {
-        let mut detached = Detached::new();
+        let mut detached = Dropped::new();
         let mut state = self.0.lock();
         let memory = self.0.context.memory();
         let page = Span { first: iova.0 & !(crate::memory::PAGE - 1), last: iova.0 | (crate::memory::PAGE - 1) };
@@ -617,8 +608,10 @@ impl Ioasid {
     /// What it holds at the moment.
     #[must_use]
     pub fn stats(&self) -> Stats {
+        let blocked = self.0.waiting().len();
         let state = self.0.lock();
         let mut stats = Stats {
+            blocked,
             mappings: match &state.content {
                 Content::Managed(managed) => managed.mappings().len() as u64,
                 Content::Requests(domain) => domain.len(),
@@ -628,7 +621,7 @@ impl Ioasid {
         };
         for part in &state.parts {
             stats.attached += part.users.iter().filter(|(user, _)| user.strong_count() > 0).count();
-            stats.blocked += part.blocked.len();
+            stats.stale += usize::from(part.stale);
             if let Host::Areas(engine) = &part.host {
                 let areas = engine.sink();
                 stats.areas += areas.figures().areas;

@@ -188,6 +188,7 @@ fn no_sense(reason: &str) -> Error {
 
 impl SavedIoasid {
     fn of(ioasid: &Ioasid, mut attached: Vec<(String, Option<u32>)>) -> Self {
+        let waiting = ioasid.0.waiting();
         let state = ioasid.0.lock();
         let request = ioasid.0.request();
         let piece = |piece: &Piece| SavedMapping {
@@ -216,10 +217,8 @@ impl SavedIoasid {
             // There is no such pair.
             (Content::Guest, Kind::Managed | Kind::Requests) => SavedContent::Requests(Vec::new()),
         };
-        // Who was detached because invalidations failed is to be there again.
-        for (device, pasid) in state.parts.iter().flat_map(|part| &part.blocked) {
-            attached.extend(device.upgrade().map(|device| (device.label().to_owned(), pasid.map(|pasid| pasid.0))));
-        }
+        // Who was detached because the kernel failed is to be there again.
+        attached.extend(waiting.iter().map(|(device, pasid)| (device.label().to_owned(), pasid.map(|pasid| pasid.0))));
         Self {
             id: ioasid.id().0,
             content,

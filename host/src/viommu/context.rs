@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::PageResponse;
 use super::host::{AddressSpaces, HostError, Told, Way};
-use crate::ioasid::{self, Context, Device, Error, GuestMemory, GuestView, Ioasid, Kind, Request, SpaceId};
+use crate::ioasid::{self, Context, Device, Error, GuestMemory, GuestView, Ioasid, Kind, Property, Request, SpaceId};
 use crate::kernel::{self, Pasid, ResponseCode};
 use crate::lookup::Lookup;
 use crate::plugin::queue::{Answer, GROUPS, Invalidation, PageRequest};
@@ -92,8 +92,11 @@ impl ContextSpaces {
 
     /// What became of spaces in a call of the context that failed for some: devices of those were detached by the context.
     fn stale(&self, error: &Error) -> Vec<Told<SpaceId>> {
-        let blocked = self.spaces.values().filter(|ioasid| ioasid.stats().blocked > 0);
-        blocked.map(|ioasid| (ioasid.id(), Err(HostError::Stale(error.to_string().into())))).collect()
+        let is_stale = |ioasid: &&Ioasid| {
+            let stats = ioasid.stats();
+            stats.blocked + stats.stale > 0
+        };
+        self.spaces.values().filter(is_stale).map(|ioasid| (ioasid.id(), Err(HostError::Stale(error.to_string().into())))).collect()
     }
 
     fn find(&self, id: SpaceId) -> Result<&Ioasid, HostError> {
@@ -115,7 +118,7 @@ fn view(way: &Way) -> GuestView {
 
 fn host_error(error: Error) -> HostError {
     match error {
-        Error::Blocked(_) => HostError::Stale(Box::new(error)),
+        Error::Blocked(_) | Error::Detached(_) => HostError::Stale(Box::new(error)),
         error => HostError::Refused(Box::new(error)),
     }
 }
@@ -159,8 +162,11 @@ impl AddressSpaces for ContextSpaces {
         self.lookups.remove(&requester);
         let Some(device) = self.devices.get(&requester.id) else { return Ok(()) };
         let pasid = requester.pasid.map(Pasid);
-        // Those that a failed invalidation concerned were detached by the context.
-        if device.attached().iter().any(|(of, _)| *of == pasid) { device.detach(pasid).map_err(host_error) } else { Ok(()) }
+        match device.detach(pasid) {
+            // Those that a failed call concerned were detached by the context.
+            Err(Error::Refused(refusal)) if refusal.property == Property::Attachment => Ok(()),
+            detached => detached.map_err(host_error),
+        }
     }
 
     fn switch(&mut self, space: SpaceId, way: &Way, _: sync::Way) -> Result<Report, HostError> {

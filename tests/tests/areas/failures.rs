@@ -181,6 +181,40 @@ fn what_is_not_removed_is_not_forgotten() {
     lab.assert_clean();
 }
 
+/// A device that comes while something is still to be removed does not find it, however it comes.
+#[test]
+fn a_newcomer_does_not_reach_what_was_not_removed() {
+    for adopts in [false, true] {
+        let lab = Lab::filled();
+        let (mut areas, mut other) = (lab.areas(0), lab.areas(0));
+        let devices = LABELS.map(|label| lab.bind(label));
+        areas.attach(&devices[0], None).unwrap();
+        areas.apply(&[map(piece(0, PAGE, BASE, RW)), map(piece(PAGE, PAGE, BASE + 5 * PAGE, RW))]);
+        areas.commit().unwrap();
+        other.attach(&devices[1], None).unwrap();
+        let released = other.release(devices[1].id(), None).unwrap();
+        let released = Some(released).filter(|_| adopts);
+        lab.sim.fail_nth(1, Errno::EINTR);
+        areas.apply(&[unmap(0, PAGE)]);
+        assert_eq!(areas.figures().stale, 1);
+        lab.sim.fail_nth(1, Errno::EINTR);
+        let mut come = |released| match released {
+            Some(released) => areas.adopt(released, None).map_err(|(released, errno)| (Some(released), errno)),
+            None => areas.attach(&devices[1], None).map_err(|errno| (None, errno)),
+        };
+        let (released, errno) = come(released).unwrap_err();
+        assert_eq!(errno, Errno::EINTR);
+        come(released).map_err(|(_, errno)| errno).unwrap();
+        for label in LABELS {
+            let at = |page: u64| lab.dma(label).translate(None, Iova(page * PAGE), DmaAccess::Read).ok().map(|found| found.user_address);
+            assert_eq!((at(0), at(1)), (None, Some(lab.user + 5 * PAGE)), "{label}");
+        }
+        areas.commit().unwrap();
+        drop((areas, other, devices));
+        lab.assert_clean();
+    }
+}
+
 /// No second IOAS is to be had: what was taken away goes all the same, and what stays comes back.
 #[test]
 fn without_a_second_ioas_pages_are_gone_for_a_moment() {

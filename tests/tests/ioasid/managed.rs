@@ -1,9 +1,12 @@
 //! Mappings of the VMM, mirrored in all units.
 
-use stagecraft::ioasid::{Error, Property, Request, Target};
-use stagecraft::kernel::Errno;
-use stagecraft::kernel::sim::UnitConfig;
-use stagecraft::{Access, Gpa, Span};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use stagecraft::ioasid::{Context, Error, Property, Request, Setup, Target};
+use stagecraft::kernel::sim::{Sim, UnitConfig};
+use stagecraft::kernel::{Before, Errno, IoasId, Kernel};
+use stagecraft::{Access, Gpa, Iova, Span};
 
 use crate::rig::{DATA, Rig};
 
@@ -76,6 +79,101 @@ fn mappings_are_made_in_both_units_or_in_none() {
         }
     }
     assert!(failures >= 4, "{failures}");
+}
+
+/// Where the mappings of the tests below are, and where they lead.
+const PLACES: [(u64, u64); 3] = [(0x10_0000, DATA), (0x10_4000, DATA + 0x9000), (0x20_0000, DATA + 0x1000)];
+
+/// Where each of them leads, the same for both devices.
+fn found(rig: &Rig) -> [Option<u64>; 3] {
+    let [one, other] = ["nic", "disk"].map(|label| PLACES.map(|(iova, _)| rig.dma(label, iova)));
+    assert_eq!(one, other);
+    one
+}
+
+/// Whatever call or step fails, several mappings are gone from both units, or all are still there.
+#[test]
+fn mappings_are_unmapped_in_both_units_or_in_none() {
+    let rig = two_units();
+    let context = rig.context();
+    let (nic, disk) = (context.connect("nic").unwrap(), context.connect("disk").unwrap());
+    let ioasid = context.allocate(Request::managed()).unwrap();
+    ioasid.attach(&nic, None).unwrap();
+    ioasid.attach(&disk, None).unwrap();
+    let mut failures = 0;
+    for way in 0..3 {
+        for n in 1.. {
+            PLACES.iter().for_each(|(iova, to)| ioasid.map(span(*iova, 0x1000), Target::Guest(Gpa(*to)), BOTH).unwrap());
+            match way {
+                0 => rig.sim.fail_nth(n, Errno::EBUSY),
+                1 => rig.sim.fail_from(n, Errno::EBUSY),
+                _ => rig.sim.fail_step_nth(n, Errno::ENOMEM),
+            }
+            let unmapped = ioasid.unmap(span(0, 0x100_0000));
+            rig.sim.disarm();
+            if matches!(unmapped, Ok(3)) {
+                assert_eq!((found(&rig), ioasid.stats().mappings), ([None; 3], 0));
+                break;
+            }
+            failures += 1;
+            assert!(matches!(unmapped, Err(Error::Kernel { errno: Errno::EBUSY, .. })), "{unmapped:?}");
+            assert_eq!((found(&rig), ioasid.stats().mappings), (PLACES.map(|(_, to)| Some(to)), 3));
+            assert_eq!(ioasid.unmap(span(0, 0x100_0000)).unwrap(), 3);
+        }
+    }
+    assert!(failures >= 2, "{failures}");
+}
+
+/// A kernel that removes the first mapping and then fails, and so many further calls.
+#[derive(Debug)]
+struct HalfWay {
+    sim: Arc<Sim>,
+    failures: AtomicU64,
+}
+
+impl Before for HalfWay {
+    fn behind(&self) -> &dyn Kernel {
+        &*self.sim
+    }
+
+    fn passes(&self) {
+        if self.failures.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok() {
+            // Whichever address space it is; in others that is a part of something, and stays.
+            for id in 1..64 {
+                let _ = self.sim.ioas_unmap(IoasId(id), Iova(PLACES[0].0), 0x1000);
+            }
+            self.sim.fail_nth(1, Errno::EBUSY);
+        }
+    }
+}
+
+#[test]
+fn what_a_kernel_removed_before_it_failed_is_mapped_again() {
+    // So many calls fail; is the first one still known, and is it there?
+    for (failures, known, there) in [(1, true, true), (2, false, false), (u64::MAX, true, false)] {
+        let rig = two_units();
+        {
+            let kernel = Arc::new(HalfWay { sim: Arc::clone(&rig.sim), failures: AtomicU64::new(0) });
+            let context = Context::with(Setup { kernel: Arc::clone(&kernel) as _, ..rig.setup() }).unwrap();
+            let (nic, disk) = (context.connect("nic").unwrap(), context.connect("disk").unwrap());
+            let ioasid = context.allocate(Request::managed()).unwrap();
+            ioasid.attach(&nic, None).unwrap();
+            ioasid.attach(&disk, None).unwrap();
+            PLACES.iter().for_each(|(iova, to)| ioasid.map(span(*iova, 0x1000), Target::Guest(Gpa(*to)), BOTH).unwrap());
+            kernel.failures.store(failures, Ordering::Relaxed);
+            let unmapped = ioasid.unmap(span(0, 0x100_0000));
+            kernel.failures.store(0, Ordering::Relaxed);
+            rig.sim.disarm();
+            assert!(matches!(unmapped, Err(Error::Kernel { errno: Errno::EBUSY, .. })), "{unmapped:?}");
+            let [first, rest @ ..] = PLACES.map(|(_, to)| Some(to));
+            let [found_first, found_rest @ ..] = found(&rig);
+            assert_eq!((found_first, found_rest), (first.filter(|_| there), rest), "{failures} calls failed");
+            assert_eq!(ioasid.stats().mappings, 2 + u64::from(known), "{failures} calls failed");
+            assert_eq!(ioasid.unmap(span(0, 0x100_0000)).unwrap(), 2 + u64::from(known));
+            assert_eq!(found(&rig), [None; 3]);
+        }
+        rig.assert_clean();
+    }
 }
 
 #[test]

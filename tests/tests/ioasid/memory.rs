@@ -11,11 +11,11 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MmapRegion};
 use crate::guests::{Arch, Guest};
 use crate::rig::{DATA, Rig, unit};
 
-const HOTPLUGGED: u64 = 1 << 32;
-const BYTES: u64 = 1 << 20;
+pub const HOTPLUGGED: u64 = 1 << 32;
+pub const BYTES: u64 = 1 << 20;
 
 /// Guest memory with a region more, or without it. Tables are in the first one.
-fn memory(rig: &Rig, more: Option<&Arc<MmapRegion>>) -> GuestMemory {
+pub fn memory(rig: &Rig, more: Option<&Arc<MmapRegion>>) -> GuestMemory {
     let region = |first: u64, bytes: u64, user_address: u64| MemoryRegion {
         span: Span { first, last: first + bytes - 1 },
         kind: Kind::Ram,
@@ -137,6 +137,43 @@ fn blocks_of_a_balloon_go_and_come_back_without_a_miss_beside_them() {
             }
             rig.assert_clean();
         }
+    }
+}
+
+/// A table of the guest's own that the unit walks goes with its memory, and so does what hardware had cached of it.
+#[test]
+fn what_was_cached_of_a_table_goes_with_the_tables_memory() {
+    const TABLES: (u64, u64) = (0x10_0000, 0x20_0000);
+    for host in [Arch::Arm, Arch::Vtd, Arch::Riscv] {
+        let rig = Rig::new(&[unit(host)], &[("nic", &[0])]);
+        let guest = Guest::at(host, &rig.memory, TABLES.0);
+        guest.map(0x1000, DATA, true);
+        let ram = rig.memory.iter().next().unwrap();
+        let (bytes, user_address) = (ram.len(), ram.get_mmap().as_ptr() as u64);
+        let memory = |spans: &[(u64, u64)]| {
+            let region = |(first, end): &(u64, u64)| MemoryRegion {
+                span: Span { first: *first, last: end - 1 },
+                kind: Kind::Ram,
+                user_address: Some(user_address + first),
+                writable: true,
+                block: None,
+            };
+            GuestMemory::new(Arc::new(stagecraft::ioasid::Shared((*rig.memory).clone())), spans.iter().map(region).collect()).unwrap()
+        };
+        let whole = memory(&[(0, TABLES.0), TABLES, (TABLES.1, bytes)]);
+        let context = Context::with(Setup { memory: whole.clone(), ..rig.setup() }).unwrap();
+        let device = context.connect("nic").unwrap();
+        let ioasid = context.allocate(Request::guest(guest.view()).with_strategies(&[Strategy::Native])).unwrap();
+        ioasid.attach(&device, None).unwrap();
+        assert_eq!(rig.dma("nic", 0x1000), Some(DATA));
+        context.memory_changed(memory(&[(0, TABLES.0), (TABLES.1, bytes)])).unwrap();
+        assert_eq!(rig.dma("nic", 0x1000), None, "{host:?}");
+        context.memory_changed(whole).unwrap();
+        assert_eq!(rig.dma("nic", 0x1000), Some(DATA), "{host:?}: it is there again");
+        // What nobody was told of is found when all is read again.
+        guest.unmap(0x1000);
+        ioasid.synchronise().unwrap();
+        assert_eq!(rig.dma("nic", 0x1000), None, "{host:?}");
     }
 }
 

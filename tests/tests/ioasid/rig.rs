@@ -1,12 +1,12 @@
 //! A machine, a guest's memory, and a context over both.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use crate::guests::Arch;
 use stagecraft::ioasid::{Context, GuestMemory, Setup, TableSupply};
 use stagecraft::kernel::sim::{DeviceConfig, Sim, SimBuilder, UnitConfig, UnitIndex};
-use stagecraft::kernel::{Kernel, Pasid};
+use stagecraft::kernel::{Before, Errno, Invalidate, InvalidateError, Kernel, Pasid};
 use stagecraft::plugin::queue::{Effect, Invalidation, Scope};
 use stagecraft::plugin::{Config, Engine, Plugins};
 use stagecraft::{Iova, Span};
@@ -79,6 +79,48 @@ impl Rig {
     /// Nothing is left in the kernel.
     pub fn assert_clean(&self) {
         assert_eq!((self.sim.objects(), self.sim.pinned_pages(), self.sim.areas()), (0, 0, 0));
+    }
+}
+
+/// A kernel that does not invalidate any more, from some call on.
+#[derive(Debug)]
+pub struct Deaf {
+    kernel: Arc<dyn Kernel>,
+    /// Invalidations that it still takes.
+    takes: AtomicU64,
+    refused: AtomicBool,
+}
+
+impl Deaf {
+    /// One that takes all.
+    pub fn before(kernel: Arc<dyn Kernel>) -> Arc<Self> {
+        Arc::new(Self { kernel, takes: AtomicU64::new(u64::MAX), refused: AtomicBool::new(false) })
+    }
+
+    /// It takes so many, and then none.
+    pub fn takes(&self, calls: u64) {
+        self.refused.store(false, Ordering::Relaxed);
+        self.takes.store(calls, Ordering::Relaxed);
+    }
+
+    /// It takes all again; whether it has refused any.
+    pub fn hears(&self) -> bool {
+        self.takes.store(u64::MAX, Ordering::Relaxed);
+        self.refused.load(Ordering::Relaxed)
+    }
+}
+
+impl Before for Deaf {
+    fn behind(&self) -> &dyn Kernel {
+        &*self.kernel
+    }
+
+    fn invalidate(&self, request: &Invalidate<'_>) -> Result<u32, InvalidateError> {
+        if self.takes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |takes| takes.checked_sub(1)).is_err() {
+            self.refused.store(true, Ordering::Relaxed);
+            return Err(InvalidateError { errno: Errno::EIO, handled: 0 });
+        }
+        self.kernel.hwpt_invalidate(request)
     }
 }
 

@@ -5,11 +5,11 @@ use std::sync::{Arc, Mutex};
 
 use stagecraft::kernel::Pasid;
 use stagecraft::kernel::sim::DmaAccess;
-use stagecraft::plugin::queue::EventAccess;
+use stagecraft::plugin::queue::{Effect, EventAccess, Invalidation, Scope};
 use stagecraft::plugin::{Policy, Requester, Supervisor};
 use stagecraft::sync::{ShadowLimits, Watcher};
 use stagecraft::viommu::{BlockedDma, Handled, Illegal, Limits, StreamState, UnitConfig, Viommu};
-use stagecraft::{Gpa, Iova};
+use stagecraft::{Gpa, Iova, Span};
 use stagecraft_tests::reference::generate::Rng;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -459,6 +459,35 @@ fn a_guest_at_its_limit_gets_an_event_and_others_go_on() {
         }
         assert_eq!(rig.reads(ONE, IOVA + (39 << 21)), Some(DATA), "{arch:?}");
         assert_eq!(rig.viommu.figures().pending, 0, "{arch:?}");
+    }
+}
+
+/// A batch with more ranges than are kept apart: all of the space is looked at, what was named first and what was named last among it.
+#[test]
+fn a_batch_of_very_many_ranges_counts_for_all_of_them() {
+    const RANGES: u64 = 5000;
+    let mut rig = Rig::new(Arch::Vtd, Limits::default());
+    let root = rig.guest.new_table();
+    // The last one is in no range.
+    let pages = [0, 1, 4095, 4096, 4097, RANGES - 1].map(|range| IOVA + range * 0x2000).into_iter().chain([IOVA + 0x1000]);
+    for iova in pages.clone() {
+        rig.guest.map_page(root, iova, DATA, true);
+    }
+    rig.guest.translate(ONE, root, 7);
+    rig.viommu.connect(ONE, false);
+    for iova in pages.clone() {
+        assert_eq!(rig.reads(ONE, iova), Some(DATA));
+        rig.guest.unmap_page(root, iova);
+    }
+    let scope = Scope { leaf: true, second_stage: false, domain: Some(7), space: None, id: None };
+    let range = |range: u64| {
+        let first = IOVA + range * 0x2000;
+        Invalidation { index: 0, effect: Effect::Range { scope, iova: Span { first, last: first | 0xfff } } }
+    };
+    let handled = rig.viommu.invalidate(&(0..RANGES).map(range).collect::<Vec<_>>());
+    assert_eq!((handled.spaces, handled.changes), (1, 7));
+    for iova in pages {
+        assert_eq!(rig.reads(ONE, iova), None, "{iova:#x}");
     }
 }
 

@@ -84,15 +84,25 @@ struct Trap {
     /// So many pass before it.
     left: u64,
     errno: Errno,
+    /// All that come after it are caught as well.
+    stays: bool,
+    sprung: bool,
 }
 
 impl Trap {
+    const fn new(n: u64, errno: Errno, stays: bool) -> Self {
+        Self { left: n.saturating_sub(1), errno, stays, sprung: false }
+    }
+
     /// Whether it is this one's turn.
     fn spring(trap: &mut Option<Self>) -> Option<Errno> {
         match trap {
-            Some(Self { left: 0, errno }) => {
-                let errno = *errno;
-                *trap = None;
+            Some(Self { left: 0, errno, stays, sprung }) => {
+                let (errno, stays) = (*errno, *stays);
+                *sprung = true;
+                if !stays {
+                    *trap = None;
+                }
                 Some(errno)
             }
             Some(armed) => {
@@ -143,12 +153,16 @@ impl Calls {
     }
 
     pub(super) fn fail_nth(&self, n: u64, errno: Errno) {
-        lock(&self.0).trap = Some(Trap { left: n.saturating_sub(1), errno });
+        lock(&self.0).trap = Some(Trap::new(n, errno, false));
+    }
+
+    pub(super) fn fail_from(&self, n: u64, errno: Errno) {
+        lock(&self.0).trap = Some(Trap::new(n, errno, true));
     }
 
     /// True if it was still waiting.
     pub(super) fn disarm(&self) -> bool {
-        lock(&self.0).trap.take().is_some()
+        lock(&self.0).trap.take().is_some_and(|trap| !trap.sprung)
     }
 
     pub(super) fn counts(&self) -> BTreeMap<Call, u64> {
@@ -166,7 +180,7 @@ impl Steps {
     }
 
     pub(super) fn fail_nth(&self, n: u64, errno: Errno) {
-        *lock(&self.0) = Some(Trap { left: n.saturating_sub(1), errno });
+        *lock(&self.0) = Some(Trap::new(n, errno, false));
     }
 
     pub(super) fn disarm(&self) -> bool {

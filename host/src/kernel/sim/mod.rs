@@ -280,12 +280,17 @@ impl Sim {
         self.calls.fail_nth(n, errno);
     }
 
+    /// The same for the n-th call and all after it, until [`Sim::disarm`].
+    pub fn fail_from(&self, n: u64, errno: Errno) {
+        self.calls.fail_from(n, errno);
+    }
+
     /// The n-th step inside of kernel calls from now fails: each object that is made, area that is pinned, table that is filled is one.
     pub fn fail_step_nth(&self, n: u64, errno: Errno) {
         self.steps.fail_nth(n, errno);
     }
 
-    /// Takes back what [`Sim::fail_nth`] and [`Sim::fail_step_nth`] said; true if it had not happened yet.
+    /// Takes back what [`Sim::fail_nth`], [`Sim::fail_from`] and [`Sim::fail_step_nth`] said; true if it had not happened yet.
     pub fn disarm(&self) -> bool {
         let (call, step) = (self.calls.disarm(), self.steps.disarm());
         call || step

@@ -253,15 +253,16 @@ impl Areas {
     /// Attaches a device, or a PASID of it, that is attached to nothing. It sees what is mapped at once.
     ///
     /// Where the device must not translate what is mapped already, that is unmapped for all devices, without a gap for the rest, and counted as lost; it
-    /// comes back with the commit after the device was detached.
+    /// comes back with the commit after the device was detached. Areas that the kernel did not remove are tried again first.
     ///
     /// # Errors
-    /// As [`Kernel::attach`](crate::kernel::Kernel::attach) and [`Kernel::hwpt_alloc`](crate::kernel::Kernel::hwpt_alloc); EBUSY: it is on this address space
-    /// already. Nothing changed.
+    /// As [`Kernel::attach`](crate::kernel::Kernel::attach) and [`Kernel::hwpt_alloc`](crate::kernel::Kernel::hwpt_alloc), and as
+    /// [`Kernel::ioas_unmap`](crate::kernel::Kernel::ioas_unmap) for what is still to be removed; EBUSY: it is on this address space already. Nothing changed.
     pub fn attach(&mut self, device: &Device, pasid: Option<Pasid>) -> Result<(), Errno> {
         if self.attached.iter().any(|one| one.is(device.id(), pasid)) {
             return Err(Errno::EBUSY);
         }
+        self.without_stale()?;
         match self.put_on(&self.ioas, device, pasid, &self.attached) {
             Ok(attached) => {
                 self.attached.push(attached);
@@ -276,9 +277,12 @@ impl Areas {
     /// Takes over what is attached to another page table, hitless where both translate the same.
     ///
     /// # Errors
-    /// As [`Kernel::attach`](crate::kernel::Kernel::attach), and the attachment as it was. EADDRINUSE: the device must not translate some of what is mapped;
-    /// detaching and [`Areas::attach`] is the way then.
+    /// As [`Areas::attach`], and the attachment as it was. EADDRINUSE: the device must not translate some of what is mapped; detaching and [`Areas::attach`] is
+    /// the way then.
     pub fn adopt(&mut self, mut attachment: Attachment, pasid: Option<Pasid>) -> Result<(), (Attachment, Errno)> {
+        if let Err(errno) = self.without_stale() {
+            return Err((attachment, errno));
+        }
         let moved = self.page_table(&self.ioas, attachment.device(), &self.attached).and_then(|hwpt| {
             let to = hwpt.as_ref().map_or(PageTable::Ioas(&self.ioas), PageTable::Hwpt);
             attachment.replace(to).map(|()| hwpt)
@@ -312,6 +316,13 @@ impl Areas {
             self.replaced.clear();
         }
         released
+    }
+
+    /// A newcomer finds no area that was to be removed.
+    fn without_stale(&mut self) -> Result<(), Errno> {
+        self.remove_stale().map_err(|error| match error {
+            AreasError::Unmap { errno, .. } | AreasError::Replace { errno, .. } => errno,
+        })
     }
 
     /// The page table for a device in an IOAS; none if the kernel is to choose.
