@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 #[cfg(doc)]
 use super::Ioasid;
@@ -121,6 +122,10 @@ pub(super) struct Connected {
     virtual_id: u64,
     unit: usize,
     capabilities: Capabilities,
+    /// Whether it can ask for pages, once that is known.
+    asks: OnceLock<bool>,
+    /// It was connected by a context that was restored, and no vIOMMU has it yet.
+    restored: AtomicBool,
     bound: Bound,
     context: Arc<Inner>,
 }
@@ -158,6 +163,21 @@ impl Connected {
 
     pub(super) fn slots(&self) -> MutexGuard<'_, Slots> {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether it can ask for pages. Only an attachment to a page table with a queue of faults tells: one in which nothing is serves. A device that is attached
+    /// is not bothered; it counts as one that can, as long as nobody knows better.
+    pub(super) fn asks_for_pages(&self) -> Result<bool, Error> {
+        if let Some(known) = self.asks.get() {
+            return Ok(*known);
+        }
+        let slots = self.slots();
+        if slots.contains_key(&None) {
+            return Ok(true);
+        }
+        let asks = self.context.takes_faults(self)?;
+        drop(slots);
+        Ok(*self.asks.get_or_init(|| asks))
     }
 
     /// The vIOMMU that knows it.
@@ -247,9 +267,26 @@ impl Device {
             virtual_id,
             unit,
             capabilities,
+            asks: OnceLock::new(),
+            restored: AtomicBool::new(false),
             bound,
             context: Arc::clone(context),
         })))
+    }
+
+    pub(super) fn restored(self) -> Self {
+        self.0.restored.store(true, Ordering::Relaxed);
+        self
+    }
+
+    pub(crate) fn is_restored(&self) -> bool {
+        self.0.restored.load(Ordering::Relaxed)
+    }
+
+    /// A vIOMMU has it now.
+    pub(crate) fn taken_over(self) -> Self {
+        self.0.restored.store(false, Ordering::Relaxed);
+        self
     }
 
     /// The label that it was connected by.

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::context::Inner;
+use super::record::{Log, lock};
 use super::{Error, Property, Refusal};
 use crate::kernel::handle::Ioas;
 use crate::kernel::{CopyRange, Errno, Map, MapFlags};
@@ -32,6 +33,8 @@ pub(super) struct Mapping {
 pub(super) struct Managed {
     mappings: BTreeMap<u64, Mapping>,
     limit: usize,
+    /// Where mappings that go count as written, while somebody wants to know.
+    written: Option<Log>,
     ioas: Ioas,
 }
 
@@ -47,11 +50,16 @@ pub(super) fn flags(access: Access) -> MapFlags {
 impl Managed {
     pub(super) fn new(context: &Inner, limit: usize) -> Result<Self, Error> {
         let ioas = Ioas::alloc(context.kernel()).map_err(Error::kernel("making an address space"))?;
-        Ok(Self { mappings: BTreeMap::new(), limit, ioas })
+        Ok(Self { mappings: BTreeMap::new(), limit, written: None, ioas })
     }
 
     pub(super) const fn ioas(&self) -> &Ioas {
         &self.ioas
+    }
+
+    /// Mappings that go are to be told there.
+    pub(super) fn keep_in(&mut self, written: Option<Log>) {
+        self.written = written;
     }
 
     /// By first IOVA.
@@ -113,7 +121,12 @@ impl Managed {
         for (first, last) in &inside {
             let here = Span { first: *first, last: *last };
             self.ioas.kernel().ioas_unmap(self.ioas.id(), Iova(*first), length(here)).map_err(Error::kernel("unmapping"))?;
-            self.mappings.remove(first);
+            if let (Some(mapping), Some(written)) = (self.mappings.remove(first), &self.written)
+                && let (Target::Guest(gpa), true) = (mapping.target, mapping.access.write)
+            {
+                // The kernel does not say what was written before it unmapped.
+                lock(written).add(Span { first: gpa.0, last: gpa.0 + (last - first) });
+            }
         }
         Ok(inside.len() as u64)
     }

@@ -5,8 +5,10 @@ use std::sync::{Arc, Weak};
 use super::commit::KernelCommitter;
 use super::context::Inner;
 use super::device::{Connected, Held, Slot};
+use super::dirty::Recording;
 use super::nested::Bound;
 use super::parent::Parent;
+use super::record::Recorder;
 use super::tables::PoolTables;
 use super::{Error, Explanation, GuestMemory, GuestView, Kind, SpaceLimits};
 use crate::kernel::handle::{Attachment, Hwpt, PageTable, Viommu};
@@ -132,7 +134,7 @@ pub(super) fn way(context: &Inner, view: &GuestView) -> Result<Way, Error> {
 #[derive(Debug)]
 pub(super) enum Host {
     /// A page table that the kernel keeps, and what keeps it in step with guest memory if that is in it.
-    Kernel { hwpt: Hwpt, _parent: Option<Arc<Parent>> },
+    Kernel { hwpt: Hwpt, of_memory: Option<(Arc<Recorder>, Arc<Parent>)> },
     /// The guest's own table.
     Own(Box<Bound>, Box<KernelCommitter>),
     /// A host table. The page table goes before the memory of what it leads to.
@@ -147,12 +149,16 @@ pub(super) struct Part {
     pub(super) unit: usize,
     pub(super) host: Host,
     pub(super) explanation: Explanation,
+    /// Page tables of the kernel's are made for PASIDs.
+    pub(super) pasids: bool,
     /// Who is attached.
     pub(super) users: Vec<(Weak<Connected>, Option<Pasid>)>,
     /// It was made in this call, of what the guest's structures say now.
     pub(super) is_new: bool,
     /// Who was, until invalidations failed.
     pub(super) blocked: Vec<(Weak<Connected>, Option<Pasid>)>,
+    /// While writes are recorded.
+    pub(super) record: Option<Recording>,
 }
 
 impl Part {
@@ -167,9 +173,18 @@ impl Part {
         self.bound().and_then(Bound::viommu)
     }
 
+    /// The page table of guest memory through which everything is written.
+    pub(super) fn recorder(&self) -> Option<&Arc<Recorder>> {
+        match &self.host {
+            Host::Kernel { of_memory, .. } => of_memory.as_ref().map(|(recorder, _)| recorder),
+            Host::Own(bound, _) | Host::Table(bound, _) => Some(bound.recorder()),
+            Host::Areas(_) => None,
+        }
+    }
+
     /// PASIDs can be attached to it.
     pub(super) fn has_pasids(&self) -> bool {
-        self.bound().is_none_or(Bound::has_pasids)
+        self.bound().map_or(self.pasids, Bound::has_pasids)
     }
 
     /// Attaches a device that is attached to nothing.

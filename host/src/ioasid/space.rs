@@ -8,6 +8,7 @@ use super::device::{Connected, Held, Slot};
 use super::managed::{self, Managed, Target};
 use super::metrics::Counter;
 use super::part::{self, Engine, Host, Part};
+use super::record::{Log, lock};
 use super::software::Lookups;
 use super::watch::Watched;
 use super::{Error, Explanation, GuestMemory, GuestView, Kind, Property, Refusal, Request, Strategy};
@@ -99,6 +100,8 @@ pub(super) struct State {
     /// Geometry of the guest's first table.
     pub(super) geometry: Option<Geometry>,
     pub(super) faults: Option<FaultQueue>,
+    /// While writes are recorded: those that parts knew of that are gone.
+    pub(super) written: Option<Log>,
 }
 
 #[derive(Debug)]
@@ -122,7 +125,7 @@ impl Space {
         let faults =
             if request.page_requests { Some(FaultQueue::alloc(context.kernel()).map_err(Error::kernel("making a queue of faults"))?) } else { None };
         let kind = request.kind.clone();
-        let state = State { parts: Vec::new(), software: None, translator: None, content, kind, geometry, faults };
+        let state = State { parts: Vec::new(), software: None, translator: None, content, kind, geometry, faults, written: None };
         let watched = watcher.map(|watcher| Arc::new(Watched::new(watcher)));
         Ok(Arc::new(Self { state: Mutex::new(state), id, request, watched, context: Arc::clone(context) }))
     }
@@ -229,6 +232,15 @@ impl Space {
 
 impl Drop for Space {
     fn drop(&mut self) {
+        let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let parts = std::mem::take(&mut state.parts);
+        if let Some(written) = state.written.take() {
+            // What they know goes there.
+            drop(parts);
+            if let Some(log) = lock(self.context.record()).as_ref() {
+                lock(log).join(&lock(&written));
+            }
+        }
         self.context.forget_space(self.id);
     }
 }
