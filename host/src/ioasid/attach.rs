@@ -25,6 +25,7 @@ impl Ioasid {
     /// # Errors
     /// [`Error::Refused`] with the property that says no. Nothing has changed then, and the device's DMA is blocked as before.
     pub fn attach(&self, device: &Device, pasid: Option<Pasid>) -> Result<Report, Error> {
+        let _span = tracing::debug_span!("attach", ioasid = self.id().0, device = device.label()).entered();
         self.0.join_with_company(&device.0, pasid, false)
     }
 
@@ -33,6 +34,7 @@ impl Ioasid {
     /// # Errors
     /// As [`Ioasid::attach`]; the old attachment stays.
     pub fn replace(&self, device: &Device, pasid: Option<Pasid>) -> Result<Report, Error> {
+        let _span = tracing::debug_span!("replace", ioasid = self.id().0, device = device.label()).entered();
         self.0.join_with_company(&device.0, pasid, true)
     }
 
@@ -43,6 +45,7 @@ impl Ioasid {
     /// # Errors
     /// The kernel or a plugin failed in the middle: units that were not moved stay as they are, and so does whoever is attached there.
     pub fn reconsider(&self) -> Result<Report, Error> {
+        let _span = tracing::debug_span!("reconsider", ioasid = self.id().0).entered();
         let _memory = self.0.context().hold_memory();
         let mut detached = Vec::new();
         let mut state = self.0.lock();
@@ -443,8 +446,17 @@ impl Space {
                     explanation.chosen = Some(Chosen { strategy, what });
                     explanation.notes = notes;
                     let pasids = device.pasid_flag() != HwptFlags::NONE;
-                    let mut part =
-                        Part { unit: device.unit(), host, explanation, pasids, users: Vec::new(), is_new: true, blocked: Vec::new(), record: None };
+                    let mut part = Part {
+                        unit: device.unit(),
+                        host,
+                        explanation,
+                        pasids,
+                        users: Vec::new(),
+                        is_new: true,
+                        blocked: Vec::new(),
+                        record: None,
+                        counters: self.context().counters(),
+                    };
                     if let Some(log) = &state.written {
                         part.begin_record(&state.content, &state.told(), log)?;
                     }

@@ -456,6 +456,7 @@ impl Context {
     /// devices for which nothing could be promised were detached. What the kernel did not let go of is in [`Context::memory_leaving`]: it may still be reached, and stays mapped in
     /// this process until another call with the same memory has succeeded.
     pub fn memory_changed(&self, memory: GuestMemory) -> Result<Vec<(SpaceId, Report)>, Error> {
+        let _span = tracing::debug_span!("memory_changed").entered();
         check_window(&memory)?;
         let mut leaving = self.0.gate.write().unwrap_or_else(PoisonError::into_inner);
         let before = self.0.memory();

@@ -324,6 +324,7 @@ impl Device {
     /// # Errors
     /// [`Error::Refused`]: it is not attached.
     pub fn detach(&self, pasid: Option<Pasid>) -> Result<(), Error> {
+        let _span = tracing::debug_span!("detach", device = self.label()).entered();
         loop {
             let space = self.0.slots().get(&pasid).map(|slot| Arc::clone(&slot.space));
             let Some(space) = space else {

@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 
+use super::metrics::Counter;
 use super::part::{Engine, Host, Part};
 use super::record::{Listener, Log, lock};
 use super::space::{Content, Space, State};
@@ -295,8 +296,9 @@ impl Part {
 }
 
 impl Drop for Part {
-    /// Nobody is attached any more: what it knows of writes is kept.
+    /// Nobody is attached any more: what it knows of writes is kept, and what it cost.
     fn drop(&mut self) {
+        self.counters.add(Counter::Questions, self.questions());
         let Some(Recording { log, by }) = self.record.take() else { return };
         let mut log = lock(&log);
         let mut keep = |span| log.add(span);

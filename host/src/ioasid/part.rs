@@ -6,6 +6,7 @@ use super::commit::KernelCommitter;
 use super::context::Inner;
 use super::device::{Connected, Held, Slot};
 use super::dirty::Recording;
+use super::metrics::Counters;
 use super::nested::Bound;
 use super::parent::Parent;
 use super::record::Recorder;
@@ -14,7 +15,7 @@ use super::{Error, Explanation, GuestMemory, GuestView, Kind, SpaceLimits};
 use crate::kernel::handle::{Attachment, Hwpt, PageTable, Viommu};
 use crate::kernel::{Errno, Pasid};
 use crate::plugin::queue::{Effect, Invalidation};
-use crate::sync::{Areas, CommitError, Live, LiveError, MarksWritten, Nested, Report, Sink, Space, Watcher, Way};
+use crate::sync::{Areas, CommitError, Live, LiveError, MarksWritten, Nested, Report, ShadowFigures, Sink, Space, Watcher, Way};
 use crate::{Change, Gpa, Span};
 
 /// A sink, and who tells it what changes: a guest's tables, or whoever has a batch.
@@ -117,6 +118,14 @@ impl<S: Sink> Engine<S> {
         }
     }
 
+    /// What is followed of a guest's tables.
+    pub(super) fn figures(&self) -> ShadowFigures {
+        match self {
+            Self::Live(live) => live.space().figures(),
+            Self::Told(_) => ShadowFigures::default(),
+        }
+    }
+
     pub(super) fn commit(&mut self) -> Result<(), CommitError> {
         match self {
             Self::Live(live) => live.commit(),
@@ -159,6 +168,7 @@ pub(super) struct Part {
     pub(super) blocked: Vec<(Weak<Connected>, Option<Pasid>)>,
     /// While writes are recorded.
     pub(super) record: Option<Recording>,
+    pub(super) counters: Arc<Counters>,
 }
 
 impl Part {
@@ -285,6 +295,15 @@ impl Part {
             Host::Kernel { .. } | Host::Own(..) => Ok(()),
             Host::Table(_, engine) => engine.tell(batch),
             Host::Areas(engine) => engine.tell(batch),
+        }
+    }
+
+    /// Questions that formats were asked for its sake.
+    pub(super) fn questions(&self) -> u64 {
+        match &self.host {
+            Host::Kernel { .. } | Host::Own(..) => 0,
+            Host::Table(_, engine) => engine.sink().table().figures().questions + engine.figures().questions,
+            Host::Areas(engine) => engine.figures().questions,
         }
     }
 

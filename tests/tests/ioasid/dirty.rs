@@ -35,6 +35,9 @@ fn what_devices_write_is_told_and_told_once() {
         assert_eq!(pages(&managed.dirty(ALL, false).unwrap()), [11], "{host:?}: the third page of what begins at the eighth");
         assert_eq!(pages(&managed.dirty(ALL, true).unwrap()), [11]);
         assert_eq!(pages(&managed.dirty(ALL, true).unwrap()), [0; 0]);
+        assert!(rig.writes("nic", 0x10_3000));
+        managed.unmap(Span { first: 0x10_0000, last: 0x10_ffff }).unwrap();
+        assert_eq!(pages(&managed.dirty(ALL, true).unwrap()), (8..24).collect::<Vec<u64>>(), "nobody knows what was written last");
         managed.track_dirty(false).unwrap();
 
         let guest = Guest::new(if host == Arch::Arm { Arch::Vtd } else { Arch::Arm }, &rig.memory);
@@ -76,7 +79,7 @@ fn cases() -> Vec<(Arch, UnitConfig, Strategy)> {
 }
 
 fn tracked(request: Request) -> Request {
-    Request { dirty_tracking: true, ..request }
+    request.with_dirty_tracking()
 }
 
 #[test]

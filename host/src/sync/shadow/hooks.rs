@@ -41,6 +41,7 @@ impl Shadow {
             }
             self.roots = vec![None; plan.geometry.roots.len()];
         }
+        self.asked_before += self.judge.asked();
         self.judge = Judge::new(format, plan.levels.len());
         self.words = Words::new(plan.levels.len());
         self.plan = plan;

@@ -69,8 +69,10 @@ pub struct ShadowFigures {
     pub leaves: u64,
     /// Entries that count as absent because a limit was reached or the format failed.
     pub blocked: u64,
-    /// Questions that the format was asked.
+    /// Questions that formats were asked, since the beginning.
     pub questions: u64,
+    /// Patterns of entries whose meaning is remembered: such entries cost no question.
+    pub patterns: u64,
 }
 
 /// The format that a shadow is to be given does not describe its tables.
@@ -102,6 +104,8 @@ pub struct Shadow {
     blocked: u64,
     scratch: Scratch,
     spare: Spare,
+    /// Questions that formats before this one were asked.
+    asked_before: u64,
 }
 
 impl fmt::Debug for Shadow {
@@ -135,6 +139,7 @@ impl Shadow {
             blocked: 0,
             scratch: Scratch::default(),
             spare: Spare::default(),
+            asked_before: 0,
         })
     }
 
@@ -152,7 +157,8 @@ impl Shadow {
             table_pages: self.pages.count(),
             leaves: self.leaves,
             blocked: self.blocked,
-            questions: self.judge.asked(),
+            questions: self.asked_before + self.judge.asked(),
+            patterns: self.judge.patterns(),
         }
     }
 
