@@ -85,6 +85,8 @@ impl Bound {
             context_structure = Some(chunk);
         }
         let Binding { kind, data, viommu, pasids, invalidation, .. } = binding;
+        // For a device without PASIDs the page table is not made for them, and others behind the unit cannot have it beside theirs.
+        let pasids = pasids && device.pasid_flag() != HwptFlags::NONE;
         if with_pasids && !pasids {
             return Err(Refusal::new(Property::Pasid, OWNERS_PASIDS).into());
         }

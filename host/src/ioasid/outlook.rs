@@ -46,18 +46,34 @@ impl Ioasid {
     }
 }
 
+/// What attaching would come to.
+struct Outlook {
+    explanation: Explanation,
+    /// Page requests go to the page table.
+    takes_faults: bool,
+    /// Guest memory behind it that the device cannot use.
+    outside: Option<Span>,
+}
+
+fn not_reached(device: &Connected, span: Span) -> Refusal {
+    Refusal::new(Property::Iova, format!("guest memory at {span} lies where device {} must not translate", device.label()))
+}
+
 impl Space {
     /// What is chosen when a device, or a PASID of it, is attached now. Refused: by something else than strategies.
     fn outlook(&self, device: &Arc<Connected>, pasid: Option<Pasid>) -> Result<Explanation, Error> {
         self.check(device, pasid)?;
         let company = pasid.is_some() || device.slots().keys().any(Option::is_some);
         let state = self.lock();
-        let (explanation, takes_faults) = self.choose(&state, device, pasid, company)?;
+        let Outlook { explanation, takes_faults, outside: memory } = self.choose(&state, device, pasid, company)?;
         if explanation.chosen.is_none() {
             return Ok(explanation);
         }
         if takes_faults && state.faults.is_some() && !device.asks_for_pages()? {
             return Err(Refusal::new(Property::PageRequests, format!("{} cannot ask for pages", Who(device.label(), pasid))).into());
+        }
+        if let Some(span) = memory {
+            return Err(not_reached(device, span).into());
         }
         if let Content::Managed(managed) = &state.content {
             let span = |(first, mapping): (&u64, &super::managed::Mapping)| Span { first: *first, last: mapping.last };
@@ -68,8 +84,7 @@ impl Space {
         Ok(explanation)
     }
 
-    /// What is chosen, and whether page requests go to its page table.
-    fn choose(&self, state: &State, device: &Arc<Connected>, pasid: Option<Pasid>, company: bool) -> Result<(Explanation, bool), Error> {
+    fn choose(&self, state: &State, device: &Arc<Connected>, pasid: Option<Pasid>, company: bool) -> Result<Outlook, Error> {
         let given_up = match state.parts.iter().position(|part| part.unit == device.unit()) {
             Some(place) if self.gives_way(state, place, device, company)? => Some(place),
             _ => None,
@@ -79,11 +94,8 @@ impl Space {
         let shared = left.clone().find(|part| part.unit == device.unit()).or_else(|| left.clone().find(|part| part.is_for_all_units()));
         match shared {
             Some(part) if !company || part.has_pasids() => {
-                if let Some(span) = part.recorder().and_then(|_| self.memory_outside(device)) {
-                    let reason = format!("guest memory at {span} lies where device {} must not translate", device.label());
-                    return Err(Refusal::new(Property::Iova, reason).into());
-                }
-                return Ok((part.explanation.clone(), part.takes_faults(is_managed)));
+                let outside = part.recorder().and_then(|_| self.memory_outside(device));
+                return Ok(Outlook { explanation: part.explanation.clone(), takes_faults: part.takes_faults(is_managed), outside });
             }
             // It is made anew, so that the PASID gets in.
             Some(part) if pasid.is_some() && part.is_used_by(device) => {}
@@ -93,7 +105,7 @@ impl Space {
         self.chosen_anew(state, device, company)
     }
 
-    fn chosen_anew(&self, state: &State, device: &Connected, company: bool) -> Result<(Explanation, bool), Error> {
+    fn chosen_anew(&self, state: &State, device: &Connected, company: bool) -> Result<Outlook, Error> {
         let mut explanation = Explanation::new(device.label());
         let mut takes_faults = false;
         let memory = self.context().memory();
@@ -115,7 +127,7 @@ impl Space {
             takes_faults = matches!(candidate, Candidate::Own(_) | Candidate::Table(..) | Candidate::Areas);
             break;
         }
-        Ok((explanation, takes_faults))
+        Ok(Outlook { explanation, takes_faults, outside: None })
     }
 
     pub(super) fn choice<'a>(&'a self, state: &'a State, device: &'a Connected, memory: &'a GuestMemory) -> Choice<'a> {
@@ -138,8 +150,9 @@ impl Space {
         if state.faults.is_some() && matches!(candidate, Candidate::Areas) && !matches!(state.content, Content::Managed(_)) {
             return Ok(Some(Refusal::new(Property::PageRequests, "faults in areas that follow a guest are not recoverable")));
         }
-        if let Some(span) = self.not_reached(device, candidate) {
-            return Ok(Some(Refusal::new(Property::Iova, format!("guest memory at {span} lies where device {} must not translate", device.label()))));
+        let has_memory = matches!(candidate, Candidate::Memory | Candidate::Own(_) | Candidate::Table(..));
+        if let Some(span) = if has_memory { self.memory_outside(device) } else { None } {
+            return Ok(Some(not_reached(device, span)));
         }
         let marks = |geometry: &Geometry| geometry.levels.iter().any(|level| level.dirty.exists());
         let needs_record = match candidate {
@@ -153,14 +166,7 @@ impl Space {
         Ok(None)
     }
 
-    /// Guest memory that a device cannot use, where all of it is behind what the candidate makes.
-    fn not_reached(&self, device: &Connected, candidate: &Candidate) -> Option<Span> {
-        match candidate {
-            Candidate::Memory | Candidate::Own(_) | Candidate::Table(..) => self.memory_outside(device),
-            Candidate::Nothing | Candidate::Areas => None,
-        }
-    }
-
+    /// Guest memory that a device cannot use, though all of it is behind page tables that are not areas.
     fn memory_outside(&self, device: &Connected) -> Option<Span> {
         let memory = self.context().memory();
         let known = memory.regions().iter().filter(|region| region.user_address.is_some());

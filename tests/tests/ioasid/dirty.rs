@@ -347,7 +347,7 @@ fn a_copy_of_pages_that_were_told_is_equal_in_the_end() {
                 });
                 let _end = Stop(&stop);
                 let mut life = Life { context: &context, device: &device, guests, ioasids, rng: Rng::new(seed) };
-                for step in 0..150 {
+                for step in 0..100 {
                     let before = done.load(Ordering::Relaxed);
                     life.step();
                     if step % 4 == 0 {
