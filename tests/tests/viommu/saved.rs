@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use stagecraft::Iova;
-use stagecraft::ioasid::{Context, Error, Property, Restored, Saved};
+use stagecraft::ioasid::{Context, Error, Ioasid, Property, Restored, Saved};
 use stagecraft::kernel::sim::UnitConfig;
 use stagecraft::viommu::{ContextSpaces, StreamState};
 
@@ -74,7 +74,7 @@ fn moves(arch: Arch, from: UnitConfig, to: UnitConfig) {
         stop.store(true, Ordering::Relaxed);
         assert!(dma.join().is_ok(), "{what}: a transaction missed");
     });
-    let ids: Vec<_> = restored.ioasids.iter().map(|ioasid| ioasid.id()).collect();
+    let ids: Vec<_> = restored.ioasids.iter().map(Ioasid::id).collect();
     drop(restored);
     let context = rig.viommu.host().context().clone();
     assert!(ids.iter().all(|id| context.ioasid(*id).is_none()), "{what}: what was restored is gone");
