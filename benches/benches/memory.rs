@@ -111,20 +111,15 @@ fn idle(plugins: &Arc<Plugins>, strategy: Strategy) {
     let devices: Vec<Device> = labels.iter().map(|label| context.connect(label).unwrap()).collect();
     let make = |device: &Device, pasid: u32| {
         let ioasid = context.allocate(request.clone()).unwrap();
-        let lookup = if strategy == Strategy::Software {
-            Some(ioasid.lookup().unwrap())
-        } else {
-            ioasid.attach(device, Some(Pasid(pasid))).unwrap();
-            None
-        };
-        (ioasid, lookup)
+        ioasid.attach(device, Some(Pasid(pasid))).unwrap();
+        ioasid
     };
     // The first one pays for what all share.
     let first = make(&devices[0], PASIDS + 1);
     let (heap_before, before) = (heap(), resident());
     let all: Vec<_> = devices.iter().flat_map(|device| (1..=PASIDS).map(|pasid| make(device, pasid))).collect();
     let count = all.len() as u64;
-    let tables: u64 = all.iter().map(|(ioasid, _)| ioasid.stats().table_bytes).sum();
+    let tables: u64 = all.iter().map(|ioasid| ioasid.stats().table_bytes).sum();
     println!(
         "  {:<24} {:>10} {:>14} {:>14}",
         strategy.describe(),
@@ -151,5 +146,6 @@ fn main() {
     }
     println!("{} idle IOASIDs with one page each, {DEVICES} devices: bytes for each", DEVICES * PASIDS as usize);
     println!("  {:<24} {:>10} {:>14} {:>14}", "", "heap", "host tables", "resident");
-    Strategy::ALL.into_iter().for_each(|strategy| idle(&plugins, strategy));
+    // Lookups in software take all nodes of their limit at once: what that is follows from the limit.
+    Strategy::ALL.into_iter().filter(|strategy| *strategy != Strategy::Software).for_each(|strategy| idle(&plugins, strategy));
 }
