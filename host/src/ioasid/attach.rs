@@ -3,13 +3,13 @@
 use std::sync::Arc;
 
 use super::commit::KernelCommitter;
-use super::device::{Connected, Held, Slot, Who, outside};
+use super::device::{Connected, Held, Slot, Who};
 use super::metrics::Counter;
-use super::nested::{Bound, For, OWNERS_PASIDS, takes_pasids};
+use super::nested::{Bound, For, OWNERS_PASIDS};
 use super::parent::Under;
-use super::part::{Dropped, Engine, Host, Part};
+use super::part::{Dropped, Engine, Host, Part, Users};
 use super::space::{Content, Space, State};
-use super::strategy::{Candidate, Choice};
+use super::strategy::Candidate;
 use super::tables::PoolTables;
 use super::{Chosen, Device, Error, Explanation, Ioasid, Property, Refusal, Strategy};
 use crate::kernel::{Errno, HwptFlags, Pasid};
@@ -25,6 +25,7 @@ impl Ioasid {
     /// [`Error::Refused`] with the property that says no; [`Error::Blocked`]: what was taken away may still be reached. Nothing has changed then, and the device's
     /// DMA is blocked as before. [`Error::Detached`]: to make room for a PASID, the device itself was to be moved, which failed twice.
     pub fn attach(&self, device: &Device, pasid: Option<Pasid>) -> Result<Report, Error> {
+        let _span = tracing::debug_span!("attach", ioasid = self.id().0, device = device.label()).entered();
         self.0.join_with_company(&device.0, pasid, false)
     }
 
@@ -33,6 +34,7 @@ impl Ioasid {
     /// # Errors
     /// As [`Ioasid::attach`]; the old attachment stays. [`Error::Detached`]: the kernel failed, and failed to leave it where it was.
     pub fn replace(&self, device: &Device, pasid: Option<Pasid>) -> Result<Report, Error> {
+        let _span = tracing::debug_span!("replace", ioasid = self.id().0, device = device.label()).entered();
         self.0.join_with_company(&device.0, pasid, true)
     }
 
@@ -44,6 +46,7 @@ impl Ioasid {
     /// The kernel or a plugin failed in the middle: units that were not moved stay as they are, and so does whoever is attached there, but for
     /// [`Error::Detached`].
     pub fn reconsider(&self) -> Result<Report, Error> {
+        let _span = tracing::debug_span!("reconsider", ioasid = self.id().0).entered();
         let _memory = self.0.context().hold_memory();
         let mut detached = Vec::new();
         let mut state = self.0.lock();
@@ -66,65 +69,6 @@ impl Ioasid {
         }
         device.detach(pasid)
     }
-
-    /// What would be chosen for a device, or for a PASID of it, without making anything. Where a part for its unit is there that it would share, what was chosen for that.
-    ///
-    /// # Errors
-    /// A plugin fails.
-    pub fn explain_for(&self, device: &Device, pasid: Option<Pasid>) -> Result<Explanation, Error> {
-        let company = pasid.is_some() || device.0.slots().keys().any(Option::is_some);
-        let state = self.0.lock();
-        let shared = state.parts.iter().position(|part| part.unit == device.0.unit() && (!company || part.has_pasids()));
-        if let Some(place) = shared
-            && !(state.parts[place].is_unused() && self.0.has_better(&state, place, &device.0, company)?)
-        {
-            return Ok(state.parts[place].explanation.clone());
-        }
-        let mut explanation = Explanation::new(device.label());
-        for strategy in Strategy::ALL {
-            match self.0.choice(&state, &device.0, &self.0.context().memory()).judge(strategy)? {
-                Err(reasons) => explanation.reject(strategy, reasons),
-                Ok((candidate, _)) if company && !self.0.takes_pasids(&device.0, &candidate)? => {
-                    explanation.reject(strategy, vec![Error::from(Refusal::new(Property::Pasid, OWNERS_PASIDS)).to_string()]);
-                }
-                Ok((candidate, notes)) => {
-                    explanation.chosen = Some(Chosen { strategy, what: candidate.what() });
-                    explanation.notes = notes;
-                    break;
-                }
-            }
-        }
-        Ok(explanation)
-    }
-
-    /// Whether it serves a device too: whether attaching would succeed, as far as that can be known without doing it.
-    ///
-    /// # Errors
-    /// The property that says no.
-    pub fn serves(&self, device: &Device) -> Result<(), Refusal> {
-        let device = &device.0;
-        self.0.check(device, None)?;
-        let state = self.0.lock();
-        if let Content::Managed(managed) = &state.content {
-            let span = |(first, mapping): (&u64, &super::managed::Mapping)| crate::Span { first: *first, last: mapping.last };
-            if let Some(span) = managed.mappings().iter().map(span).find(|span| outside(&device.capabilities().iova, *span)) {
-                return Err(Refusal::new(Property::Iova, format!("{span} is mapped, and device {} cannot use all of it", device.label())));
-            }
-        }
-        if state.parts.iter().any(|part| part.unit == device.unit()) {
-            return Ok(());
-        }
-        self.0.check_unit(&state, device)?;
-        let mut reasons = Explanation::new(device.label());
-        for strategy in Strategy::ALL {
-            match self.0.choice(&state, device, &self.0.context().memory()).judge(strategy) {
-                Ok(Ok(_)) => return Ok(()),
-                Ok(Err(why)) => reasons.reject(strategy, why),
-                Err(error) => reasons.reject(strategy, vec![error.to_string()]),
-            }
-        }
-        Err(Refusal::new(Property::Strategy, reasons.why_not()))
-    }
 }
 
 impl Space {
@@ -142,33 +86,8 @@ impl Space {
         self.join(device, pasid, replace)
     }
 
-    /// Whether single PASIDs can be attached to what a candidate makes.
-    fn takes_pasids(&self, device: &Connected, candidate: &Candidate) -> Result<bool, Error> {
-        match candidate {
-            Candidate::Memory | Candidate::Nothing | Candidate::Areas => Ok(true),
-            Candidate::Own(config) => takes_pasids(self.context(), device, config, Under::Guest),
-            Candidate::Table(config, format) => {
-                let mut config = config.clone();
-                format.geometry_ref().roots.iter().for_each(|root| config.settings.set(&root.setting, 0));
-                takes_pasids(self.context(), device, &config, Under::Host)
-            }
-        }
-    }
-
-    fn choice<'a>(&'a self, state: &'a State, device: &'a Connected, memory: &'a super::GuestMemory) -> Choice<'a> {
-        Choice {
-            request: self.request(),
-            kind: &state.kind,
-            geometry: state.geometry.as_ref(),
-            capabilities: device.capabilities(),
-            plugins: self.context().plugins(),
-            supervisors: self.context().supervisors(),
-            memory,
-        }
-    }
-
     /// What can be said of a device without looking at strategies.
-    fn check(&self, device: &Connected, pasid: Option<Pasid>) -> Result<(), Refusal> {
+    pub(super) fn check(&self, device: &Connected, pasid: Option<Pasid>) -> Result<(), Refusal> {
         if !Arc::ptr_eq(self.context(), device.context()) {
             return Err(Refusal::new(Property::Context, format!("device {} is connected to another context", device.label())));
         }
@@ -185,9 +104,9 @@ impl Space {
         Ok(())
     }
 
-    /// Whether a further unit may have a part of its own.
-    fn check_unit(&self, state: &State, device: &Connected) -> Result<(), Refusal> {
-        let Some(first) = state.parts.first() else { return Ok(()) };
+    /// Whether a further unit than that of the first part may have a part of its own.
+    pub(super) fn check_unit(&self, state: &State, first: Option<&Part>, device: &Connected) -> Result<(), Refusal> {
+        let Some(first) = first else { return Ok(()) };
         if matches!(state.content, Content::Managed(_)) || self.request().second_table || matches!(first.host, Host::Kernel { .. }) {
             return Ok(());
         }
@@ -202,25 +121,28 @@ impl Space {
 
     /// The part that a device gets, made if there is none; and what was read for it if it was made.
     fn part_for(&self, state: &mut State, device: &Arc<Connected>, company: bool) -> Result<(usize, Option<Report>), Error> {
-        // Areas are for all units: the kernel keeps a table for each of them.
-        let is_shared = |part: &Part| matches!(part.host, Host::Areas(_));
         let same = state.parts.iter().position(|part| part.unit == device.unit());
-        // What nobody uses any more was chosen for others.
-        if let Some(place) = same.filter(|place| state.parts[*place].is_unused())
-            && self.has_better(state, place, device, company)?
+        if let Some(place) = same
+            && self.gives_way(state, place, device, company)?
         {
             state.parts.remove(place);
             return self.part_for(state, device, company);
         }
-        if let Some(place) = same.or_else(|| state.parts.iter().position(is_shared)) {
+        if let Some(place) = same.or_else(|| state.parts.iter().position(Part::is_for_all_units)) {
             return Ok((place, None));
         }
-        self.check_unit(state, device)?;
+        self.check_unit(state, state.parts.first(), device)?;
         let Some((part, report)) = self.build(state, device, company, None)? else {
             return Err(Refusal::new(Property::Strategy, format!("device {}: there is no strategy", device.label())).into());
         };
         state.parts.push(part);
         Ok((state.parts.len() - 1, Some(report)))
+    }
+
+    /// Whether a part is not for a device: nobody uses it any more, and it was chosen for others.
+    pub(super) fn gives_way(&self, state: &State, place: usize, device: &Connected, company: bool) -> Result<bool, Error> {
+        let part = &state.parts[place];
+        Ok(part.is_unused() && (company && !part.has_pasids() || self.has_better(state, place, device, company)?))
     }
 
     /// Whether a better strategy than a part's would be chosen for a device, as far as that can be known without making it.
@@ -229,7 +151,7 @@ impl Space {
         let memory = self.context().memory();
         for strategy in Strategy::ALL.into_iter().take_while(|strategy| chosen != Some(*strategy)) {
             if let Ok((candidate, _)) = self.choice(state, device, &memory).judge(strategy)?
-                && (!company || self.takes_pasids(device, &candidate)?)
+                && self.objection(state, device, company, &candidate)?.is_none()
             {
                 return Ok(true);
             }
@@ -275,6 +197,9 @@ impl Space {
             let company = pasid.is_some() || slots.keys().any(Option::is_some);
             let (place, made) = self.part_for(&mut state, device, company)?;
             let part = &mut state.parts[place];
+            if company && !part.has_pasids() {
+                return Err(Refusal::new(Property::Pasid, format!("device {}: {OWNERS_PASIDS}", device.label())).into());
+            }
             let moved = match (slots.get_mut(&pasid), &mut other) {
                 (Some(slot), Some(other)) => Self::move_to(part, device, pasid, slot, other).map(|()| slot.space = Arc::clone(self)),
                 _ => Self::attach_to(part, device, pasid).map(|held| {
@@ -371,6 +296,10 @@ impl Space {
                     continue;
                 }
             };
+            if let Some(objection) = self.objection(state, device, company, &candidate)? {
+                explanation.reject(strategy, vec![objection.to_string()]);
+                continue;
+            }
             let what = candidate.what();
             match self.make(state, device, company, candidate) {
                 Ok((host, report)) => {
@@ -378,7 +307,21 @@ impl Space {
                     self.context().count(Counter::of(strategy), 1);
                     explanation.chosen = Some(Chosen { strategy, what });
                     explanation.notes = notes;
-                    let part = Part { unit: device.unit(), host, explanation, users: Vec::new(), is_new: true, stale: false };
+                    let pasids = device.pasid_flag() != HwptFlags::NONE;
+                    let mut part = Part {
+                        unit: device.unit(),
+                        host,
+                        explanation,
+                        pasids,
+                        users: Users::new(),
+                        is_new: true,
+                        stale: false,
+                        record: None,
+                        counters: self.context().counters(),
+                    };
+                    if let Some(log) = &state.written {
+                        part.begin_record(&state.content, &state.told(), log)?;
+                    }
                     return Ok(Some((part, report)));
                 }
                 Err(error) if is_no(&error) => explanation.reject(strategy, vec![error.to_string()]),
@@ -390,17 +333,19 @@ impl Space {
 
     fn make(&self, state: &State, device: &Arc<Connected>, company: bool, candidate: Candidate) -> Result<(Host, Report), Error> {
         let context = self.context();
-        let whom = For { context, device, faults: state.faults.as_ref(), with_pasids: company };
+        let dirty = self.request().dirty_tracking;
+        let records = dirty && matches!(candidate, Candidate::Own(_) | Candidate::Table(..)) && context.records_nested(device)?;
+        let whom = For { context, device, faults: state.faults.as_ref(), with_pasids: company, records };
         match candidate {
             Candidate::Memory => {
                 // The parent is kept: it hears when memory comes or goes.
                 let parent = context.parent(Under::Guest)?;
-                let direct = parent.direct(device).map_err(Error::kernel("making a page table of guest memory"))?;
-                Ok((Host::Kernel { hwpt: direct, _parent: Some(parent) }, Report::default()))
+                let direct = parent.direct(device, dirty).map_err(Error::kernel("making a page table of guest memory"))?;
+                Ok((Host::Kernel { hwpt: direct.hwpt().clone(), of_memory: Some((direct, parent)) }, Report::default()))
             }
             Candidate::Nothing => {
-                let empty = context.empty(device.unit()).map(|hwpt| Host::Kernel { hwpt, _parent: None });
-                empty.map(|host| (host, Report::default())).ok_or_else(|| Refusal::new(Property::Unit, "the unit is not known").into())
+                let empty = context.empty(device).map_err(Error::kernel("making an empty page table"))?;
+                Ok((Host::Kernel { hwpt: empty, of_memory: None }, Report::default()))
             }
             Candidate::Own(config) => {
                 let mut bound = Bound::new(whom, context.parent(Under::Guest)?, &config, Under::Guest)?;
@@ -435,13 +380,10 @@ impl Space {
         let flags = device.pasid_flag() | dirty;
         if let Content::Managed(managed) = &state.content {
             let made = managed.ioas().hwpt(device.bound(), flags, state.faults.as_ref());
-            return made.map(|hwpt| (Host::Kernel { hwpt, _parent: None }, Report::default())).map_err(|errno| match errno {
+            return made.map(|hwpt| (Host::Kernel { hwpt, of_memory: None }, Report::default())).map_err(|errno| match errno {
                 Errno::EADDRINUSE => Refusal::new(Property::Iova, "areas lie where the unit cannot translate").into(),
                 errno => Error::kernel("making a page table for the device's unit")(errno),
             });
-        }
-        if state.faults.is_some() {
-            return Err(Refusal::new(Property::PageRequests, "faults in areas that follow a guest are not recoverable").into());
         }
         let limits = &self.request().limits;
         let areas = Areas::new(self.context().pins(), AreaLimits { flags, ..limits.areas }).map_err(Error::kernel("making an address space"))?;

@@ -9,10 +9,11 @@ use super::device::Connected;
 use super::memory::compare;
 use super::metrics::{Counter, Counters};
 use super::parent::{Parent, Under};
+use super::record::Log;
 use super::space::Space;
 use super::watch::Watched;
 use super::{ContextLimits, Device, Error, GuestMemory, Ioasid, MemoryRegion, PlainTables, Property, Refusal, Request, SpaceId, TableSupply};
-use crate::kernel::handle::{Device as Bound, Hwpt, Ioas, PageTable};
+use crate::kernel::handle::{Device as Bound, FaultQueue, Hwpt, Ioas, PageTable};
 use crate::kernel::{Errno, HwInfo, HwptFlags, IovaRanges, Kernel};
 use crate::pins::{Backing, Pins, Region};
 use crate::plugin::{Offer, Plugins, Policy, Supervisors, TableConfig};
@@ -58,6 +59,10 @@ struct Unit {
     path: Vec<HwInfo>,
     /// A page table of an empty address space.
     probe: Hwpt,
+    /// It is made for PASIDs.
+    pasids: bool,
+    /// Whether page tables that nested ones stand on can record which pages are written, once that is known.
+    records_nested: Option<bool>,
     ioas: Ioas,
 }
 
@@ -81,6 +86,7 @@ pub(super) struct Inner {
     table_bytes: Arc<AtomicU64>,
     next_space: AtomicU64,
     next_virtual_id: AtomicU64,
+    record: Mutex<Option<Log>>,
 }
 
 impl fmt::Debug for Inner {
@@ -185,13 +191,54 @@ impl Inner {
             let _attachment = bound.attach(None, PageTable::Hwpt(&probe)).map_err(Error::kernel("attaching the device"))?;
             ranges(&ioas)?
         };
-        units.push(Unit { path: path.to_vec(), probe, ioas });
+        units.push(Unit { path: path.to_vec(), probe, pasids, records_nested: None, ioas });
         Ok((units.len() - 1, iova))
     }
 
-    /// A page table of a unit in which nothing is.
-    pub(super) fn empty(&self, unit: usize) -> Option<Hwpt> {
-        lock(&self.units).get(unit).map(|unit| unit.probe.clone())
+    /// A page table in which nothing is, for a device.
+    pub(super) fn empty(&self, device: &Connected) -> Result<Hwpt, Errno> {
+        let units = lock(&self.units);
+        let unit = units.get(device.unit()).ok_or(Errno::ENOENT)?;
+        // The probe was made for the first device behind the unit.
+        if unit.pasids || device.pasid_flag() == HwptFlags::NONE {
+            return Ok(unit.probe.clone());
+        }
+        unit.ioas.hwpt(device.bound(), device.pasid_flag(), None)
+    }
+
+    /// Whether the kernel records which pages are written in page tables that nested ones stand on, for a device's unit: not all that record do so there.
+    pub(super) fn records_nested(&self, device: &Connected) -> Result<bool, Error> {
+        let mut units = lock(&self.units);
+        let Some(unit) = units.get_mut(device.unit()) else { return Ok(false) };
+        if let Some(known) = unit.records_nested {
+            return Ok(known);
+        }
+        let known = match unit.ioas.hwpt(device.bound(), HwptFlags::NEST_PARENT | HwptFlags::DIRTY_TRACKING, None) {
+            Ok(_) => true,
+            Err(Errno::EOPNOTSUPP | Errno::EINVAL) => false,
+            Err(errno) => return Err(Error::kernel("asking whether writes are recorded")(errno)),
+        };
+        unit.records_nested = Some(known);
+        Ok(known)
+    }
+
+    /// What is kept of IOASIDs that are gone, while writes are recorded.
+    pub(super) const fn record(&self) -> &Mutex<Option<Log>> {
+        &self.record
+    }
+
+    /// Whether the kernel attaches a device that is attached to nothing to a page table with a queue of faults.
+    pub(super) fn takes_faults(&self, device: &Connected) -> Result<bool, Error> {
+        let units = lock(&self.units);
+        let Some(unit) = units.get(device.unit()) else { return Ok(false) };
+        let queue = FaultQueue::alloc(&self.kernel).map_err(Error::kernel("making a queue of faults"))?;
+        let probed =
+            unit.ioas.hwpt(device.bound(), device.pasid_flag(), Some(&queue)).and_then(|hwpt| device.bound().attach(None, PageTable::Hwpt(&hwpt)));
+        match probed {
+            Ok(_attachment) => Ok(true),
+            Err(Errno::ENODEV | Errno::EOPNOTSUPP) => Ok(false),
+            Err(errno) => Err(Error::kernel("asking whether the device can ask for pages")(errno)),
+        }
     }
 
     pub(super) fn forget_space(&self, id: SpaceId) {
@@ -264,6 +311,7 @@ impl Context {
             table_bytes: Arc::new(AtomicU64::new(0)),
             next_space: AtomicU64::new(1),
             next_virtual_id: AtomicU64::new(0),
+            record: Mutex::default(),
         })))
     }
 
@@ -347,7 +395,18 @@ impl Context {
             return Err(Refusal::new(Property::Limit, format!("the context has {} IOASIDs already", self.0.limits.spaces)).into());
         }
         let space = Space::new(&self.0, id, request, watcher)?;
+        // It is in the list when the next one asks who is to record, or records itself.
+        let record = lock(&self.0.record);
+        if record.is_some() {
+            let recording = space.record(&mut space.lock(), true);
+            if let Err(error) = recording {
+                // Its end takes the lock.
+                drop(record);
+                return Err(error);
+            }
+        }
         lock(&self.0.spaces).insert(id.0, Arc::downgrade(&space));
+        drop(record);
         Ok(Ioasid(space))
     }
 
@@ -397,6 +456,7 @@ impl Context {
     /// devices for which nothing could be promised were detached. What the kernel did not let go of is in [`Context::memory_leaving`]: it may still be reached, and stays mapped in
     /// this process until another call with the same memory has succeeded.
     pub fn memory_changed(&self, memory: GuestMemory) -> Result<Vec<(SpaceId, Report)>, Error> {
+        let _span = tracing::debug_span!("memory_changed").entered();
         check_window(&memory)?;
         let mut leaving = self.0.gate.write().unwrap_or_else(PoisonError::into_inner);
         let before = self.0.memory();

@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 #[cfg(doc)]
 use super::Ioasid;
@@ -123,6 +124,10 @@ pub(super) struct Connected {
     virtual_id: u64,
     unit: usize,
     capabilities: Capabilities,
+    /// Whether it can ask for pages, once that is known.
+    asks: OnceLock<bool>,
+    /// It was connected by a context that was restored, and no vIOMMU has it yet.
+    restored: AtomicBool,
     bound: Bound,
     context: Arc<Inner>,
 }
@@ -181,6 +186,21 @@ impl Connected {
         let mut waits = self.waits();
         let waited = waits.get(&pasid).is_some_and(|known| space.is_none_or(|space| space == *known));
         waited && waits.remove(&pasid).is_some()
+    }
+
+    /// Whether it can ask for pages. Only an attachment to a page table with a queue of faults tells: one in which nothing is serves. A device that is attached
+    /// is not bothered; it counts as one that can, as long as nobody knows better.
+    pub(super) fn asks_for_pages(&self) -> Result<bool, Error> {
+        if let Some(known) = self.asks.get() {
+            return Ok(*known);
+        }
+        let slots = self.slots();
+        if slots.contains_key(&None) {
+            return Ok(true);
+        }
+        let asks = self.context.takes_faults(self)?;
+        drop(slots);
+        Ok(*self.asks.get_or_init(|| asks))
     }
 
     /// The vIOMMU that knows it.
@@ -271,9 +291,26 @@ impl Device {
             virtual_id,
             unit,
             capabilities,
+            asks: OnceLock::new(),
+            restored: AtomicBool::new(false),
             bound,
             context: Arc::clone(context),
         })))
+    }
+
+    pub(super) fn restored(self) -> Self {
+        self.0.restored.store(true, Ordering::Relaxed);
+        self
+    }
+
+    pub(crate) fn is_restored(&self) -> bool {
+        self.0.restored.load(Ordering::Relaxed)
+    }
+
+    /// A vIOMMU has it now.
+    pub(crate) fn taken_over(self) -> Self {
+        self.0.restored.store(false, Ordering::Relaxed);
+        self
     }
 
     /// The label that it was connected by.
@@ -312,6 +349,7 @@ impl Device {
     /// # Errors
     /// [`Error::Refused`]: it is not attached.
     pub fn detach(&self, pasid: Option<Pasid>) -> Result<(), Error> {
+        let _span = tracing::debug_span!("detach", device = self.label()).entered();
         loop {
             let space = self.0.slots().get(&pasid).map(|slot| Arc::clone(&slot.space));
             let Some(space) = space else {

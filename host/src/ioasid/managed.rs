@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::context::Inner;
+use super::record::{Log, lock};
 use super::{Error, Property, Refusal};
 use crate::kernel::handle::Ioas;
 use crate::kernel::{CopyRange, Errno, Map, MapFlags};
@@ -32,6 +33,8 @@ pub(super) struct Mapping {
 pub(super) struct Managed {
     mappings: BTreeMap<u64, Mapping>,
     limit: usize,
+    /// Where mappings that go count as written, while somebody wants to know.
+    written: Option<Log>,
     ioas: Ioas,
 }
 
@@ -47,11 +50,16 @@ pub(super) fn flags(access: Access) -> MapFlags {
 impl Managed {
     pub(super) fn new(context: &Inner, limit: usize) -> Result<Self, Error> {
         let ioas = Ioas::alloc(context.kernel()).map_err(Error::kernel("making an address space"))?;
-        Ok(Self { mappings: BTreeMap::new(), limit, ioas })
+        Ok(Self { mappings: BTreeMap::new(), limit, written: None, ioas })
     }
 
     pub(super) const fn ioas(&self) -> &Ioas {
         &self.ioas
+    }
+
+    /// Mappings that go are to be told there.
+    pub(super) fn keep_in(&mut self, written: Option<Log>) {
+        self.written = written;
     }
 
     /// By first IOVA.
@@ -119,11 +127,15 @@ impl Managed {
         if let (Some((first, _)), Some((_, last))) = (inside.first(), inside.last())
             && let Err(errno) = self.take(Span { first: *first, last: *last })
         {
-            // A kernel may have come half-way.
-            inside.iter().for_each(|(first, _)| self.restore(context, *first));
+            // A kernel may have come half-way, and what it removed is recorded no more.
+            inside.iter().for_each(|(first, _)| {
+                self.note_written(*first);
+                self.restore(context, *first);
+            });
             return Err(Error::kernel("unmapping")(errno));
         }
         for (first, _) in &inside {
+            self.note_written(*first);
             self.mappings.remove(first);
         }
         Ok(inside.len() as u64)
@@ -132,6 +144,15 @@ impl Managed {
     /// What the kernel has in a span goes, from the tables of all units.
     fn take(&self, span: Span) -> Result<(), Errno> {
         self.ioas.kernel().ioas_unmap(self.ioas.id(), Iova(span.first), length(span)).map(drop)
+    }
+
+    /// A mapping goes. The kernel does not say what was written before it unmapped.
+    fn note_written(&self, first: u64) {
+        if let (Some(mapping), Some(written)) = (self.mappings.get(&first), &self.written)
+            && let (Target::Guest(gpa), true) = (mapping.target, mapping.access.write)
+        {
+            lock(written).add(Span { first: gpa.0, last: gpa.0 + (mapping.last - first) });
+        }
     }
 
     /// A mapping is there again after a call that may have removed it. Where it can neither be there nor be known to be gone, it stays known.

@@ -22,10 +22,12 @@ pub(super) enum Counter {
     InvalidationFailures,
     Detached,
     Faults,
+    /// Those for what is gone.
+    Questions,
 }
 
 #[cfg(feature = "metrics")]
-const COUNTERS: usize = Counter::Faults as usize + 1;
+const COUNTERS: usize = Counter::Questions as usize + 1;
 
 impl Counter {
     /// What became of a path.
@@ -88,13 +90,15 @@ mod counted {
         pub invalidation_failures: u64,
         /// Devices and PASIDs that were detached for that.
         pub detached: u64,
-        /// Recoverable faults.
+        /// Recoverable faults: those that the kernel was asked for, and those that [`Ioasid::fault`](crate::ioasid::Ioasid::fault) was told.
         pub faults: u64,
         /// IOASIDs.
         pub ioasids: u64,
-        /// Questions that formats of living IOASIDs were asked.
+        /// Questions that formats were asked to follow guests' tables, and to make host tables.
         pub questions: u64,
-        /// Leaves of guests that are remembered and need no question.
+        /// Patterns of guests' entries whose meaning is remembered: such entries cost no question.
+        pub patterns: u64,
+        /// Leaves of guests that are followed.
         pub leaves: u64,
         /// Bytes of guest memory that count as pinned.
         pub pinned_bytes: u64,
@@ -130,7 +134,8 @@ mod counted {
                 detached: of(Counter::Detached),
                 faults: of(Counter::Faults),
                 ioasids: stats.len() as u64,
-                questions: stats.iter().map(|stats| stats.questions).sum(),
+                questions: of(Counter::Questions) + stats.iter().map(|stats| stats.questions).sum::<u64>(),
+                patterns: stats.iter().map(|stats| stats.patterns).sum(),
                 leaves: stats.iter().map(|stats| stats.leaves).sum(),
                 pinned_bytes,
                 pinned_limit,

@@ -15,6 +15,7 @@ use super::commit::KernelCommitter;
 use super::context::Inner;
 use super::device::Connected;
 use super::parent::{Parent, SpaceNumber, Under};
+use super::record::Recorder;
 use super::tables::Chunk;
 use super::{Error, Property, Refusal};
 use crate::kernel::handle::{FaultQueue, Hwpt, Viommu};
@@ -36,6 +37,8 @@ pub(super) struct Bound {
     viommu: Option<Viommu>,
     number: SpaceNumber,
     pasids: bool,
+    /// What it stands on.
+    recorder: Arc<Recorder>,
     _context: Option<Chunk>,
     _parent: Arc<Parent>,
 }
@@ -48,6 +51,8 @@ pub(super) struct For<'a> {
     pub(super) faults: Option<&'a FaultQueue>,
     /// Page tables are to be attached to PASIDs, or are already.
     pub(super) with_pasids: bool,
+    /// What it stands on is to be able to record which pages are written.
+    pub(super) records: bool,
 }
 
 /// Why a table of user space's cannot be had for a single PASID, nor beside others: SMMUv3's context descriptors, AMD's guest CR3 table and RISC-V's process
@@ -64,7 +69,7 @@ pub(super) fn takes_pasids(context: &Inner, device: &Connected, table: &TableCon
 impl Bound {
     /// Binds `table`, which has its roots: a host's, or a guest's own.
     pub(super) fn new(whom: For<'_>, parent: Arc<Parent>, table: &TableConfig, under: Under) -> Result<Self, Error> {
-        let For { context, device, faults, with_pasids } = whom;
+        let For { context, device, faults, with_pasids, records } = whom;
         let number = parent.number()?;
         let mut instance = context.plugins().by_format(&table.format)?.instantiate()?;
         let mut place = PlaceToBind { hardware: device.hardware(), context_address: PAGE, space: number.get(), host_made: under == Under::Host };
@@ -80,15 +85,18 @@ impl Bound {
             context_structure = Some(chunk);
         }
         let Binding { kind, data, viommu, pasids, invalidation, .. } = binding;
+        // For a device without PASIDs the page table is not made for them, and others behind the unit cannot have it beside theirs.
+        let pasids = pasids && device.pasid_flag() != HwptFlags::NONE;
         if with_pasids && !pasids {
             return Err(Refusal::new(Property::Pasid, OWNERS_PASIDS).into());
         }
         let recipe = invalidation.ok_or_else(|| Refusal::new(Property::Invalidation, "nothing that is cached of such a table can be dropped"))?;
-        let viommu = viommu.map(|viommu_type| parent.viommu(device, viommu_type)).transpose().map_err(Error::kernel("making a vIOMMU"))?;
+        let viommu = viommu.map(|viommu_type| parent.viommu(device, records, viommu_type)).transpose().map_err(Error::kernel("making a vIOMMU"))?;
         let flags = if pasids { device.pasid_flag() } else { HwptFlags::NONE };
+        let recorder = parent.nest(device, records).map_err(Error::kernel("making a page table for nested ones"))?;
         let hwpt = match &viommu {
             Some(viommu) => viommu.nested(device.bound(), flags, (kind, &data), faults),
-            None => parent.nest(device).and_then(|parent| parent.nested(device.bound(), flags, (kind, &data), faults)),
+            None => recorder.hwpt().nested(device.bound(), flags, (kind, &data), faults),
         };
         let hwpt = hwpt.map_err(Error::kernel("making a nested page table"))?;
         let target = match (recipe.target, &viommu) {
@@ -102,7 +110,17 @@ impl Bound {
         let committer = probed.map_err(|error| Error::kernel("asking whether invalidations are taken")(error.errno))?;
         // A page table that is destroyed takes what was cached of it along; a vIOMMU stays.
         let last_words = matches!(target, InvalidateTarget::Viommu(_)).then(|| committer.clone());
-        Ok(Self { hwpt: Some(hwpt), committer: Some(committer), last_words, viommu, number, pasids, _context: context_structure, _parent: parent })
+        Ok(Self {
+            hwpt: Some(hwpt),
+            committer: Some(committer),
+            last_words,
+            viommu,
+            number,
+            pasids,
+            recorder,
+            _context: context_structure,
+            _parent: parent,
+        })
     }
 
     /// The page table, for devices.
@@ -113,6 +131,11 @@ impl Bound {
     /// The vIOMMU that devices have to be in.
     pub(super) const fn viommu(&self) -> Option<&Viommu> {
         self.viommu.as_ref()
+    }
+
+    /// The page table that it stands on.
+    pub(super) const fn recorder(&self) -> &Arc<Recorder> {
+        &self.recorder
     }
 
     /// Single PASIDs can be attached.

@@ -8,9 +8,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::context::Inner;
 use super::device::Connected;
+use super::record::{Mapped, Recorder};
 use super::tables::TablePool;
 use super::{Error, MemoryRegion, Property, Refusal};
-use crate::kernel::handle::{Hwpt, Ioas, Viommu};
+use crate::kernel::handle::{Ioas, Viommu};
 use crate::kernel::{CopyRange, Errno, HwptFlags, MapFlags};
 use crate::{Iova, Span};
 
@@ -27,19 +28,21 @@ pub(super) enum Under {
 #[derive(Debug)]
 struct OfUnit {
     unit: usize,
+    /// They can record which pages are written.
+    records: bool,
     // Dropped before what they stand on.
     viommus: Vec<(u32, Viommu)>,
     /// For nested page tables.
-    nest: Option<Hwpt>,
-    /// For devices.
-    direct: Option<Hwpt>,
+    nest: Option<Arc<Recorder>>,
+    /// For devices: without PASIDs, and with.
+    direct: [Option<Arc<Recorder>>; 2],
 }
 
 impl OfUnit {
-    fn nest(&mut self, ioas: &Ioas, device: &Connected) -> Result<&Hwpt, Errno> {
+    fn nest(&mut self, parent: &Parent, device: &Connected) -> Result<&Arc<Recorder>, Errno> {
         let made = match self.nest.take() {
             Some(known) => known,
-            None => ioas.hwpt(device.bound(), HwptFlags::NEST_PARENT, None)?,
+            None => parent.make(device, HwptFlags::NEST_PARENT, self.records)?,
         };
         Ok(self.nest.insert(made))
     }
@@ -51,6 +54,7 @@ pub(super) struct Parent {
     units: Mutex<Vec<OfUnit>>,
     pool: Arc<TablePool>,
     numbers: Mutex<Numbers>,
+    mapped: Arc<Mapped>,
     ioas: Ioas,
 }
 
@@ -68,9 +72,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Parent {
     pub(super) fn new(context: &Inner, under: Under) -> Result<Arc<Self>, Error> {
         let ioas = Ioas::alloc(context.kernel()).map_err(Error::kernel("making a parent address space"))?;
-        let memory = context.memory();
+        let (memory, mapped) = (context.memory(), Arc::default());
         for region in memory.regions() {
-            copy(context, &ioas, region)?;
+            copy(context, &ioas, region, &mapped)?;
         }
         let flags = match under {
             Under::Host => MapFlags::READABLE | MapFlags::WRITEABLE,
@@ -78,7 +82,7 @@ impl Parent {
         };
         let pool = TablePool::new(ioas.clone(), context.supply(), memory.tables(), flags, context.table_budget());
         let numbers = Mutex::new(Numbers { next: 1, free: BTreeSet::new() });
-        Ok(Arc::new(Self { units: Mutex::default(), pool, numbers, ioas }))
+        Ok(Arc::new(Self { units: Mutex::default(), pool, numbers, mapped, ioas }))
     }
 
     /// Memory for tables or context structures.
@@ -86,40 +90,47 @@ impl Parent {
         &self.pool
     }
 
-    /// The page table of a device's unit that nested ones stand on.
-    pub(super) fn nest(&self, device: &Connected) -> Result<Hwpt, Errno> {
-        self.of_unit(device, |of| of.nest(&self.ioas, device).cloned())
+    /// The page table of a device's unit that nested ones stand on. With `records` it can record which pages are written.
+    pub(super) fn nest(&self, device: &Connected, records: bool) -> Result<Arc<Recorder>, Errno> {
+        self.of_unit(device, records, |of| of.nest(self, device).cloned())
+    }
+
+    fn make(&self, device: &Connected, flags: HwptFlags, records: bool) -> Result<Arc<Recorder>, Errno> {
+        let more = if records { HwptFlags::DIRTY_TRACKING } else { HwptFlags::NONE };
+        Ok(Recorder::new(self.ioas.hwpt(device.bound(), flags | more, None)?, &self.mapped, records))
     }
 
     /// A page table of a device's unit for devices that see guest memory as it is.
-    pub(super) fn direct(&self, device: &Connected) -> Result<Hwpt, Errno> {
-        self.of_unit(device, |of| {
-            let made = match of.direct.take() {
+    pub(super) fn direct(&self, device: &Connected, records: bool) -> Result<Arc<Recorder>, Errno> {
+        self.of_unit(device, records, |of| {
+            let flags = device.pasid_flag();
+            let direct = &mut of.direct[usize::from(flags != HwptFlags::NONE)];
+            let made = match direct.take() {
                 Some(known) => known,
-                None => self.ioas.hwpt(device.bound(), device.pasid_flag(), None)?,
+                None => self.make(device, flags, records)?,
             };
-            Ok(of.direct.insert(made).clone())
+            Ok(direct.insert(made).clone())
         })
     }
 
     /// The vIOMMU of a type in a device's unit.
-    pub(super) fn viommu(&self, device: &Connected, viommu_type: u32) -> Result<Viommu, Errno> {
-        self.of_unit(device, |of| {
+    pub(super) fn viommu(&self, device: &Connected, records: bool, viommu_type: u32) -> Result<Viommu, Errno> {
+        self.of_unit(device, records, |of| {
             if let Some((_, known)) = of.viommus.iter().find(|(known, _)| *known == viommu_type) {
                 return Ok(known.clone());
             }
-            let made = of.nest(&self.ioas, device)?.viommu(device.bound(), viommu_type)?;
+            let made = of.nest(self, device)?.hwpt().viommu(device.bound(), viommu_type)?;
             of.viommus.push((viommu_type, made.clone()));
             Ok(made)
         })
     }
 
-    fn of_unit<T>(&self, device: &Connected, act: impl FnOnce(&mut OfUnit) -> Result<T, Errno>) -> Result<T, Errno> {
+    fn of_unit<T>(&self, device: &Connected, records: bool, act: impl FnOnce(&mut OfUnit) -> Result<T, Errno>) -> Result<T, Errno> {
         let mut units = lock(&self.units);
-        if let Some(of) = units.iter_mut().find(|of| of.unit == device.unit()) {
+        if let Some(of) = units.iter_mut().find(|of| of.unit == device.unit() && of.records == records) {
             return act(of);
         }
-        let mut of = OfUnit { unit: device.unit(), viommus: Vec::new(), nest: None, direct: None };
+        let mut of = OfUnit { unit: device.unit(), records, viommus: Vec::new(), nest: None, direct: [None, None] };
         let result = act(&mut of);
         units.push(of);
         result
@@ -141,7 +152,7 @@ impl Parent {
 
     /// Memory came, which the kernel knows already.
     pub(super) fn add(&self, context: &Inner, region: &MemoryRegion) -> Result<(), Error> {
-        copy(context, &self.ioas, region)
+        copy(context, &self.ioas, region, &self.mapped)
     }
 
     /// Memory goes: no host table leads there any more.
@@ -151,7 +162,11 @@ impl Parent {
         }
         let (first, bytes) = range(region.span);
         match self.ioas.kernel().ioas_unmap(self.ioas.id(), first, bytes) {
-            Ok(_) | Err(Errno::ENOENT) => Ok(()),
+            Ok(_) | Err(Errno::ENOENT) => {
+                self.mapped.remove(region.span);
+                lock(&self.units).iter().flat_map(|of| of.nest.iter().chain(of.direct.iter().flatten())).for_each(|one| one.lose(region.span));
+                Ok(())
+            }
             Err(errno) => Err(Error::kernel("taking memory away from a parent address space")(errno)),
         }
     }
@@ -161,7 +176,7 @@ fn range(span: Span) -> (Iova, u64) {
     (Iova(span.first), span.length_minus_one().saturating_add(1))
 }
 
-fn copy(context: &Inner, ioas: &Ioas, region: &MemoryRegion) -> Result<(), Error> {
+fn copy(context: &Inner, ioas: &Ioas, region: &MemoryRegion, mapped: &Mapped) -> Result<(), Error> {
     if region.user_address.is_none() {
         return Ok(());
     }
@@ -169,7 +184,11 @@ fn copy(context: &Inner, ioas: &Ioas, region: &MemoryRegion) -> Result<(), Error
     let (first, length) = range(region.span);
     let request =
         CopyRange { flags, destination: ioas.id(), destination_iova: Some(first), source: context.pins().ioas().id(), source_iova: first, length };
-    context.kernel().ioas_copy(&request).map(drop).map_err(Error::kernel("copying guest memory to a parent address space"))
+    context.kernel().ioas_copy(&request).map_err(Error::kernel("copying guest memory to a parent address space"))?;
+    if region.writable {
+        mapped.add(region.span);
+    }
+    Ok(())
 }
 
 /// An address space's number in the unit's caches.

@@ -5,14 +5,17 @@ use std::sync::{Arc, Weak};
 use super::commit::KernelCommitter;
 use super::context::Inner;
 use super::device::{Connected, Held, Slot};
+use super::dirty::Recording;
+use super::metrics::Counters;
 use super::nested::Bound;
 use super::parent::Parent;
+use super::record::Recorder;
 use super::tables::PoolTables;
 use super::{Error, Explanation, GuestMemory, GuestView, Kind, SpaceId, SpaceLimits};
 use crate::kernel::handle::{Attachment, Hwpt, PageTable, Viommu};
 use crate::kernel::{Errno, Pasid};
 use crate::plugin::queue::{Effect, Invalidation};
-use crate::sync::{Areas, CommitError, Live, LiveError, MarksWritten, Nested, Report, Sink, Space, Watcher, Way};
+use crate::sync::{Areas, CommitError, Live, LiveError, MarksWritten, Nested, Report, ShadowFigures, Sink, Space, Watcher, Way};
 use crate::{Change, Gpa, Span};
 
 /// A sink, and who tells it what changes: a guest's tables, or whoever has a batch.
@@ -115,6 +118,14 @@ impl<S: Sink> Engine<S> {
         }
     }
 
+    /// What is followed of a guest's tables.
+    pub(super) fn figures(&self) -> ShadowFigures {
+        match self {
+            Self::Live(live) => live.space().figures(),
+            Self::Told(_) => ShadowFigures::default(),
+        }
+    }
+
     pub(super) fn commit(&mut self) -> Result<(), CommitError> {
         match self {
             Self::Live(live) => live.commit(),
@@ -132,7 +143,7 @@ pub(super) fn way(context: &Inner, view: &GuestView) -> Result<Way, Error> {
 #[derive(Debug)]
 pub(super) enum Host {
     /// A page table that the kernel keeps, and what keeps it in step with guest memory if that is in it.
-    Kernel { hwpt: Hwpt, _parent: Option<Arc<Parent>> },
+    Kernel { hwpt: Hwpt, of_memory: Option<(Arc<Recorder>, Arc<Parent>)> },
     /// The guest's own table.
     Own(Box<Bound>, Box<KernelCommitter>),
     /// A host table. The page table goes before the memory of what it leads to.
@@ -153,12 +164,17 @@ pub(super) struct Part {
     pub(super) unit: usize,
     pub(super) host: Host,
     pub(super) explanation: Explanation,
+    /// Page tables of the kernel's are made for PASIDs.
+    pub(super) pasids: bool,
     /// Who is attached.
     pub(super) users: Users,
     /// It was made in this call, of what the guest's structures say now.
     pub(super) is_new: bool,
     /// A commit failed, and none has succeeded since: nobody is attached, because what was taken away may still be reached.
     pub(super) stale: bool,
+    /// While writes are recorded.
+    pub(super) record: Option<Recording>,
+    pub(super) counters: Arc<Counters>,
 }
 
 impl Part {
@@ -173,9 +189,18 @@ impl Part {
         self.bound().and_then(Bound::viommu)
     }
 
+    /// The page table of guest memory through which everything is written.
+    pub(super) fn recorder(&self) -> Option<&Arc<Recorder>> {
+        match &self.host {
+            Host::Kernel { of_memory, .. } => of_memory.as_ref().map(|(recorder, _)| recorder),
+            Host::Own(bound, _) | Host::Table(bound, _) => Some(bound.recorder()),
+            Host::Areas(_) => None,
+        }
+    }
+
     /// PASIDs can be attached to it.
     pub(super) fn has_pasids(&self) -> bool {
-        self.bound().is_none_or(Bound::has_pasids)
+        self.bound().map_or(self.pasids, Bound::has_pasids)
     }
 
     /// Attaches a device that is attached to nothing.
@@ -273,6 +298,15 @@ impl Part {
             Host::Kernel { .. } | Host::Own(..) => Ok(()),
             Host::Table(_, engine) => engine.tell(batch),
             Host::Areas(engine) => engine.tell(batch),
+        }
+    }
+
+    /// Questions that formats were asked for its sake.
+    pub(super) fn questions(&self) -> u64 {
+        match &self.host {
+            Host::Kernel { .. } | Host::Own(..) => 0,
+            Host::Table(_, engine) => engine.sink().table().figures().questions + engine.figures().questions,
+            Host::Areas(engine) => engine.figures().questions,
         }
     }
 

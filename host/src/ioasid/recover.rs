@@ -20,6 +20,7 @@ impl Ioasid {
     /// The first error, if not all is well after all was tried; what failed and who is still blocked is tried again by the next call. [`Error::Blocked`]: what was
     /// taken away may still be reached by way of one unit. [`Error::Kernel`]: a device could not be attached.
     pub fn recover(&self) -> Result<(), Error> {
+        let _span = tracing::debug_span!("recover", ioasid = self.id().0).entered();
         let mut detached = Dropped::new();
         let mut result = {
             let mut state = self.0.lock();

@@ -158,7 +158,7 @@ pub struct Request {
     pub second_table: bool,
     /// Faults are to be recoverable: only devices that can ask for pages can be attached, and [`Ioasid::serve_faults`](super::Ioasid::serve_faults) answers.
     pub page_requests: bool,
-    /// The kernel is to be able to record which pages were written.
+    /// It is to be possible to record which pages are written ([`Ioasid::track_dirty`](super::Ioasid::track_dirty)): devices and strategies with which it is not are not taken.
     pub dirty_tracking: bool,
     /// How much it may take.
     pub limits: SpaceLimits,
@@ -205,6 +205,12 @@ impl Request {
     #[must_use]
     pub fn with_page_requests(self) -> Self {
         Self { page_requests: true, ..self }
+    }
+
+    /// The same, and it can be recorded which pages are written.
+    #[must_use]
+    pub fn with_dirty_tracking(self) -> Self {
+        Self { dirty_tracking: true, ..self }
     }
 
     /// The same, with other limits.

@@ -8,6 +8,7 @@ use super::device::{Connected, Held};
 use super::managed::{self, Managed, Target};
 use super::metrics::Counter;
 use super::part::{self, Dropped, Engine, Host, Part, Users};
+use super::record::{Log, lock};
 use super::recover::note;
 use super::software::Lookups;
 use super::watch::Watched;
@@ -18,7 +19,7 @@ use crate::lookup::Lookup;
 use crate::memory::{Budget, Limits};
 use crate::plugin::queue::Invalidation;
 use crate::plugin::{Outcome, Tag, Translated};
-use crate::sync::{LiveError, Report, Unwatched, Watcher};
+use crate::sync::{LiveError, Report, Sink, Unwatched, Watcher};
 use crate::table::{AddressSpace, Fault, Geometry, OpenError, Piece, Translation};
 use crate::virtio_iommu::Domain;
 use crate::{Access, Change, Gpa, Iova, Span};
@@ -47,10 +48,12 @@ pub enum Response {
 /// What an IOASID holds at the moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Stats {
-    /// Tables of the guest that are followed, once for each host table.
+    /// Tables of the guest that are followed, once for each host table, and once for lookups in software.
     pub guest_tables: u64,
-    /// Leaves in them.
+    /// Leaves in them, counted in the same way.
     pub leaves: u64,
+    /// Patterns of entries whose meaning is remembered, counted in the same way: such entries cost no question.
+    pub patterns: u64,
     /// Tables of the host.
     pub host_tables: u64,
     /// Areas that the kernel has for it, where it follows tables or requests with areas.
@@ -59,7 +62,7 @@ pub struct Stats {
     pub table_bytes: u64,
     /// Mappings that the VMM, or a guest with requests, made.
     pub mappings: u64,
-    /// Questions that formats were asked.
+    /// Questions that formats were asked for what it holds.
     pub questions: u64,
     /// Pieces, or parts of them, that are not mapped because there was no memory for tables or lookups.
     pub without_memory: u64,
@@ -101,6 +104,8 @@ pub(super) struct State {
     /// Geometry of the guest's first table.
     pub(super) geometry: Option<Geometry>,
     pub(super) faults: Option<FaultQueue>,
+    /// While writes are recorded: those that parts knew of that are gone.
+    pub(super) written: Option<Log>,
 }
 
 #[derive(Debug)]
@@ -124,7 +129,8 @@ impl Space {
         let faults =
             if request.page_requests { Some(FaultQueue::alloc(context.kernel()).map_err(Error::kernel("making a queue of faults"))?) } else { None };
         let kind = request.kind.clone();
-        let state = State { parts: Vec::new(), blocked: Users::new(), software: None, translator: None, content, kind, geometry, faults };
+        let state =
+            State { parts: Vec::new(), blocked: Users::new(), software: None, translator: None, content, kind, geometry, faults, written: None };
         let watched = watcher.map(|watcher| Arc::new(Watched::new(watcher)));
         Ok(Arc::new(Self { state: Mutex::new(state), id, request, watched, context: Arc::clone(context) }))
     }
@@ -212,6 +218,7 @@ impl Space {
     }
 
     pub(super) fn memory_changed(&self, memory: &GuestMemory) -> Result<Report, Error> {
+        let _span = tracing::debug_span!("memory_changed", ioasid = self.id.0).entered();
         let mut detached = Dropped::new();
         let mut state = self.lock();
         state.translator = None;
@@ -231,6 +238,18 @@ impl Space {
 
 impl Drop for Space {
     fn drop(&mut self) {
+        let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if let Some(software) = state.software.take() {
+            self.context.count(Counter::Questions, software.figures().questions);
+        }
+        let parts = std::mem::take(&mut state.parts);
+        if let Some(written) = state.written.take() {
+            // What they know goes there.
+            drop(parts);
+            if let Some(log) = lock(self.context.record()).as_ref() {
+                lock(log).join(&lock(&written));
+            }
+        }
         self.context.forget_space(self.id);
     }
 }
@@ -350,6 +369,7 @@ impl Ioasid {
     /// [`Error::Mapped`], [`Error::NotMapped`], [`Error::Refused`] by [`SpaceLimits::mappings`](super::SpaceLimits::mappings), or because it is not a
     /// [`Kind::Requests`] one: nothing changed. [`Error::Blocked`].
     pub fn change(&self, batch: &[Change]) -> Result<(), Error> {
+        let _span = tracing::trace_span!("change", ioasid = self.id().0, changes = batch.len()).entered();
         let mut detached = Dropped::new();
         let mut state = self.0.lock();
         let Content::Requests(domain) = &mut state.content else { return Err(self.wrong_kind("change")) };
@@ -364,6 +384,7 @@ impl Ioasid {
     /// # Errors
     /// [`Error::Blocked`].
     pub fn invalidate(&self, invalidations: &[Invalidation]) -> Result<Report, Error> {
+        let _span = tracing::trace_span!("invalidate", ioasid = self.id().0, commands = invalidations.len()).entered();
         let mut detached = Dropped::new();
         let mut state = self.0.lock();
         if !matches!(state.kind, Kind::Guest(_)) {
@@ -391,6 +412,7 @@ impl Ioasid {
     /// # Errors
     /// [`Error::Blocked`].
     pub fn table_written(&self, address: Gpa, length: u64) -> Result<Report, Error> {
+        let _span = tracing::trace_span!("table_written", ioasid = self.id().0, %address, length).entered();
         let mut detached = Dropped::new();
         let mut state = self.0.lock();
         let memory = self.0.context.memory();
@@ -416,6 +438,7 @@ impl Ioasid {
         if !matches!(self.0.request.kind, Kind::Guest(_)) {
             return Err(self.wrong_kind("switch"));
         }
+        let _span = tracing::debug_span!("switch", ioasid = self.id().0).entered();
         let kind = Kind::Guest(view.clone());
         let geometry = geometry(&self.0.context, &kind)?;
         let _memory = self.0.context.hold_memory();
@@ -464,6 +487,7 @@ impl Ioasid {
     /// # Errors
     /// [`Error::Blocked`].
     pub fn synchronise(&self) -> Result<Report, Error> {
+        let _span = tracing::debug_span!("synchronise", ioasid = self.id().0).entered();
         let mut detached = Dropped::new();
         let mut state = self.0.lock();
         let memory = self.0.context.memory();
@@ -512,6 +536,12 @@ impl Ioasid {
     /// # Errors
     /// [`Error::Blocked`], or the tables cannot be walked.
     pub fn fault(&self, iova: Iova, access: Access) -> Result<Response, Error> {
+        let _span = tracing::debug_span!("fault", ioasid = self.id().0, %iova).entered();
+        self.0.context.count(Counter::Faults, 1);
+        self.look_for_fault(iova, access)
+    }
+
+    fn look_for_fault(&self, iova: Iova, access: Access) -> Result<Response, Error> {
         let mut detached = Dropped::new();
         let mut state = self.0.lock();
         let memory = self.0.context.memory();
@@ -569,7 +599,7 @@ impl Ioasid {
         let mut served = Vec::new();
         let mut failed = Ok(());
         for fault in faults {
-            let response = self.fault(fault.address, Access { read: fault.read, write: fault.write });
+            let response = self.look_for_fault(fault.address, Access { read: fault.read, write: fault.write });
             let code = if matches!(response, Ok(Response::Mapped)) { ResponseCode::Success } else { ResponseCode::Invalid };
             failed = failed.and(self.answer_fault(PageResponse { cookie: fault.cookie, code }));
             match response {
@@ -627,12 +657,7 @@ impl Ioasid {
                 stats.areas += areas.figures().areas;
                 stats.without_memory += areas.figures().pending + areas.figures().without_room + areas.figures().forgotten;
                 stats.refused_bytes += areas.losses().refused_bytes();
-                if let Engine::Live(live) = &**engine {
-                    let figures = live.space().figures();
-                    stats.guest_tables += figures.tables;
-                    stats.leaves += figures.leaves;
-                    stats.questions += figures.questions;
-                }
+                stats.follow(engine);
             }
             if let Host::Table(_, engine) = &part.host {
                 let table = engine.sink().table();
@@ -642,16 +667,12 @@ impl Ioasid {
                 stats.questions += figures.questions;
                 stats.without_memory += figures.without_memory;
                 stats.refused_bytes += table.losses().refused_bytes();
-                if let Engine::Live(live) = &**engine {
-                    let figures = live.space().figures();
-                    stats.guest_tables += figures.tables;
-                    stats.leaves += figures.leaves;
-                    stats.questions += figures.questions;
-                }
+                stats.follow(engine);
             }
         }
         if let Some(software) = &state.software {
             stats.without_memory += software.sink().failures();
+            stats.follow(software);
         }
         stats
     }
@@ -663,6 +684,17 @@ impl Ioasid {
             Kind::Guest(_) => "what the guest's tables say",
         };
         Refusal::new(Property::Kind, format!("`{call}` is not for an address space of {kind}")).into()
+    }
+}
+
+impl Stats {
+    /// What follows a guest's tables.
+    fn follow<S: Sink>(&mut self, engine: &Engine<S>) {
+        let figures = engine.figures();
+        self.guest_tables += figures.tables;
+        self.leaves += figures.leaves;
+        self.patterns += figures.patterns;
+        self.questions += figures.questions;
     }
 }
 

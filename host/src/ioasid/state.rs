@@ -2,6 +2,10 @@
 //!
 //! Descriptions are written, and no tables: strategies are chosen anew, host tables are built from the guest's, and the kernel's mappings are made again. Devices
 //! are known by their labels and the guest's numbers of them.
+//!
+//! A vIOMMU is not written down: what it knows follows from the guest's memory and its registers. A VMM restores the context, connects the devices to a new
+//! [`ContextSpaces`](crate::viommu::ContextSpaces) over it, makes the [`Viommu`](crate::viommu::Viommu) with the registers as they were, and connects the devices there: each is put from
+//! what was restored on the vIOMMU's own address spaces. [`Restored`] may be dropped then.
 
 use serde::{Deserialize, Serialize};
 
@@ -12,7 +16,7 @@ use super::{Context, Error, GuestView, Ioasid, Kind, Property, Refusal, Request,
 use crate::kernel::{HwptFlags, Pasid};
 use crate::lookup;
 use crate::plugin::{BlockKind, Blocked, Direct, Outcome, Settings, TableConfig, Tag, Translated};
-use crate::sync::{AreaLimits, ShadowLimits};
+use crate::sync::{AreaLimits, ShadowLimits, Watcher};
 use crate::table::{Intercept, Piece, Window};
 use crate::{Access, Attributes, Change, Gpa, Span};
 
@@ -154,19 +158,33 @@ impl Saved {
     /// # Errors
     /// [`Error::Refused`]: it is of another version, makes no sense, or `user` does not know a mapping. Otherwise as [`Context::with`], [`Context::connect_as`],
     /// [`Context::allocate`], [`Ioasid::map`] and [`Ioasid::attach`]. Nothing is left then.
-    pub fn restore(&self, setup: Setup, mut user: impl FnMut(SpaceId, Span) -> Option<u64>) -> Result<Restored, Error> {
+    pub fn restore(&self, setup: Setup, user: impl FnMut(SpaceId, Span) -> Option<u64>) -> Result<Restored, Error> {
+        self.restore_watched(setup, user, |_| None)
+    }
+
+    /// The same with watchers of their own for some IOASIDs, as [`Context::allocate_watched`] has them: they are written down with nobody. Each is asked for before its IOASID's
+    /// tables are read.
+    ///
+    /// # Errors
+    /// As [`Saved::restore`].
+    pub fn restore_watched(
+        &self,
+        setup: Setup,
+        mut user: impl FnMut(SpaceId, Span) -> Option<u64>,
+        mut watcher: impl FnMut(SpaceId) -> Option<Box<dyn Watcher>>,
+    ) -> Result<Restored, Error> {
         if self.version != VERSION {
             return Err(no_sense(&format!("it is of version {}, and this is {VERSION}", self.version)));
         }
         let context = Context::with(setup)?;
-        let connect = |device: &SavedDevice| context.connect_as(&device.label, device.virtual_id);
+        let connect = |device: &SavedDevice| context.connect_as(&device.label, device.virtual_id).map(Device::restored);
         let devices = self.devices.iter().map(connect).collect::<Result<Vec<_>, _>>()?;
         let mut ioasids: Vec<Ioasid> = Vec::new();
         for saved in &self.ioasids {
             if ioasids.iter().any(|ioasid| ioasid.id().0 >= saved.id) {
                 return Err(no_sense("its IOASIDs are not in the order of their numbers"));
             }
-            let ioasid = context.allocate_as(SpaceId(saved.id), saved.request()?, None)?;
+            let ioasid = context.allocate_as(SpaceId(saved.id), saved.request()?, watcher(SpaceId(saved.id)))?;
             saved.fill(&ioasid, &mut user)?;
             for (label, pasid) in &saved.attached {
                 let device = devices.iter().find(|device| device.label() == label);

@@ -6,10 +6,17 @@
 
 use std::sync::Arc;
 
+use crate::memory::PAGE;
+use crate::sync::runs;
+use crate::{Iova, Span};
+
 use super::{
-    DeviceId, EventQueueAlloc, EventQueueId, FaultQueueId, HwptAlloc, HwptFlags, HwptId, HwptParent, IoasId, Kernel, ObjectId, PageTableId, Pasid,
-    Result, VdeviceId, ViommuAlloc, ViommuId,
+    DeviceId, DirtyFlags, DirtyRange, EventQueueAlloc, EventQueueId, FaultQueueId, HwptAlloc, HwptFlags, HwptId, HwptParent, IoasId, Kernel,
+    ObjectId, PageTableId, Pasid, Result, VdeviceId, ViommuAlloc, ViommuId,
 };
+
+/// Bytes whose pages one call tells: a bitmap of 128 KiB.
+const READ_AT_ONCE: u64 = 4 << 30;
 
 /// An object, with those that it was made from.
 #[derive(Debug)]
@@ -121,6 +128,23 @@ impl Hwpt {
     /// As [`Kernel::hwpt_alloc`].
     pub fn nested(&self, device: &Device, flags: HwptFlags, data: (u32, &[u8]), faults: Option<&FaultQueue>) -> Result<Self> {
         hwpt(&self.0, device, HwptParent::Hwpt(self.id()), flags, data, faults)
+    }
+
+    /// Tells which pages of 4 KiB were written, as runs of IOVAs, of a span that is mapped throughout: since [`Kernel::set_dirty_tracking`] or the last time that they
+    /// were cleared. It takes a call for each 4 GiB.
+    ///
+    /// # Errors
+    /// As [`Kernel::dirty_bitmap`]. What was told up to then is cleared, if it is to be.
+    pub fn written(&self, span: Span, clear: bool, tell: &mut dyn FnMut(Span)) -> Result<()> {
+        let flags = if clear { DirtyFlags::NONE } else { DirtyFlags::NO_CLEAR };
+        let mut next = Some(span.first & !(PAGE - 1));
+        while let Some(first) = next.filter(|first| *first <= span.last) {
+            let last = (span.last | (PAGE - 1)).min(first.saturating_add(READ_AT_ONCE - 1));
+            let range = DirtyRange { flags, iova: Iova(first), length: last - first + 1, page_size: PAGE };
+            runs(&self.kernel().dirty_bitmap(self.id(), &range)?, first, tell);
+            next = last.checked_add(1);
+        }
+        Ok(())
     }
 
     /// A vIOMMU over this page table.

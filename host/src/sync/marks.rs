@@ -113,25 +113,34 @@ impl<S: Sink> Live<S> {
     /// # Errors
     /// [`DirtyError`].
     pub fn dirty(&mut self, targets: Span, clear: bool) -> Result<Vec<u64>, DirtyError> {
-        if !self.tracks_dirty {
-            return Err(DirtyError::NotTracked);
-        }
         let first = targets.first / PAGE;
         let pages = targets.last / PAGE - first + 1;
         if pages > MOST_PAGES {
             return Err(DirtyError::TooLarge(targets));
         }
         let mut bitmap = vec![0; pages.div_ceil(64) as usize];
-        self.sink.dirty(targets, clear, &mut |span| set(&mut bitmap, span.first / PAGE - first, span.last / PAGE - first));
+        self.each_dirty(targets, clear, &mut |span| set(&mut bitmap, span.first / PAGE - first, span.last / PAGE - first))?;
+        Ok(bitmap)
+    }
+
+    /// The same as spans of guest memory, in any order and perhaps more than once, for any number of pages.
+    ///
+    /// # Errors
+    /// [`DirtyError`]; after [`DirtyError::Commit`] what was told up to then is forgotten.
+    pub fn each_dirty(&mut self, targets: Span, clear: bool, each: &mut dyn FnMut(Span)) -> Result<(), DirtyError> {
+        if !self.tracks_dirty {
+            return Err(DirtyError::NotTracked);
+        }
+        self.sink.dirty(targets, clear, each);
         if clear {
             self.sink.commit()?;
         }
-        Ok(bitmap)
+        Ok(())
     }
 }
 
 /// Sets the bits `first..=last`.
-fn set(bitmap: &mut [u64], first: u64, last: u64) {
+pub(crate) fn set(bitmap: &mut [u64], first: u64, last: u64) {
     for word in first / 64..=last / 64 {
         let low = if word == first / 64 { first % 64 } else { 0 };
         let high = if word == last / 64 { last % 64 } else { 63 };

@@ -121,6 +121,11 @@ impl Judge {
         self.asked
     }
 
+    /// Patterns that it need not be asked about again.
+    pub(crate) fn patterns(&self) -> u64 {
+        self.known.len() as u64
+    }
+
     /// Asks `format` from now on, and keeps what is remembered: for another instance of the same format with the same settings.
     pub(crate) fn replace(&mut self, format: Box<dyn Format>) {
         self.format = format;

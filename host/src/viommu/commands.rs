@@ -61,6 +61,7 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
     /// # Errors
     /// [`CommandError::Meaning`]. Nothing was done.
     pub fn commands(&mut self, entries: &[u8]) -> Result<Handled, CommandError> {
+        let _span = tracing::trace_span!("commands", bytes = entries.len()).entered();
         let mut call = self.begin();
         let unit = &self.unit;
         let decoded = self.supervisor.ask(|instance| instance.decode_commands(unit.kind(), unit.registers(), entries));
@@ -98,6 +99,7 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
 
     /// The same for commands that somebody decoded.
     pub fn invalidate(&mut self, items: &[Invalidation]) -> Handled {
+        let _span = tracing::trace_span!("invalidate", commands = items.len()).entered();
         let mut call = self.begin();
         self.invalidations(items, &mut call);
         self.finish(call)

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::PageResponse;
 use super::host::{AddressSpaces, HostError, Told, Way};
-use crate::ioasid::{self, Context, Device, Error, GuestMemory, GuestView, Ioasid, Kind, Property, Request, SpaceId};
+use crate::ioasid::{self, Context, Device, Error, GuestMemory, GuestView, Ioasid, Kind, Property, Refusal, Request, SpaceId};
 use crate::kernel::{self, Pasid, ResponseCode};
 use crate::lookup::Lookup;
 use crate::plugin::queue::{Answer, GROUPS, Invalidation, PageRequest};
@@ -34,7 +34,8 @@ pub struct ContextSpaces {
 }
 
 impl ContextSpaces {
-    /// IOASIDs with the strategies, limits and other wishes of `template`; what is in them is the guest's to say.
+    /// IOASIDs with the strategies, limits and other wishes of `template`; what is in them is the guest's to say. For a guest that is to be migrated it asks for
+    /// [`Request::dirty_tracking`]; [`Context::track_dirty`] then begins, whatever the guest does with its address spaces.
     #[must_use]
     pub const fn new(context: Context, template: Request) -> Self {
         Self {
@@ -55,12 +56,21 @@ impl ContextSpaces {
         &self.context
     }
 
-    /// Connects the device with this label, which the guest knows by `id`: before [`Viommu::connect`](super::Viommu::connect).
+    /// Connects the device with this label, which the guest knows by `id`: before [`Viommu::connect`](super::Viommu::connect). A device that [`Saved::restore`](ioasid::Saved::restore)
+    /// connected under the same number is taken over, once, with what it is attached to: the vIOMMU then puts its own address spaces in the place of the restored ones, so that
+    /// each transaction sees either the one or the other.
     ///
     /// # Errors
-    /// As [`Context::connect_as`].
+    /// As [`Context::connect_as`]. [`Error::Refused`]: it was restored under another number.
     pub fn connect(&mut self, id: u64, label: &str) -> Result<Device, Error> {
-        let device = self.context.connect_as(label, id)?;
+        let device = match self.context.device(label).filter(Device::is_restored) {
+            Some(device) if device.virtual_id() == id => device.taken_over(),
+            Some(device) => {
+                let reason = format!("device {label} was restored as {:#x}, and is to be {id:#x}", device.virtual_id());
+                return Err(Refusal { property: Property::Attachment, reason }.into());
+            }
+            None => self.context.connect_as(label, id)?,
+        };
         self.devices.insert(id, device.clone());
         Ok(device)
     }
@@ -167,6 +177,19 @@ impl AddressSpaces for ContextSpaces {
             Err(Error::Refused(refusal)) if refusal.property == Property::Attachment => Ok(()),
             detached => detached.map_err(host_error),
         }
+    }
+
+    /// A device of a context that was restored may be attached to what was restored with it.
+    fn keep_only(&mut self, id: u64, attached: &[Requester]) -> Result<(), HostError> {
+        let Some(device) = self.devices.get(&id) else { return Ok(()) };
+        let mut result = Ok(());
+        for (pasid, _) in device.attached() {
+            let requester = Requester { id, pasid: pasid.map(|pasid| pasid.0) };
+            if !attached.contains(&requester) {
+                result = result.and(device.detach(pasid).map_err(host_error));
+            }
+        }
+        result
     }
 
     fn switch(&mut self, space: SpaceId, way: &Way, _: sync::Way) -> Result<Report, HostError> {

@@ -46,6 +46,7 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
     /// The host refused these requests. What the guest is told is what its own tables and structures say about them; at most
     /// [`Limits::events`](super::Limits::events) of them are looked at.
     pub fn faults(&mut self, requests: &[BlockedDma]) -> Events {
+        let _span = tracing::debug_span!("faults", faults = requests.len()).entered();
         let mut events = Events::default();
         let most = self.limits.events as usize;
         for request in &requests[..requests.len().min(most)] {

@@ -142,6 +142,16 @@ pub trait AddressSpaces {
     /// detached from all spaces.
     fn memory_changed(&mut self, memory: Self::Memory) -> Result<Vec<Told<Self::Id>>, HostError>;
 
+    /// The vIOMMU has looked at a device that was connected: of it, these requesters are attached. Whatever else of it is attached, from before this vIOMMU was made, is to
+    /// be blocked.
+    ///
+    /// # Errors
+    /// Something is still attached: somebody must stop the device.
+    fn keep_only(&mut self, id: u64, attached: &[Requester]) -> Result<(), HostError> {
+        let _ = (id, attached);
+        Ok(())
+    }
+
     /// Page requests of devices that wait for an answer, each once; none where devices cannot ask.
     ///
     /// # Errors

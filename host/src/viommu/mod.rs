@@ -37,7 +37,8 @@
 //!
 //! # Threads
 //!
-//! One vIOMMU serves one call at a time, as a unit serves its queue in order; different units work in parallel.
+//! One vIOMMU serves one call at a time, as a unit serves its queue in order; different units work in parallel. It may be moved between threads, and is shared behind a lock:
+//! all that does something changes it, so there is nothing that two threads could do with it at a time.
 
 mod commands;
 mod context;
@@ -379,6 +380,7 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
 
     /// A device is behind this unit from now on: it gets what the guest has set up for it. With `pasids`, so does each PASID that the guest has set up.
     pub fn connect(&mut self, id: u64, pasids: bool) -> Handled {
+        let _span = tracing::debug_span!("connect", device = id).entered();
         let mut call = self.begin();
         let requester = Requester { id, pasid: None };
         self.streams.entry(requester).or_insert_with(Stream::new);
@@ -386,11 +388,18 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
             self.devices.entry(id).or_insert_with(|| Device { stale: true, ..Device::default() });
         }
         self.changed([id].into(), [requester].into(), &mut call);
+        let mut attached = self.streams_of(id);
+        attached.retain(|requester| self.streams.get(requester).is_some_and(|stream| stream.attached.is_some()));
+        if let Err(error) = self.host.keep_only(id, &attached) {
+            self.figures.host_errors += 1;
+            call.handled.loose.push((requester, error));
+        }
         self.finish(call)
     }
 
     /// A device is gone.
     pub fn disconnect(&mut self, id: u64) -> Handled {
+        let _span = tracing::debug_span!("disconnect", device = id).entered();
         let mut call = self.begin();
         if let Some(mut device) = self.devices.remove(&id) {
             device.trace.pages().for_each(|page| self.pages.remove(page, Holder::Device(id)));
@@ -404,6 +413,7 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
 
     /// The guest changed structures that lead to a device's tables, in a way that the VMM knows of and no command said.
     pub fn stream_changed(&mut self, id: u64) -> Handled {
+        let _span = tracing::debug_span!("stream_changed", device = id).entered();
         let mut call = self.begin();
         let streams = self.streams_of(id).into_iter().collect();
         self.changed([id].into(), streams, &mut call);
@@ -412,6 +422,7 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
 
     /// The guest wrote registers: these are all, as they are now. Every stream is looked up again.
     pub fn registers_changed(&mut self, registers: Vec<(String, u64)>) -> Handled {
+        let _span = tracing::debug_span!("registers_changed").entered();
         let mut call = self.begin();
         if registers != self.unit.registers() {
             self.unit.set_registers(registers);
@@ -425,6 +436,7 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
     /// `length` bytes of guest memory from `address` on were written. When this returns, no DMA uses what they took away. Patterns that are known cost no call
     /// of a plugin.
     pub fn table_written(&mut self, address: Gpa, length: u64) -> Handled {
+        let _span = tracing::trace_span!("table_written", %address, length).entered();
         let mut call = self.begin();
         let Some(last) = length.checked_sub(1).map(|more| address.0.saturating_add(more)) else { return self.finish(call) };
         let mut written = std::mem::take(&mut self.written);
@@ -465,6 +477,7 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
     ///
     /// Memory that comes is in place before the call, its pages can be watched by then; memory that goes stays in place until it has returned.
     pub fn memory_changed(&mut self, memory: M, map: Arc<MemoryMap>, host: A::Memory) -> Handled {
+        let _span = tracing::debug_span!("memory_changed").entered();
         let mut call = self.begin();
         let told = self.host.memory_changed(host);
         self.memory = memory.clone();

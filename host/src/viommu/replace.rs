@@ -51,6 +51,7 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
     /// # Errors
     /// The first thing that it says otherwise; nothing changed.
     pub fn replace_plugin(&mut self, new: Plugin) -> Result<Handled, ReplaceError> {
+        let _span = tracing::debug_span!("replace_plugin").entered();
         let old = self.supervisor.plugin();
         if old.name() != new.name() {
             return Err(plugin::ReplaceError::Name { old: old.name().to_owned(), new: new.name().to_owned() }.into());

@@ -45,6 +45,7 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
     /// has no queue of page requests. Otherwise the guest is told ([`Handled::page_requests`]), and answers by a command. Answers are in [`Handled::responses`], and
     /// the host was told of them.
     pub fn page_requests(&mut self, requests: &[PageRequest]) -> Handled {
+        let _span = tracing::debug_span!("page_requests", requests = requests.len()).entered();
         let mut call = self.begin();
         for request in requests {
             self.take_request(request, &mut call);

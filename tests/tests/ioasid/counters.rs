@@ -1,7 +1,14 @@
-//! What is counted.
+//! What is counted, and what is traced.
 
-use stagecraft::ioasid::{Request, Strategy};
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex};
+
+use stagecraft::ioasid::{GuestView, Request, Strategy};
 use stagecraft::kernel::sim::Call;
+use stagecraft::plugin::Outcome;
+use stagecraft::{Access, Gpa, Iova};
+use tracing::span::{Attributes, Id, Record};
+use tracing::{Event, Metadata, Subscriber};
 
 use crate::guests::{Arch, Guest};
 use crate::rig::{DATA, MEMORY, Rig, page, unit};
@@ -32,4 +39,144 @@ fn counters_say_what_happened() {
     ioasid.invalidate(&[page(0x1000)]).unwrap();
     assert_eq!(rig.sim.calls().get(&Call::Invalidate).copied(), calls.map(|calls| calls + 2));
     assert_eq!((context.metrics().invalidation_failures, rig.dma("nic", 0x1000)), (1, None));
+}
+
+const READ: Access = Access { read: true, write: false };
+
+/// What follows a guest's tables for lookups in software is counted as what does for a unit.
+#[test]
+fn lookups_in_software_are_counted() {
+    let rig = Rig::new(&[unit(Arch::Vtd)], &[("nic", &[0])]);
+    let guest = Guest::new(Arch::Arm, &rig.memory);
+    (0..4).for_each(|index| guest.put(index << 12, DATA + (index << 12), index != 2));
+    let context = rig.context();
+    let ioasid = context.allocate(Request::guest(guest.view())).unwrap();
+    assert_eq!(ioasid.stats(), stagecraft::ioasid::Stats::default());
+    let lookup = ioasid.lookup().unwrap();
+    assert!(lookup.find(Iova(0x1000)).is_some());
+    let stats = ioasid.stats();
+    // Tables, and pages that may be written and that may not.
+    assert_eq!((stats.guest_tables, stats.leaves, stats.host_tables), (4, 4, 0));
+    assert!(stats.patterns >= 3 && stats.questions >= stats.patterns, "{stats:?}");
+    let metrics = context.metrics();
+    assert_eq!((metrics.leaves, metrics.patterns, metrics.questions), (stats.leaves, stats.patterns, stats.questions));
+    // Another page with a pattern that is known costs none.
+    guest.put(0x7000, DATA, true);
+    ioasid.invalidate(&[page(0x7000)]).unwrap();
+    let after = ioasid.stats();
+    assert_eq!((after.leaves, after.patterns, after.questions), (5, stats.patterns, stats.questions));
+}
+
+/// Questions that were asked stay asked, whatever goes.
+#[test]
+fn questions_only_grow() {
+    for strategies in [&[Strategy::Nested, Strategy::Software], &[Strategy::Areas, Strategy::Software]] {
+        let rig = Rig::new(&[unit(Arch::Riscv)], &[("nic", &[0])]);
+        let guests = [0x10_0000, 0x20_0000].map(|root| Guest::at(Arch::Arm, &rig.memory, root));
+        guests.iter().for_each(|guest| guest.put(0x1000, DATA, true));
+        let other = Guest::at(Arch::Vtd, &rig.memory, 0x30_0000);
+        other.put(0x1000, DATA, true);
+        let context = rig.context();
+        let device = context.connect("nic").unwrap();
+        let mut before = 0;
+        let mut grows = |what: &str| {
+            let now = context.metrics().questions;
+            assert!(now >= before, "{strategies:?}: {what}: {before} questions, then {now}");
+            before = now;
+        };
+        let ioasid = context.allocate(Request::guest(guests[0].view()).with_strategies(strategies)).unwrap();
+        ioasid.attach(&device, None).unwrap();
+        grows("attached");
+        ioasid.lookup().unwrap();
+        grows("looked up");
+        for view in [guests[1].view(), other.view(), GuestView { outcome: Outcome::Bypass, id: 0 }, guests[0].view()] {
+            ioasid.switch(view).unwrap();
+            grows("switched");
+        }
+        device.detach(None).unwrap();
+        drop(ioasid);
+        grows("dropped");
+        assert!(before > 0);
+    }
+}
+
+#[test]
+fn faults_that_somebody_told_are_counted_too() {
+    let rig = Rig::new(&[unit(Arch::Vtd)], &[("nic", &[0])]);
+    let guest = Guest::new(Arch::Vtd, &rig.memory);
+    guest.map(0x1000, DATA, true);
+    let context = rig.context();
+    let device = context.connect("nic").unwrap();
+    let ioasid = context.allocate(Request::guest(guest.view()).with_page_requests()).unwrap();
+    ioasid.attach(&device, None).unwrap();
+    ioasid.fault(Iova(0x1000), READ).unwrap();
+    assert_eq!(context.metrics().faults, 1);
+    // A page that a device asks for is one fault, and not another one for being looked for.
+    let sim = rig.sim.device("nic").unwrap();
+    rig.sim.set_patience(10_000);
+    std::thread::scope(|scope| {
+        let read = scope.spawn(|| sim.read(None, Iova(0x2000), &mut [0; 8]));
+        while !read.is_finished() {
+            ioasid.serve_faults().unwrap();
+            std::thread::yield_now();
+        }
+        assert!(read.join().unwrap().is_err());
+    });
+    assert_eq!(context.metrics().faults, 2);
+}
+
+/// Names of spans that were entered.
+#[derive(Clone, Default)]
+struct Names(Arc<Mutex<BTreeSet<(&'static str, &'static str)>>>);
+
+impl Subscriber for Names {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        metadata.is_span()
+    }
+
+    fn new_span(&self, span: &Attributes<'_>) -> Id {
+        let module = span.metadata().target().split("::").nth(1).unwrap_or_default();
+        self.0.lock().unwrap().insert((module, span.metadata().name()));
+        Id::from_u64(1)
+    }
+
+    fn record(&self, _: &Id, _: &Record<'_>) {}
+
+    fn record_follows_from(&self, _: &Id, _: &Id) {}
+
+    fn event(&self, _: &Event<'_>) {}
+
+    fn enter(&self, _: &Id) {}
+
+    fn exit(&self, _: &Id) {}
+}
+
+#[test]
+fn every_way_in_has_a_span() {
+    let rig = Rig::new(&[unit(Arch::Vtd)], &[("nic", &[0])]);
+    let guest = Guest::new(Arch::Arm, &rig.memory);
+    guest.map(0x1000, DATA, true);
+    let context = rig.context();
+    let device = context.connect("nic").unwrap();
+    let names = Names::default();
+    tracing::subscriber::with_default(names.clone(), || {
+        let ioasid = context.allocate(Request::guest(guest.view())).unwrap();
+        ioasid.attach(&device, None).unwrap();
+        ioasid.invalidate(&[page(0x1000)]).unwrap();
+        ioasid.table_written(Gpa(guest.root()), 8).unwrap();
+        ioasid.synchronise().unwrap();
+        ioasid.switch(guest.view()).unwrap();
+        ioasid.fault(Iova(0x1000), READ).unwrap();
+        ioasid.recover().unwrap();
+        ioasid.reconsider().unwrap();
+        let requests = context.allocate(Request::requests()).unwrap();
+        requests.replace(&device, None).unwrap();
+        requests.change(&[]).unwrap();
+        device.detach(None).unwrap();
+        context.memory_changed(context.memory()).unwrap();
+    });
+    let names = names.0.lock().unwrap();
+    let of: Vec<&str> = names.iter().filter(|(module, _)| *module == "ioasid").map(|(_, name)| *name).collect();
+    let expected = "attach build change detach fault invalidate memory_changed reconsider recover replace switch synchronise table_written";
+    assert_eq!(of, expected.split(' ').collect::<Vec<_>>());
 }

@@ -1,19 +1,11 @@
 //! A thousand address spaces, most of which do nothing.
 
-use std::time::Instant;
-
 use stagecraft::ioasid::{Ioasid, Request, Strategy};
 use stagecraft::kernel::Pasid;
 use stagecraft::kernel::sim::UnitConfig;
 
 use crate::guests::{Arch, Guest};
 use crate::rig::{DATA, Rig, page};
-
-/// Pages of this process that are in memory.
-fn resident_bytes() -> u64 {
-    let statm = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
-    statm.split_whitespace().nth(1).and_then(|pages| pages.parse::<u64>().ok()).unwrap_or(0) * 4096
-}
 
 #[test]
 fn a_thousand_address_spaces_of_a_hundred_devices() {
@@ -28,10 +20,6 @@ fn a_thousand_address_spaces_of_a_hundred_devices() {
         let context = rig.context();
         let request = Request::guest(guest.view()).with_strategies(&[Strategy::Nested]);
         let devices: Vec<_> = labels.iter().map(|label| context.connect(label).unwrap()).collect();
-        // The first one pays for what all share.
-        let first = context.allocate(request.clone()).unwrap();
-        first.attach(&devices[0], None).unwrap();
-        let (before, start) = (resident_bytes(), Instant::now());
         let mut ioasids: Vec<Ioasid> = Vec::new();
         for device in &devices {
             for pasid in 1..=EACH {
@@ -40,10 +28,7 @@ fn a_thousand_address_spaces_of_a_hundred_devices() {
                 ioasids.push(ioasid);
             }
         }
-        let count = ioasids.len() as u64;
-        assert_eq!(count, 1000);
-        let each = resident_bytes().saturating_sub(before) / count;
-        println!("an IOASID with one page: {each} bytes resident, made and attached in {:?}", start.elapsed() / count as u32);
+        assert_eq!(ioasids.len(), 1000);
         // What one of them does costs no call for the others.
         let calls = rig.sim.calls_total();
         assert_eq!(rig.dma_of("device7", Some(Pasid(3)), 0x1000), Some(DATA));

@@ -18,5 +18,6 @@ mod moves;
 mod paths;
 mod requests;
 mod rig;
+mod serves;
 mod state;
 mod threads;

@@ -189,3 +189,36 @@ fn memory_where_tables_may_stand_is_refused() {
     setup.limits.pinned_bytes = 1 << 20;
     assert!(matches!(Context::with(setup), Err(Error::Pins(_))));
 }
+
+/// What was written to memory that goes is not lost: if memory comes there again, it counts as written.
+#[test]
+fn writes_are_recorded_while_memory_comes_and_goes() {
+    let rig = Rig::new(&[unit(Arch::Vtd)], &[("nic", &[0])]);
+    let more = Arc::new(MmapRegion::new(BYTES as usize).unwrap());
+    rig.sim.register_region(Arc::clone(&more)).unwrap();
+    for strategy in Strategy::ALL.into_iter().take(3) {
+        {
+            let guest = Guest::new(Arch::Vtd, &rig.memory);
+            guest.map(0x2000, HOTPLUGGED + 0x3000, true);
+            let context = Context::with(Setup { memory: memory(&rig, None), ..rig.setup() }).unwrap();
+            let device = context.connect("nic").unwrap();
+            let ioasid = context.allocate(Request { dirty_tracking: true, ..Request::guest(guest.view()).with_strategies(&[strategy]) }).unwrap();
+            ioasid.attach(&device, None).unwrap();
+            ioasid.track_dirty(true).unwrap();
+            let told = || {
+                let words = ioasid.dirty(Span { first: HOTPLUGGED, last: HOTPLUGGED + BYTES - 1 }, true).unwrap();
+                (0..256).filter(|page| words[page / 64] >> (page % 64) & 1 != 0).collect::<Vec<usize>>()
+            };
+            assert_eq!(told(), [0; 0], "{strategy}: there is no such memory");
+            context.memory_changed(memory(&rig, Some(&more))).unwrap();
+            let came = told();
+            assert!(rig.writes("nic", 0x2000));
+            assert_eq!((told(), told()), (vec![3], vec![]), "{strategy}: after {came:?}");
+            assert!(rig.writes("nic", 0x2000));
+            context.memory_changed(memory(&rig, None)).unwrap();
+            context.memory_changed(memory(&rig, Some(&more))).unwrap();
+            assert!(told().contains(&3), "{strategy}: it went, and came");
+        }
+        rig.assert_clean();
+    }
+}

@@ -1,9 +1,11 @@
 //! Contexts that are written down, and made again on another host.
 
-use std::sync::Arc;
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex};
 
 use stagecraft::ioasid::{Context, Error, Property, Request, Restored, Saved, Strategy, Target};
 use stagecraft::kernel::sim::UnitConfig;
+use stagecraft::sync::Watcher;
 use stagecraft::table::Piece;
 use stagecraft::{Access, Attributes, Change, Gpa, Iova, Span};
 use vm_memory::{Bytes, GuestAddress, MmapRegion};
@@ -127,4 +129,43 @@ fn what_makes_no_sense_is_refused_and_leaves_nothing() {
     assert!(matches!(restore(&changed("\"arm-smmuv3/stage1\"", "\"arm-smmuv3/stage9\"")), Error::Plugins(_)));
     assert!(matches!(restore(&changed("[\"granule\",4096]", "[\"granule\",5]")), Error::Call(_)));
     assert!(matches!(restore(&changed("\"label\":\"gpu\"", "\"label\":\"fan\"")), Error::Kernel { .. }));
+}
+
+/// Pages with tables, as a VMM's watcher hears of them.
+#[derive(Clone, Default)]
+struct Watched(Arc<Mutex<BTreeSet<u64>>>);
+
+impl Watcher for Watched {
+    fn watch(&mut self, page: Gpa) {
+        self.0.lock().unwrap().insert(page.0);
+    }
+
+    fn unwatch(&mut self, page: Gpa) {
+        self.0.lock().unwrap().remove(&page.0);
+    }
+}
+
+#[test]
+fn a_restored_ioasid_has_a_watcher_again() {
+    let first = machine(unit(Arch::Vtd));
+    let guest = Guest::new(Arch::Arm, &first.memory);
+    guest.map(0x1000, DATA, true);
+    let context = first.context();
+    let device = context.connect("nic").unwrap();
+    let before = Watched::default();
+    let ioasid = context.allocate_watched(Request::guest(guest.view()), Box::new(before.clone())).unwrap();
+    ioasid.attach(&device, None).unwrap();
+    let second = arrive(&first, unit(Arch::Riscv));
+    let after = Watched::default();
+    let watcher = |id| (id == ioasid.id()).then(|| Box::new(after.clone()) as Box<dyn Watcher>);
+    let restored = context.save().restore_watched(second.setup(), |_, _| None, watcher).unwrap();
+    assert!(!after.0.lock().unwrap().is_empty());
+    assert_eq!(*after.0.lock().unwrap(), *before.0.lock().unwrap());
+    let here = Guest::new(Arch::Arm, &second.memory);
+    let slot = here.unmap(0x1000);
+    assert!(after.0.lock().unwrap().contains(&(slot & !0xfff)));
+    restored.ioasids[0].table_written(Gpa(slot), 8).unwrap();
+    assert_eq!(second.dma("nic", 0x1000), None);
+    drop(restored);
+    assert!(after.0.lock().unwrap().is_empty());
 }

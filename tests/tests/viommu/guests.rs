@@ -216,6 +216,15 @@ impl Guest {
         Self { arch, memory, structures: STRUCTURES, next: AtomicU64::new(TABLES) }
     }
 
+    /// The same guest in the memory of another machine.
+    pub fn moved(&self) -> Self {
+        let there = Self { next: AtomicU64::new(self.next.load(Ordering::Relaxed)), structures: self.structures, ..Self::new(self.arch) };
+        let mut bytes = vec![0; MEMORY as usize];
+        self.memory.read_slice(&mut bytes, GuestAddress(0)).unwrap();
+        there.memory.write_slice(&bytes, GuestAddress(0)).unwrap();
+        there
+    }
+
     pub fn map() -> Arc<MemoryMap> {
         Arc::new(MemoryMap::new(vec![Region { kind: Kind::Ram, span: Span { first: 0, last: MEMORY - 1 } }]).unwrap())
     }

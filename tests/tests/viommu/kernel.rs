@@ -16,7 +16,7 @@ use vm_memory::GuestMemoryMmap;
 use super::behaviour::{ONE, TWO, Watched, without_pasid};
 use super::guests::{Arch, DATA, Guest};
 
-const IOVA: u64 = 0x12_3456_7000;
+pub const IOVA: u64 = 0x12_3456_7000;
 
 /// The plugins, compiled once.
 pub fn plugins() -> Arc<Plugins> {
@@ -24,20 +24,20 @@ pub fn plugins() -> Arc<Plugins> {
     Arc::clone(PLUGINS.get_or_init(|| Arc::new(Plugins::builtin(&Engine::new(Config::default()).unwrap()).unwrap())))
 }
 
-struct Rig {
-    viommu: Viommu<GuestMemoryMmap, ContextSpaces>,
-    guest: Guest,
-    sim: Arc<Sim>,
+pub struct Rig {
+    pub viommu: Viommu<GuestMemoryMmap, ContextSpaces>,
+    pub guest: Guest,
+    pub sim: Arc<Sim>,
     supervisors: Supervisors,
-    watched: Watched,
+    pub watched: Watched,
 }
 
 impl Rig {
-    fn new(arch: Arch, host: UnitConfig) -> Self {
+    pub fn new(arch: Arch, host: UnitConfig) -> Self {
         Self::with(arch, host, Self::template())
     }
 
-    fn template() -> Request {
+    pub fn template() -> Request {
         Request::guest(GuestView { outcome: Outcome::Bypass, id: 0 })
     }
 
@@ -46,6 +46,12 @@ impl Rig {
         for page in 0..64 {
             guest.store(DATA + (page << 12), DATA + (page << 12));
         }
+        Self::over(guest, host, template, |setup| Context::with(setup).unwrap())
+    }
+
+    /// A machine with a guest in it, whose context is made or restored.
+    pub fn over(guest: Guest, host: UnitConfig, template: Request, context: impl FnOnce(Setup) -> Context) -> Self {
+        let arch = guest.arch;
         let mut builder = SimBuilder::new();
         let unit = builder.unit(host);
         for (requester, label) in [(1, "one"), (2, "two")] {
@@ -63,7 +69,7 @@ impl Rig {
             supervisors: Some(supervisors.clone()),
             ..Setup::new(kernel, plugins, GuestMemory::of_mmap(&guest.memory).unwrap())
         };
-        let mut spaces = ContextSpaces::new(Context::with(setup).unwrap(), template);
+        let mut spaces = ContextSpaces::new(context(setup), template);
         spaces.connect(ONE, "one").unwrap();
         spaces.connect(TWO, "two").unwrap();
         let unit = ViommuConfig { kind: arch.kind().to_owned(), registers: arch.registers(), map: Guest::map(), limits: Limits::default() };
@@ -72,18 +78,18 @@ impl Rig {
         Self { viommu, guest, sim, supervisors, watched }
     }
 
-    fn reads(&self, id: u64, iova: u64) -> Option<u64> {
+    pub fn reads(&self, id: u64, iova: u64) -> Option<u64> {
         let mut bytes = [0; 8];
         self.sim.device(if id == ONE { "one" } else { "two" }).unwrap().read(None, Iova(iova), &mut bytes).ok()?;
         Some(u64::from_le_bytes(bytes))
     }
 
-    fn commands(&mut self, commands: &[Vec<u8>]) -> Handled {
+    pub fn commands(&mut self, commands: &[Vec<u8>]) -> Handled {
         let batch = [commands.concat(), self.guest.arch.wait()].concat();
         self.viommu.commands(&batch).unwrap()
     }
 
-    fn strategy(&self, id: u64) -> Strategy {
+    pub fn strategy(&self, id: u64) -> Strategy {
         let Some(StreamState::Space(number)) = self.viommu.stream(without_pasid(id)) else { panic!("no space") };
         let (id, _) = self.viommu.space(*number).unwrap();
         self.viommu.host().ioasid(id).unwrap().strategies()[0]
@@ -158,12 +164,21 @@ fn follow(arch: Arch, host: UnitConfig) -> Strategy {
     strategy
 }
 
-/// What a VMM moves between its threads, and shares.
+/// What a VMM moves between its threads, and shares. A vIOMMU is moved, or shared behind a lock: all its calls that do something are for one thread at a time.
 #[test]
 fn types_can_be_sent_and_shared() {
     fn sent<T: Send>() {}
     fn shared<T: Send + Sync>() {}
     sent::<Viommu<GuestMemoryMmap, ContextSpaces>>();
+    shared::<std::sync::Mutex<Viommu<GuestMemoryMmap, ContextSpaces>>>();
+    shared::<ContextSpaces>();
+    shared::<Context>();
+    shared::<stagecraft::ioasid::Device>();
+    shared::<stagecraft::ioasid::Ioasid>();
+    shared::<stagecraft::ioasid::Saved>();
+    shared::<stagecraft::ioasid::Restored>();
+    shared::<stagecraft::lookup::Lookup>();
+    shared::<sync::Areas>();
     shared::<Supervisors>();
     shared::<stagecraft::plugin::Supervisor>();
     shared::<stagecraft::plugin::Supervised>();

@@ -11,4 +11,5 @@ mod nested;
 mod plain;
 mod real;
 mod requests;
+mod saved;
 mod watching;

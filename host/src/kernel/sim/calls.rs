@@ -474,6 +474,7 @@ impl Sim {
         objects.ioas(ioas)?;
         supported(!flags.contains(HwptFlags::NEST_PARENT) || path.first().is_some_and(|unit| unit.config.nesting))?;
         supported(!flags.contains(HwptFlags::DIRTY_TRACKING) || path.iter().all(|unit| unit.config.dirty_tracking))?;
+        supported(!flags.contains(HwptFlags::DIRTY_TRACKING | HwptFlags::NEST_PARENT) || path.iter().all(|unit| unit.config.dirty_tracking_nested))?;
         supported(!flags.contains(HwptFlags::PASID) || path.iter().all(|unit| unit.config.pasid_log2 != 0))?;
         self.steps.step()?;
         let domains: Vec<Arc<Domain>> = path.iter().map(Domain::new).collect();

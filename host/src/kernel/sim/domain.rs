@@ -45,7 +45,11 @@ impl Domain {
 
     /// The caller drains the unit before it relies on it.
     pub(super) fn remove(&self, first: u64) {
-        write(&self.extents).remove(&first);
+        let removed = write(&self.extents).remove(&first);
+        // Nobody can be told any more.
+        if let (Some(extent), Some(dirty)) = (removed, lock(&self.dirty).as_mut()) {
+            dirty.retain(|page| !(first >> PAGE_LOG2..=extent.last >> PAGE_LOG2).contains(page));
+        }
     }
 
     /// The user address. A write is recorded if somebody wants to know.

@@ -59,6 +59,8 @@ pub struct UnitConfig {
     pub nesting: bool,
     /// Can record which pages were written.
     pub dirty_tracking: bool,
+    /// Also in page tables that nested ones stand on: not every driver can.
+    pub dirty_tracking_nested: bool,
     /// Log2 of the number of PASIDs; 0 is none.
     pub pasid_log2: u8,
     /// So many entries its caches hold. At the limit DMA fails ([`Reason::CacheFull`](super::Reason::CacheFull)); nothing is evicted.
@@ -126,6 +128,7 @@ impl UnitConfig {
             page_size: 4096,
             nesting: true,
             dirty_tracking: true,
+            dirty_tracking_nested: true,
             pasid_log2: 20,
             cache_limit: CACHE_LIMIT,
         }

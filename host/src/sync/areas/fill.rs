@@ -132,7 +132,7 @@ impl Areas {
             let gone = self.unmap_span(Span { first: *first, last: *last }).is_ok();
             for (first, _) in run {
                 if gone {
-                    self.areas.remove(&first);
+                    self.remove_area(first);
                     self.stale.remove(&first);
                 } else {
                     self.stale.insert(first);
@@ -170,9 +170,7 @@ impl Areas {
             let Some(area) = self.areas.get(first).map(|area| area.span(*first)) else { continue };
             match self.unmap_span(area) {
                 // The call before may have come half-way.
-                Ok(()) | Err(Errno::ENOENT) => {
-                    self.areas.remove(first);
-                }
+                Ok(()) | Err(Errno::ENOENT) => self.remove_area(*first),
                 Err(errno) => {
                     self.stale.insert(*first);
                     result = Err(AreasError::Unmap { area, errno });

@@ -12,6 +12,7 @@
 //! What is known of both is in `book`; how areas are cut without a gap, in `swap`.
 
 mod book;
+mod dirty;
 mod fill;
 mod swap;
 
@@ -25,6 +26,7 @@ use crate::sync::sink::{CommitError, Sink};
 use crate::table::Losses;
 use crate::{Change, Span};
 use book::{AreaMap, Scope, Verdict, Wanted, judge, overlapping};
+use dirty::Record;
 
 /// Bounds of one address space that is made of areas.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,7 +44,7 @@ pub struct AreaLimits {
     /// what is there after. That is a second IOAS for each batch with such a change, as [`AreaLimits::swap`] allows. Otherwise such pages are gone for a moment.
     pub hitless_changes: bool,
     /// What page tables must be good for. With [`HwptFlags::NONE`] the kernel chooses them, otherwise they are made with these flags:
-    /// [`HwptFlags::PASID`] for a device that is attached by itself and with PASIDs. A record of dirty pages ends with each swap.
+    /// [`HwptFlags::PASID`] for a device that is attached by itself and with PASIDs, [`HwptFlags::DIRTY_TRACKING`] for [`Sink::track_dirty`].
     pub flags: HwptFlags,
 }
 
@@ -125,8 +127,11 @@ impl Attached {
 /// An IOAS that has been replaced, with attachments that are still on it. Areas let go of memory after the kernel.
 #[derive(Debug)]
 struct Replaced {
+    tables: Vec<Hwpt>,
     _ioas: Ioas,
-    _areas: AreaMap,
+    areas: AreaMap,
+    /// Of the host's pages, in bytes, as it was then.
+    alignment: u64,
 }
 
 /// A host's side made of areas: an IOAS of the kernel's, with copies of guest memory that [`Pins`] knows.
@@ -157,6 +162,11 @@ struct Replaced {
 ///
 /// What the kernel refused for the moment is remembered and tried again at each commit, a bounded number each time. An area that the kernel would not remove
 /// stays known until it is gone, and [`Sink::commit`] fails as long.
+///
+/// # What devices wrote
+///
+/// With [`HwptFlags::DIRTY_TRACKING`] among the flags, [`Sink::track_dirty`] has the kernel record writes in its page tables, and [`Sink::dirty`] tells them as guest
+/// memory, across swaps and detachments. When an area that may be written is removed, all of it counts as written: the kernel does not say what came before it was.
 #[derive(Debug)]
 pub struct Areas {
     pins: Arc<Pins>,
@@ -185,6 +195,7 @@ pub struct Areas {
     /// Areas that the kernel did not remove, or that are to be cut.
     stale: BTreeSet<u64>,
     joining: bool,
+    record: Option<Record>,
     losses: Losses,
     figures: AreasFigures,
 }
@@ -215,6 +226,7 @@ impl Areas {
             retry_from: 0,
             stale: BTreeSet::new(),
             joining: limits.join != 0,
+            record: None,
             losses: Losses::default(),
             figures: AreasFigures::default(),
         })
@@ -311,9 +323,10 @@ impl Areas {
         let attached = self.attached.swap_remove(place);
         // The ranges widen when it goes, which may be after this.
         self.ranges_unknown = true;
+        self.leaves(attached.hwpt.filter(|_| !attached.behind));
         let released = (!attached.behind).then_some(attached.attachment);
         if !self.attached.iter().any(|one| one.behind) {
-            self.replaced.clear();
+            self.forget_replaced();
         }
         released
     }
@@ -332,7 +345,7 @@ impl Areas {
         }
         // One for each PASID of a device is enough.
         let same = others.iter().find(|one| one.attachment.device().id() == device.id()).and_then(|one| one.hwpt.clone());
-        same.map_or_else(|| ioas.hwpt(device, self.limits.flags, None), Ok).map(Some)
+        same.map_or_else(|| self.make_page_table(ioas, device), Ok).map(Some)
     }
 
     fn put_on(&self, ioas: &Ioas, device: &Device, pasid: Option<Pasid>, others: &[Attached]) -> Result<Attached, Errno> {
@@ -412,6 +425,14 @@ impl Sink for Areas {
 
     fn commit(&mut self) -> Result<(), CommitError> {
         Ok(self.try_commit()?)
+    }
+
+    fn track_dirty(&mut self, on: bool) -> bool {
+        self.record(on)
+    }
+
+    fn dirty(&mut self, targets: Span, clear: bool, each: &mut dyn FnMut(Span)) {
+        self.tell_written(targets, clear, each);
     }
 }
 

@@ -137,6 +137,7 @@ impl Areas {
             tables.push(hwpt);
         }
         let mut moved = false;
+        let old = self.tables();
         for (attached, hwpt) in self.attached.iter_mut().zip(tables) {
             let to = hwpt.as_ref().map_or(PageTable::Ioas(&next), PageTable::Hwpt);
             match attached.attachment.replace(to) {
@@ -151,9 +152,10 @@ impl Areas {
         }
         self.attached.extend(newcomer);
         let (ioas, areas) = (std::mem::replace(&mut self.ioas, next), std::mem::replace(&mut self.areas, areas));
-        self.replaced.push(Replaced { _ioas: ioas, _areas: areas });
+        let tables = self.with_left(old);
+        self.replaced.push(Replaced { tables, _ioas: ioas, areas, alignment: self.scope.alignment });
         if !self.attached.iter().any(|one| one.behind) {
-            self.replaced.clear();
+            self.forget_replaced();
         }
         self.stale.clear();
         self.figures.swaps += 1;
@@ -174,7 +176,7 @@ impl Areas {
             }
         }
         if result.is_ok() {
-            self.replaced.clear();
+            self.forget_replaced();
         }
         result
     }

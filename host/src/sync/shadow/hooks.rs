@@ -43,6 +43,7 @@ impl Shadow {
         }
         self.empties.begin();
         self.empties.forget();
+        self.asked_before += self.judge.asked();
         self.judge = Judge::new(format, plan.levels.len());
         self.words = Words::new(plan.levels.len());
         self.plan = plan;

@@ -73,8 +73,10 @@ pub struct ShadowFigures {
     pub leaves: u64,
     /// Entries that count as absent because a limit was reached or the format failed.
     pub blocked: u64,
-    /// Questions that the format was asked.
+    /// Questions that formats were asked, since the beginning.
     pub questions: u64,
+    /// Patterns of entries whose meaning is remembered: such entries cost no question.
+    pub patterns: u64,
 }
 
 /// The format that a shadow is to be given does not describe its tables.
@@ -107,6 +109,8 @@ pub struct Shadow {
     scratch: Scratch,
     spare: Spare,
     empties: Empties,
+    /// Questions that formats before this one were asked.
+    asked_before: u64,
 }
 
 impl fmt::Debug for Shadow {
@@ -141,6 +145,7 @@ impl Shadow {
             scratch: Scratch::default(),
             spare: Spare::default(),
             empties: Empties::default(),
+            asked_before: 0,
         })
     }
 
@@ -158,7 +163,8 @@ impl Shadow {
             table_pages: self.pages.count(),
             leaves: self.leaves,
             blocked: self.blocked,
-            questions: self.judge.asked(),
+            questions: self.asked_before + self.judge.asked(),
+            patterns: self.judge.patterns(),
         }
     }
 

@@ -69,11 +69,23 @@ pub struct Space {
     /// Empty for one table of which at most IOVAs are intercepted.
     told: Told,
     ground: Ground,
+    /// Questions that were asked for kinds that it was before.
+    asked_before: u64,
 }
 
 impl fmt::Debug for Space {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Space").field("kind", &self.kind).field("intercepts", &self.intercepts).finish_non_exhaustive()
+    }
+}
+
+impl Kind {
+    fn figures(&self) -> ShadowFigures {
+        match self {
+            Self::Blocked | Self::Direct(_) => ShadowFigures::default(),
+            Self::One(one) => one.figures(),
+            Self::Two(two) => two.figures(),
+        }
     }
 }
 
@@ -83,7 +95,14 @@ impl From<Shadow> for Space {
         let pages: Vec<Gpa> = shadow.watched_pages().collect();
         let watch = Shared::adopt(pages.into_iter(), |watcher| shadow.exchange_watcher(watcher));
         let ground = Ground { map: shadow.map().clone(), limits: shadow.limits(), watch };
-        Self { kind: Kind::One(Box::new(One::new(shadow))), intercepts: Vec::new(), holes: Some(Vec::new()), told: Told::default(), ground }
+        Self {
+            kind: Kind::One(Box::new(One::new(shadow))),
+            intercepts: Vec::new(),
+            holes: Some(Vec::new()),
+            told: Told::default(),
+            ground,
+            asked_before: 0,
+        }
     }
 }
 
@@ -93,7 +112,7 @@ impl Space {
     #[must_use]
     pub fn new(map: MemoryMap, limits: ShadowLimits, watcher: Box<dyn Watcher>) -> Self {
         let ground = Ground { map, limits, watch: Shared::new(watcher) };
-        Self { kind: Kind::Blocked, intercepts: Vec::new(), holes: Some(Vec::new()), told: Told::default(), ground }
+        Self { kind: Kind::Blocked, intercepts: Vec::new(), holes: Some(Vec::new()), told: Told::default(), ground, asked_before: 0 }
     }
 
     /// The same with what `way` gives. Nothing is read yet: [`Space::synchronise`] does.
@@ -212,6 +231,7 @@ impl Space {
                 self.told.drop_all();
                 // The old one lets go of its pages when the new one has its own.
                 let before = std::mem::replace(&mut self.kind, kind);
+                self.asked_before += before.figures().questions;
                 self.intercept(intercepts);
                 self.look_at_told(memory, budget, changes, |kind, look, ground| match kind {
                     Kind::Blocked => {}
@@ -282,11 +302,8 @@ impl Space {
     /// What is held of all tables together. Pieces of which not all parts are told, for want of room, count as blocked entries.
     #[must_use]
     pub fn figures(&self) -> ShadowFigures {
-        match &self.kind {
-            Kind::Blocked | Kind::Direct(_) => ShadowFigures::default(),
-            Kind::One(one) => one.figures(),
-            Kind::Two(two) => two.figures(),
-        }
+        let figures = self.kind.figures();
+        ShadowFigures { questions: self.asked_before + figures.questions, ..figures }
     }
 
     /// The guest pages that hold tables, in no order.

@@ -78,6 +78,7 @@ impl Two {
             leaves: first.leaves + second.leaves,
             blocked: first.blocked + second.blocked + self.wanting.len() as u64,
             questions: first.questions + second.questions,
+            patterns: first.patterns + second.patterns,
         }
     }
 
