@@ -13,6 +13,7 @@ use super::strategy::{Candidate, Choice};
 use super::tables::PoolTables;
 use super::{Chosen, Device, Error, Explanation, Ioasid, Kind, Property, Refusal, Strategy};
 use crate::kernel::{Errno, HwptFlags, Pasid};
+use crate::plugin::CallError;
 use crate::sync::{AreaLimits, Areas, Nested, NestedTable, Report};
 
 /// Users that were looked at, to be dropped without locks.
@@ -604,7 +605,8 @@ fn committer(bound: &mut Bound) -> Result<KernelCommitter, Error> {
 /// Whether an error says that something cannot be had, and not that it failed this time.
 fn is_no(error: &Error) -> bool {
     match error {
-        Error::Refused(_) => true,
+        // A plugin that refuses: its format has something that the kernel does not take, and that no limit of an offer says.
+        Error::Refused(_) | Error::Call(CallError::Refused { .. }) => true,
         Error::Kernel { errno, .. } => matches!(*errno, Errno::EOPNOTSUPP | Errno::EINVAL | Errno::EIO),
         _ => false,
     }

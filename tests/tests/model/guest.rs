@@ -292,7 +292,7 @@ impl Guest {
         }
         node.tables.iter().for_each(|(index, link)| self.extents(link.node, base + (index << shift), extents));
         if node.leaves.is_empty() && node.tables.is_empty() {
-            extents.push((base, base + self.page() - 1));
+            extents.push((base, base + (self.page() - 1)));
         }
     }
 
@@ -339,11 +339,11 @@ impl Guest {
         }
     }
 
-    /// Nothing in some slot leads to `gone` any more: tables that nothing leads to are to be free when nobody can have cached them.
-    fn collect(&mut self, gone: usize) {
+    /// Nothing in some slots leads to `gone` any more: tables that nothing leads to are to be free when nobody can have cached them.
+    fn collect(&mut self, gone: &[usize]) {
         let (mut alive, mut below) = (BTreeSet::new(), BTreeSet::new());
         self.roots.iter().flatten().for_each(|root| self.reachable(*root, &mut alive));
-        self.reachable(gone, &mut below);
+        gone.iter().for_each(|gone| self.reachable(*gone, &mut below));
         for node in below {
             if alive.contains(&node) {
                 self.hurry = true;
@@ -402,7 +402,7 @@ impl Guest {
             self.write_link(at, index, child, restricted && !is_new);
             if !is_new {
                 let page = (index << shift) + (rest & !(self.page() - 1));
-                self.changed(at, (page, page + self.page() - 1), false);
+                self.changed(at, (page, page + (self.page() - 1)), false);
             }
             (at, is_new) = (child, true);
         }
@@ -424,10 +424,14 @@ impl Guest {
         let shift = self.pen.shift(tree, height);
         let (first, count) = ((position >> shift) % self.pen.entries(tree, height), 1 << (size - shift));
         let accesses = self.pen.accesses();
-        let run = Run { iova: 0, address: Self::target(wish.target, 1 << size), size: 1 << size, access: accesses[wish.access as usize % accesses.len()] };
+        let run =
+            Run { iova: 0, address: Self::target(wish.target, 1 << size), size: 1 << size, access: accesses[wish.access as usize % accesses.len()] };
         let slots = first..first + count;
         let node = &self.nodes[&at];
-        let others = node.leaves.values().any(|leaf| leaf.first < slots.end && slots.start < leaf.first + leaf.count && (leaf.first, leaf.count) != (first, count));
+        let others = node
+            .leaves
+            .values()
+            .any(|leaf| leaf.first < slots.end && slots.start < leaf.first + leaf.count && (leaf.first, leaf.count) != (first, count));
         let tables: Vec<u64> = node.tables.range(slots).map(|(index, _)| *index).collect();
         if others || (node.leaves.contains_key(&first) || !tables.is_empty()) && !wish.replace {
             return false;
@@ -436,7 +440,7 @@ impl Guest {
         self.write_leaf(at, Leaf { first, count, run });
         let bounds = self.slots(at, first, count);
         self.changed(at, bounds, !is_new && gone.is_empty());
-        gone.into_iter().for_each(|gone| self.collect(gone));
+        self.collect(&gone);
         true
     }
 
@@ -541,16 +545,11 @@ impl Guest {
         }
         let first = self.nodes[&link.node].leaves.get(&0).map(|leaf| leaf.run);
         let same = first.filter(|run| run.address.is_multiple_of(1 << shift));
-        let run = same.unwrap_or(Run {
-            iova: 0,
-            address: Self::target(target, 1 << shift),
-            size: 0,
-            access: self.pen.accesses()[0],
-        });
+        let run = same.unwrap_or(Run { iova: 0, address: Self::target(target, 1 << shift), size: 0, access: self.pen.accesses()[0] });
         self.nodes.get_mut(&at).expect("it is there").tables.remove(&index);
         self.write_leaf(at, Leaf { first: index, count: 1, run: Run { size: 1 << shift, ..run } });
         self.changed(at, bounds, false);
-        self.collect(link.node);
+        self.collect(&[link.node]);
         true
     }
 
@@ -579,7 +578,7 @@ impl Guest {
             if restricted || self.rng.percent(70) {
                 self.changed(at, bounds, false);
             } else {
-                self.changed(at, (bounds.0, bounds.0 + self.page() - 1), false);
+                self.changed(at, (bounds.0, bounds.0 + (self.page() - 1)), false);
             }
         }
         true
@@ -613,7 +612,7 @@ impl Guest {
         self.relinked(at, index, link.node);
         self.nodes.get_mut(&at).expect("it is there").tables.remove(&index);
         self.clear(at, index, 1);
-        self.collect(link.node);
+        self.collect(&[link.node]);
         true
     }
 }

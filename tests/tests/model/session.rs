@@ -92,7 +92,8 @@ impl<'a> Session<'a> {
         let machine = Machine::new(Hardware { units, nesting: setup.how != How::Plain, devices: setup.devices as usize });
         let guest = Guest::new(config, machine.memory.clone(), ROOTS, Rng::new(rng.number()));
         let context = machine.context();
-        let devices: Vec<(Device, Option<usize>)> = (0..setup.devices as usize).map(|device| (context.connect(&label(device)).unwrap(), None)).collect();
+        let devices: Vec<(Device, Option<usize>)> =
+            (0..setup.devices as usize).map(|device| (context.connect(&label(device)).unwrap(), None)).collect();
         let hosts = (0..devices.len()).map(|device| HOSTS[units.1.filter(|_| device + 1 == devices.len()).unwrap_or(units.0)]).collect();
         let what = format!("{config:?} on {hosts:?}");
         let mut session = Self {
@@ -131,7 +132,8 @@ impl<'a> Session<'a> {
         let view = View::Root(number % ROOTS);
         let limits = SpaceLimits { questions: 1 << 16, ..SpaceLimits::default() };
         let request = Request::guest(self.view(view, tag)).with_second_table().with_limits(limits);
-        let allocate = |strategies: &[Strategy]| self.context.allocate(request.clone().with_strategies(strategies)).map_err(|error| error.to_string());
+        let allocate =
+            |strategies: &[Strategy]| self.context.allocate(request.clone().with_strategies(strategies)).map_err(|error| error.to_string());
         let mut ioasid = allocate(wanted)?;
         let served = self.devices.iter().all(|(device, _)| ioasid.serves(device).is_ok());
         if !served {
@@ -151,7 +153,12 @@ impl<'a> Session<'a> {
             View::Everything => Outcome::Bypass,
             View::Nothing => {
                 let blocked = |text: &str| text.to_owned();
-                Outcome::Blocked(Blocked { kind: BlockKind::Unused, event: blocked("none"), section: blocked("none"), reason: blocked("nobody uses it") })
+                Outcome::Blocked(Blocked {
+                    kind: BlockKind::Unused,
+                    event: blocked("none"),
+                    section: blocked("none"),
+                    reason: blocked("nobody uses it"),
+                })
             }
         };
         GuestView { outcome, id: 7 }
@@ -402,15 +409,19 @@ impl<'a> Session<'a> {
     fn loss(&self, device: usize, limits: &Limits, iova: u64, says: &dyn Fn(u64, bool) -> Option<u64>, view: View) -> Option<&'static str> {
         let capabilities = self.devices[device].0.capabilities();
         // The ends of the page are what tells a whole one from a part.
-        let page = capabilities.iova.alignment.max(4096);
+        let of_table = limits.regions.iter().flatten().filter_map(|region| region.steps.last()).map(|step| 1 << step.shift).max();
+        let page = of_table.unwrap_or_else(|| capabilities.iova.alignment.max(4096));
         let (first, last) = (iova & !(page - 1), iova | (page - 1));
-        // What the kernel keeps for itself, or its tables cannot translate.
-        if limits.strategy != Strategy::Native && !capabilities.iova.ranges.iter().any(|range| range.contains(iova)) {
-            return Some("outside of what the device can use");
+        let usable = |device: &Device| device.capabilities().iova.ranges.iter().any(|range| range.contains(iova));
+        if !usable(&self.devices[device].0) {
+            return Some("kept by the unit, or outside of what it can translate");
         }
         if limits.strategy == Strategy::Native {
-            let reserved = !capabilities.iova.ranges.iter().any(|range| range.contains(iova));
-            return reserved.then_some("kept by the unit");
+            return None;
+        }
+        // Areas are for all devices: no area can be where one of them has none.
+        if limits.strategy == Strategy::Areas && !self.devices.iter().all(|(device, _)| usable(device)) {
+            return Some("outside of what another device can use");
         }
         if let Some(regions) = &limits.regions {
             let has = |region: &tables::Region| iova >= region.first && region.contains(iova - region.first);
@@ -424,7 +435,9 @@ impl<'a> Session<'a> {
             return Some("with a tag in the top byte");
         }
         for write in [false, true] {
-            if says(first, write).map(|address| address.wrapping_add(page - 1)) != says(last, write) {
+            let here = says(iova, write);
+            let ends = [first, last].map(|end| here.map(|here| here.wrapping_sub(iova).wrapping_add(end)) == says(end, write));
+            if ends != [true; 2] {
                 return Some("a part of a page");
             }
         }
@@ -473,7 +486,11 @@ impl<'a> Session<'a> {
                     let at = |moment: usize| self.says(&walkers, space.view, moment, iova, write);
                     let may: Vec<Option<u64>> = (space.since..=now).map(at).collect();
                     let wrong = |who: &str, found: Option<u64>| {
-                        Err(format!("{who} at {iova:#x} {}: {found:x?} and not {may:x?} ({})", if write { "writes" } else { "reads" }, when(space.since, now)))
+                        Err(format!(
+                            "{who} at {iova:#x} {}: {found:x?} and not {may:x?} ({})",
+                            if write { "writes" } else { "reads" },
+                            when(space.since, now)
+                        ))
                     };
                     for (device, limits) in attached.iter().zip(&limits) {
                         let found = self.machine.dma(*device, iova, write);
@@ -487,7 +504,10 @@ impl<'a> Session<'a> {
                         });
                         match lossy.filter(|_| found.is_none()) {
                             Some(why) => *lost.entry(why).or_default() += 1,
-                            None => return wrong(&format!("device {device} ({limits:?})"), found),
+                            None => {
+                                let chosen: Vec<String> = space.ioasid.explain().iter().map(ToString::to_string).collect();
+                                return wrong(&format!("device {device} of {attached:?} ({}; {chosen:?})", limits.strategy), found);
+                            }
                         }
                         if limits.strategy == Strategy::Nested && space.ioasid.stats().refused_bytes == 0 {
                             return Err(format!("device {device} at {iova:#x} has less, and no loss was counted"));
@@ -495,7 +515,8 @@ impl<'a> Session<'a> {
                     }
                     let access = Access { read: !write, write };
                     if let Some(lookup) = &space.lookup {
-                        let target = lookup.find(Iova(iova)).filter(|target| target.attributes.access(false).allows(access)).map(|target| target.address.0);
+                        let target =
+                            lookup.find(Iova(iova)).filter(|target| target.attributes.access(false).allows(access)).map(|target| target.address.0);
                         let tagged = matches!(space.view, View::Root(root) if configs[root].effective(iova) != iova);
                         if !may.contains(&target) && !(tagged && target.is_none()) {
                             return wrong("a lookup", target);

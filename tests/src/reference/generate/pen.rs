@@ -30,6 +30,18 @@ pub struct Child {
     pub restricted: bool,
 }
 
+/// What makes entries those of one address space alone. Others are for all in the domain, and caches need not ask whose they are: a guest with more than one address
+/// space has none of these. Bits to set, and bits to clear.
+fn private(config: &TableConfig) -> (u64, u64) {
+    match config {
+        // nG.
+        TableConfig::ArmStage1(_) => (1 << 11, 0),
+        // G, of leaves and of pointers.
+        TableConfig::RiscvFirst(_) => (0, 1 << 5),
+        _ => (0, 0),
+    }
+}
+
 /// Writes entries: what their address, size and access say, in the format's own bits, with random values where hardware does not look. Heights count from the last
 /// level, which is 0; positions are offsets into what a root could cover.
 #[derive(Clone, Debug)]
@@ -58,7 +70,11 @@ impl Pen {
             };
             return windows.iter().map(window).collect();
         };
-        format.windows().into_iter().map(|window| Window { first: window.first, last: window.last, tree: window.tree, position: window.position }).collect()
+        format
+            .windows()
+            .into_iter()
+            .map(|window| Window { first: window.first, last: window.last, tree: window.tree, position: window.position })
+            .collect()
     }
 
     /// The height of a root.
@@ -136,16 +152,17 @@ impl Pen {
         let used = (used.0.min(used.1), used.0.max(used.1));
         let mut ink = Ink { rng: &mut self.rng, options: OPTIONS };
         let (entry, _, word) = format.pointer(Pointer { height, next, address, used, restricted }, &mut ink);
-        (entry, word)
+        (entry & !private(&self.config).1, word)
     }
 
     /// The entry of a leaf, in all its replicas; `word` belongs to the table. Some are less than they look: cut, or for nobody.
     pub fn leaf(&mut self, tree: usize, height: u32, leaf: &Run, word: u64) -> u64 {
+        let (set, clear) = private(&self.config);
         let Some(format) = radix::of(&self.config) else {
-            return ladder_build::leaf(self.config, (tree, height), leaf, &mut self.rng, OPTIONS);
+            return ladder_build::leaf(self.config, (tree, height), leaf, &mut self.rng, OPTIONS) | set;
         };
         let (entry, _) = format.leaf(height, leaf, word, &mut Ink { rng: &mut self.rng, options: OPTIONS });
-        format.cut(leaf, entry, &mut self.rng).map_or(entry, |(entry, _)| entry)
+        format.cut(leaf, entry, &mut self.rng).map_or(entry, |(entry, _)| entry) & !clear
     }
 
     /// The settings with these roots, by number.
