@@ -104,6 +104,8 @@ pub struct Guest {
     /// Since they were taken: what is stale, and what was written.
     stale: Vec<Stale>,
     written: Vec<(u64, u64)>,
+    /// What was unmapped: the table, and the leaf.
+    gone: Vec<(usize, Leaf)>,
     /// What hardware may have cached of tables leads to something that goes on living elsewhere: a careful guest tells its IOMMU before it goes on.
     pub hurry: bool,
 }
@@ -139,6 +141,7 @@ impl Guest {
             pages: BTreeSet::new(),
             stale: Vec::new(),
             written: Vec::new(),
+            gone: Vec::new(),
             hurry: false,
             trees: trees.clone(),
         };
@@ -474,10 +477,29 @@ impl Guest {
     pub fn unmap(&mut self, number: u16) -> bool {
         let Some((at, leaf)) = self.leaf(number) else { return false };
         self.nodes.get_mut(&at).expect("it is there").leaves.remove(&leaf.first);
+        self.gone.push((at, leaf));
         self.clear(at, leaf.first, leaf.count);
         let bounds = self.slots(at, leaf.first, leaf.count);
         self.changed(at, bounds, true);
         true
+    }
+
+    /// What was unmapped is mapped again, if its slots are free.
+    pub fn again(&mut self, number: u16) -> bool {
+        let recent = self.gone.len().min(4);
+        let Some(place) = self.gone.len().checked_sub(1 + number as usize % recent.max(1)) else { return false };
+        let (at, leaf) = self.gone.remove(place);
+        let slots = leaf.first..leaf.first + leaf.count;
+        let is_free = self.nodes.get(&at).is_some_and(|node| {
+            let mut leaves = node.leaves.values();
+            node.tables.range(slots.clone()).next().is_none() && !leaves.any(|other| other.first < slots.end && slots.start < other.first + other.count)
+        });
+        if is_free {
+            self.write_leaf(at, leaf);
+            let bounds = self.slots(at, leaf.first, leaf.count);
+            self.changed(at, bounds, true);
+        }
+        is_free
     }
 
     /// Other permissions, or another target, in one step.

@@ -36,6 +36,10 @@ pub enum Operation {
     Unmap {
         leaf: u16,
     },
+    /// What was unmapped is mapped again.
+    Again {
+        gone: u16,
+    },
     Permissions {
         leaf: u16,
         access: u8,
@@ -90,7 +94,7 @@ pub enum Operation {
 }
 
 impl Operation {
-    pub const NAMES: [&str; 15] = [
+    pub const NAMES: [&str; 16] = [
         "map",
         "unmap",
         "permissions",
@@ -106,6 +110,7 @@ impl Operation {
         "memory",
         "reconsider",
         "tell",
+        "map again",
     ];
 
     pub fn name(&self) -> &'static str {
@@ -125,6 +130,7 @@ impl Operation {
             Self::Memory => 12,
             Self::Reconsider { .. } => 13,
             Self::Tell { .. } => 14,
+            Self::Again { .. } => 15,
         }]
     }
 }
@@ -165,7 +171,8 @@ fn telling() -> impl Strategy<Value = Telling> {
 
 fn wish() -> impl Strategy<Value = Wish> {
     // Small numbers meet each other often.
-    let whole = (0..4_u8, 0..16_u8, 0..6_u8, any::<u8>(), any::<u16>(), 0..8_u8);
+    let step = prop_oneof![2 => Just(0), 3 => 0..6_u8];
+    let whole = (0..4_u8, 0..16_u8, step, any::<u8>(), any::<u16>(), 0..8_u8);
     (whole, prop::bool::weighted(0.1), prop::bool::weighted(0.3), prop::bool::weighted(0.3)).prop_map(
         |((root, place, step, size, target, access), restricted, skip, replace)| Wish {
             root,
@@ -186,6 +193,7 @@ fn operation() -> impl Strategy<Value = Operation> {
     prop_oneof![
         14 => wish().prop_map(O::Map),
         6 => any::<u16>().prop_map(|leaf| O::Unmap { leaf }),
+        6 => any::<u16>().prop_map(|gone| O::Again { gone }),
         3 => (any::<u16>(), 0..3_u8).prop_map(|(leaf, access)| O::Permissions { leaf, access }),
         3 => (any::<u16>(), any::<u16>()).prop_map(|(leaf, target)| O::MoveLeaf { leaf, target }),
         3 => any::<u16>().prop_map(|leaf| O::Split { leaf }),

@@ -204,6 +204,7 @@ impl<'a> Session<'a> {
         let changed = match operation {
             Operation::Map(wish) => guest.map(wish),
             Operation::Unmap { leaf } => guest.unmap(leaf),
+            Operation::Again { gone } => guest.again(gone),
             Operation::Permissions { leaf, access } => guest.change(leaf, Some(access), None),
             Operation::MoveLeaf { leaf, target } => guest.change(leaf, None, Some(target)),
             Operation::Split { leaf } => guest.split(leaf),
@@ -288,6 +289,11 @@ impl<'a> Session<'a> {
             }
             Operation::Reconsider { space } => {
                 let result = self.spaces[space as usize % spaces].ioasid.reconsider();
+                if let Err(Error::Refused(refusal)) = &result {
+                    // Areas serve two units, and what would be better serves one.
+                    self.coverage.add(format!("better strategies refused: {:?}", refusal.property));
+                    return Ok(false);
+                }
                 self.report(result, "reconsider")?;
             }
             Operation::Tell { space, telling, shuffle } => {
