@@ -492,7 +492,8 @@ impl Guest {
         let slots = leaf.first..leaf.first + leaf.count;
         let is_free = self.nodes.get(&at).is_some_and(|node| {
             let mut leaves = node.leaves.values();
-            node.tables.range(slots.clone()).next().is_none() && !leaves.any(|other| other.first < slots.end && slots.start < other.first + other.count)
+            node.tables.range(slots.clone()).next().is_none()
+                && !leaves.any(|other| other.first < slots.end && slots.start < other.first + other.count)
         });
         if is_free {
             self.write_leaf(at, leaf);

@@ -9,6 +9,7 @@
 #[path = "../configs/mod.rs"]
 mod configs;
 mod coverage;
+mod fixed;
 mod guest;
 mod machine;
 mod operation;
@@ -33,7 +34,10 @@ fn number(name: &str) -> Option<u64> {
 }
 
 fn run(format: Format, setup: Setup, operations: &[Operation], coverage: &Coverage) -> Result<(), String> {
-    let mut session = Session::new(format, setup, coverage)?;
+    go_through(Session::new(format, setup, coverage)?, operations)
+}
+
+fn go_through(mut session: Session<'_>, operations: &[Operation]) -> Result<(), String> {
     for operation in operations {
         session.run(*operation)?;
     }

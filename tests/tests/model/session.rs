@@ -69,7 +69,7 @@ pub struct Session<'a> {
 
 type Outcomes = Result<(), String>;
 
-/// Settings that hardware offers.
+/// Settings that hardware offers, or that have something that is rare otherwise.
 fn plain(format: Format, rng: &mut Rng) -> Option<tables::TableConfig> {
     let config = |name: &str, settings: &[(&str, u64)]| configs::reference_config(&TableConfig::new(name, settings));
     match format {
@@ -79,6 +79,8 @@ fn plain(format: Format, rng: &mut Rng) -> Option<tables::TableConfig> {
         }
         Format::VtdFirst => config("intel-vtd/first-stage", &[("levels", rng.pick(&[4, 5]))]),
         Format::AmdV2 => config("amd-vi/v2", &[("levels", rng.pick(&[4, 5]))]),
+        // The first large page is cut.
+        Format::S390 => config("s390-zpci/dma", &[("levels", rng.pick(&[2, 3, 5])), ("first-iova", (1 + rng.below(1000)) << 12)]),
         Format::RiscvFirst => config("riscv-iommu/first-stage", &[("levels", rng.pick(&[3, 4, 5]))]),
         _ => None,
     }
@@ -88,6 +90,12 @@ impl<'a> Session<'a> {
     pub fn new(format: Format, setup: Setup, coverage: &'a Coverage) -> Result<Self, String> {
         let mut rng = Rng::new(setup.seed);
         let config = setup.plain.then(|| plain(format, &mut rng)).flatten().unwrap_or_else(|| random_config(format, &mut rng));
+        coverage.add(format!("format {format:?}"));
+        Self::of(config, setup, rng, coverage)
+    }
+
+    /// With these settings.
+    pub fn of(config: tables::TableConfig, setup: Setup, mut rng: Rng, coverage: &'a Coverage) -> Result<Self, String> {
         let units = (setup.host as usize % 4, setup.second.map(|host| host as usize % 4));
         let machine = Machine::new(Hardware { units, nesting: setup.how != How::Plain, devices: setup.devices as usize });
         let guest = Guest::new(config, machine.memory.clone(), ROOTS, Rng::new(rng.number()));
@@ -110,7 +118,6 @@ impl<'a> Session<'a> {
             touched: BTreeSet::new(),
             recent: Vec::new(),
         };
-        session.coverage.add(format!("format {format:?}"));
         session.moments.push(session.guest.tables());
         for space in 0..setup.spaces as usize {
             let space = session.space(space, setup)?;
