@@ -74,7 +74,8 @@ fn simulated_hardware_has_what_a_naive_walk_of_the_guests_tables_has() {
     let work = || {
         let mut failed = Vec::new();
         while let Some((format, number)) = all.get(next.fetch_add(1, Ordering::Relaxed)) {
-            failed.extend(seed(*format, *number, &coverage).err());
+            // A long run says it at once.
+            failed.extend(seed(*format, *number, &coverage).inspect_err(|error| println!("{error}")).err());
             if failed.len() > 3 {
                 break;
             }
