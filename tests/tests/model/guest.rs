@@ -278,6 +278,12 @@ impl Guest {
         }
     }
 
+    /// Whether something of these slots of a table has IOVAs, wherever the table is linked: what lies before the first IOVA cannot be told.
+    fn has_iovas(&self, at: usize, (first, last): Bounds) -> bool {
+        let tree = self.nodes[&at].tree;
+        self.paths(at).into_iter().all(|(_, base)| !self.iovas(tree, (base + first, base + last)).is_empty())
+    }
+
     /// The slots from `index` on, as offsets into what the table covers.
     fn slots(&self, at: usize, index: u64, count: u64) -> Bounds {
         let node = &self.nodes[&at];
@@ -304,7 +310,7 @@ impl Guest {
         let (first, last) = self.slots(at, index, 1);
         let mut extents = Vec::new();
         self.extents(child, first, &mut extents);
-        if extents.len() > 16 || self.rng.percent(50) {
+        if extents.len() > 16 || self.rng.percent(50) || !extents.iter().all(|extent| self.has_iovas(at, *extent)) {
             extents = vec![(first, last)];
         }
         extents.into_iter().for_each(|extent| self.changed(at, extent, false));
@@ -598,10 +604,11 @@ impl Guest {
             self.write_link(at, index, link.node, false);
             // What the table says is as before: one page is enough to have its entry read again, unless that allows more than before.
             let bounds = self.slots(at, index, 1);
-            if restricted || self.rng.percent(70) {
+            let page = (bounds.0, bounds.0 + (self.page() - 1));
+            if restricted || self.rng.percent(70) || !self.has_iovas(at, page) {
                 self.changed(at, bounds, false);
             } else {
-                self.changed(at, (bounds.0, bounds.0 + (self.page() - 1)), false);
+                self.changed(at, page, false);
             }
         }
         true

@@ -535,7 +535,8 @@ impl<'a> Session<'a> {
                         let target =
                             lookup.find(Iova(iova)).filter(|target| target.attributes.access(false).allows(access)).map(|target| target.address.0);
                         let tagged = matches!(space.view, View::Root(root) if configs[root].effective(iova) != iova);
-                        if !may.contains(&target) && !(tagged && target.is_none()) {
+                        let is_right = may.contains(&target) || tagged && target.is_none();
+                        if !is_right {
                             return wrong("a lookup", target);
                         }
                         compared += 1;

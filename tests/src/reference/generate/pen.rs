@@ -79,7 +79,7 @@ impl Pen {
 
     /// The height of a root.
     pub fn top(&self, tree: usize) -> u32 {
-        radix::of(&self.config).map_or_else(|| ladder::shape(&self.config).0[tree].top, |format| format.top())
+        radix::of(&self.config).map_or_else(|| ladder::shape(&self.config).0[tree].top, radix::Radix::top)
     }
 
     /// Log2 of what an entry covers.
