@@ -13,6 +13,7 @@ use super::strategy::Candidate;
 use super::tables::PoolTables;
 use super::{Chosen, Device, Error, Explanation, Ioasid, Property, Refusal, Strategy};
 use crate::kernel::{Errno, HwptFlags, Pasid};
+use crate::plugin::CallError;
 use crate::sync::{AreaLimits, Areas, Nested, NestedTable, Report};
 
 impl Ioasid {
@@ -407,7 +408,8 @@ fn committer(bound: &mut Bound) -> Result<KernelCommitter, Error> {
 /// Whether an error says that something cannot be had, and not that it failed this time.
 fn is_no(error: &Error) -> bool {
     match error {
-        Error::Refused(_) => true,
+        // A plugin that refuses: its format has something that the kernel does not take, and that no limit of an offer says.
+        Error::Refused(_) | Error::Call(CallError::Refused { .. }) => true,
         Error::Kernel { errno, .. } => matches!(*errno, Errno::EOPNOTSUPP | Errno::EINVAL | Errno::EIO),
         _ => false,
     }

@@ -23,8 +23,8 @@ struct Builder<'a> {
 /// Writes the tables of a config for leaves that do not overlap: each a legal leaf of its window, `size` and alignment included. Write-only leaves become
 /// read-write ones where the format has no write-only. The config's roots are set.
 pub(super) fn build(config: TableConfig, leaves: &[Run], rng: &mut Rng, options: Options) -> Generated {
-    let (trees, windows) = shape(&config);
-    let mut builder = Builder { config, trees, memory: Memory::default(), children: BTreeMap::new(), tables: Vec::new(), rng, options };
+    let windows = shape(&config).1;
+    let mut builder = builder(config, rng, options);
     builder.add_roots();
     let mut truth = Vec::new();
     let contiguous = builder.contiguous(&windows, leaves);
@@ -46,6 +46,21 @@ pub(super) fn build(config: TableConfig, leaves: &[Run], rng: &mut Rng, options:
     }
     let last = builder.trees.iter().map(|tree| tree.address_bits).max().unwrap();
     generated(builder.config, builder.memory, truth, last)
+}
+
+/// A builder that has built nothing.
+fn builder(config: TableConfig, rng: &mut Rng, options: Options) -> Builder<'_> {
+    Builder { config, trees: shape(&config).0, memory: Memory::default(), children: BTreeMap::new(), tables: Vec::new(), rng, options }
+}
+
+/// The entry that points to a table.
+pub(super) fn pointer(config: TableConfig, tree: usize, table: u64, restricted: bool, rng: &mut Rng, options: Options) -> u64 {
+    builder(config, rng, options).table_entry(tree, table, restricted).0
+}
+
+/// The entry of a leaf, at a height of a tree.
+pub(super) fn leaf(config: TableConfig, (tree, height): (usize, u32), leaf: &Run, rng: &mut Rng, options: Options) -> u64 {
+    builder(config, rng, options).leaf_entry(tree, height, leaf.address, leaf.access, false)
 }
 
 fn window_of(windows: &[Window], iova: u64) -> &Window {

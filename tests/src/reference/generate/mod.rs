@@ -4,7 +4,8 @@
 //! entries of a path restrict what is behind them, the truth follows at the moment of writing, so nothing is ever read back from a table. The geometry is worked
 //! out here once more, in heights above the last level, and not taken from [`crate::reference::tables`].
 //!
-//! Arm's and Intel's tables are written by `ladder` and `ladder_build`, those of the other formats by `radix` with a module for each architecture.
+//! Arm's and Intel's tables are written by `ladder` and `ladder_build`, those of the other formats by `radix` with a module for each architecture. `pen` writes single
+//! entries of all of them.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -18,6 +19,7 @@ mod dart;
 mod ladder;
 mod ladder_build;
 mod loongarch;
+pub mod pen;
 mod radix;
 mod riscv;
 mod s390;

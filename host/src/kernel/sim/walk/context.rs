@@ -88,6 +88,7 @@ fn vtd(reach: Reach<'_>, owner: u64, pasid: Option<u32>, (flags, root, width): (
         large_1g,
         extended_accessed: flags & VTD_EAFE != 0,
         interrupts_refused: true,
+        without_upper_half: false,
     });
     Context::Tables { space: Space { owner, domain: 0, tag: pasid.unwrap_or(0) }, format }
 }
@@ -227,7 +228,15 @@ fn amd(reach: Reach<'_>, owner: u64, pasid: Option<u32>, dte: &[u64; 4]) -> Resu
         1 => 5,
         _ => return Err(context(Reason::Context)),
     };
-    let format = Format::X86(x86::X86 { root, levels, address_bits: 52, large_1g: true, extended_accessed: false, interrupts_refused: false });
+    let format = Format::X86(x86::X86 {
+        root,
+        levels,
+        address_bits: 52,
+        large_1g: true,
+        extended_accessed: false,
+        interrupts_refused: false,
+        without_upper_half: index == 0,
+    });
     let domain = u16::try_from(dte[1] & 0xffff).unwrap_or(0);
     Ok(Context::Tables { space: Space { owner, domain, tag: u32::try_from(index).unwrap_or(0) }, format })
 }

@@ -33,13 +33,17 @@ pub(in super::super) struct X86 {
     pub(in super::super) extended_accessed: bool,
     /// An output in 0xfeex_xxxx is a fault: VT-d's interrupt range.
     pub(in super::super) interrupts_refused: bool,
+    /// All bits select entries, and nothing is sign-extended: AMD without PASID, as Linux reports it of real units.
+    pub(in super::super) without_upper_half: bool,
 }
 
 impl X86 {
     pub(super) fn root(&self, iova: u64) -> Result<Table, Reason> {
         // Canonical: all bits from the highest that is translated on are equal.
-        let sign = i64::from_ne_bytes(iova.to_ne_bytes()) >> (11 + 9 * u32::from(self.levels));
-        if sign != 0 && sign != -1 {
+        let highest = 11 + 9 * u32::from(self.levels);
+        let sign = i64::from_ne_bytes(iova.to_ne_bytes()) >> highest;
+        let exists = if self.without_upper_half { iova >> (highest + 1) == 0 } else { sign == 0 || sign == -1 };
+        if !exists {
             return Err(Reason::InputRange);
         }
         Ok(self.table(self.root & ADDRESS, self.levels, 0))

@@ -1,0 +1,76 @@
+//! What random guests found, or find too seldom.
+
+use stagecraft_tests::reference::Access;
+use stagecraft_tests::reference::generate::Rng;
+use stagecraft_tests::reference::tables::riscv::Entries;
+use stagecraft_tests::reference::tables::{AmdV2, RiscvFirst, S390, TableConfig, VtdSecond};
+
+use crate::coverage::Coverage;
+use crate::go_through;
+use crate::guest::Wish;
+use crate::machine::HOSTS;
+use crate::operation::{How, Operation, Setup, Telling};
+use crate::session::Session;
+
+/// At the first place of a window, or the last one.
+fn map(place: u8, size: u8, target: u16) -> Operation {
+    Operation::Map(Wish { root: 0, place, step: 0, size, target, access: 0, restricted: false, skip: false, replace: false })
+}
+
+const TELL: Operation = Operation::Tell { space: 0, telling: Telling::Ranges, shuffle: 0 };
+
+/// On hosts of this kind, or of every kind.
+fn run(config: TableConfig, hosts: &[u8], operations: &[Operation]) {
+    let coverage = Coverage::default();
+    for host in hosts {
+        for how in [How::Best, How::Nested, How::Areas] {
+            let setup = Setup { seed: 0, plain: false, host: *host, second: None, how, devices: 2, spaces: 1, lookups: true };
+            let session = Session::of(config, setup, Rng::new(7), &coverage).and_then(|session| go_through(session, operations));
+            session.unwrap_or_else(|error| panic!("{} {how:?}: {error}", HOSTS[usize::from(*host)]));
+        }
+    }
+}
+
+/// A large page that begins before the first IOVA: what is mapped is its rest, from the middle of where it leads to.
+#[test]
+fn a_page_that_is_cut_comes_and_goes() {
+    let config = TableConfig::S390(S390 {
+        root: 0,
+        levels: 3,
+        first_iova: 0x4_5000,
+        last_iova: Some(0x2345_6fff),
+        output_bits: 64,
+        read_only: false,
+        page_1m: true,
+        partial_tables: false,
+    });
+    let unmap = Operation::Unmap { leaf: 0 };
+    let again = Operation::Again { gone: 0 };
+    for place in [0, 1] {
+        run(config, &[0, 1, 2, 3], &[map(place, 1, 8), TELL, unmap, TELL, again, TELL, unmap, TELL, again, TELL]);
+    }
+}
+
+/// AMD without PASID has no upper half: all 48 bits select entries.
+#[test]
+fn iovas_up_to_the_last_one_are_reached_without_an_upper_half() {
+    let config = TableConfig::VtdSecond(VtdSecond {
+        root: 0,
+        levels: 4,
+        input_bits: 48,
+        output_bits: 52,
+        large_2m: true,
+        large_1g: true,
+        snoop_control: false,
+    });
+    run(config, &[2], &[map(1, 0, 8), TELL]);
+}
+
+/// Tables of a format that the unit takes, with something that it does not take from its users: they are converted.
+#[test]
+fn tables_that_cannot_be_bound_as_they_are_are_converted() {
+    let entries = Entries { output_bits: 34, svnapot: false, svpbmt: false, svrsw60t59b: false, hardware_update: true, big_endian: false };
+    run(TableConfig::RiscvFirst(RiscvFirst { root: 0, levels: 2, entries }), &[3], &[map(0, 0, 8), TELL]);
+    let amd = AmdV2 { root: 0, levels: 4, output_bits: 52, sign_extended: false, page_1g: true, privileged: false, granted: Access::R };
+    run(TableConfig::AmdV2(amd), &[2], &[map(0, 0, 8), TELL]);
+}

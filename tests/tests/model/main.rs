@@ -1,0 +1,119 @@
+//! A model of everything: random guests of every format on hosts of every kind map, unmap, split, merge, move and share tables while devices come and go. After each
+//! synchronisation point simulated DMA, whose caches forget nothing by themselves, gets what an independent reader finds in the guest's tables; between two of them
+//! nothing that the tables did not say at some moment since the last one.
+//!
+//! `STAGECRAFT_SEEDS=n` runs n seeds per format instead of the few of the short run; a failure names its format and seed, and what proptest shrank it to.
+//! `STAGECRAFT_SEED=n` runs that one alone.
+#![allow(clippy::unwrap_used)]
+
+#[path = "../configs/mod.rs"]
+mod configs;
+mod coverage;
+mod fixed;
+mod guest;
+mod machine;
+mod operation;
+mod session;
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use proptest::test_runner::{Config, RngSeed, TestCaseError, TestError, TestRunner};
+use stagecraft::ioasid::Strategy;
+use stagecraft_tests::reference::generate::Format;
+
+use crate::coverage::Coverage;
+use crate::machine::HOSTS;
+use crate::operation::{Operation, Setup, Telling, cases};
+use crate::session::Session;
+
+/// Operations of a case, at most.
+const OPERATIONS: usize = 120;
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok().and_then(|number| number.parse().ok())
+}
+
+fn run(format: Format, setup: Setup, operations: &[Operation], coverage: &Coverage) -> Result<(), String> {
+    go_through(Session::new(format, setup, coverage)?, operations)
+}
+
+fn go_through(mut session: Session<'_>, operations: &[Operation]) -> Result<(), String> {
+    for operation in operations {
+        session.run(*operation)?;
+    }
+    session.finish()
+}
+
+/// One seed of a format; what failed, in as few operations as could be found.
+fn seed(format: Format, seed: u64, coverage: &Coverage) -> Result<(), String> {
+    let config = Config {
+        cases: 1,
+        failure_persistence: None,
+        rng_seed: RngSeed::Fixed(seed ^ (format as u64) << 32),
+        max_shrink_iters: 2048,
+        max_shrink_time: 60_000,
+        ..Config::default()
+    };
+    let mut runner = TestRunner::new(config);
+    let result = runner.run(&cases(OPERATIONS), |(setup, operations)| run(format, setup, &operations, coverage).map_err(TestCaseError::fail));
+    result.map_err(|error| match error {
+        TestError::Fail(reason, (setup, operations)) => format!("{format:?}, STAGECRAFT_SEED={seed}: {reason}\n{setup:?}\n{operations:?}"),
+        TestError::Abort(reason) => format!("{format:?}, STAGECRAFT_SEED={seed}: {reason}"),
+    })
+}
+
+#[test]
+fn simulated_hardware_has_what_a_naive_walk_of_the_guests_tables_has() {
+    let coverage = Coverage::default();
+    let seeds = match number("STAGECRAFT_SEED") {
+        Some(seed) => seed..seed + 1,
+        None => 0..number("STAGECRAFT_SEEDS").unwrap_or(40),
+    };
+    let all: Vec<(Format, u64)> = seeds.clone().flat_map(|seed| Format::ALL.map(|format| (format, seed))).collect();
+    let next = AtomicUsize::new(0);
+    let work = || {
+        let mut failed = Vec::new();
+        while let Some((format, number)) = all.get(next.fetch_add(1, Ordering::Relaxed)) {
+            // A long run says it at once.
+            failed.extend(seed(*format, *number, &coverage).inspect_err(|error| println!("{error}")).err());
+            if failed.len() > 3 {
+                break;
+            }
+        }
+        failed
+    };
+    let failed: Vec<String> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..2).map(|_| scope.spawn(work)).collect();
+        threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect()
+    });
+    coverage.print();
+    assert!(failed.is_empty(), "{}", failed.join("\n\n"));
+    if seeds.end - seeds.start > 1 {
+        assert_exercised(&coverage, seeds.end - seeds.start);
+    }
+}
+
+/// Every format, host, strategy, operation and way of telling was there, and next to nothing was passed over.
+fn assert_exercised(coverage: &Coverage, seeds: u64) {
+    let often = |what: String, least: u64| {
+        let count = coverage.of(&what);
+        assert!(count >= least, "{what}: {count}, and not {least}");
+    };
+    Format::ALL.iter().for_each(|format| often(format!("format {format:?}"), seeds));
+    // Each strategy on each host that has it: what is native there is one format of thirteen.
+    for host in HOSTS {
+        often(format!("{} on {host}", Strategy::Native), seeds);
+        often(format!("{} on {host}", Strategy::Nested), 20 * seeds);
+        often(format!("{} on {host}", Strategy::Areas), 20 * seeds);
+    }
+    Operation::NAMES.iter().for_each(|name| often(format!("operation {name}"), 3 * seeds));
+    Telling::ALL.iter().for_each(|telling| often(format!("telling {telling:?} something"), seeds));
+    ["a root", "no table"].iter().for_each(|what| often(format!("switch to {what}"), seeds));
+    // What the host has less of than the guest is a small part. Areas can lie where a device that comes later must not translate, and those of two units have no better
+    // strategy that is for both: nothing else is refused.
+    let (compared, less) = (coverage.of("compared"), coverage.all("less: "));
+    assert!(compared >= 20_000 * seeds && less < compared / 50, "{compared} compared, and {less} are less");
+    let known = ["attachments refused: Iova", "switches refused: Iova", "better strategies refused: Unit"].map(|what| coverage.of(what));
+    let refused = ["attachments refused", "switches refused", "better strategies refused"].map(|what| coverage.all(what));
+    assert!(refused == known && refused.iter().sum::<u64>() < seeds, "refused: {refused:?}, of which {known:?} are known to be");
+}
