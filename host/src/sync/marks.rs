@@ -113,6 +113,9 @@ impl<S: Sink> Live<S> {
     /// # Errors
     /// [`DirtyError`].
     pub fn dirty(&mut self, targets: Span, clear: bool) -> Result<Vec<u64>, DirtyError> {
+        if !self.tracks_dirty {
+            return Err(DirtyError::NotTracked);
+        }
         let first = targets.first / PAGE;
         let pages = targets.last / PAGE - first + 1;
         if pages > MOST_PAGES {

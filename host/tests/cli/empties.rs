@@ -147,7 +147,7 @@ fn what_is_mapped_is_found_whatever_the_other_slots_lead_to() {
         assert_eq!(mappings(&path), tables.runs(), "{granule_log2} {levels}");
         let report = run(&["validate", &path, "--format", "json", "--strict"]).good().json();
         assert_eq!(report, json!({"version": 1, "violations": [], "errors": 0, "warnings": 0}), "{granule_log2} {levels}");
-        run(&["draw", &path, "--out", &format!("{path}.svg")]).good();
+        run(&["draw", &path, "--out", &format!("{path}.svg"), "--force"]).good();
         for target in ["intel-vtd/second-stage", "amd-vi/v1", "loongarch/paging", "riscv-iommu/first-stage"] {
             // Where a target has no such IOVAs, that is a loss that is reported, and no matter of this test.
             if levels == 4 && granule_log2 == 14 && target != "loongarch/paging" {
