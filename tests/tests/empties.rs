@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use stagecraft::guest::Guest;
 use stagecraft::memory::{Budget, EntryLayout, EntryMemory, Limits, MemoryMap, ReadError};
 use stagecraft::plugin::TableConfig;
-use stagecraft::table::{AddressSpace, Arena, Builder, ByteOrder, Collector, FaultAt, Mapping, Piece, Step, Table, Visitor, WalkError};
+use stagecraft::table::{AddressSpace, Arena, Builder, Collector, FaultAt, Mapping, Piece, Step, Table, Visitor, WalkError};
 use stagecraft::{Gpa, Span};
 use stagecraft_tests::reference;
 use stagecraft_tests::reference::generate::{Format, Options, Rng, generate_with, share_empty_tables};
@@ -78,23 +78,11 @@ fn converted(config: &tables::TableConfig, memory: &Memory) -> (Vec<(Gpa, Vec<u6
     let format = configs::plugins().by_format(&target.format).unwrap().open(&target).unwrap();
     let mut builder = Builder::new(Box::new(format), &mut arena).unwrap();
     let pages = Limits::for_pages(memory.pages.len() as u64);
-    open(&configs::plugin_config(config)).walk(&View(memory), &MemoryMap::everything(64), Span::ALL, &Budget::new(pages), &mut builder).unwrap();
+    open(&configs::plugin_config(config))
+        .walk(&configs::View(memory), &MemoryMap::everything(64), Span::ALL, &Budget::new(pages), &mut builder)
+        .unwrap();
     let refused = builder.finish().unwrap().losses.refused_bytes();
     (arena.pages().map(|(address, words)| (address, words.to_vec())).collect(), refused)
-}
-
-/// The reference's memory, for the engine.
-struct View<'a>(&'a Memory);
-
-impl EntryMemory for View<'_> {
-    fn read_entries(&self, address: Gpa, layout: EntryLayout, entries: &mut [u64]) -> Result<(), ReadError> {
-        let (bytes, big) = (u64::from(layout.bytes), layout.order == ByteOrder::Big);
-        for (place, entry) in (address.0..).step_by(bytes as usize).zip(entries) {
-            let read = if bytes == 8 { self.0.read(place, big) } else { self.0.read4(place, big) };
-            *entry = read.map_err(|_| ReadError(Gpa(place)))?;
-        }
-        Ok(())
-    }
 }
 
 fn open(config: &TableConfig) -> Table {

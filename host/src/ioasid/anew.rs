@@ -51,6 +51,7 @@ impl Next {
         report
     }
 }
+
 impl Space {
     /// A PASID of a device is to be attached, and the device's own table is one that its PASIDs belong to: makes it anew as one that leaves them alone. False: that is not
     /// what stands in the way.
@@ -58,8 +59,7 @@ impl Space {
         let _memory = self.context().hold_memory();
         let mut dropped = Vec::new();
         let mut state = self.lock();
-        let is_user = |part: &Part| part.users.iter().any(|(user, pasid)| pasid.is_none() && std::ptr::eq(user.as_ptr(), Arc::as_ptr(device)));
-        let Some(place) = state.parts.iter().position(|part| is_user(part) && !part.has_pasids()) else { return Ok(false) };
+        let Some(place) = state.parts.iter().position(|part| part.is_used_by(device) && !part.has_pasids()) else { return Ok(false) };
         let why = format!("because device {} uses PASIDs, which belong to such a table's owner on this unit", device.label());
         let anew = Anew { better_than: None, company: true, why: &why };
         match self.make_anew(&mut state, place, anew, &mut dropped) {

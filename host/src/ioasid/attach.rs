@@ -290,17 +290,7 @@ impl Space {
             if better_than == Some(strategy) {
                 return Ok(None);
             }
-            let (candidate, notes) = match self.choice(state, device, &memory).judge(strategy)? {
-                Ok(candidate) => candidate,
-                Err(reasons) => {
-                    explanation.reject(strategy, reasons);
-                    continue;
-                }
-            };
-            if let Some(objection) = self.objection(state, device, company, &candidate)? {
-                explanation.reject(strategy, vec![objection.to_string()]);
-                continue;
-            }
+            let Some((candidate, notes)) = self.candidate(state, device, company, &memory, strategy, &mut explanation)? else { continue };
             let what = candidate.what();
             match self.make(state, device, company, candidate) {
                 Ok((host, report)) => {

@@ -105,22 +105,36 @@ impl Space {
         self.chosen_anew(state, device, company)
     }
 
+    /// What a strategy would make for a device, and what is to be noted about it; none if something speaks against it, which is in `explanation` then.
+    pub(super) fn candidate(
+        &self,
+        state: &State,
+        device: &Connected,
+        company: bool,
+        memory: &GuestMemory,
+        strategy: Strategy,
+        explanation: &mut Explanation,
+    ) -> Result<Option<(Candidate, Vec<String>)>, Error> {
+        let (candidate, notes) = match self.choice(state, device, memory).judge(strategy)? {
+            Ok(candidate) => candidate,
+            Err(reasons) => {
+                explanation.reject(strategy, reasons);
+                return Ok(None);
+            }
+        };
+        if let Some(objection) = self.objection(state, device, company, &candidate)? {
+            explanation.reject(strategy, vec![objection.to_string()]);
+            return Ok(None);
+        }
+        Ok(Some((candidate, notes)))
+    }
+
     fn chosen_anew(&self, state: &State, device: &Connected, company: bool) -> Result<Outlook, Error> {
         let mut explanation = Explanation::new(device.label());
         let mut takes_faults = false;
         let memory = self.context().memory();
         for strategy in Strategy::ALL {
-            let (candidate, notes) = match self.choice(state, device, &memory).judge(strategy)? {
-                Ok(candidate) => candidate,
-                Err(reasons) => {
-                    explanation.reject(strategy, reasons);
-                    continue;
-                }
-            };
-            if let Some(objection) = self.objection(state, device, company, &candidate)? {
-                explanation.reject(strategy, vec![objection.to_string()]);
-                continue;
-            }
+            let Some((candidate, notes)) = self.candidate(state, device, company, &memory, strategy, &mut explanation)? else { continue };
             explanation.chosen = Some(Chosen { strategy, what: candidate.what() });
             explanation.notes = notes;
             // What follows a guest with areas was objected to.

@@ -4,10 +4,26 @@
 use std::path::Path;
 use std::sync::OnceLock;
 
+use stagecraft::Gpa;
+use stagecraft::memory::{EntryLayout, EntryMemory, ReadError};
 use stagecraft::plugin::{Config, Engine, Plugins, TableConfig};
-use stagecraft::table::Arena;
+use stagecraft::table::{Arena, ByteOrder};
 use stagecraft_tests::reference::snapshot::{Memory, Snapshot};
 use stagecraft_tests::reference::tables::{self, ArmHalf, ArmStage1, ArmStage2, VtdFirst, VtdSecond};
+
+/// The reference's memory, for the engine.
+pub struct View<'a>(pub &'a Memory);
+
+impl EntryMemory for View<'_> {
+    fn read_entries(&self, address: Gpa, layout: EntryLayout, entries: &mut [u64]) -> Result<(), ReadError> {
+        let (bytes, big) = (u64::from(layout.bytes), layout.order == ByteOrder::Big);
+        for (place, entry) in (address.0..).step_by(bytes as usize).zip(entries) {
+            let read = if bytes == 8 { self.0.read(place, big) } else { self.0.read4(place, big) };
+            *entry = read.map_err(|_| ReadError(Gpa(place)))?;
+        }
+        Ok(())
+    }
+}
 
 /// Formats whose tables always have a root named `root`.
 const HAS_ONE_ROOT: &[&str] = &["amd-vi/v1", "amd-vi/v2", "riscv-iommu/first-stage", "riscv-iommu/second-stage", "s390-zpci/dma"];

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use stagecraft::ioasid::{Context, Error, Property, Request, Setup, Target};
+use stagecraft::ioasid::{Context, Device, Error, Ioasid, Property, Request, Setup, Target};
 use stagecraft::kernel::sim::{Sim, UnitConfig};
 use stagecraft::kernel::{Before, Errno, IoasId, Kernel};
 use stagecraft::{Access, Gpa, Iova, Span};
@@ -19,6 +19,15 @@ fn span(first: u64, bytes: u64) -> Span {
 
 fn two_units() -> Rig {
     Rig::new(&[UnitConfig::vtd("one"), UnitConfig::smmuv3("other").without_nesting()], &[("nic", &[0]), ("disk", &[1])])
+}
+
+/// The devices behind both units, attached to one IOASID.
+fn attached(context: &Context) -> ([Device; 2], Ioasid) {
+    let (nic, disk) = (context.connect("nic").unwrap(), context.connect("disk").unwrap());
+    let ioasid = context.allocate(Request::managed()).unwrap();
+    ioasid.attach(&nic, None).unwrap();
+    ioasid.attach(&disk, None).unwrap();
+    ([nic, disk], ioasid)
 }
 
 #[test]
@@ -53,10 +62,7 @@ fn two_units_have_the_same() {
 fn mappings_are_made_in_both_units_or_in_none() {
     let rig = two_units();
     let context = rig.context();
-    let (nic, disk) = (context.connect("nic").unwrap(), context.connect("disk").unwrap());
-    let ioasid = context.allocate(Request::managed()).unwrap();
-    ioasid.attach(&nic, None).unwrap();
-    ioasid.attach(&disk, None).unwrap();
+    let (_devices, ioasid) = attached(&context);
     let mut failures = 0;
     for call in [true, false] {
         for n in 1.. {
@@ -96,10 +102,7 @@ fn found(rig: &Rig) -> [Option<u64>; 3] {
 fn mappings_are_unmapped_in_both_units_or_in_none() {
     let rig = two_units();
     let context = rig.context();
-    let (nic, disk) = (context.connect("nic").unwrap(), context.connect("disk").unwrap());
-    let ioasid = context.allocate(Request::managed()).unwrap();
-    ioasid.attach(&nic, None).unwrap();
-    ioasid.attach(&disk, None).unwrap();
+    let (_devices, ioasid) = attached(&context);
     let mut failures = 0;
     for way in 0..3 {
         for n in 1.. {
@@ -155,10 +158,7 @@ fn what_a_kernel_removed_before_it_failed_is_mapped_again() {
         {
             let kernel = Arc::new(HalfWay { sim: Arc::clone(&rig.sim), failures: AtomicU64::new(0) });
             let context = Context::with(Setup { kernel: Arc::clone(&kernel) as _, ..rig.setup() }).unwrap();
-            let (nic, disk) = (context.connect("nic").unwrap(), context.connect("disk").unwrap());
-            let ioasid = context.allocate(Request::managed()).unwrap();
-            ioasid.attach(&nic, None).unwrap();
-            ioasid.attach(&disk, None).unwrap();
+            let (_devices, ioasid) = attached(&context);
             PLACES.iter().for_each(|(iova, to)| ioasid.map(span(*iova, 0x1000), Target::Guest(Gpa(*to)), BOTH).unwrap());
             kernel.failures.store(failures, Ordering::Relaxed);
             let unmapped = ioasid.unmap(span(0, 0x100_0000));

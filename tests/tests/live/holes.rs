@@ -2,31 +2,17 @@
 
 use std::collections::BTreeMap;
 
+use stagecraft::Span;
 use stagecraft::plugin::Tag;
-use stagecraft::sync::{CommitError, Live, ShadowLimits, Sink, Space, Unwatched, Way};
+use stagecraft::sync::{Live, ShadowLimits, Space, Unwatched, Way};
 use stagecraft::table::Intercept;
-use stagecraft::{Change, Span};
 use stagecraft_tests::reference::generate::Rng;
 
 use super::behaviour::range;
 use super::equality::seeds;
 use super::guest::{DATA, Guest, PS, RW};
-use super::space::intercept;
-use super::support::{Model, format};
-
-/// A sink that insists on the order of changes, and keeps what they say.
-#[derive(Default)]
-struct Heard(Model);
-
-impl Sink for Heard {
-    fn apply(&mut self, batch: &[Change]) {
-        self.0.apply(batch);
-    }
-
-    fn commit(&mut self) -> Result<(), CommitError> {
-        Ok(())
-    }
-}
+use super::space::{Heard, intercept};
+use super::support::format;
 
 /// Three large pages, the second of which begins with the addresses of interrupts.
 const FIRST: u64 = 0xfec0_0000;

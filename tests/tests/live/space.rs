@@ -22,7 +22,7 @@ use crate::configs::plugin_config;
 
 /// A sink that insists on the order of changes, and keeps what they say.
 #[derive(Default)]
-struct Heard(Model);
+pub struct Heard(pub Model);
 
 impl Sink for Heard {
     fn apply(&mut self, batch: &[Change]) {

@@ -3,29 +3,16 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, RwLock};
 
-use stagecraft::memory::{Budget, EntryLayout, EntryMemory, Limits, MemoryMap, ReadError};
+use stagecraft::memory::{Budget, EntryMemory, Limits, MemoryMap};
 use stagecraft::plugin::TableConfig;
 use stagecraft::sync::{CommitError, Committer, Needed, NestedTable, RegionTables, Sink};
-use stagecraft::table::{ByteOrder, Collector, Format, Mapping, Piece, Table, WalkError};
+use stagecraft::table::{Collector, Format, Mapping, Piece, Table, WalkError};
 use stagecraft::{Change, Gpa, Span};
 use stagecraft_tests::reference::snapshot::Memory;
 use vm_memory::{MmapRegion, VolatileMemory};
 
 use crate::configs;
-
-/// The reference's memory, for the engine.
-pub struct View<'a>(pub &'a Memory);
-
-impl EntryMemory for View<'_> {
-    fn read_entries(&self, address: Gpa, layout: EntryLayout, entries: &mut [u64]) -> Result<(), ReadError> {
-        let (bytes, big) = (u64::from(layout.bytes), layout.order == ByteOrder::Big);
-        for (place, entry) in (address.0..).step_by(bytes as usize).zip(entries) {
-            let read = if bytes == 8 { self.0.read(place, big) } else { self.0.read4(place, big) };
-            *entry = read.map_err(|_| ReadError(Gpa(place)))?;
-        }
-        Ok(())
-    }
-}
+pub use crate::configs::View;
 
 /// What was told of an address space, kept as pieces; insists on everything that a batch promises.
 #[derive(Clone, Debug, Default)]
