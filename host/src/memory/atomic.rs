@@ -2,8 +2,9 @@
 //!
 //! `vm-memory` lends one atomic at a time, with all its checks for each; tables have hundreds of entries side by side.
 //!
-//! On x86 processors with AVX, aligned loads of 16 bytes are atomic (Intel SDM volume 3, section 10.1.1 "Guaranteed Atomic Operations"; AMD APM volume 2,
-//! section 7.3.2 "Access Atomicity"), so that two entries of 8 bytes can be loaded at once and neither is torn. Rust has no such atomic: inline assembly does it.
+//! On x86 processors with AVX, aligned loads of 16 bytes are atomic (AMD APM volume 2, section 7.3.2 "Access Atomicity"; Intel SDM volume 3, section 10.1.1 "Guaranteed Atomic
+//! Operations", of a few instructions, of which `vmovdqa` is one), so that two entries of 8 bytes can be loaded at once and neither is torn. Rust has no such atomic:
+//! inline assembly does it.
 #![allow(unsafe_code)]
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -95,6 +96,11 @@ pub(super) fn load<B: BitmapSlice>(slice: &VolatileSlice<'_, B>, layout: EntryLa
     {
         // A `VolatileSlice` vouches for its bytes being valid for reading while the guard lives, and somebody else may write them; `lines` lines are within
         // both. The loads are aligned, and what is loaded 16 bytes at a time tears no entry of 8 or of 4.
+        if bytes == 8 && !swap {
+            // SAFETY: see above; the processor has AVX.
+            unsafe { load_lines(first, entries.as_mut_ptr(), lines) };
+            return true;
+        }
         if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") {
             // SAFETY: see above; the processor has AVX-512F and AVX-512BW.
             unsafe { wide::load(first, bytes == 4, swap, entries) };
@@ -152,11 +158,13 @@ unsafe fn load_lines(from: *const u8, to: *mut u64, lines: usize) {
         std::arch::asm!(
             "2:",
             "vmovdqa {a:x}, xmmword ptr [{from}]",
-            "vmovdqa {b:x}, xmmword ptr [{from} + 32]",
-            "vinsertf128 {a:y}, {a:y}, xmmword ptr [{from} + 16], 1",
-            "vinsertf128 {b:y}, {b:y}, xmmword ptr [{from} + 48], 1",
+            "vmovdqa {b:x}, xmmword ptr [{from} + 16]",
+            "vmovdqa {c:x}, xmmword ptr [{from} + 32]",
+            "vmovdqa {d:x}, xmmword ptr [{from} + 48]",
+            "vinsertf128 {a:y}, {a:y}, {b:x}, 1",
+            "vinsertf128 {c:y}, {c:y}, {d:x}, 1",
             "vmovdqu ymmword ptr [{to}], {a:y}",
-            "vmovdqu ymmword ptr [{to} + 32], {b:y}",
+            "vmovdqu ymmword ptr [{to} + 32], {c:y}",
             "add {from}, 64",
             "add {to}, 64",
             "dec {lines}",
@@ -166,6 +174,8 @@ unsafe fn load_lines(from: *const u8, to: *mut u64, lines: usize) {
             lines = inout(reg) lines => _,
             a = out(ymm_reg) _,
             b = out(ymm_reg) _,
+            c = out(ymm_reg) _,
+            d = out(ymm_reg) _,
             options(nostack)
         );
     }
@@ -204,12 +214,16 @@ unsafe fn compare_lines(mut from: *const u8, known: &[u64], fresh: &mut [u64]) -
         unsafe {
             std::arch::asm!(
                 "vmovdqa {front:x}, xmmword ptr [{from}]",
-                "vinserti128 {front}, {front}, xmmword ptr [{from} + 16], 1",
+                "vmovdqa {second:x}, xmmword ptr [{from} + 16]",
                 "vmovdqa {back:x}, xmmword ptr [{from} + 32]",
-                "vinserti128 {back}, {back}, xmmword ptr [{from} + 48], 1",
+                "vmovdqa {fourth:x}, xmmword ptr [{from} + 48]",
+                "vinserti128 {front}, {front}, {second:x}, 1",
+                "vinserti128 {back}, {back}, {fourth:x}, 1",
                 from = in(reg) from,
                 front = out(ymm_reg) front,
                 back = out(ymm_reg) back,
+                second = out(ymm_reg) _,
+                fourth = out(ymm_reg) _,
                 options(readonly, nostack, preserves_flags)
             );
         }
@@ -254,25 +268,30 @@ mod wide {
         unsafe {
             asm!(
                 "vmovdqa {line:x}, xmmword ptr [{from}]",
-                "vinserti32x4 {line}, {line}, xmmword ptr [{from} + 16], 1",
-                "vinserti32x4 {line}, {line}, xmmword ptr [{from} + 32], 2",
-                "vinserti32x4 {line}, {line}, xmmword ptr [{from} + 48], 3",
+                "vmovdqa {second:x}, xmmword ptr [{from} + 16]",
+                "vmovdqa {third:x}, xmmword ptr [{from} + 32]",
+                "vmovdqa {fourth:x}, xmmword ptr [{from} + 48]",
+                "vinserti32x4 {line}, {line}, {second:x}, 1",
+                "vinserti32x4 {line}, {line}, {third:x}, 2",
+                "vinserti32x4 {line}, {line}, {fourth:x}, 3",
                 from = in(reg) from,
                 line = out(zmm_reg) line,
+                second = out(xmm_reg) _,
+                third = out(xmm_reg) _,
+                fourth = out(xmm_reg) _,
                 options(nostack, readonly, preserves_flags)
             );
         }
         line
     }
 
-    /// Loads entries that fill whole lines.
+    /// Loads entries that fill whole lines: entries of 4 bytes, or such as are swapped.
     ///
     /// # Safety
     /// `from` is a multiple of 16, and entries of 4 or 8 bytes may be read there that fill `entries`. The processor has AVX-512F and AVX-512BW.
     pub(super) unsafe fn load(from: *const u8, narrow: bool, swap: bool, entries: &mut [u64]) {
         let load: unsafe fn(*const u8, &mut [u64]) = match (narrow, swap) {
-            (false, false) => load_lines::<false, false>,
-            (false, true) => load_lines::<false, true>,
+            (false, _) => load_lines::<false, true>,
             (true, false) => load_lines::<true, false>,
             (true, true) => load_lines::<true, true>,
         };

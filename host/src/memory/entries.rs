@@ -96,6 +96,11 @@ impl<M: GuestMemory + ?Sized> EntryMemory for VmMemory<'_, M> {
 
     fn read_entries_nearby(&self, address: Gpa, layout: EntryLayout, entries: &mut [u64]) -> Result<Nearby, ReadError> {
         let size = usize::from(layout.bytes);
+        // Most memory is plain memory, whose regions can be asked without an iterator over slices.
+        let plain = self.0.physical_memory().and_then(|memory| memory.to_region_addr(GuestAddress(address.0)));
+        if let Some(slice) = plain.and_then(|(region, at)| region.get_slice(at, entries.len() * size).ok()) {
+            return if atomic::load(&slice, layout, entries) { Ok(atomic::nearby(&slice)) } else { Err(ReadError(address)) };
+        }
         let mut nearby = Nearby::UNKNOWN;
         let slices = self.0.get_slices(GuestAddress(address.0), entries.len() * size, Permissions::Read).map_err(|_| ReadError(address))?;
         let mut done = 0;

@@ -501,9 +501,7 @@ impl<'a> Builder<'a> {
         }
         let chain = self.windows[window].chain;
         while let Some(top) = self.open.len().checked_sub(1).filter(|top| *top > 0) {
-            let parent = &self.chains[chain].rungs[top - 1];
-            let inside = top <= depth && iova ^ self.open[top].base <= low_bits(parent.lsb);
-            if inside {
+            if top <= depth && self.is_in_open(top, iova) {
                 break;
             }
             self.close_to(top - 1)?;
@@ -520,6 +518,14 @@ impl<'a> Builder<'a> {
             self.staged.push(page);
         }
         Ok(())
+    }
+
+    /// Whether the open table of `depth` serves `iova`.
+    #[inline]
+    fn is_in_open(&self, depth: usize, iova: u64) -> bool {
+        let Some(window) = self.window else { return false };
+        let parent = depth.checked_sub(1).map(|above| &self.chains[self.windows[window].chain].rungs[above]);
+        parent.is_none_or(|parent| iova ^ self.open[depth].base <= low_bits(parent.lsb))
     }
 
     /// Fills an open table with absent entries up to the one for `iova`, whose index is returned.
@@ -579,10 +585,7 @@ impl<'a> Builder<'a> {
                     self.leaves = self.leaves + 1 - entries;
                     note(parent, index, 1, attributes, Some(leaf.pattern), address, address.wrapping_add(low_bits(lsb)).wrapping_add(1));
                 }
-                None => {
-                    parent.contents = Contents::Mixed;
-                    parent.filled = index + 1;
-                }
+                None => note_table(parent, index),
             }
         }
         Ok(())
@@ -697,6 +700,12 @@ fn note(open: &mut Open, index: u64, count: u64, attributes: Attributes, pattern
         _ => Contents::Mixed,
     };
     open.filled = index + count;
+}
+
+/// Remembers that slot `index`, the next one, leads to a table.
+const fn note_table(open: &mut Open, index: u64) {
+    open.contents = Contents::Mixed;
+    open.filled = index + 1;
 }
 
 /// Where tables were built can be walked at once.

@@ -6,7 +6,8 @@
 use std::sync::Arc;
 
 use crate::memory::{EntryLayout, PAGE};
-use crate::table::build::{BuildError, Builder, Leaf, low_bits, note};
+use crate::table::arena::write_entry;
+use crate::table::build::{BuildError, Builder, Leaf, low_bits, note, note_table};
 use crate::table::geometry::{AddressField, ByteOrder, Move};
 use crate::table::lanes;
 use crate::table::leaves::{Piece, Run};
@@ -419,6 +420,9 @@ impl Builder<'_> {
         if prepared.has_larger(run.entries, run.field) {
             return Ok(false);
         }
+        if self.take_whole_table(run, prepared, upcoming, passed)? {
+            return Ok(true);
+        }
         let depth = prepared.depth;
         self.flush()?;
         self.open_to(prepared.window, depth, run.iova.0)?;
@@ -438,6 +442,44 @@ impl Builder<'_> {
         let leaves = run.entries.len() as u64 - gaps;
         self.leaves += leaves << prepared.split_log2;
         self.note_run(run, prepared, leaves - others, others);
+        Ok(true)
+    }
+
+    /// A whole table, which the table above is open for and which is no larger page: it need not be opened to be closed. False: not one of these, and nothing is done.
+    #[inline]
+    fn take_whole_table(&mut self, run: &Run<'_>, prepared: &Prepared, upcoming: Upcoming, passed: Passed) -> Result<bool, BuildError> {
+        let Some(above) = prepared.depth.checked_sub(1) else { return Ok(false) };
+        let whole = (run.entries.len() as u64) << prepared.split_log2 == prepared.table_entries;
+        let open = self.window == Some(prepared.window) && self.open.len() >= prepared.depth && self.pending.is_none();
+        if !whole || !open || passed.gaps != 0 || starts_in_a_row(run) || !self.is_in_open(above, run.iova.0) {
+            return Ok(false);
+        }
+        if let Some(open) = self.open.get(prepared.depth) {
+            if open.base == run.iova.0 {
+                return Ok(false);
+            }
+            self.close_to(above)?;
+            // If that turned out to be one larger page, its place is the next one.
+            if self.arena.upcoming(upcoming.bytes) != Some(upcoming.offset) {
+                return Ok(false);
+            }
+        }
+        let rungs = &self.chains[self.windows[prepared.window].chain].rungs;
+        let (table_field, table_pattern) = (&rungs[above].table_field, rungs[above].table_pattern);
+        // What is handed out next stays so until it is asked for.
+        let Some(entry) = table_field.insert(self.arena.base() + upcoming.offset).map(|bits| bits | table_pattern) else { return Ok(false) };
+        let index = self.fill_to(above, run.iova.0)?;
+        let offset = self.arena.allocate(upcoming.bytes)?;
+        debug_assert_eq!(offset, upcoming.offset, "the table that was said to be the next one");
+        if upcoming.past_cache {
+            self.stage.skip(None);
+        }
+        let layout = self.layout;
+        write_entry(self.words(above), layout, index as usize, entry);
+        note_table(&mut self.open[above], index);
+        let leaves = run.entries.len() as u64;
+        self.leaves += leaves << prepared.split_log2;
+        self.note_run(run, prepared, leaves - passed.others, passed.others);
         Ok(true)
     }
 
@@ -487,6 +529,13 @@ pub(super) const fn goes_past_cache(bytes: u64, before: u64) -> bool {
 /// The bits of entries that are address bits below a page of `2^size` bytes.
 fn bits_below(field: &AddressField, size: u8) -> u64 {
     field.insert(field.address_mask & low_bits(size)).unwrap_or(0)
+}
+
+/// Whether the first two leaves continue each other.
+#[inline]
+fn starts_in_a_row(run: &Run<'_>) -> bool {
+    let [first, second, ..] = run.entries else { return true };
+    run.field.extract(*second) == run.field.extract(*first).wrapping_add(1 << run.size_log2)
 }
 
 /// Whether the leaves continue each other. Real tables that do not say so in their first two entries.

@@ -171,9 +171,14 @@ impl<const MOVES: usize> Registers<MOVES> {
         if JUDGE {
             let different = _mm512_mask_xor_epi64(different, second, different, self.other);
             found.unexpected = _mm512_mask_ternarylogic_epi64::<OR_AND>(found.unexpected, present, different, self.mask);
-            let address = _mm512_and_si512(words, self.address);
-            let address =
-                if MOVES == 0 { address } else { _mm512_ternarylogic_epi64::<OR_AND>(address, _mm512_rolv_epi64(words, self.turn), self.moved) };
+            // Where nothing moves, what differs from the pattern of an expected entry is its address.
+            let address = match MOVES {
+                0 => different,
+                _ => {
+                    let in_place = _mm512_and_si512(words, self.address);
+                    _mm512_ternarylogic_epi64::<OR_AND>(in_place, _mm512_rolv_epi64(words, self.turn), self.moved)
+                }
+            };
             let distance = _mm512_sub_epi64(address, self.lowest);
             found.farthest = _mm512_mask_max_epu64(found.farthest, present, found.farthest, distance);
         }
