@@ -127,7 +127,8 @@ impl Space {
             }
         }
         // What the kernel refused is not what was foreseen.
-        if self.takes_one_table(state) && exchange.tables_after(state, is_table) > 1 {
+        let (before, after) = (state.parts.iter().filter(|part| is_table(part)).count(), exchange.tables_after(state, is_table));
+        if self.takes_one_table(state) && after > before.max(1) {
             let reason = "devices are behind several units, and need a table for each of them; the request does not allow a second one";
             return Err(Refusal::new(Property::Unit, reason).into());
         }
