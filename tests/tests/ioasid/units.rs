@@ -194,7 +194,16 @@ fn another_format_of_the_guest_is_another_strategy_for_each_unit() {
         let guests = guests(&rig, [Arch::Riscv, Arch::Arm, Arch::Vtd]);
         let context = rig.context();
         let request = Request::guest(guests[0].view()).with_strategies(&[Strategy::Native, Strategy::Areas]).with_second_table();
-        let (ioasid, _devices) = attached(&context, request);
+        let (ioasid, devices) = attached(&context, request);
+        // The unit that the areas were made for leaves them: whoever comes behind it gets what it has now, and not what it left.
+        ioasid.switch(guests[1].view()).unwrap();
+        for (device, wanted) in devices.iter().zip([Strategy::Native, Strategy::Native, Strategy::Areas]) {
+            device.detach(None).unwrap();
+            let explanation = ioasid.explain_for(device, None).unwrap();
+            assert_eq!(explanation.chosen.as_ref().map(|chosen| chosen.strategy), Some(wanted), "{explanation}");
+            ioasid.attach(device, None).unwrap();
+            assert_eq!((rig.dma(device.label(), 0x1000), ioasid.strategies().len()), (Some(own(1)), 2), "{}", said(&ioasid));
+        }
         let strategies = [vec![Strategy::Areas], vec![Strategy::Native, Strategy::Areas], vec![Strategy::Native, Strategy::Areas]];
         without_a_miss(&rig, |round| {
             // Every order of two of them, in time.
