@@ -2,19 +2,14 @@
 
 use std::sync::Arc;
 
-use super::commit::KernelCommitter;
+use super::build::{Built, Wish};
 use super::device::{Connected, Held, Slot, Who};
-use super::metrics::Counter;
-use super::nested::{Bound, For, OWNERS_PASIDS};
-use super::parent::Under;
-use super::part::{Dropped, Engine, Host, Part, Users};
+use super::nested::OWNERS_PASIDS;
+use super::part::{Dropped, Host, Part};
 use super::space::{Content, Space, State};
-use super::strategy::Candidate;
-use super::tables::PoolTables;
-use super::{Chosen, Device, Error, Explanation, Ioasid, Property, Refusal, Strategy};
-use crate::kernel::{Errno, HwptFlags, Pasid};
-use crate::plugin::CallError;
-use crate::sync::{AreaLimits, Areas, Nested, NestedTable, Report};
+use super::{Device, Error, Ioasid, Property, Refusal, Strategy};
+use crate::kernel::{Errno, Pasid};
+use crate::sync::Report;
 
 impl Ioasid {
     /// Attaches a device, or a PASID of it. The first device behind a unit has a strategy chosen for its path; further ones share what was made. What was read
@@ -39,19 +34,22 @@ impl Ioasid {
         self.0.join_with_company(&device.0, pasid, true)
     }
 
-    /// Chooses strategies again: where a better one can be had now, another page table or host table is made and filled, and devices are put on it, so that each
-    /// of their transactions sees either the one or the other. What was read for that. It happens by itself when the guest's structures change
+    /// Chooses strategies again, for each unit: where a better one can be had now, another page table or host table is made and filled, and devices are put on it, so that
+    /// each of their transactions sees either the one or the other. What was read for that. It happens by itself when the guest's structures change
     /// ([`Ioasid::switch`]), and when the last PASID of a device is detached.
     ///
+    /// Areas that serve several units stay for those that have nothing better; where the request does not allow a second table
+    /// ([`Request::second_table`](super::Request::second_table)), they stay for all. [`Ioasid::explain`] says so.
+    ///
     /// # Errors
-    /// The kernel or a plugin failed in the middle: units that were not moved stay as they are, and so does whoever is attached there, but for
-    /// [`Error::Detached`].
+    /// The kernel or a plugin failed in the middle: all units and devices stay as they are, but for [`Error::Detached`]: those that could neither go nor stay
+    /// wait for [`Ioasid::recover`].
     pub fn reconsider(&self) -> Result<Report, Error> {
         let _span = tracing::debug_span!("reconsider", ioasid = self.id().0).entered();
         let _memory = self.0.context().hold_memory();
         let mut detached = Vec::new();
         let mut state = self.0.lock();
-        self.0.improve(&mut state, &mut detached, "because somebody asked")
+        self.0.improve(&mut state, &mut detached, "because somebody asked", |_| true)
     }
 
     /// Detaches a device, or a PASID of it, from this IOASID: its DMA is blocked from then on. One that was detached because the kernel failed is not attached
@@ -133,10 +131,10 @@ impl Space {
             return Ok((place, None));
         }
         self.check_unit(state, state.parts.first(), device)?;
-        let Some((part, report)) = self.build(state, device, company, None)? else {
+        let Built::Made(part, report) = self.build(state, &Wish::best(device, company))? else {
             return Err(Refusal::new(Property::Strategy, format!("device {}: there is no strategy", device.label())).into());
         };
-        state.parts.push(part);
+        state.parts.push(*part);
         Ok((state.parts.len() - 1, Some(report)))
     }
 
@@ -148,7 +146,7 @@ impl Space {
 
     /// Whether a better strategy than a part's would be chosen for a device, as far as that can be known without making it.
     fn has_better(&self, state: &State, place: usize, device: &Connected, company: bool) -> Result<bool, Error> {
-        let chosen = state.parts[place].explanation.chosen.as_ref().map(|chosen| chosen.strategy);
+        let chosen = state.parts[place].strategy();
         let memory = self.context().memory();
         for strategy in Strategy::ALL.into_iter().take_while(|strategy| chosen != Some(*strategy)) {
             if let Ok((candidate, _)) = self.choice(state, device, &memory).judge(strategy)?
@@ -271,137 +269,6 @@ impl Space {
             device.enter(viommu).map_err(Error::kernel("telling the vIOMMU of the device"))?;
         }
         act(part).inspect_err(|_| device.restore(before))
-    }
-
-    /// Chooses a strategy for a device's path, and makes what it takes; what was read for that. None if there is none that is better than the given one. With `company`
-    /// page tables of the device itself and of its PASIDs are to be side by side.
-    pub(super) fn build(
-        &self,
-        state: &mut State,
-        device: &Arc<Connected>,
-        company: bool,
-        better_than: Option<Strategy>,
-    ) -> Result<Option<(Part, Report)>, Error> {
-        let span = tracing::debug_span!("build", ioasid = self.id().0, device = device.label());
-        let _entered = span.enter();
-        let mut explanation = Explanation::new(device.label());
-        let memory = self.context().memory();
-        for strategy in Strategy::ALL {
-            if better_than == Some(strategy) {
-                return Ok(None);
-            }
-            let Some((candidate, notes)) = self.candidate(state, device, company, &memory, strategy, &mut explanation)? else { continue };
-            let what = candidate.what();
-            match self.make(state, device, company, candidate) {
-                Ok((host, report)) => {
-                    tracing::debug!(%strategy, what, "chosen");
-                    self.context().count(Counter::of(strategy), 1);
-                    explanation.chosen = Some(Chosen { strategy, what });
-                    explanation.notes = notes;
-                    let pasids = device.pasid_flag() != HwptFlags::NONE;
-                    let mut part = Part {
-                        unit: device.unit(),
-                        host,
-                        explanation,
-                        pasids,
-                        users: Users::new(),
-                        is_new: true,
-                        stale: false,
-                        record: None,
-                        counters: self.context().counters(),
-                    };
-                    if let Some(log) = &state.written {
-                        part.begin_record(&state.content, &state.told(), log)?;
-                    }
-                    return Ok(Some((part, report)));
-                }
-                Err(error) if is_no(&error) => explanation.reject(strategy, vec![error.to_string()]),
-                Err(error) => return Err(error),
-            }
-        }
-        Err(Refusal::new(Property::Strategy, format!("device {}: {}", device.label(), explanation.why_not())).into())
-    }
-
-    fn make(&self, state: &State, device: &Arc<Connected>, company: bool, candidate: Candidate) -> Result<(Host, Report), Error> {
-        let context = self.context();
-        let dirty = self.request().dirty_tracking;
-        let records = dirty && matches!(candidate, Candidate::Own(_) | Candidate::Table(..)) && context.records_nested(device)?;
-        let whom = For { context, device, faults: state.faults.as_ref(), with_pasids: company, records };
-        match candidate {
-            Candidate::Memory => {
-                // The parent is kept: it hears when memory comes or goes.
-                let parent = context.parent(Under::Guest)?;
-                let direct = parent.direct(device, dirty).map_err(Error::kernel("making a page table of guest memory"))?;
-                Ok((Host::Kernel { hwpt: direct.hwpt().clone(), of_memory: Some((direct, parent)) }, Report::default()))
-            }
-            Candidate::Nothing => {
-                let empty = context.empty(device).map_err(Error::kernel("making an empty page table"))?;
-                Ok((Host::Kernel { hwpt: empty, of_memory: None }, Report::default()))
-            }
-            Candidate::Own(config) => {
-                let mut bound = Bound::new(whom, context.parent(Under::Guest)?, &config, Under::Guest)?;
-                let committer = committer(&mut bound)?;
-                Ok((Host::Own(Box::new(bound), Box::new(committer)), Report::default()))
-            }
-            Candidate::Table(mut config, format) => {
-                let parent = context.parent(Under::Host)?;
-                let limits = &self.request().limits;
-                let table = NestedTable::new(format, PoolTables::new(Arc::clone(parent.pool()), limits.table_bytes))?;
-                for (setting, address) in table.roots() {
-                    config.settings.set(setting, address.0);
-                }
-                let mut bound = Bound::new(whom, parent, &config, Under::Host)?;
-                let sink = Nested::new(table, committer(&mut bound)?);
-                let mut engine = Engine::new(context, self.watcher(), &state.kind, limits, sink)?;
-                let report = engine.fill(&context.memory(), &state.told())?;
-                // A device is not attached to half of a table, unless its guest asks for more than it may have.
-                let table = engine.sink().table();
-                if let Some(errno) = table.memory().failure().filter(|_| table.figures().without_memory > 0) {
-                    return Err(Error::kernel("memory for host tables")(errno));
-                }
-                Ok((Host::Table(Box::new(bound), Box::new(engine)), report))
-            }
-            Candidate::Areas => self.areas(state, device),
-        }
-    }
-
-    /// What the kernel keeps in its own tables.
-    fn areas(&self, state: &State, device: &Connected) -> Result<(Host, Report), Error> {
-        let dirty = if self.request().dirty_tracking { HwptFlags::DIRTY_TRACKING } else { HwptFlags::NONE };
-        let flags = device.pasid_flag() | dirty;
-        if let Content::Managed(managed) = &state.content {
-            let made = managed.ioas().hwpt(device.bound(), flags, state.faults.as_ref());
-            return made.map(|hwpt| (Host::Kernel { hwpt, of_memory: None }, Report::default())).map_err(|errno| match errno {
-                Errno::EADDRINUSE => Refusal::new(Property::Iova, "areas lie where the unit cannot translate").into(),
-                errno => Error::kernel("making a page table for the device's unit")(errno),
-            });
-        }
-        let limits = &self.request().limits;
-        let areas = Areas::new(self.context().pins(), AreaLimits { flags, ..limits.areas }).map_err(Error::kernel("making an address space"))?;
-        let mut engine = Engine::new(self.context(), self.watcher(), &state.kind, limits, areas)?;
-        let report = engine.fill(&self.context().memory(), &state.told())?;
-        if engine.sink().figures().pending > 0 {
-            // What was refused once is tried again, and then given up.
-            engine.commit().map_err(Error::Blocked)?;
-            if engine.sink().figures().pending > 0 {
-                return Err(Error::kernel("mapping guest memory for the device")(Errno::ENOMEM));
-            }
-        }
-        Ok((Host::Areas(Box::new(engine)), report))
-    }
-}
-
-fn committer(bound: &mut Bound) -> Result<KernelCommitter, Error> {
-    bound.take_committer().ok_or_else(|| Refusal::new(Property::Invalidation, "nobody can be told what is gone").into())
-}
-
-/// Whether an error says that something cannot be had, and not that it failed this time.
-fn is_no(error: &Error) -> bool {
-    match error {
-        // A plugin that refuses: its format has something that the kernel does not take, and that no limit of an offer says.
-        Error::Refused(_) | Error::Call(CallError::Refused { .. }) => true,
-        Error::Kernel { errno, .. } => matches!(*errno, Errno::EOPNOTSUPP | Errno::EINVAL | Errno::EIO),
-        _ => false,
     }
 }
 

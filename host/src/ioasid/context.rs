@@ -87,6 +87,8 @@ pub(super) struct Inner {
     next_space: AtomicU64,
     next_virtual_id: AtomicU64,
     record: Mutex<Option<Log>>,
+    /// Devices and PASIDs that were detached because the kernel failed, since the context was made.
+    lost: AtomicU64,
 }
 
 impl fmt::Debug for Inner {
@@ -129,6 +131,12 @@ impl Inner {
 
     pub(super) fn count(&self, counter: Counter, by: u64) {
         self.counters.add(counter, by);
+    }
+
+    /// Devices and PASIDs were detached because the kernel failed.
+    pub(super) fn count_lost(&self, users: usize) {
+        self.count(Counter::Detached, users as u64);
+        self.lost.fetch_add(users as u64, Ordering::Relaxed);
     }
 
     pub(super) fn supply(&self) -> Arc<dyn TableSupply> {
@@ -312,6 +320,7 @@ impl Context {
             next_space: AtomicU64::new(1),
             next_virtual_id: AtomicU64::new(0),
             record: Mutex::default(),
+            lost: AtomicU64::new(0),
         })))
     }
 
@@ -548,6 +557,11 @@ impl Context {
         let figures = self.0.pins.figures();
         let stats: Vec<super::Stats> = self.ioasids().iter().map(Ioasid::stats).collect();
         self.0.counters.metrics(&stats, (figures.bytes, figures.limit), self.0.table_bytes.load(Ordering::Relaxed))
+    }
+
+    /// Devices and PASIDs that were detached because the kernel failed, since the context was made.
+    pub(crate) fn lost(&self) -> u64 {
+        self.0.lost.load(Ordering::Relaxed)
     }
 
     /// The guest's memory, as the context knows it.

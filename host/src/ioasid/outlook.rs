@@ -95,7 +95,7 @@ impl Space {
         match shared {
             Some(part) if !company || part.has_pasids() => {
                 let outside = part.recorder().and_then(|_| self.memory_outside(device));
-                return Ok(Outlook { explanation: part.explanation.clone(), takes_faults: part.takes_faults(is_managed), outside });
+                return Ok(Outlook { explanation: part.explain(), takes_faults: part.takes_faults(is_managed), outside });
             }
             // It is made anew, so that the PASID gets in.
             Some(part) if pasid.is_some() && part.is_used_by(device) => {}

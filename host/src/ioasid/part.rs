@@ -11,7 +11,7 @@ use super::nested::Bound;
 use super::parent::Parent;
 use super::record::Recorder;
 use super::tables::PoolTables;
-use super::{Error, Explanation, GuestMemory, GuestView, Kind, SpaceId, SpaceLimits};
+use super::{Error, Explanation, GuestMemory, GuestView, Kind, SpaceId, SpaceLimits, Strategy};
 use crate::kernel::handle::{Attachment, Hwpt, PageTable, Viommu};
 use crate::kernel::{Errno, Pasid};
 use crate::plugin::queue::{Effect, Invalidation};
@@ -158,12 +158,24 @@ pub(super) type Users = Vec<(Weak<Connected>, Option<Pasid>)>;
 /// Users that were looked at, to be dropped without locks: dropping the last handle of a device takes some.
 pub(super) type Dropped = Vec<(Arc<Connected>, Option<Slot>)>;
 
+/// How users behind one unit came here from another part.
+#[derive(Debug)]
+pub(super) struct Came {
+    pub(super) unit: usize,
+    pub(super) device: String,
+    pub(super) was: Strategy,
+    /// The rest of a sentence.
+    pub(super) why: String,
+}
+
 /// What one unit has.
 #[derive(Debug)]
 pub(super) struct Part {
     pub(super) unit: usize,
     pub(super) host: Host,
     pub(super) explanation: Explanation,
+    /// By unit, if it was with another strategy.
+    pub(super) came: Vec<Came>,
     /// Page tables of the kernel's are made for PASIDs.
     pub(super) pasids: bool,
     /// Who is attached.
@@ -178,6 +190,21 @@ pub(super) struct Part {
 }
 
 impl Part {
+    /// What was chosen for its unit.
+    pub(super) fn strategy(&self) -> Option<Strategy> {
+        self.explanation.chosen.as_ref().map(|chosen| chosen.strategy)
+    }
+
+    /// What was chosen and why, and who came here since.
+    pub(super) fn explain(&self) -> Explanation {
+        let mut explanation = self.explanation.clone();
+        explanation.notes.extend(self.came.iter().map(|Came { unit, device, was, why }| match *unit == self.unit {
+            true => format!("chosen {why}: was {was} before"),
+            false => format!("device {device}, behind another unit, came {why}: was {was} before"),
+        }));
+        explanation
+    }
+
     const fn bound(&self) -> Option<&Bound> {
         match &self.host {
             Host::Kernel { .. } | Host::Areas(_) => None,
@@ -371,7 +398,8 @@ impl Part {
     pub(super) fn left(&mut self, device: *const Connected, pasid: Option<Pasid>) -> bool {
         let is = |(user, of): &(Weak<Connected>, Option<Pasid>)| user.as_ptr() == device && *of == pasid;
         let place = self.users.iter().position(is);
-        place.map(|place| self.users.swap_remove(place)).is_some()
+        // Those who came first stay first: what is chosen for all is chosen for one of them.
+        place.map(|place| self.users.remove(place)).is_some()
     }
 }
 

@@ -5,10 +5,9 @@
 use std::sync::Arc;
 
 use super::device::{Connected, Held};
-use super::metrics::Counter;
 use super::part::{Dropped, Part, Users};
 use super::space::{Space, State};
-use super::{Error, Ioasid};
+use super::{Device, Error, Ioasid};
 use crate::kernel::Pasid;
 use crate::sync::{LiveError, Report};
 
@@ -28,7 +27,7 @@ impl Ioasid {
             self.0.each(&mut state, &mut detached, settle, |_| Ok(Report::default())).map(drop)
         };
         for (device, pasid) in self.0.waiting() {
-            let device = super::Device(device);
+            let device = Device(device);
             let attached = self.attach(&device, pasid).map(drop);
             // Somebody else may have attached or detached it meanwhile.
             if device.0.is_waiting(pasid, self.id()) {
@@ -38,6 +37,11 @@ impl Ioasid {
         // A device that was attached may have settled what failed before.
         let is_well = self.0.waiting().is_empty() && !self.0.lock().parts.iter().any(|part| part.stale);
         if is_well { Ok(()) } else { result }
+    }
+
+    /// Who was detached because the kernel failed, and is to be attached again.
+    pub(crate) fn lost(&self) -> Vec<(Device, Option<Pasid>)> {
+        self.0.waiting().into_iter().map(|(device, pasid)| (Device(device), pasid)).collect()
     }
 }
 
@@ -57,7 +61,7 @@ impl State {
         let mut any = false;
         for part in &mut self.parts {
             let users = part.take_off(space.id(), dropped, |held| matches!(held, Held::Nowhere));
-            space.context().count(Counter::Detached, users.len() as u64);
+            space.context().count_lost(users.len());
             any |= !users.is_empty();
             note(&mut self.blocked, users);
         }

@@ -7,22 +7,21 @@ use super::context::Inner;
 use super::device::{Connected, Held};
 use super::managed::{self, Managed, Target};
 use super::metrics::Counter;
-use super::part::{self, Dropped, Engine, Host, Part, Users};
+use super::part::{self, Dropped, Engine, Part, Users};
 use super::record::{Log, lock};
 use super::recover::note;
 use super::software::Lookups;
 use super::watch::Watched;
 use super::{Error, Explanation, GuestMemory, GuestView, Kind, Property, Refusal, Request, Strategy};
+use crate::kernel::Pasid;
 use crate::kernel::handle::FaultQueue;
-use crate::kernel::{Errno, PageFault, PageResponse, Pasid, ResponseCode};
 use crate::lookup::Lookup;
-use crate::memory::{Budget, Limits};
 use crate::plugin::queue::Invalidation;
-use crate::plugin::{Outcome, Tag, Translated};
-use crate::sync::{LiveError, Report, Sink, Unwatched, Watcher};
-use crate::table::{AddressSpace, Fault, Geometry, OpenError, Piece, Translation};
+use crate::plugin::{Outcome, Translated};
+use crate::sync::{LiveError, Report, Unwatched, Watcher};
+use crate::table::{AddressSpace, Geometry, OpenError, Piece};
 use crate::virtio_iommu::Domain;
-use crate::{Access, Change, Gpa, Iova, Span};
+use crate::{Access, Change, Gpa, Span};
 
 /// Number of an IOASID in its context; never used again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -32,48 +31,6 @@ impl fmt::Display for SpaceId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "IOASID {}", self.0)
     }
-}
-
-/// What became of a recoverable fault.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Response {
-    /// The translation is there now: the device tries again.
-    Mapped,
-    /// The guest's tables do not allow it. The device gives up, and the guest is to be told.
-    Refused(Box<Fault>),
-    /// Nothing is mapped there, in an address space that has no tables.
-    Unmapped,
-}
-
-/// What an IOASID holds at the moment.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Stats {
-    /// Tables of the guest that are followed, once for each host table, and once for lookups in software.
-    pub guest_tables: u64,
-    /// Leaves in them, counted in the same way.
-    pub leaves: u64,
-    /// Patterns of entries whose meaning is remembered, counted in the same way: such entries cost no question.
-    pub patterns: u64,
-    /// Tables of the host.
-    pub host_tables: u64,
-    /// Areas that the kernel has for it, where it follows tables or requests with areas.
-    pub areas: u64,
-    /// Bytes of memory for host tables, which is pinned.
-    pub table_bytes: u64,
-    /// Mappings that the VMM, or a guest with requests, made.
-    pub mappings: u64,
-    /// Questions that formats were asked for what it holds.
-    pub questions: u64,
-    /// Pieces, or parts of them, that are not mapped because there was no memory for tables or lookups.
-    pub without_memory: u64,
-    /// Bytes that the hosts' formats refuse, since the beginning.
-    pub refused_bytes: u128,
-    /// Devices and PASIDs that are attached.
-    pub attached: usize,
-    /// Devices and PASIDs that were detached because the kernel failed, and that wait for [`Ioasid::recover`].
-    pub blocked: usize,
-    /// Units, or areas for all of them, that may still reach what was taken away, because invalidations failed: nobody is attached there.
-    pub stale: usize,
 }
 
 /// What is in an address space.
@@ -95,9 +52,9 @@ pub(super) struct State {
     pub(super) parts: Vec<Part>,
     /// Who was detached because the kernel failed, as far as [`Connected::is_waiting`] still says so.
     pub(super) blocked: Users,
-    software: Option<Software>,
+    pub(super) software: Option<Software>,
     /// Opened when it is first needed: translates for faults.
-    translator: Option<Box<AddressSpace>>,
+    pub(super) translator: Option<Box<AddressSpace>>,
     pub(super) content: Content,
     /// What the guest's structures say now.
     pub(super) kind: Kind,
@@ -206,7 +163,7 @@ impl Space {
             let result = part(one);
             if result.is_err() {
                 let users = one.block(self.id, detached);
-                self.context.count(Counter::Detached, users.len() as u64);
+                self.context.count_lost(users.len());
                 note(&mut state.blocked, users);
             }
             take(result);
@@ -320,13 +277,13 @@ impl Ioasid {
     /// What was chosen for the units of the devices that are or were attached, in the order in which they came, and why nothing better was.
     #[must_use]
     pub fn explain(&self) -> Vec<Explanation> {
-        self.0.lock().parts.iter().map(|part| part.explanation.clone()).collect()
+        self.0.lock().parts.iter().map(Part::explain).collect()
     }
 
     /// Which strategy each unit has that devices are or were attached to.
     #[must_use]
     pub fn strategies(&self) -> Vec<Strategy> {
-        self.0.lock().parts.iter().filter_map(|part| part.explanation.chosen.as_ref().map(|chosen| chosen.strategy)).collect()
+        self.0.lock().parts.iter().filter_map(Part::strategy).collect()
     }
 
     /// Maps `span` to what `target` leads to, in the tables of all units or in none.
@@ -428,7 +385,7 @@ impl Ioasid {
     /// another page table, so that each transaction sees either the one or the other; host tables follow, and a byte whose translation is the same before
     /// and after translates all the while.
     ///
-    /// A strategy that cannot be had any more gives way to the next one; one that could be had now is not taken up.
+    /// A strategy that cannot be had any more gives way to the next one, and one that can be had now is taken up, for each unit as by [`Ioasid::reconsider`].
     ///
     /// # Errors
     /// [`Error::Refused`] because it is not a [`Kind::Guest`] one, or no strategy is left for a unit; [`Error::Kernel`], [`Error::Open`], [`Error::Call`]:
@@ -467,12 +424,13 @@ impl Ioasid {
         let switched = self.0.each(
             &mut state,
             &mut detached,
-            |part| match ways.pop() {
-                // What was made just now has read the new tables.
-                Some(way) if part.follows() && !part.is_new => {
+            |part| match part.follows() && !part.is_new {
+                true => {
+                    let Some(way) = ways.pop() else { return Ok(Report::default()) };
                     part.switch(&memory, way, &view).inspect_err(|error| left_behind.extend(matches!(error, LiveError::Open(_)).then_some(part.unit)))
                 }
-                _ => Ok(Report::default()),
+                // What was made just now has read the new tables.
+                false => Ok(Report::default()),
             },
             |engine| software.map_or(Ok(Report::default()), |way| engine.switch(&memory, way, &view)),
         );
@@ -492,122 +450,6 @@ impl Ioasid {
         let mut state = self.0.lock();
         let memory = self.0.context.memory();
         self.0.each(&mut state, &mut detached, |part| part.synchronise(&memory), |software| software.synchronise(&memory))
-    }
-
-    /// Where an access of one byte goes, by the guest's tables as they stand in memory now, or by what was mapped.
-    ///
-    /// # Errors
-    /// The outer error ends the question; the inner one is the device's fault, and is none for an address space without tables.
-    pub fn translate(&self, iova: Iova, access: Access) -> Result<Result<Translation, Option<Fault>>, Error> {
-        let mut state = self.0.lock();
-        self.translate_in(&mut state, iova, access)
-    }
-
-    fn translate_in(&self, state: &mut State, iova: Iova, access: Access) -> Result<Result<Translation, Option<Fault>>, Error> {
-        let found = |piece: Option<crate::table::Piece>| {
-            let piece = piece.filter(|piece| piece.attributes.access(false).allows(access)).ok_or(None)?;
-            Ok(Translation { address: Gpa(piece.address + (iova.0 - piece.iova.first)), attributes: piece.attributes })
-        };
-        match &state.content {
-            Content::Requests(domain) => return Ok(found(domain.find(iova.0).copied())),
-            Content::Managed(managed) => {
-                let here = managed.mappings().range(..=iova.0).next_back().filter(|(_, mapping)| mapping.last >= iova.0);
-                return Ok(found(here.and_then(|(first, mapping)| managed::piece(*first, mapping))));
-            }
-            Content::Guest => {}
-        }
-        let memory = self.0.context.memory();
-        let Kind::Guest(view) = &state.kind else { return Ok(Err(None)) };
-        let mut space = match state.translator.take() {
-            Some(space) => space,
-            None => Box::new(view.open(&self.0.context)?),
-        };
-        let budget = Budget::new(Limits { questions: self.0.request.limits.questions, ..Limits::default() });
-        let result = space.translate(memory.entries(), memory.map(), iova, access, &budget);
-        // A format that failed is opened again next time.
-        if result.is_ok() {
-            state.translator = Some(space);
-        }
-        Ok(result?.map_err(Some))
-    }
-
-    /// A device's fault: looks at the guest's tables there once more. [`Response::Mapped`]: the host has what the guest says, and the device may try again.
-    ///
-    /// # Errors
-    /// [`Error::Blocked`], or the tables cannot be walked.
-    pub fn fault(&self, iova: Iova, access: Access) -> Result<Response, Error> {
-        let _span = tracing::debug_span!("fault", ioasid = self.id().0, %iova).entered();
-        self.0.context.count(Counter::Faults, 1);
-        self.look_for_fault(iova, access)
-    }
-
-    fn look_for_fault(&self, iova: Iova, access: Access) -> Result<Response, Error> {
-        let mut detached = Dropped::new();
-        let mut state = self.0.lock();
-        let memory = self.0.context.memory();
-        let page = Span { first: iova.0 & !(crate::memory::PAGE - 1), last: iova.0 | (crate::memory::PAGE - 1) };
-        if let Kind::Guest(view) = state.kind.clone() {
-            let again = [again(&view, page)];
-            self.0.each(
-                &mut state,
-                &mut detached,
-                |part| part.invalidate(&memory, &view, &again),
-                |software| software.invalidate(&memory, &again),
-            )?;
-        }
-        Ok(match self.translate_in(&mut state, iova, access)? {
-            Ok(_) => Response::Mapped,
-            Err(Some(fault)) => Response::Refused(Box::new(fault)),
-            Err(None) => Response::Unmapped,
-        })
-    }
-
-    fn faults(&self) -> Result<FaultQueue, Refusal> {
-        let queue = self.0.lock().faults.clone();
-        queue.ok_or_else(|| Refusal::new(Property::PageRequests, "the IOASID was made without page requests"))
-    }
-
-    /// Recoverable faults that wait, each once: for whoever asks a guest before [`Ioasid::answer_fault`]. See [`Ioasid::serve_faults`].
-    ///
-    /// # Errors
-    /// [`Error::Refused`]: the IOASID was made without [`Request::page_requests`]. [`Error::Kernel`].
-    pub fn read_faults(&self) -> Result<Vec<PageFault>, Error> {
-        let queue = self.faults()?;
-        let faults = self.0.context.kernel().read_faults(queue.id()).map_err(Error::kernel("reading faults"))?;
-        self.0.context.count(Counter::Faults, faults.len() as u64);
-        Ok(faults)
-    }
-
-    /// Answers a fault of [`Ioasid::read_faults`]. If the device has given up meanwhile nothing happens.
-    ///
-    /// # Errors
-    /// As [`Ioasid::read_faults`].
-    pub fn answer_fault(&self, answer: PageResponse) -> Result<(), Error> {
-        let queue = self.faults()?;
-        // EINVAL: nobody waits for it any more.
-        let told = self.0.context.kernel().respond(queue.id(), answer).or_else(|errno| if errno == Errno::EINVAL { Ok(()) } else { Err(errno) });
-        told.map_err(Error::kernel("answering a fault"))
-    }
-
-    /// Answers all recoverable faults that wait, after [`Ioasid::fault`]; what they were and what became of them.
-    ///
-    /// # Errors
-    /// [`Error::Refused`]: the IOASID was made without [`Request::page_requests`]. [`Error::Kernel`]: what was read and not answered is answered as invalid
-    /// when its device is detached. A fault whose tables cannot be walked is answered as invalid, and is the error after the others were answered.
-    pub fn serve_faults(&self) -> Result<Vec<(PageFault, Response)>, Error> {
-        let faults = self.read_faults()?;
-        let mut served = Vec::new();
-        let mut failed = Ok(());
-        for fault in faults {
-            let response = self.look_for_fault(fault.address, Access { read: fault.read, write: fault.write });
-            let code = if matches!(response, Ok(Response::Mapped)) { ResponseCode::Success } else { ResponseCode::Invalid };
-            failed = failed.and(self.answer_fault(PageResponse { cookie: fault.cookie, code }));
-            match response {
-                Ok(response) => served.push((fault, response)),
-                Err(error) => failed = failed.and(Err(error)),
-            }
-        }
-        failed.map(|()| served)
     }
 
     /// Lookups in software, for the VMM's device models; made when they are first asked for, and in step from then on. Clones and further calls give the
@@ -635,48 +477,6 @@ impl Ioasid {
         Ok((lookup, report))
     }
 
-    /// What it holds at the moment.
-    #[must_use]
-    pub fn stats(&self) -> Stats {
-        let blocked = self.0.waiting().len();
-        let state = self.0.lock();
-        let mut stats = Stats {
-            blocked,
-            mappings: match &state.content {
-                Content::Managed(managed) => managed.mappings().len() as u64,
-                Content::Requests(domain) => domain.len(),
-                Content::Guest => 0,
-            },
-            ..Stats::default()
-        };
-        for part in &state.parts {
-            stats.attached += part.users.iter().filter(|(user, _)| user.strong_count() > 0).count();
-            stats.stale += usize::from(part.stale);
-            if let Host::Areas(engine) = &part.host {
-                let areas = engine.sink();
-                stats.areas += areas.figures().areas;
-                stats.without_memory += areas.figures().pending + areas.figures().without_room + areas.figures().forgotten;
-                stats.refused_bytes += areas.losses().refused_bytes();
-                stats.follow(engine);
-            }
-            if let Host::Table(_, engine) = &part.host {
-                let table = engine.sink().table();
-                let figures = table.figures();
-                stats.host_tables += figures.tables;
-                stats.table_bytes += table.memory().bytes();
-                stats.questions += figures.questions;
-                stats.without_memory += figures.without_memory;
-                stats.refused_bytes += table.losses().refused_bytes();
-                stats.follow(engine);
-            }
-        }
-        if let Some(software) = &state.software {
-            stats.without_memory += software.sink().failures();
-            stats.follow(software);
-        }
-        stats
-    }
-
     pub(super) fn wrong_kind(&self, call: &str) -> Error {
         let kind = match self.0.request.kind {
             Kind::Managed => "what the VMM maps",
@@ -684,17 +484,6 @@ impl Ioasid {
             Kind::Guest(_) => "what the guest's tables say",
         };
         Refusal::new(Property::Kind, format!("`{call}` is not for an address space of {kind}")).into()
-    }
-}
-
-impl Stats {
-    /// What follows a guest's tables.
-    fn follow<S: Sink>(&mut self, engine: &Engine<S>) {
-        let figures = engine.figures();
-        self.guest_tables += figures.tables;
-        self.leaves += figures.leaves;
-        self.patterns += figures.patterns;
-        self.questions += figures.questions;
     }
 }
 
@@ -712,14 +501,6 @@ impl State {
             Content::Guest => Vec::new(),
         }
     }
-}
-
-/// A look at one page, for a fault.
-fn again(view: &GuestView, iova: Span) -> Invalidation {
-    use crate::plugin::queue::{Effect, Scope};
-    let Tag { domain, space } = view.tag();
-    let domain = domain.and_then(|domain| u16::try_from(domain).ok());
-    Invalidation { index: 0, effect: Effect::Range { scope: Scope { leaf: false, second_stage: false, domain, space, id: None }, iova } }
 }
 
 #[cfg(test)]

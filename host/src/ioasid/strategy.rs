@@ -84,6 +84,11 @@ pub(super) enum Candidate {
 }
 
 impl Candidate {
+    /// A table of user space's, which is for one unit.
+    pub(super) const fn is_users(&self) -> bool {
+        matches!(self, Self::Own(_) | Self::Table(..))
+    }
+
     /// What the unit walks.
     pub(super) fn what(&self) -> String {
         match self {

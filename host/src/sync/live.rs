@@ -272,14 +272,10 @@ impl<S: Sink> Live<S> {
     /// Looks at what was collected.
     fn look<M: EntryMemory + ?Sized>(&mut self, memory: &M, heard: Heard) -> Result<Report, LiveError> {
         let budget = Budget::new(Limits { questions: self.questions, ..Limits::default() });
-        // What the second stage says decides where the first one's tables are.
         join(&mut self.second);
-        for one in &self.second {
-            self.space.synchronise_second(memory, one.span, one.leaf_only, &budget, &mut self.changes);
-        }
         join(&mut self.wanted);
-        if !self.wanted.is_empty() {
-            self.space.synchronise_all(memory, &self.wanted, &budget, &mut self.changes);
+        if !self.wanted.is_empty() || !self.second.is_empty() {
+            self.space.synchronise_both(memory, (&self.wanted, &self.second), &budget, &mut self.changes);
         }
         self.hand_over(heard, S::apply)
     }

@@ -31,6 +31,8 @@ pub struct ContextSpaces {
     waiting: BTreeMap<(Requester, u16), (SpaceId, u32)>,
     /// Why devices might reach memory that went: none is attached until that is over.
     unsettled: Option<String>,
+    /// How many were detached because the kernel failed, in all of the context, when that was looked at last.
+    lost: u64,
 }
 
 impl ContextSpaces {
@@ -47,6 +49,7 @@ impl ContextSpaces {
             lookups: BTreeMap::new(),
             waiting: BTreeMap::new(),
             unsettled: None,
+            lost: 0,
         }
     }
 
@@ -177,6 +180,20 @@ impl AddressSpaces for ContextSpaces {
             Err(Error::Refused(refusal)) if refusal.property == Property::Attachment => Ok(()),
             detached => detached.map_err(host_error),
         }
+    }
+
+    /// Those who wait in one of the IOASIDs. Mostly it is known at once that there are none.
+    fn lost(&mut self) -> Vec<Requester> {
+        let lost = self.context.lost();
+        if std::mem::replace(&mut self.lost, lost) == lost {
+            return Vec::new();
+        }
+        let waiting = self.spaces.values().flat_map(Ioasid::lost);
+        let requester = |(device, pasid): (Device, Option<Pasid>)| {
+            let id = self.devices.iter().find(|(_, known)| **known == device).map(|(id, _)| *id)?;
+            Some(Requester { id, pasid: pasid.map(|pasid| pasid.0) })
+        };
+        waiting.filter_map(requester).collect()
     }
 
     /// A device of a context that was restored may be attached to what was restored with it.

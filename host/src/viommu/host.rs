@@ -84,7 +84,8 @@ pub type Told<I> = (I, Result<Report, HostError>);
 /// * [`AddressSpaces::attach`] replaces an attachment without a moment in which a page that translates alike in both does not translate.
 /// * When [`AddressSpaces::switch`], [`AddressSpaces::invalidate`] or [`AddressSpaces::table_written`] return, no DMA uses what the guest took away in what they
 ///   mean, and the kernel was called at most once to invalidate.
-/// * When [`AddressSpaces::attach`] or [`AddressSpaces::detach`] return without an error, no DMA of the requester uses the space before.
+/// * When [`AddressSpaces::attach`] or [`AddressSpaces::detach`] return without an error, no DMA of the requester uses the space before. Others than the requester stay
+///   attached whatever these return, unless [`AddressSpaces::lost`] tells of them.
 /// * After an error of [`AddressSpaces::invalidate`] or [`AddressSpaces::table_written`], and after [`HostError::Stale`] of any call, the vIOMMU detaches everybody
 ///   from the space and releases it. After any other error nothing changed.
 /// * A page is watched, by the watcher that the space was given, before a table in it is read.
@@ -141,6 +142,13 @@ pub trait AddressSpaces {
     /// [`HostError::Refused`]: what came is not there for DMA, and what went is gone all the same. [`HostError::Stale`]: DMA may still reach what went; everybody is
     /// detached from all spaces.
     fn memory_changed(&mut self, memory: Self::Memory) -> Result<Vec<Told<Self::Id>>, HostError>;
+
+    /// Requesters that a call detached although it was not about them, because the kernel failed while it made room for others, or when these went: each is told once.
+    /// They are attached to nothing, and [`AddressSpaces::detach`] ends whatever else is kept of them. A call that is about everybody in a space says so by its
+    /// error.
+    fn lost(&mut self) -> Vec<Requester> {
+        Vec::new()
+    }
 
     /// The vIOMMU has looked at a device that was connected: of it, these requesters are attached. Whatever else of it is attached, from before this vIOMMU was made, is to
     /// be blocked.

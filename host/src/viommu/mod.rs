@@ -29,6 +29,7 @@
 //! | the plugin fails | what it said is remembered, see [`Supervisor`]; unknown patterns and streams whose structures changed are blocked, and judged when it answers again |
 //! | it fails to decode commands | they count as: everything may have changed |
 //! | the host refuses a space, or fails to invalidate | the streams concerned are detached, and tried again |
+//! | it fails while it moves another stream than the one that a call is about | that one is detached as well, and tried again |
 //! | a stream cannot be detached either | [`Handled::loose`]: the VMM must stop the device |
 //! | memory goes with structures or tables in it | what stood there is unreadable, as for hardware: blocked, and told to the guest |
 //! | the guest reaches a limit | what is beyond is blocked and reported to the guest |
@@ -522,6 +523,7 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
         if !self.due.is_empty() {
             self.catch_up(self.limits.retries, &mut call);
         }
+        self.let_go_of_lost(&mut call);
         self.respond(&mut call);
         call.handled
     }

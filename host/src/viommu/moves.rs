@@ -198,6 +198,22 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
         }
     }
 
+    /// Streams that the host detached although nobody asked for it are blocked, and tried again.
+    pub(super) fn let_go_of_lost(&mut self, call: &mut Call) {
+        for requester in self.host.lost() {
+            if self.streams.get(&requester).is_none_or(|stream| stream.attached.is_none()) {
+                // It is known to be blocked. Nobody but this vIOMMU is to attach it again.
+                if let Err(error) = self.host.detach(requester) {
+                    call.handled.loose.push((requester, error));
+                }
+                continue;
+            }
+            self.figures.host_errors += 1;
+            self.leave(requester, call);
+            self.try_again(requester, StreamState::Refused("the kernel failed while it was moved to another page table".to_owned()));
+        }
+    }
+
     /// What the host said of a space that was to be looked at, all of it if `whole`. After an error nobody may use it.
     pub(super) fn told(&mut self, number: u64, told: Result<Report, HostError>, whole: bool, call: &mut Call) {
         call.handled.spaces += 1;

@@ -21,3 +21,4 @@ mod rig;
 mod serves;
 mod state;
 mod threads;
+mod units;

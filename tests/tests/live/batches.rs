@@ -14,6 +14,7 @@ use vm_memory::GuestMemoryMmap;
 
 use super::behaviour::range;
 use super::guest::{DATA, Guest, PS, RO, RW};
+use super::space::{BOTH, R, Second, second_stage};
 use super::support::{Host, format};
 
 /// Guest memory, and how often each entry was read.
@@ -35,8 +36,12 @@ fn live(guest: &Guest) -> Live<Host> {
 }
 
 fn live_with(guest: &Guest, limits: ShadowLimits) -> Live<Host> {
+    live_by(guest, Way::table(format(&guest.config())), limits)
+}
+
+fn live_by(guest: &Guest, way: Way, limits: ShadowLimits) -> Live<Host> {
     let host = Host::new(&TableConfig::new("intel-vtd/first-stage", &[("levels", 4)]), 4 << 20);
-    let space = Space::open(Way::table(format(&guest.config())), Guest::map(), limits, Box::new(Unwatched)).unwrap();
+    let space = Space::open(way, Guest::map(), limits, Box::new(Unwatched)).unwrap();
     let mut live = Live::new(space, host, Tag::default(), 0, 1 << 10);
     live.synchronise(&guest.view()).unwrap();
     live
@@ -206,4 +211,82 @@ fn a_known_page_beyond_the_limit_is_blocked() {
     let report = live.invalidate(&guest.view(), &[range(4 << 12, (5 << 12) - 1, true)]).unwrap();
     assert_eq!((report.changes, report.blocked_count, live.space().figures().leaves), (1, 0, 4));
     assert_eq!(live.space().figures().blocked, 0);
+}
+
+/// Blocks of a second stage that are pages, of which some go elsewhere, allow less or are gone.
+const SPLIT: std::ops::Range<u64> = 0..6;
+
+fn behind(guest: &Guest) -> Second<'_> {
+    let second = Second::identity(guest);
+    SPLIT.for_each(|block| second.split(DATA + (block << 21)));
+    second
+}
+
+/// Changes some pages of the second stage; the commands for them, in no order and with larger ranges among them.
+fn change_second(second: &Second<'_>, rng: &mut Rng) -> Vec<Invalidation> {
+    let mut commands = Vec::new();
+    for _ in 0..rng.pick(&[0, 1, 5, 40]) {
+        let input = DATA + (rng.below(SPLIT.end * 512) << 12);
+        let target = DATA + (rng.below(4096) << 12);
+        second.set(input, 0, rng.pick(&[0, target | BOTH, target | R, input | BOTH, input | BOTH]));
+        let bytes = rng.pick(&[0x1000, 0x1000, 0x1_0000, 0x40_0000]);
+        commands.push(second_stage(input & !(bytes - 1), bytes));
+    }
+    commands
+}
+
+#[test]
+fn a_batch_for_two_stages_says_what_its_commands_say_one_by_one() {
+    for seed in 0..40 {
+        let mut rng = Rng::new(seed ^ 0x2_57a9);
+        let guest = guest(&mut rng);
+        let second = behind(&guest);
+        let new = || live_by(&guest, second.way(), ShadowLimits::default());
+        let (mut together, mut apart) = (new(), new());
+        for round in 0..6 {
+            let changed: Vec<u64> = (0..rng.pick(&[0, 1, 20, 200])).map(|_| page(&mut rng)).collect();
+            changed.iter().for_each(|iova| change(&guest, &mut rng, *iova));
+            let mut all = change_second(&second, &mut rng);
+            for command in &all {
+                apart.invalidate(&guest.view(), &[*command]).unwrap();
+            }
+            let first = commands(&mut rng, &changed);
+            for command in &first {
+                apart.invalidate(&guest.view(), &[*command]).unwrap();
+            }
+            all.extend(first);
+            for index in (1..all.len()).rev() {
+                all.swap(index, rng.below(index as u64 + 1) as usize);
+            }
+            let calls = together.sink().committer.calls;
+            together.invalidate(&guest.view(), &all).unwrap();
+            assert!(together.sink().committer.calls - calls <= 1, "seed {seed}: one call for a batch");
+            let (one, other) = (together.sink().model.mappings(), apart.sink().model.mappings());
+            assert!(one == other, "seed {seed}, round {round}: {} commands", all.len());
+            assert!(one == new().sink().model.mappings(), "seed {seed}, round {round}: all was told");
+            assert!(one == together.sink().walked(), "seed {seed}, round {round}: the host's table");
+        }
+    }
+}
+
+#[test]
+fn what_commands_for_two_stages_have_in_common_is_read_once() {
+    for seed in 0..40 {
+        let mut rng = Rng::new(!seed ^ 0x2_57a9);
+        let guest = guest(&mut rng);
+        let second = behind(&guest);
+        let mut live = live_by(&guest, second.way(), ShadowLimits::default());
+        for round in 0..6 {
+            let changed: Vec<u64> = (0..rng.pick(&[1, 5, 40, 400])).map(|_| page(&mut rng)).collect();
+            changed.iter().for_each(|iova| change(&guest, &mut rng, *iova));
+            let mut all = change_second(&second, &mut rng);
+            all.extend(commands(&mut rng, &changed));
+            let memory = Counted { memory: guest.view(), reads: RefCell::default() };
+            live.invalidate(&memory, &all).unwrap();
+            let reads = memory.reads.into_inner();
+            let again = reads.iter().find(|(_, count)| **count > 1);
+            assert_eq!(again, None, "seed {seed}, round {round}: an entry that is read again");
+            assert!(!reads.is_empty());
+        }
+    }
 }

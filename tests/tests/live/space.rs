@@ -268,6 +268,26 @@ fn marks_go_to_both_stages() {
     assert_eq!(marks(&mut live), (0, 0, 1));
 }
 
+/// A mark that the guest takes away in the second stage is told although, in the same batch, the first stage says the same in pages of another size.
+#[test]
+fn a_mark_that_is_taken_away_is_told_whatever_else_is_in_the_batch() {
+    let guest = Guest::new();
+    let second = Second::identity(&guest);
+    second.split(DATA);
+    guest.put(0, 1, DATA | RW | PS);
+    let marking = TableConfig::new("intel-vtd/second-stage", &[("levels", 4), ("root", second.root), ("accessed-dirty", 1)]);
+    let mut live = live(&guest, Way::tables(format(&guest.config()), format(&marking)), ShadowLimits::default(), Box::new(Unwatched));
+    let block = Span { first: 0, last: (2 << 20) - 1 };
+    live.mark_all(&guest.view(), block);
+    assert_eq!(guest.load(second.slot(DATA + 0x1000, 0)) & (SECOND_A | SECOND_D), SECOND_A | SECOND_D);
+    live.synchronise(&guest.view()).unwrap();
+    second.set(DATA + 0x1000, 0, (DATA + 0x1000) | BOTH);
+    guest.split(0);
+    let batch = [range(block.first, block.last, false), second_stage(DATA + 0x1000, 0x1000)];
+    assert_eq!(live.invalidate(&guest.view(), &batch).unwrap().changes, 2, "one page is unmapped and mapped again");
+    assert_eq!(live.sink().0.pieces.len(), 512);
+}
+
 #[test]
 fn memory_that_goes_takes_targets_and_tables_of_both_stages_along() {
     let guest = Guest::new();

@@ -124,6 +124,8 @@ enum Told {
     FirstStage,
     /// Inputs of the second stage that it translates differently now, and nothing else.
     SecondStage,
+    /// Those and all IOVAs of the first stage, in pieces and in no order, as one batch.
+    Both,
 }
 
 impl Case {
@@ -245,10 +247,11 @@ impl Case {
     fn choose(&self, before: &Memory, tables: &[BTreeSet<u64>; 2], rng: &mut Rng) -> Told {
         let pages: BTreeSet<u64> = self.differences(before).iter().map(|(address, _)| address & !0xfff).collect();
         let [first, second] = [0, 1].map(|stage| !tables[stage].is_disjoint(&pages));
-        match rng.below(3) {
+        match rng.below(4) {
             0 => Told::Writes,
             1 if !second => Told::FirstStage,
             1 if !first && self.moved(before).is_some() => Told::SecondStage,
+            2 if self.moved(before).is_some() => Told::Both,
             _ => Told::Everything,
         }
     }
@@ -275,6 +278,19 @@ impl Case {
                 halves.iter().map(|half| self.live.invalidate(&view, &[range(false, *half)]).unwrap().blocked_count).sum()
             }
             Told::SecondStage => self.live.invalidate(&view, &self.moved(before).expect("it was counted")).unwrap().blocked_count,
+            Told::Both => {
+                let mut commands = self.moved(before).expect("it was counted");
+                let mut cuts: BTreeSet<u64> = (0..rng.below(12)).map(|_| (rng.below(1 << 32) << 32) >> rng.below(40)).collect();
+                cuts.extend([0, 1 << 63]);
+                // A byte is left out at each end, of an entry that is looked at all the same: so they do not become one.
+                let ends = cuts.iter().skip(1).copied().chain([u64::MAX]);
+                let pieces = cuts.iter().zip(ends).map(|(first, next)| Span { first: *first, last: next.saturating_sub(2).max(*first) });
+                commands.extend(pieces.map(|iova| range(false, iova)));
+                for index in (1..commands.len()).rev() {
+                    commands.swap(index, rng.below(index as u64 + 1) as usize);
+                }
+                self.live.invalidate(&view, &commands).unwrap().blocked_count
+            }
         }
     }
 
@@ -406,7 +422,7 @@ fn run(pair: Pair, seed: u64) -> (u64, u64) {
         let blocked = case.tell(told, &before, &mut rng);
         case.check(&format!("round {round}, {done}, told as {told:?}"));
         // A second stage's table that another one with the same entries took the place of was not told of; and what was blocked is looked at.
-        if blocked > 0 || told == Told::SecondStage {
+        if blocked > 0 || matches!(told, Told::SecondStage | Told::Both) {
             case.live.synchronise(&View(&case.snapshot.memory)).unwrap();
             case.check(&format!("round {round}, {done}, again"));
         }

@@ -300,7 +300,6 @@ impl<'a> Session<'a> {
             Operation::Reconsider { space } => {
                 let result = self.spaces[space as usize % spaces].ioasid.reconsider();
                 if let Err(Error::Refused(refusal)) = &result {
-                    // Areas serve two units, and what would be better serves one.
                     self.coverage.add(format!("better strategies refused: {:?}", refusal.property));
                     return Ok(false);
                 }

@@ -8,6 +8,7 @@ mod host;
 mod kernel;
 mod memory;
 mod nested;
+mod pasids;
 mod plain;
 mod real;
 mod requests;

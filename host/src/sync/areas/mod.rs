@@ -245,6 +245,11 @@ impl Areas {
         &self.losses
     }
 
+    /// Nothing that is wanted is missing: neither lost as things are, nor refused by the kernel.
+    pub(crate) fn is_whole(&self) -> bool {
+        self.lost.is_empty() && self.refused.is_empty()
+    }
+
     /// The IOAS that is in use now. A swap puts another one in its place.
     #[must_use]
     pub const fn ioas(&self) -> &Ioas {

@@ -34,7 +34,7 @@ use crate::memory::{Budget, EntryMemory, MarkMemory, MemoryMap};
 use crate::sync::changes::{Changes, Reason};
 use crate::sync::marks::{Marked, MarksWritten};
 use crate::sync::shadow::{Prepared, ReopenError, Shadow, ShadowFigures, ShadowLimits, Watcher};
-use crate::sync::wanted::Wanted;
+use crate::sync::wanted::{Wanted, join};
 use crate::table::{AddressSpace, Format, Intercept, OpenError, Piece, Window};
 use crate::{Gpa, Span};
 use look::{Look, Teller};
@@ -146,22 +146,39 @@ impl Space {
             Kind::Blocked => {}
             Kind::Direct(windows) => show_windows(windows, look, ground),
             Kind::One(one) => one.synchronise(look, wanted),
-            Kind::Two(two) => wanted.iter().for_each(|one| two.synchronise(look, one.span, one.leaf_only)),
+            Kind::Two(two) => two.synchronise(look, wanted),
         });
     }
 
     /// Looks at inputs of the second of two tables again, and at everything that passes through them: pieces of the first stage, and its tables. Of one table
     /// these are the IOVAs.
     pub fn synchronise_second<M: EntryMemory + ?Sized>(&mut self, memory: &M, span: Span, leaf_only: bool, budget: &Budget, changes: &mut Changes) {
+        self.synchronise_both(memory, (&[], &[Wanted { span, leaf_only }]), budget, changes);
+    }
+
+    /// IOVAs, and inputs of the second of two tables, which both ascend: in one look. What the second stage says decides where the first one's tables are, so that it comes
+    /// first.
+    pub(super) fn synchronise_both<M: EntryMemory + ?Sized>(
+        &mut self,
+        memory: &M,
+        (wanted, second): (&[Wanted], &[Wanted]),
+        budget: &Budget,
+        changes: &mut Changes,
+    ) {
+        if second.is_empty() {
+            return self.synchronise_all(memory, wanted, budget, changes);
+        }
         if let Kind::Two(_) = self.kind {
-            self.look(memory, budget, changes, |kind, look, _| {
+            return self.look(memory, budget, changes, |kind, look, _| {
                 if let Kind::Two(two) = kind {
-                    two.synchronise_second(look, span, leaf_only);
+                    two.synchronise_both(look, wanted, second);
                 }
             });
-        } else {
-            self.synchronise(memory, span, leaf_only, budget, changes);
         }
+        // Of one table these are IOVAs as well.
+        let mut all: Vec<Wanted> = second.iter().chain(wanted).copied().collect();
+        join(&mut all);
+        self.synchronise_all(memory, &all, budget, changes);
     }
 
     /// `length` bytes of guest memory from `address` on were written: reads the entries among them again, of all tables, and adds what changed to `changes`.
@@ -237,7 +254,7 @@ impl Space {
                     Kind::Blocked => {}
                     Kind::Direct(windows) => show_windows(windows, look, ground),
                     Kind::One(one) => one.synchronise(look, &[Wanted::whole(Span::ALL)]),
-                    Kind::Two(two) => two.synchronise(look, Span::ALL, false),
+                    Kind::Two(two) => two.synchronise(look, &[Wanted::whole(Span::ALL)]),
                 });
                 drop(before);
             }

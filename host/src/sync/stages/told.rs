@@ -15,6 +15,8 @@ pub(super) struct Told {
     dropped: HashMap<u64, Piece>,
     /// Mapped now, and not when the look began.
     fresh: HashSet<u64>,
+    /// First IOVAs of pieces that are told even if they are as they were.
+    anew: HashSet<u64>,
 }
 
 impl Told {
@@ -31,8 +33,13 @@ impl Told {
     /// Maps a piece where nothing is mapped. With `anew` it is told even if it is as it was when the look began.
     pub(super) fn add(&mut self, piece: Piece, anew: bool) {
         let first = piece.iova.first;
+        if anew {
+            // Whatever else becomes of it in this look, by another stage perhaps.
+            self.anew.insert(first);
+        }
         // The same as before is no news, also if somebody looked at the page meanwhile: then what was told stays.
-        let same = |before: &Piece| !anew && alike(Some(*before), Some(piece));
+        let anew = &self.anew;
+        let same = |before: &Piece| !anew.contains(&first) && alike(Some(*before), Some(piece));
         if let Some(before) = self.dropped.get(&first).copied().filter(same) {
             self.dropped.remove(&first);
             self.mapped.insert(first, before);
@@ -70,6 +77,7 @@ impl Told {
 
     /// The look is over: tells what it changed.
     pub(super) fn settle(&mut self, changes: &mut Changes) {
+        self.anew.clear();
         if self.dropped.is_empty() && self.fresh.is_empty() {
             return;
         }
@@ -128,5 +136,13 @@ mod tests {
         told.add(piece(0x1000, 0x9000), true);
         told.settle(&mut changes);
         assert_eq!(changes.batch().len(), 2);
+        // Also if another stage has it again in the same look.
+        changes.clear();
+        told.drop_within(piece(0x1000, 0).iova);
+        told.add(piece(0x1000, 0x9000), true);
+        told.drop_all();
+        told.add(piece(0x1000, 0x9000), false);
+        told.settle(&mut changes);
+        assert!(changes.batch().contains(&Change::Map(piece(0x1000, 0x9000))));
     }
 }

@@ -26,6 +26,7 @@ use crate::sync::stages::behind::{Behind, Marks, TablePages, Through};
 use crate::sync::stages::look::{Look, Rules};
 use crate::sync::stages::passing::{Passing, outputs, part};
 use crate::sync::stages::watch::lock;
+use crate::sync::wanted::Wanted;
 use crate::table::{Compared, FaultAt, Format, Intercepted, OpenError, Piece, Step, Visitor, WalkError};
 use crate::{Attributes, Change, Gpa, Span};
 
@@ -82,19 +83,20 @@ impl Two {
         }
     }
 
-    /// Looks at IOVAs; at all of them only after all inputs of the second stage.
-    pub(super) fn synchronise<M: EntryMemory + ?Sized>(&mut self, look: &mut Look<'_, M>, span: Span, leaf_only: bool) {
+    /// Looks at IOVAs that ascend; at all of them only after all inputs of the second stage.
+    pub(super) fn synchronise<M: EntryMemory + ?Sized>(&mut self, look: &mut Look<'_, M>, wanted: &[Wanted]) {
         // The first stage may give room back as soon as its tables are somewhere else.
         let before = self.first.figures();
-        if !self.begun || (span == Span::ALL && !leaf_only) {
+        let is_whole = is_whole(wanted);
+        if !self.begun || is_whole {
             self.begun = true;
             self.with_second(look, |shadow, memory, budget, changes| shadow.synchronise(memory, Span::ALL, false, budget, changes));
         }
-        self.with_first(look, |shadow, through, budget, changes| shadow.synchronise(through, span, leaf_only, budget, changes));
-        if span == Span::ALL && !leaf_only {
+        self.with_first(look, |shadow, through, budget, changes| shadow.synchronise_all(through, wanted, budget, changes));
+        if is_whole {
             self.use_room(look, before);
         }
-        self.try_again(look, span);
+        self.try_again(look, wanted);
     }
 
     /// What the second stage had no room for, if the first one holds less than `before`.
@@ -105,14 +107,26 @@ impl Two {
         }
     }
 
-    /// Looks at inputs of the second stage, and at all that passes through them.
-    pub(super) fn synchronise_second<M: EntryMemory + ?Sized>(&mut self, look: &mut Look<'_, M>, span: Span, leaf_only: bool) {
-        if !self.begun {
-            return self.synchronise(look, Span::ALL, false);
+    /// Looks at inputs of the second stage that ascend, at all that passes through them, and then at IOVAs that ascend: each stage's tables are gone down once.
+    pub(super) fn synchronise_both<M: EntryMemory + ?Sized>(&mut self, look: &mut Look<'_, M>, wanted: &[Wanted], second: &[Wanted]) {
+        if !self.begun || is_whole(wanted) {
+            return self.synchronise(look, &[Wanted::whole(Span::ALL)]);
         }
-        self.with_second(look, |shadow, memory, budget, changes| shadow.synchronise(memory, span, leaf_only, budget, changes));
-        let pages: Vec<u64> = lock(&self.behind).tables(span).collect();
-        self.read_again(look, &pages);
+        let moved = self.follow_second(look, |shadow, memory, budget, changes| shadow.synchronise_all(memory, second, budget, changes));
+        let mut pages: Vec<u64> = moved;
+        second.iter().for_each(|one| pages.extend(lock(&self.behind).tables(one.span)));
+        pages.sort_unstable();
+        pages.dedup();
+        if pages.is_empty() && wanted.is_empty() {
+            return;
+        }
+        self.with_first(look, |shadow, through, budget, changes| {
+            pages.iter().for_each(|page| shadow.table_written(through, Gpa(page * PAGE), PAGE, budget, changes));
+            if !wanted.is_empty() {
+                shadow.synchronise_all(through, wanted, budget, changes);
+            }
+        });
+        self.try_again(look, wanted);
     }
 
     pub(super) fn table_written<M: EntryMemory + ?Sized>(&mut self, look: &mut Look<'_, M>, address: Gpa, length: u64) {
@@ -251,17 +265,27 @@ impl Two {
     }
 
     /// What there was no room for, where it is looked at anyway.
-    fn try_again<M: ?Sized>(&mut self, look: &mut Look<'_, M>, span: Span) {
+    fn try_again<M: ?Sized>(&mut self, look: &mut Look<'_, M>, wanted: &[Wanted]) {
+        if self.wanting.is_empty() {
+            return;
+        }
         let (privileged, behind) = (self.first.geometry().privileged, lock(&self.behind));
         let passing = &self.passing;
-        self.wanting.retain(|first| {
-            let Some(piece) = passing.get(*first) else { return false };
-            let Some(here) = piece.iova.intersection(span) else { return true };
-            let inputs = Span { first: piece.address + (here.first - piece.iova.first), last: piece.address + (here.last - piece.iova.first) };
-            let all = behind.pieces(inputs).all(|outer| tell(look, piece, &outer, privileged, false));
-            !all || here != piece.iova
-        });
+        for Wanted { span, .. } in wanted {
+            self.wanting.retain(|first| {
+                let Some(piece) = passing.get(*first) else { return false };
+                let Some(here) = piece.iova.intersection(*span) else { return true };
+                let inputs = Span { first: piece.address + (here.first - piece.iova.first), last: piece.address + (here.last - piece.iova.first) };
+                let all = behind.pieces(inputs).all(|outer| tell(look, piece, &outer, privileged, false));
+                !all || here != piece.iova
+            });
+        }
     }
+}
+
+/// Whether all is to be looked at: commands that mean all IOVAs may mean both stages.
+fn is_whole(wanted: &[Wanted]) -> bool {
+    wanted.contains(&Wanted::whole(Span::ALL))
 }
 
 /// What one stage may take of what both may take together.
