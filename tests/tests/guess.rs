@@ -254,6 +254,58 @@ fn memory_of(pages: &[(u64, [u64; 512])]) -> (tempfile::TempDir, Snapshot) {
     (folder, snapshot)
 }
 
+/// A stage 2 table of 16 KiB pages with 40 bits, in memory of which all can be read: a root of 16 tables side by side, which are 64 pages, and leaves for runs of memory.
+fn wide_root(rng: &mut Rng, memory: &mut [u8], base: u64, root: u64) {
+    const TABLES: u64 = 40;
+    const ENTRIES: u64 = 2048;
+    let put = |memory: &mut [u8], address: u64, word: u64| {
+        let at = (address - base) as usize;
+        memory[at..at + 8].copy_from_slice(&word.to_le_bytes());
+    };
+    let pages = memory.len() as u64 >> 14;
+    for index in 0..TABLES {
+        let table = root + (16 + index) * (ENTRIES * 8);
+        put(memory, root + rng.below(16 * ENTRIES) * 8, table | 3);
+        let mut slot = 0;
+        while slot < ENTRIES {
+            let first = rng.below(pages);
+            let run = (1 + rng.below(300)).min(ENTRIES - slot).min(pages - first);
+            for page in 0..run {
+                put(memory, table + (slot + page) * 8, base + ((first + page) << 14) | 0x7ff);
+            }
+            slot += run + rng.below(900);
+        }
+    }
+}
+
+/// A few pages of large tables say less than as many of small ones, and where all of memory can be read much else looks possible at first.
+#[test]
+fn large_tables_are_told_in_a_whole_memory() {
+    let plugins = plugins();
+    let (base, root) = (0x4000_0000_u64, 0x4040_0000);
+    for seed in 0..3 {
+        let mut memory = vec![0; 32 << 20];
+        wide_root(&mut Rng::new(seed), &mut memory, base, root);
+        let folder = tempfile::tempdir().unwrap();
+        let addresses: Vec<String> = (0..memory.len() as u64).step_by(4096).map(|page| format!("{:#x}", base + page)).collect();
+        let json = serde_json::json!({
+            "version": 1, "page_size": 4096, "devices": [], "pages": addresses,
+            "memory": [{"kind": "ram", "first": format!("{base:#x}"), "last": format!("{:#x}", base + memory.len() as u64 - 1)}],
+        });
+        std::fs::write(folder.path().join("snapshot.json"), json.to_string()).unwrap();
+        std::fs::write(folder.path().join("pages.bin"), &memory).unwrap();
+        let found = ask(&plugins, &Snapshot::load_memory(folder.path()).unwrap(), root, &Options::default());
+        let best = found.likeliest().first().unwrap();
+        let told = (&*best.config.format, best.levels, best.granule);
+        assert_eq!(
+            told,
+            ("arm-smmuv3/stage2", 2, 16384),
+            "seed {seed}:\n{}",
+            found.candidates.iter().take(3).map(show).collect::<Vec<_>>().join("\n")
+        );
+    }
+}
+
 #[test]
 fn nothing_fits_what_is_no_table() {
     let plugins = plugins();

@@ -37,14 +37,15 @@
 //! # Bounds
 //!
 //! Each range of memory is walked once per candidate, the first time as the kind of table that it was first reached as; a table that contains itself, or
-//! two that overlap, count against the candidate. All candidates are tried on a few tables, and those that remain on more ([`Options`]). A candidate with
-//! [`HOPELESS`] bits against it is dropped. Equal input gives equal output.
+//! two that overlap, count against the candidate. All candidates are tried on a few tables, the better half of them on twice as many, and so on until few
+//! remain, which are tried on many ([`Options`]): tables of some formats are so large that a few pages of them say little. A candidate with [`HOPELESS`]
+//! bits against it is dropped. Equal input gives equal output.
 
 mod evidence;
 mod score;
 mod words;
 
-use crate::memory::{EntryMemory, MemoryMap};
+use crate::memory::{EntryMemory, MemoryMap, PAGE};
 use crate::plugin::{CallError, Plugin, Plugins, PluginsError, TableConfig};
 use crate::table::{FormatError, Nonsense};
 
@@ -90,7 +91,7 @@ pub struct Options {
     pub only: Vec<String>,
     /// The kind of unit, if it is known: decides the order of what is equal otherwise.
     pub unit: Option<String>,
-    /// Pages of tables that each candidate is tried on first.
+    /// Pages of tables that each candidate is tried on first, besides those of its root.
     pub trial_pages: u64,
     /// Pages of tables that the best candidates are tried on.
     pub pages: u64,
@@ -104,8 +105,10 @@ impl Default for Options {
     }
 }
 
-/// Candidates that are tried on more than a few tables.
+/// Candidates that are tried on as many tables as there may be.
 const FINALISTS: usize = 24;
+/// Pages of a root that a trial does not count: 16 tables of 64 KiB side by side.
+const ROOT_PAGES: u64 = 256;
 
 /// A guess cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -205,17 +208,35 @@ pub fn guess<M: EntryMemory + ?Sized>(plugins: &Plugins, subject: &Subject<'_, M
         scored.push((hypothesis, result));
     }
     sort(&mut scored);
+    // A few pages are a quarter of one format's tables, and many of another's: nobody is dropped on so little who is not among the worse half.
+    let mut pages = options.trial_pages.max(1);
+    while scored.len() > FINALISTS && pages < options.pages {
+        scored.truncate(scored.len().div_ceil(2).max(FINALISTS));
+        pages = pages.saturating_mul(2).min(options.pages);
+        again(&mut scored, subject, pages, options)?;
+    }
     scored.truncate(FINALISTS);
-    for (hypothesis, result) in &mut scored {
+    again(&mut scored, subject, options.pages, options)?;
+    Ok(ranked(&scored, tried))
+}
+
+/// Tries those that have not seen all of their tables on so many pages, and sorts.
+fn again<M: EntryMemory + ?Sized>(
+    scored: &mut [(Hypothesis, Scored)],
+    subject: &Subject<'_, M>,
+    pages: u64,
+    options: &Options,
+) -> Result<(), GuessError> {
+    for (hypothesis, result) in &mut *scored {
         if result.evidence.stopped.is_some()
             && result.evidence.bits > HOPELESS
-            && let Some(better) = score(hypothesis, subject, options.pages, options)?
+            && let Some(better) = score(hypothesis, subject, pages, options)?
         {
             *result = better;
         }
     }
-    sort(&mut scored);
-    Ok(ranked(&scored, tried))
+    sort(scored);
+    Ok(())
 }
 
 fn sort(scored: &mut [(Hypothesis, Scored)]) {
@@ -250,7 +271,7 @@ fn hypotheses(plugins: &Plugins, options: &Options) -> Result<Vec<Hypothesis>, G
     Ok(hypotheses)
 }
 
-/// Tries one configuration on so many pages of tables; none if it cannot have this root.
+/// Tries one configuration on so many pages of tables besides its root, within the budget; none if it cannot have this root.
 fn score<M: EntryMemory + ?Sized>(
     hypothesis: &Hypothesis,
     subject: &Subject<'_, M>,
@@ -266,6 +287,8 @@ fn score<M: EntryMemory + ?Sized>(
     if too_wide || !subject.root.is_multiple_of(u64::from(geometry.entry_bytes)) {
         return Ok(None);
     }
+    let root_pages = (geometry.table_bytes(window.level) / PAGE).min(ROOT_PAGES);
+    let pages = pages.saturating_add(root_pages).min(options.pages);
     let mut rooted = config.clone();
     rooted.settings.set(&window.setting, subject.root);
     let Some(format) = open(plugin, &rooted)? else { return Ok(None) };

@@ -172,6 +172,9 @@ fn their_formats_are_guessed() {
             let report = run(&["guess", &variant.path, "--root", table["root"].as_str().unwrap(), "--format", "json"]).good().json();
             let first = &report["candidates"][0];
             assert_eq!((&first["format"], &first["levels"]), (&table["format"], &table["levels"]), "{}", variant.name);
+            if !table["granule"].is_null() {
+                assert_eq!(first["granule"], table["granule"], "{}", variant.name);
+            }
             guessed += 1;
         }
     }
