@@ -1,5 +1,7 @@
 //! Where an access goes, and what becomes of one that failed: recoverable faults of devices, looked at in the guest's tables.
 
+#[cfg(doc)]
+use super::Request;
 use super::metrics::Counter;
 use super::part::Dropped;
 use super::space::{Content, State};

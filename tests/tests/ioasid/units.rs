@@ -70,7 +70,7 @@ fn without_a_miss(rig: &Rig, mut act: impl FnMut(u64)) {
         let end = Stop(&stop);
         let mut round = 0;
         let is_enough = |round| round >= 12 && done.iter().all(|done| done.load(Ordering::Relaxed) >= 100);
-        while !is_enough(round) && !threads.iter().any(|thread| thread.is_finished()) {
+        while !is_enough(round) && !threads.iter().any(std::thread::ScopedJoinHandle::is_finished) {
             act(round);
             round += 1;
         }

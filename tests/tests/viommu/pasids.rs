@@ -47,9 +47,9 @@ impl Guest {
     fn pasid(&mut self, on: bool) {
         let at = self.descriptors + 64;
         if on {
-            self.rig.guest.write_cd(at, self.roots[1], 8)
+            self.rig.guest.write_cd(at, self.roots[1], 8);
         } else {
-            self.rig.guest.store(at, 0)
+            self.rig.guest.store(at, 0);
         }
         let handled = self.rig.commands(&[words(&[5 | 1 << 11 | 1 << 12 | ONE << 32, 1])]);
         assert!(handled.loose.is_empty(), "{handled:?}");
