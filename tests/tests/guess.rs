@@ -271,7 +271,7 @@ fn wide_root(rng: &mut Rng, memory: &mut [u8], base: u64, root: u64) {
             let first = rng.below(pages);
             let run = (1 + rng.below(300)).min(ENTRIES - slot).min(pages - first);
             for page in 0..run {
-                put(memory, table + (slot + page) * 8, base + ((first + page) << 14) | 0x7ff);
+                put(memory, table + (slot + page) * 8, (base + ((first + page) << 14)) | 0x7ff);
             }
             slot += run + rng.below(900);
         }
