@@ -22,6 +22,7 @@ pub(crate) const SETTINGS: &[&str] = &[
     "lpa2",
     "force-write-back",
     "non-shareable",
+    "protected-walk",
 ];
 
 /// The setting `start-level` for level -1.
@@ -47,6 +48,7 @@ pub struct Stage2 {
     big_endian: bool,
     force_write_back: bool,
     non_shareable: bool,
+    protected_walk: bool,
     tables: Vec<Table>,
     root: Root,
 }
@@ -127,6 +129,7 @@ impl Format for Stage2 {
             big_endian: settings.flag("big-endian", false)?,
             force_write_back: settings.flag("force-write-back", false)?,
             non_shareable: settings.flag("non-shareable", false)?,
+            protected_walk: settings.flag("protected-walk", false)?,
             tables: vmsa::tables(granule, start, index_bits, lpa2, output_bits),
             root: Root { setting: "root", first: 0, last, ignored: 0, address, level: 0, inherited: 0 },
         })
@@ -193,6 +196,11 @@ impl Format for Stage2 {
 
     fn byte_order(&self) -> ByteOrder {
         if self.big_endian { ByteOrder::Big } else { ByteOrder::Little }
+    }
+
+    /// IHI 0070 section 5.2, S2PTW: any Device type.
+    fn no_tables_in(&self) -> &'static [MemoryType] {
+        if self.protected_walk { &[MemoryType::Device] } else { &[] }
     }
 
     fn kind(&self, level: u8, pattern: u64) -> Kind {

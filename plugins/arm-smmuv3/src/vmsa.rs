@@ -238,6 +238,7 @@ impl Table {
             absent: 0,
             accessed: if hardware.access { Mark { mask: af, value: af } } else { Mark::default() },
             dirty: if hardware.dirty { dirty } else { Mark::default() },
+            table_accessed: Mark::default(),
         }
     }
 
