@@ -448,7 +448,7 @@ pub trait Format: Sized {
     /// As [`Format::open`].
     fn suggest(settings: &Settings, need: &Need) -> Result<Settings, Error>;
 
-    /// Configurations that a table of unknown origin may have, usual ones first, at most 64, without roots. Settings that change neither what entries mean
+    /// Configurations that a table of unknown origin may have, usual ones first, at most 96, without roots. Settings that change neither what entries mean
     /// nor how tables nest need not be varied.
     #[must_use]
     fn candidates() -> Vec<Settings> {
