@@ -70,7 +70,7 @@ impl Case {
         let places = self.memory.pages.keys().flat_map(|page| (0..512).map(move |index| page + index * 8));
         let is_it = |at: &u64| {
             let word = self.memory.read(*at, false).unwrap();
-            word & 0xffff_ffff_f000 == address && word & 3 == 3
+            word & 0xffff_ffff_f000 == address && word & 1 != 0
         };
         // Entries of the first stage have intermediate addresses.
         let at: Vec<u64> = places.filter(is_it).collect();
