@@ -195,19 +195,19 @@ fn tables_in_device_memory() {
     let entries = [(TABLES[0], TABLES[1] | 3), (TABLES[1], TABLES[2] | 3), (TABLES[2], TABLES[3] | 3), (TABLES[3], DATA | 0x0060_0000_0000_0743)];
     let mut case = Case::new(first, TableConfig::ArmStage2(stage2(true)), &entries);
     TABLES.into_iter().chain([DATA]).for_each(|page| case.change_second(page, ordinary));
-    for table in 0..4 {
+    for table in TABLES.into_iter().take(4) {
         assert_eq!(case.told("ordinary memory"), [(0, true)]);
-        case.change_second(TABLES[table], device);
-        assert_eq!(case.told(&format!("table {table} is device memory")), []);
+        case.change_second(table, device);
+        assert_eq!(case.told(&format!("table {table:#x} is device memory")), []);
         // The second stage as it is, without S2PTW and with it again.
         for (protected, told) in [(false, vec![(0, true)]), (true, vec![])] {
             let TableConfig::ArmStage2(second) = &mut case.stages[1] else { unreachable!() };
             second.protected_walk = protected;
             let way = way(&case.stages);
             case.look(|space, view, budget, changes| space.switch(way, view, budget, changes).unwrap());
-            assert_eq!(case.told(&format!("table {table}, S2PTW {protected}")), told);
+            assert_eq!(case.told(&format!("table {table:#x}, S2PTW {protected}")), told);
         }
-        case.change_second(TABLES[table], ordinary);
+        case.change_second(table, ordinary);
     }
     case.change_second(DATA, device);
     assert_eq!(case.told("the page is device memory"), [(0, true)]);
