@@ -299,6 +299,7 @@ impl<F: Format> Opened for F {
             absent: level.absent,
             accessed: mark_out(level.accessed),
             dirty: mark_out(level.dirty),
+            table_accessed: mark_out(level.table_accessed),
         };
         table::Geometry {
             roots: geometry.roots.into_iter().map(root).collect(),
@@ -311,6 +312,7 @@ impl<F: Format> Opened for F {
             output_bits: geometry.output_bits,
             privileged: geometry.privileged,
             untranslated: geometry.untranslated.into_iter().map(|(first, last)| types::Span { first, last }).collect(),
+            no_tables_in: geometry.no_tables_in.iter().fold(0, |types, memory_type| types | 1 << memory_type.number()),
         }
     }
 

@@ -63,10 +63,12 @@ pub struct Level {
     pub leaf_sizes: u64,
     /// What stands in an unused slot of a new table.
     pub absent: u64,
-    /// Accessed mark of a leaf.
+    /// Accessed mark of a leaf, if hardware sets it.
     pub accessed: Mark,
-    /// Dirty mark of a leaf.
+    /// Dirty mark of a leaf, if hardware sets it.
     pub dirty: Mark,
+    /// Accessed mark of an entry that points to a table, if hardware sets it on the way.
+    pub table_accessed: Mark,
 }
 
 /// Order of an entry's bytes in memory.
@@ -115,6 +117,8 @@ pub struct Geometry {
     pub privileged: bool,
     /// IOVAs, `first` and `last`, that units do not look up in these tables for requests without PASID: at most 4, sorted.
     pub untranslated: Vec<(u64, u64)>,
+    /// Memory types through which no table of a first stage, and no device structure, may be read.
+    pub no_tables_in: &'static [MemoryType],
 }
 
 /// How memory is to be treated.
@@ -127,6 +131,18 @@ pub enum MemoryType {
     NonCacheable,
     /// Device.
     Device,
+}
+
+impl MemoryType {
+    /// The number that the WIT gives it.
+    #[must_use]
+    pub const fn number(self) -> u8 {
+        match self {
+            Self::WriteBack => 0,
+            Self::NonCacheable => 1,
+            Self::Device => 2,
+        }
+    }
 }
 
 /// What a leaf allows: the closed normal form. See `attributes` in the WIT for the packed word.
@@ -157,11 +173,7 @@ impl Attributes {
     /// The packed word of the WIT.
     #[must_use]
     pub const fn pack(self) -> u64 {
-        let memory_type = match self.memory_type {
-            MemoryType::WriteBack => 0,
-            MemoryType::NonCacheable => 1,
-            MemoryType::Device => 2,
-        };
+        let memory_type = self.memory_type.number() as u64;
         (self.read as u64)
             | (self.write as u64) << 1
             | (self.execute as u64) << 2
@@ -436,7 +448,7 @@ pub trait Format: Sized {
     /// As [`Format::open`].
     fn suggest(settings: &Settings, need: &Need) -> Result<Settings, Error>;
 
-    /// Configurations that a table of unknown origin may have, usual ones first, at most 64, without roots. Settings that change neither what entries mean
+    /// Configurations that a table of unknown origin may have, usual ones first, at most 96, without roots. Settings that change neither what entries mean
     /// nor how tables nest need not be varied.
     #[must_use]
     fn candidates() -> Vec<Settings> {
@@ -472,6 +484,11 @@ pub trait Format: Sized {
     /// intercepts.
     fn untranslated(&self) -> Vec<(u64, u64)> {
         Vec::new()
+    }
+
+    /// Memory types of leaves through which no table of a first stage, and no device structure, may be read, where these tables are a second stage.
+    fn no_tables_in(&self) -> &'static [MemoryType] {
+        &[]
     }
 
     /// What the type bits say. `Leaf` where a reserved encoding is neither: [`Format::check`] refuses it.
@@ -530,6 +547,7 @@ pub trait Format: Sized {
             output_bits: self.output_bits(),
             privileged: self.privileged(),
             untranslated: self.untranslated(),
+            no_tables_in: self.no_tables_in(),
         }
     }
 

@@ -57,6 +57,7 @@ impl Toy {
                     absent: 0,
                     accessed: Mark::default(),
                     dirty: Mark::default(),
+                    table_accessed: Mark::default(),
                 },
             );
             lsb += width;
@@ -66,7 +67,16 @@ impl Toy {
         }
         let root = Root { setting: "root".to_owned(), first: 0, last: (1 << lsb) - 1, ..Root::default() };
         Self {
-            geometry: Geometry { roots: vec![root], levels, entry_bytes, order, output_bits, privileged: false, untranslated: Vec::new() },
+            geometry: Geometry {
+                roots: vec![root],
+                levels,
+                entry_bytes,
+                order,
+                output_bits,
+                privileged: false,
+                untranslated: Vec::new(),
+                no_tables_in: 0,
+            },
             group_log2,
             by_address,
         }
@@ -393,6 +403,7 @@ fn a_shape_decided_by_address_bits_of_another_is_walked_right() {
         output_bits: 40,
         privileged: false,
         untranslated: Vec::new(),
+        no_tables_in: 0,
     };
     geometry.check().unwrap();
     // A table's address with bit 18, small leaves, a large one of 40 bits in all its slots, and the same entries again in another order.

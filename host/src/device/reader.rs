@@ -90,6 +90,11 @@ impl<M: GuestMemory + Send> Reader<M> {
         let memory = Traced(VmMemory(&self.memory), RefCell::new(&mut self.trace));
         let translated = space.translate(&memory, &self.map, Iova(address), Access::READ, &self.budget);
         match translated {
+            Ok(Ok(translation)) if !space.tables().all(|table| table.geometry().may_hold_tables(translation.attributes)) => {
+                let behind = Behind { format: table.format.clone(), fault: FaultKind::Permission, level: None, address };
+                self.trace.denied = Some(Denied::Behind(behind));
+                None
+            }
             Ok(Ok(translation)) => Some(translation.address.0),
             Ok(Err(fault)) => {
                 if fault.cause == Cause::Missing {

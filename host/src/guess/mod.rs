@@ -31,6 +31,10 @@
 //!
 //! # What it cannot tell
 //!
+//! A table is told only if a plugin lists a configuration that reads it, and there are at most 96 for a format. Not among Arm's are byte orders and 52-bit
+//! descriptors of unusual widths, and first tables that stand at an address that only their own width allows: the likelihood has nothing to say of those. An Access flag
+//! that nobody looks at (AFFD) reads as a mark of hardware's.
+//!
 //! Two formats whose entries are the same bits, used in the same way, cannot be told apart by any table. Candidates whose evidence lies within [`EQUAL`]
 //! bits of the best get the same rank. The kind of unit, where it is known, only orders candidates of equal rank.
 //!

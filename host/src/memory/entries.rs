@@ -66,6 +66,13 @@ pub trait EntryMemory {
         self.read_entries(address, layout, &mut entry).map(|()| entry[0])
     }
 
+    /// Whether hardware could set a mark in the entry at `address`: memory that another stage maps may be there to be read alone.
+    #[inline]
+    fn can_mark(&self, address: Gpa) -> bool {
+        let _ = address;
+        true
+    }
+
     /// Reads entries of which `known` has as many as were there before, at most a page, and tells in which lines of [`LINE`] entries any is another: bit `n` for
     /// line `n`, counted from the first entry. Of these lines, `fresh` has all entries as they were read; of others it has anything.
     ///

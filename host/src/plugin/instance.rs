@@ -84,7 +84,7 @@ pub struct PlaceToBind {
 
 const MAX_PASIDS: usize = 1024;
 const MAX_OFFERS: usize = 64;
-const MAX_CANDIDATES: usize = 64;
+const MAX_CANDIDATES: usize = 96;
 /// Conditions of an offer that are shown.
 const MAX_CONDITIONS: usize = 16;
 const MAX_BINDING_BYTES: usize = 4096;
@@ -291,7 +291,7 @@ impl Instance {
         words::settings(suggested).map_err(|what| self.sandbox.nonsense(what))
     }
 
-    /// Configurations that a table of unknown origin may have, usual ones first, without roots; at least one and at most 64.
+    /// Configurations that a table of unknown origin may have, usual ones first, without roots; at least one and at most 96.
     ///
     /// # Errors
     /// [`CallError::Unknown`] for the format, and everything that can go wrong with a call.

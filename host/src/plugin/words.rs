@@ -83,6 +83,7 @@ pub(super) fn geometry(geometry: wit::Geometry) -> Geometry {
         absent: level.absent,
         accessed: mark(level.accessed),
         dirty: mark(level.dirty),
+        table_accessed: mark(level.table_accessed),
     };
     let root = |root: types::Root| Root {
         setting: clean(&root.setting),
@@ -104,6 +105,7 @@ pub(super) fn geometry(geometry: wit::Geometry) -> Geometry {
         output_bits: geometry.output_bits,
         privileged: geometry.privileged,
         untranslated: geometry.untranslated.into_iter().map(|types::Span { first, last }| Span { first, last }).collect(),
+        no_tables_in: geometry.no_tables_in,
     }
 }
 

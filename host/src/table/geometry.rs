@@ -2,7 +2,8 @@
 
 use std::fmt;
 
-use crate::Span;
+use crate::table::visit::Step;
+use crate::{Attributes, Span};
 
 /// Bits `entry_lsb .. entry_lsb + width` of an entry are bits `address_lsb .. address_lsb + width` of an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +43,13 @@ impl Mark {
         self.mask != 0
     }
 
+    /// Whether hardware has to mark the entry that it uses.
+    #[inline]
+    #[must_use]
+    pub const fn is_missing(self, entry: u64) -> bool {
+        self.mask != 0 && entry & self.mask != self.value
+    }
+
     /// Whether hardware, or somebody else, has marked the entry.
     #[must_use]
     pub const fn is_set(self, entry: u64) -> bool {
@@ -76,10 +84,12 @@ pub struct Level {
     pub leaf_sizes: u64,
     /// What a builder writes into an unused slot.
     pub absent: u64,
-    /// Accessed mark of a leaf.
+    /// Accessed mark of a leaf, if hardware sets it.
     pub accessed: Mark,
-    /// Dirty mark of a leaf.
+    /// Dirty mark of a leaf, if hardware sets it: only leaves that are [`Attributes::WRITABLE_WHEN_DIRTY`] lack it.
     pub dirty: Mark,
+    /// Accessed mark of an entry that points to a table, if hardware sets it on the way.
+    pub table_accessed: Mark,
 }
 
 impl Level {
@@ -152,6 +162,9 @@ pub struct Geometry {
     /// IOVAs that units do not look up in such tables for requests without PASID, whatever they say: sorted, not overlapping. Tables that are made for
     /// such requests leave them out.
     pub untranslated: Vec<Span>,
+    /// Memory types of leaves through which no table of a first stage, and no device structure, may be read, where this is a second stage: bit `n` for
+    /// the memory type with the number `n`.
+    pub no_tables_in: u8,
 }
 
 /// A geometry that no table can have: what a plugin must never answer.
@@ -169,6 +182,8 @@ pub const MAX_SHAPES: usize = 8;
 pub const MAX_ROOT_INDEX_BITS: u8 = 18;
 /// Most index bits of any other table.
 pub const MAX_INDEX_BITS: u8 = 16;
+/// Numbers of memory types.
+const MEMORY_TYPES: u32 = 3;
 /// Most spans of IOVAs that are not looked up.
 pub const MAX_UNTRANSLATED: usize = 4;
 
@@ -196,6 +211,9 @@ impl Geometry {
         }
         if self.untranslated.len() > MAX_UNTRANSLATED {
             return refuse(format_args!("{} spans of IOVAs that are not translated; at most {MAX_UNTRANSLATED}", self.untranslated.len()));
+        }
+        if u32::from(self.no_tables_in) >> MEMORY_TYPES != 0 {
+            return refuse(format_args!("memory types {:#x}", self.no_tables_in));
         }
         let empty = self.untranslated.iter().any(|span| span.first > span.last);
         if empty || self.untranslated.windows(2).any(|pair| pair[0].last >= pair[1].first) {
@@ -265,6 +283,19 @@ impl Geometry {
         Ok(())
     }
 
+    /// Whether tables of a first stage, and device structures, can be read through a leaf of this second stage.
+    #[inline]
+    #[must_use]
+    pub const fn may_hold_tables(&self, attributes: Attributes) -> bool {
+        may_hold_tables(attributes, self.no_tables_in)
+    }
+
+    /// Where the entry of a step stands, in the addresses that the tables have.
+    #[must_use]
+    pub(crate) const fn entry_at(&self, step: &Step) -> u64 {
+        step.table.0.wrapping_add(step.index.wrapping_mul(self.entry_bytes as u64))
+    }
+
     /// Whether any IOVA of `span` is one that units do not look up for requests without PASID.
     #[inline]
     #[must_use]
@@ -282,6 +313,12 @@ impl Geometry {
     pub fn table_bytes(&self, level: u8) -> u64 {
         self.levels[usize::from(level)].entries() * u64::from(self.entry_bytes)
     }
+}
+
+/// Whether a leaf of a second stage lets tables be read that are in memory of any but these types.
+#[inline]
+pub(crate) const fn may_hold_tables(attributes: Attributes, closed: u8) -> bool {
+    attributes.access(true).read && closed >> attributes.memory_type() as u8 & 1 == 0
 }
 
 /// Checks that the pattern alone decides which shape matches; `address` has the address bits of each shape.

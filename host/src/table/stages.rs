@@ -3,13 +3,15 @@
 //! With two stages the first stage's tables are themselves behind the second, and its leaves are flattened through it: what comes out is what a DMA
 //! gets, and a fault carries the stage that failed.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::sync::Arc;
 
-use crate::memory::{Budget, EntryLayout, EntryMemory, MemoryMap, ReadError};
+use crate::memory::{Budget, EntryLayout, EntryMemory, MemoryMap, PAGE, ReadError};
 use crate::table::direct::{Window, Windows};
+use crate::table::geometry::{Geometry, may_hold_tables};
 use crate::table::intercept::{Compared, Intercept, Intercepted};
 use crate::table::leaves::Piece;
+use crate::table::marking::{LeafMarks, unmarked};
 use crate::table::source::Source;
 use crate::table::visit::{Cause, FaultAt, Step, Visitor};
 use crate::table::walk::{Table, WalkError};
@@ -217,17 +219,7 @@ impl AddressSpace {
                 allowed => allowed.map(|(address, attributes)| Translation { address: Gpa(address), attributes }),
             });
         };
-        let intermediate = MemoryMap::everything(64);
-        let mut probe = Probe::new(1, iova.0);
-        {
-            let outer = Outer::new(outer, memory, map, budget);
-            let result = inner.walk_stage(1, &outer, &intermediate, here, budget, &mut probe);
-            outer.finish(result)?;
-            if let Some(fault) = outer.failed.take() {
-                return Ok(Err(fault));
-            }
-        }
-        let (address, attributes) = match probe.allowed(access, privileged) {
+        let (address, attributes) = match through_first(inner, outer, memory, map, iova, here, access, privileged, budget)? {
             Ok(found) => found,
             Err(fault) => return Ok(Err(fault)),
         };
@@ -241,6 +233,48 @@ impl AddressSpace {
             allowed => allowed.map(|(address, outer)| Translation { address: Gpa(address), attributes: attributes.through(outer) }),
         })
     }
+}
+
+/// Where the first of two tables puts an access, and what its leaf allows.
+#[allow(clippy::too_many_arguments)]
+fn through_first<M: EntryMemory + ?Sized>(
+    inner: &mut Table,
+    outer: &mut Table,
+    memory: &M,
+    map: &MemoryMap,
+    iova: Iova,
+    here: Span,
+    access: Access,
+    privileged: bool,
+    budget: &Budget,
+) -> Result<Result<(u64, Attributes), Fault>, WalkError> {
+    let mut probe = Probe::new(1, iova.0);
+    let outer = Outer::new(outer, memory, map, budget);
+    let result = inner.walk_stage(1, &outer, &MemoryMap::everything(64), here, budget, &mut probe);
+    outer.finish(result)?;
+    // What is further up is read first, and marked before what is below it is read.
+    let read = outer.failed.take();
+    let path = match &probe.found {
+        Some(Ok((_, _, path))) | Some(Err(Fault { path, .. })) => path.as_slice(),
+        None => &[],
+    };
+    if let Some(fault) = outer.refused_table(inner.geometry(), path)? {
+        return Ok(Err(fault));
+    }
+    if let Some(fault) = read {
+        return Ok(Err(fault));
+    }
+    let leaf = path.last().copied();
+    let allowed = probe.allowed(access, privileged);
+    if let (Ok((_, attributes)), Some(leaf)) = (&allowed, leaf) {
+        let marks = LeafMarks::of(inner.geometry(), leaf.level, *attributes);
+        if (marks.accessed || marks.dirty && access.write)
+            && let Some(fault) = outer.refused(inner.geometry().entry_at(&leaf))?
+        {
+            return Ok(Err(fault));
+        }
+    }
+    Ok(allowed)
 }
 
 /// Intercepts, and which of them count where.
@@ -260,7 +294,8 @@ fn flatten<M: EntryMemory + ?Sized, V: Visitor>(
 ) -> Result<(), WalkError> {
     let intermediate = MemoryMap::everything(64);
     let outer = Outer::new(outer, memory, map, budget);
-    let mut flatten = Flatten { outer: &outer, visitor };
+    let geometry = inner.geometry().clone();
+    let mut flatten = Flatten { outer: &outer, geometry: &geometry, visitor };
     let result = match between {
         None => inner.walk_stage(1, &outer, &intermediate, span, budget, &mut flatten),
         Some((intercepts, rules)) => {
@@ -338,11 +373,42 @@ struct Outer<'a, M: ?Sized> {
     failed: RefCell<Option<Fault>>,
     /// Why a walk of the second stage ended early.
     stopped: RefCell<Option<WalkError>>,
+    /// Intermediate addresses of which is known that marks can be set there.
+    marked: Cell<Option<Span>>,
 }
 
 impl<'a, M: EntryMemory + ?Sized> Outer<'a, M> {
     const fn new(table: &'a mut Table, memory: &'a M, map: &'a MemoryMap, budget: &'a Budget) -> Self {
-        Self { table: RefCell::new(table), memory, map, budget, failed: RefCell::new(None), stopped: RefCell::new(None) }
+        Self { table: RefCell::new(table), memory, map, budget, failed: RefCell::new(None), stopped: RefCell::new(None), marked: Cell::new(None) }
+    }
+
+    /// Why hardware cannot mark an entry of the first stage's tables at this intermediate address, if it cannot.
+    fn refused(&self, address: u64) -> Result<Option<Fault>, WalkError> {
+        if self.marked.get().is_some_and(|span| span.contains(address)) {
+            return Ok(None);
+        }
+        let mut table = self.table.borrow_mut();
+        let mut targets = Targets::new(table.geometry().no_tables_in, true);
+        let page = Span::of_log2(address & !(PAGE - 1), PAGE.trailing_zeros() as u8);
+        table.walk_stage(2, self.memory, self.map, page, self.budget, &mut targets)?;
+        if targets.failed.is_none() {
+            self.marked.set(Some(page));
+            return Ok(None);
+        }
+        // The page may have parts: an entry does not.
+        targets = Targets::new(table.geometry().no_tables_in, true);
+        table.walk_stage(2, self.memory, self.map, Span { first: address, last: address }, self.budget, &mut targets)?;
+        Ok(targets.failed)
+    }
+
+    /// Why hardware cannot mark one of the entries on the way to the last of `path`, if it has to and cannot.
+    fn refused_table(&self, geometry: &Geometry, path: &[Step]) -> Result<Option<Fault>, WalkError> {
+        for step in unmarked(geometry, path) {
+            if let Some(fault) = self.refused(geometry.entry_at(step))? {
+                return Ok(Some(fault));
+            }
+        }
+        Ok(None)
     }
 
     /// The first stage's result, or why the second ended it.
@@ -358,8 +424,10 @@ impl<M: EntryMemory + ?Sized> EntryMemory for Outer<'_, M> {
         }
         let size = u64::from(layout.bytes);
         let span = Span { first: address.0, last: address.0.saturating_add(entries.len() as u64 * size - 1) };
-        let mut found = Targets { pieces: Vec::new(), failed: None };
-        let result = self.table.borrow_mut().walk_stage(2, self.memory, self.map, span, self.budget, &mut found);
+        let mut table = self.table.borrow_mut();
+        let mut found = Targets::new(table.geometry().no_tables_in, false);
+        let result = table.walk_stage(2, self.memory, self.map, span, self.budget, &mut found);
+        drop(table);
         if let Err(error) = result {
             self.stopped.replace(Some(error));
             return Err(ReadError(address));
@@ -393,13 +461,20 @@ impl<M: EntryMemory + ?Sized> EntryMemory for Outer<'_, M> {
     }
 }
 
-/// Where the second stage puts the pages of a first-stage table, if all of them can be read.
+/// Where the second stage puts the pages of a first-stage table, if all of them can be read, and written where that is asked for.
 struct Targets {
+    /// Memory types in which no table may be.
+    closed: u8,
+    write: bool,
     pieces: Vec<Piece>,
     failed: Option<Fault>,
 }
 
 impl Targets {
+    const fn new(closed: u8, write: bool) -> Self {
+        Self { closed, write, pieces: Vec::new(), failed: None }
+    }
+
     fn fail(&mut self, cause: Cause, input: u64, address: Option<u64>, path: &[Step]) -> Result<(), WalkError> {
         let level = path.last().map(|step| step.number);
         self.failed.get_or_insert(Fault { stage: 2, cause, level, input, address, reading_table: true, path: path.to_vec() });
@@ -409,7 +484,8 @@ impl Targets {
 
 impl Visitor for Targets {
     fn piece(&mut self, piece: &Piece, path: &[Step]) -> Result<(), WalkError> {
-        if !piece.attributes.access(true).read {
+        let may_hold = may_hold_tables(piece.attributes, self.closed);
+        if !may_hold || self.write && !piece.attributes.access(true).write {
             return self.fail(Cause::Entry(FaultKind::Permission), piece.iova.first, None, path);
         }
         self.pieces.push(*piece);
@@ -428,7 +504,25 @@ impl Visitor for Targets {
 /// Hears the first stage, and hands on what the second makes of it.
 struct Flatten<'a, 'b, M: ?Sized, V> {
     outer: &'a Outer<'b, M>,
+    /// The first stage's.
+    geometry: &'a Geometry,
     visitor: &'a mut V,
+}
+
+impl<M: EntryMemory + ?Sized, V: Visitor> Flatten<'_, '_, M, V> {
+    /// Tells of `span` that nothing gets through, if an entry on the way to the last of `path` has to be marked and cannot be; whether that is so.
+    fn refused(&mut self, span: Span, path: &[Step]) -> Result<bool, WalkError> {
+        let refused = self.outer.refused_table(self.geometry, path)?;
+        if let Some(fault) = &refused {
+            self.refuse(span, fault)?;
+        }
+        Ok(refused.is_some())
+    }
+
+    fn refuse(&mut self, span: Span, fault: &Fault) -> Result<(), WalkError> {
+        let Fault { cause, address, path, .. } = fault;
+        self.visitor.fault(&FaultAt { stage: 2, cause: *cause, span, address: *address, reading_table: true, path })
+    }
 }
 
 impl<M: EntryMemory + ?Sized, V: Visitor> Visitor for Flatten<'_, '_, M, V> {
@@ -437,25 +531,46 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Visitor for Flatten<'_, '_, M, V> {
     }
 
     fn piece(&mut self, piece: &Piece, path: &[Step]) -> Result<(), WalkError> {
+        if self.refused(piece.iova, path)? {
+            return Ok(());
+        }
         let outer = self.outer;
+        let mut attributes = piece.attributes;
+        if let Some(leaf) = path.last() {
+            let marks = LeafMarks::of(self.geometry, leaf.level, attributes);
+            if !marks.is_none()
+                && let Some(fault) = outer.refused(self.geometry.entry_at(leaf))?
+            {
+                if marks.accessed {
+                    return self.refuse(piece.iova, &fault);
+                }
+                // Reads go through, and writes do not.
+                attributes = attributes.without(Attributes::WRITE);
+            }
+        }
+        let piece = &Piece { attributes, ..*piece };
         let intermediate = Span { first: piece.address, last: piece.address + piece.iova.length_minus_one() };
         let mut second = Second { piece, path, visitor: self.visitor };
         outer.table.borrow_mut().walk_stage(2, outer.memory, outer.map, intermediate, outer.budget, &mut second)
     }
 
     fn absent(&mut self, span: Span, path: &[Step]) -> Result<(), WalkError> {
-        self.visitor.absent(span, path)
+        if self.refused(span, path)? { Ok(()) } else { self.visitor.absent(span, path) }
     }
 
     fn nothing_below(&mut self, span: Span, entries: u64, path: &[Step]) -> Result<(), WalkError> {
-        self.visitor.nothing_below(span, entries, path)
+        if self.refused(span, path)? { Ok(()) } else { self.visitor.nothing_below(span, entries, path) }
     }
 
     fn fault(&mut self, fault: &FaultAt<'_>) -> Result<(), WalkError> {
         if self.outer.stopped.borrow().is_some() {
             return Err(WalkError::Stopped);
         }
-        match self.outer.failed.take() {
+        let read = self.outer.failed.take();
+        if self.refused(fault.span, fault.path)? {
+            return Ok(());
+        }
+        match read {
             // Reading a table of the first stage failed in the second: that is the fault to report, for the IOVAs below that table.
             Some(Fault { cause, address, path, .. }) => {
                 let address = address.or(fault.address);

@@ -21,16 +21,25 @@
 //!
 //! What `EXT_FEATURES` does not show is no reason to refuse a device table entry that uses it: firmware can replace the register's contents for software
 //! (the IVHD's copy of it), so that a driver rightly uses what the register does not show: Linux sets GIoV so on units without GIOSup. More levels of host
-//! tables, guest tables or guest CR3 tables than it shows are noted as warnings. It counts only where it changes what entries mean: `NXSup` and "no host
+//! tables, guest tables or guest CR3 tables than it shows, and GIoV where it does not show GIOSup, are noted as warnings. It counts only where it changes what entries mean: `NXSup` and "no host
 //! tables".
 //!
 //! # Addresses that are not translated
 //!
 //! Requests without PASID to 0xfee0_0000..=0xfeef_ffff are interrupts (section 2.2.5): [`mod@unit`] intercepts them, and tables that are made have nothing there.
-//! Requests with PASID are taken to be translated there, as on other x86 units: interrupts have none. Left to the tables is the HyperTransport range,
-//! 0xfd_0000_0000..=0xff_ffff_ffff. In parts of it the device table entry decides (SysMgt, IoCtl, IntCtl), in others the tables do, and in a unit with
-//! HTRangeIgnore, which is in a register that snapshots do not have, all of it is as any other. Drivers map nothing there, and the kernel has none of it in its
-//! ranges of IOVAs.
+//! Requests with PASID are taken to be translated there, as on other x86 units: interrupts have none.
+//!
+//! Left to the tables is the HyperTransport range, 0xfd_0000_0000..=0xff_ffff_ffff, although for requests without PASID it has special addresses (section 2.1.2,
+//! the table of special address controls):
+//!
+//! * Not all of it is refused. 0xfd_f920_0000..=0xfd_faff_ffff is reserved and left to the page tables; system management (from 0xfd_f910_0000) and port I/O
+//!   (from 0xfd_fc00_0000) are what SysMgt and IoCtl of the device table entry say, which have a value for "translated".
+//! * Units of today may have HTRangeIgnore, and then all of it is as any other address. It is in a register (`EXT_FEATURES2`) that snapshots need not have, so
+//!   that whoever finds a mapping there cannot tell a driver that knows its unit from one that does not.
+//!
+//! A guest's driver maps nothing there unless its unit lets it: Linux reserves all of the range (`IOMMU_RESV_RESERVED`), but for units with HTRangeIgnore. The kernel
+//! of a host leaves it out of the ranges of IOVAs that it offers, by which live tables are cut. To refuse what a guest has mapped there would therefore
+//! break guests on units with HTRangeIgnore, and stop nothing on others.
 
 pub mod kernel;
 mod queue;

@@ -109,6 +109,7 @@ impl Format for V1 {
                 absent: 0,
                 accessed: mark(self.update_accessed, A),
                 dirty: mark(self.update_dirty, D),
+                table_accessed: Mark::default(),
             }
         };
         (0..self.levels).map(level).collect()

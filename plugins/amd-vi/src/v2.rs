@@ -116,6 +116,7 @@ impl Format for V2 {
                 absent: 0,
                 accessed: mark(self.update_accessed, A),
                 dirty: mark(self.update_dirty, D),
+                table_accessed: mark(self.update_accessed, A),
             }
         };
         (0..self.levels).map(level).collect()

@@ -114,6 +114,7 @@ impl<const VERSION: u8> Format for Dart<VERSION> {
             absent: 0,
             accessed: Mark::default(),
             dirty: Mark::default(),
+            table_accessed: Mark::default(),
         };
         (0..self.levels).map(level).collect()
     }

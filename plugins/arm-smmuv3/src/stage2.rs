@@ -22,6 +22,7 @@ pub(crate) const SETTINGS: &[&str] = &[
     "lpa2",
     "force-write-back",
     "non-shareable",
+    "protected-walk",
 ];
 
 /// The setting `start-level` for level -1.
@@ -47,6 +48,7 @@ pub struct Stage2 {
     big_endian: bool,
     force_write_back: bool,
     non_shareable: bool,
+    protected_walk: bool,
     tables: Vec<Table>,
     root: Root,
 }
@@ -127,6 +129,7 @@ impl Format for Stage2 {
             big_endian: settings.flag("big-endian", false)?,
             force_write_back: settings.flag("force-write-back", false)?,
             non_shareable: settings.flag("non-shareable", false)?,
+            protected_walk: settings.flag("protected-walk", false)?,
             tables: vmsa::tables(granule, start, index_bits, lpa2, output_bits),
             root: Root { setting: "root", first: 0, last, ignored: 0, address, level: 0, inherited: 0 },
         })
@@ -169,6 +172,7 @@ impl Format for Stage2 {
             (65536, 32, 2),
             (16384, 40, 1),
             (4096, 40, 0),
+            (65536, 29, 3),
         ];
         let wide = [(4096, 52, -1), (4096, 52, 0), (4096, 48, 0), (16384, 52, 0), (16384, 48, 1), (16384, 51, 1)];
         vmsa::candidates(
@@ -193,6 +197,11 @@ impl Format for Stage2 {
 
     fn byte_order(&self) -> ByteOrder {
         if self.big_endian { ByteOrder::Big } else { ByteOrder::Little }
+    }
+
+    /// IHI 0070 section 5.2, S2PTW: any Device type.
+    fn no_tables_in(&self) -> &'static [MemoryType] {
+        if self.protected_walk { &[MemoryType::Device] } else { &[] }
     }
 
     fn kind(&self, level: u8, pattern: u64) -> Kind {

@@ -279,7 +279,7 @@ impl Stream {
         if stage1 {
             Self::check_stage1(words, features, stage2)?;
         }
-        let stage2 = if stage2 { Some(stage2_config(words, features)?) } else { None };
+        let stage2 = if stage2 { Some(stage2_config(words, features, stage1)?) } else { None };
         let privileged = features.permissions_can_be_overridden() && ste::PRIVCFG.of(words) == 3;
         let vmid = vmid_counts.then(|| ste::S2VMID.of(words) as u32);
         Ok(Self { stage1, stage2, single_privilege: strw == 2 && !features.e2h, privileged, vmid })
@@ -306,8 +306,8 @@ impl Stream {
     }
 }
 
-/// The stage 2 table of an STE.
-fn stage2_config(words: &Words, features: &Features) -> Result<TableConfig, Stop> {
+/// The stage 2 table of an STE, which has a stage 1 as well if `nested`.
+fn stage2_config(words: &Words, features: &Features, nested: bool) -> Result<TableConfig, Stop> {
     let bad = bad_entry;
     match (features.idr0(idr0::STALL_MODEL), ste::S2S.is_set(words)) {
         (1, true) => return bad("S2S", "stalls are not implemented"),
@@ -369,6 +369,8 @@ fn stage2_config(words: &Words, features: &Features) -> Result<TableConfig, Stop
     set("lpa2", lpa2.into(), 0);
     set("force-write-back", (features.has3(idr3::FWB) && ste::S2FWB.is_set(words)).into(), 0);
     set("non-shareable", (lpa2 && ste::S2SH0.of(words) < 2).into(), 0);
+    // Alone, there is nothing that would be read through it.
+    set("protected-walk", (nested && ste::S2PTW.is_set(words)).into(), 0);
     // The hardware takes the low bits of the address as zero, up to the size of the table.
     let event = ("C_BAD_STE", "IHI 0070 section 5.2, S2TTB");
     let index_bits = refused(event.0, event.1, Stage2::open(&config.settings))?.levels().first().map_or(0, |level| level.index_bits);

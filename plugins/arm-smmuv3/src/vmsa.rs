@@ -163,13 +163,14 @@ impl Candidate {
 }
 
 /// Configurations of tables of unknown origin: `usual` and `narrow` ones plain; then with 52-bit descriptors, which only the `wide` ones have, with hardware
-/// marks, and with the bytes of a big-endian table. What else a context says changes what leaves grant, and not which entries are right.
+/// marks (which stand for a disabled Access flag as well: any value of it is right), and with the bytes of a big-endian table. What else a context says changes what leaves grant, and not which entries are right.
 pub(crate) fn candidates(usual: &[Candidate], narrow: &[Candidate], wide: &[Candidate]) -> Vec<Settings> {
     let marks = ["hardware-access", "hardware-dirty"];
     let big = ["big-endian"];
     let both = ["hardware-access", "hardware-dirty", "big-endian"];
     let with = |candidates: &[Candidate], flags: &[&str]| candidates.iter().map(|candidate| candidate.settings(flags)).collect::<Vec<_>>();
-    [with(usual, &[]), with(narrow, &[]), with(wide, &[]), with(usual, &marks), with(usual, &big), with(wide, &marks), with(usual, &both)].concat()
+    let plain = [with(usual, &[]), with(narrow, &[]), with(wide, &[])].concat();
+    [plain, with(usual, &marks), with(usual, &big), with(wide, &marks), with(usual, &both), with(narrow, &marks)].concat()
 }
 
 /// One kind of table, and with it everything that decides what its descriptors look like.
@@ -238,6 +239,7 @@ impl Table {
             absent: 0,
             accessed: if hardware.access { Mark { mask: af, value: af } } else { Mark::default() },
             dirty: if hardware.dirty { dirty } else { Mark::default() },
+            table_accessed: Mark::default(),
         }
     }
 

@@ -494,7 +494,7 @@ fn stage_2_alone() {
     assert_eq!(rest(with(1, 1 << 25, 0)), "force-write-back=1");
     assert_eq!(rest(with(1, 1 << 25, 0).set("IDR3", 0)), "");
     assert_eq!(rest(with(2, 24 << 32 | 1 << 38, 0xff << 32)), "start-level=1", "40 bits, two tables");
-    assert_eq!(rest(with(2, 1 << 54, 3 << 44)), "", "S2PTW and S2SH0 say nothing about the table");
+    assert_eq!(rest(with(2, 1 << 54, 3 << 44)), "", "S2SH0 says nothing about the table, and S2PTW nothing without stage 1");
 }
 
 #[test]

@@ -201,6 +201,7 @@ impl Format for Short {
             absent: 0,
             accessed: Mark::default(),
             dirty: Mark::default(),
+            table_accessed: Mark::default(),
         };
         let first_level = |index_bits| {
             let mut shapes = vec![

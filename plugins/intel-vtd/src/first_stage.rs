@@ -129,6 +129,7 @@ impl Format for FirstStage {
                 absent: 0,
                 accessed: Mark { mask: A, value: A },
                 dirty: Mark { mask: D, value: D },
+                table_accessed: Mark { mask: A, value: A },
             }
         };
         (0..self.levels).map(level).collect()

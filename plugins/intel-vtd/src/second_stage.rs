@@ -142,6 +142,7 @@ impl Format for SecondStage {
                 absent: 0,
                 accessed: mark(A),
                 dirty: mark(D),
+                table_accessed: Mark::default(),
             }
         };
         (0..self.levels).map(level).collect()

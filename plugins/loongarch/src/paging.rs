@@ -2,6 +2,9 @@
 //!
 //! * A directory entry has no valid bit: without HUGE it points to a table, whatever else it says. Hardware that finds zero goes to address 0, and
 //!   drivers therefore fill directories with pointers to an empty table. What is written here into an unused slot is a huge page that is not valid.
+//! * What points to a table is aligned to the table's size. The manual shows no format for it, says of undefined bits of *pages* alone that they are ignored
+//!   (section 5.4.5), and not whether the index is added to the address or takes the place of its low bits: such entries are refused, as such roots are.
+//! * In pages, address bits below the size are ignored: of the page number in a TLB entry, into which they go as they are, they may be anything (section 5.4.2).
 //! * Bits 63:48 of a directory entry play no part: kernels store their own, virtual addresses there.
 //! * In a huge page HUGE stands where page tables have G, and G stands in bit 12, the lowest address bit of a page: the address
 //!   begins at the page's size only.
@@ -9,6 +12,7 @@
 //!   sets: accessed and dirty.
 //! * PLV says from which level on requests pass: a leaf of user level (3) is open to all, others to privileged requests only.
 
+use stagecraft_sdk::bits::mask;
 use stagecraft_sdk::{Attributes, Encoded, Error, Findings, Format, Kind, Level, Mark, MemoryType, Need, Next, Root, Segment, Settings, Shape};
 
 use crate::spec::{
@@ -16,6 +20,7 @@ use crate::spec::{
 };
 
 const ENTRIES: &str = "LoongArch volume 1 section 5.4.5";
+const PAGE_NUMBER: &str = "LoongArch volume 1 section 5.4.2, PPN";
 const TABLES: &str = "LoongArch volume 1 section 5.4";
 
 pub(crate) const NAMES: &[&str] = &["granule", "levels", "input-bits", "output-bits", "root", "root-high", "hardware-update"];
@@ -107,7 +112,7 @@ impl Format for Paging {
             } else {
                 // A huge page above all addresses has none: its slot is larger than what can be said.
                 let huge = if slot <= ADDRESS_HIGH { address(slot) } else { Vec::new() };
-                vec![Shape { mask: HUGE, value: HUGE, address: huge }, Shape { mask: HUGE, value: 0, address: address(12) }]
+                vec![Shape { mask: HUGE, value: HUGE, address: huge }, Shape { mask: HUGE, value: 0, address: address(self.granule_log2) }]
             };
             Level {
                 number: level as i8,
@@ -118,6 +123,7 @@ impl Format for Paging {
                 absent: if level == PAGE_TABLE { 0 } else { HUGE },
                 accessed: mark(V),
                 dirty: mark(D),
+                table_accessed: Mark::default(),
             }
         };
         (0..self.levels).map(level).collect()
@@ -161,7 +167,12 @@ impl Format for Paging {
         let _ = inherited;
         match kind {
             Kind::Absent => {}
-            Kind::Table => findings.reserved(pattern, TABLE_LOW, ENTRIES, "bits below the address of the next table are not zero"),
+            Kind::Table => {
+                findings.reserved(pattern, TABLE_LOW, ENTRIES, "bits below the address of the next table are not zero");
+                // LDDIR puts the index into the address, and is not said to add it: what such an entry leads to is anybody's guess.
+                let inside = mask(self.granule_log2, 0) >> 1 & !mask(11, 0);
+                findings.reserved(pattern, inside, ENTRIES, "the next table is not aligned to its size, the granule");
+            }
             Kind::Leaf => {
                 if MAT.of(pattern) == 3 {
                     findings.reserved(pattern, MAT.mask(), ENTRIES, "memory access type 3 is reserved");
@@ -169,10 +180,10 @@ impl Format for Paging {
                 if self.slot_log2(level) > ADDRESS_HIGH {
                     findings.reserved(pattern, HUGE, ENTRIES, "a page of this size has no address");
                 }
-                // Everything between the flags and the address: nothing in a page of 4 KiB.
+                // Everything between the flags and the address: nothing in a page of 4 KiB. A TLB entry may have anything there.
                 let below = (1_u64 << self.slot_log2(level).min(ADDRESS_HIGH + 1)) - (1 << 12);
                 let g = if level == PAGE_TABLE { 0 } else { HUGE_G };
-                findings.reserved(pattern, below & !g, ENTRIES, "the address is not aligned to the size of the page");
+                findings.should_be_zero(pattern, below & !g, PAGE_NUMBER, "address bits below the size of the page are ignored");
                 findings.should_be_zero(pattern, UNASSIGNED, ENTRIES, "bits 60:48 of a page are not assigned, and ignored");
                 if pattern & RPLV != 0 && PLV.of(pattern) == USER {
                     findings.warning(RPLV, ENTRIES, "a page for user level only: privileged requests are not told apart from others");
@@ -246,7 +257,6 @@ impl Format for Paging {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use proptest::prelude::*;
-    use stagecraft_sdk::bits::mask;
     use stagecraft_sdk::{FaultKind, Meaning, Severity};
 
     use super::*;
@@ -281,10 +291,10 @@ mod tests {
                 1 => leaf(14, Attributes { write: false, ..rwx() }),
                 2 | 3 => leaf(14, Attributes { privileged_only: true, ..rwx() }),
                 4 => leaf(14, device),
-                5 | 12 | 13 => RESERVED,
+                5 => RESERVED,
                 61 => leaf(14, Attributes { read: false, ..rwx() }),
                 62 => leaf(14, Attributes { execute: false, ..rwx() }),
-                // G, P, W and software's bits, bits that are not assigned, and RPLV of the user level.
+                // G, P, W and software's bits, address bits below the size, bits that are not assigned, and RPLV of the user level.
                 _ => leaf(14, rwx()),
             };
             assert_eq!(format.decode(0, 0, USER_PAGE ^ 1 << bit), expected, "bit {bit}");
@@ -300,21 +310,21 @@ mod tests {
         assert_eq!(format.decode(1, 0, base), leaf(25, rwx()));
         for bit in (7..64).filter(|bit| !(25..=47).contains(bit)) {
             let expected = match bit {
-                13..=24 => RESERVED,
                 61 => leaf(25, Attributes { read: false, ..rwx() }),
                 62 => leaf(25, Attributes { execute: false, ..rwx() }),
-                // Bit 12 is G and no part of the address.
+                // Bit 12 is G and no part of the address, and neither are the bits up to the page's size.
                 _ => leaf(25, rwx()),
             };
             assert_eq!(format.decode(1, 0, base ^ 1 << bit), expected, "bit {bit}");
         }
         assert_eq!(format.decode(1, 0, base & !1), Meaning::Absent);
         let shapes = &format.levels()[1].shapes;
-        assert_eq!(shapes.iter().map(address_bits).collect::<Vec<_>>(), [mask(47, 25), mask(47, 12)]);
+        assert_eq!(shapes.iter().map(address_bits).collect::<Vec<_>>(), [mask(47, 25), mask(47, 14)]);
         // 4 KiB pages: a page of 2 MiB begins at bit 21, and bit 12 is still G.
         let small = open(&[("granule", 4096)]);
         assert_eq!(small.decode(1, 0, base | 0x1000), leaf(21, rwx()));
-        assert_eq!(small.decode(1, 0, base | 0x2000), RESERVED);
+        assert_eq!(small.decode(1, 0, base | 0x2000), leaf(21, rwx()));
+        assert_eq!(small.explain(1, 0, base | 0x2000)[0].severity, Severity::Warning);
     }
 
     #[test]
@@ -323,14 +333,15 @@ mod tests {
         for level in 1..3 {
             let table = Meaning::Table { next: Next::whole(level - 1), inherited: 0 };
             assert_eq!(format.decode(level, 0, 0), table);
-            for bit in (0..64).filter(|bit| !(12..=47).contains(bit)) {
+            for bit in (0..64).filter(|bit| !(14..=47).contains(bit)) {
                 let expected = match bit {
                     6 => Meaning::Absent,
-                    0..12 => RESERVED,
+                    0..14 => RESERVED,
                     _ => table,
                 };
                 assert_eq!(format.decode(level, 0, 1 << bit), expected, "level {level} bit {bit}");
             }
+            assert_eq!(open(&[("granule", 4096)]).decode(level, 0, 0), table);
             let absent = format.levels()[usize::from(level)].absent;
             assert_eq!((absent, format.decode(level, 0, absent)), (0x40, Meaning::Absent));
         }

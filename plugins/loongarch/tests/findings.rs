@@ -28,16 +28,16 @@ fn all_tables() {
             let unassigned = mask(60, 48);
             let between = if log2 > 12 { mask(log2 - 1, 12) } else { 0 };
             // RPLV with user level is nothing that hardware minds; with one of the memory type's bits flipped there is none or another.
-            let page = Row::new("page", 0, 0x19f | 1 << 40).other(present | mask(5, 4)).reserved(between).warnings(unassigned | 1 << 63);
+            let page = Row::new("page", 0, 0x19f | 1 << 40).other(present | mask(5, 4)).warnings(between | unassigned | 1 << 63);
             let mut rows = vec![page];
             for level in 1..levels {
                 if slot(level) <= 40 {
                     // Bit 12 is where G went.
                     let huge = Row::new("huge page", level, 0x1df | 1 << 47).other(present | 1 << 6 | mask(5, 4));
-                    rows.push(huge.reserved(mask(slot(level) - 1, 13)).warnings(unassigned | 1 << 63));
+                    rows.push(huge.warnings(mask(slot(level) - 1, 13) | unassigned | 1 << 63));
                 }
                 // Without HUGE it is a table, whatever else; kernels keep their own addresses in bits 63:48.
-                rows.push(Row::new("table", level, 1 << 20).other(1 << 6).reserved(mask(11, 0) & !(1 << 6)));
+                rows.push(Row::new("table", level, 1 << 20).other(1 << 6).reserved(mask(log2 - 1, 0) & !(1 << 6)));
             }
             check_format(&format, &rows, &[0], &[mask(5, 4)]);
         }

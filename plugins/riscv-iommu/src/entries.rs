@@ -146,6 +146,7 @@ impl Entries {
                 absent: 0,
                 accessed: mark(A),
                 dirty: mark(D),
+                table_accessed: Mark::default(),
             }
         };
         (0..self.levels).map(level).collect()

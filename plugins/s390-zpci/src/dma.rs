@@ -138,6 +138,7 @@ impl Format for Dma {
                 absent: if level == PAGE_TABLE { page::INVALID } else { table::INVALID },
                 accessed: Mark::default(),
                 dirty: Mark::default(),
+                table_accessed: Mark::default(),
             }
         };
         (0..self.levels).map(level).collect()

@@ -3,7 +3,7 @@
 use std::collections::{BTreeSet, HashSet};
 
 use super::snapshot::{Memory, PAGE};
-use super::tables::{Entry, Region, TableConfig, beyond};
+use super::tables::{Entry, Marks, Region, TableConfig, beyond};
 use super::{Access, Problem, Run, append, bits, merge};
 
 /// How many entries [`Walker::mappings`] looks at before it gives up.
@@ -22,6 +22,16 @@ pub struct Walk {
     pub unreadable: BTreeSet<u64>,
     /// The budget ran out; `runs` is not complete.
     pub exhausted: bool,
+}
+
+/// What a stage is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Purpose {
+    /// A request's own read or write.
+    Read,
+    Write,
+    /// An entry of another stage's table, or a structure, is read.
+    Fetch,
 }
 
 /// A table on the way.
@@ -119,13 +129,21 @@ impl<'a> Walker<'a> {
     pub fn translate(&self, iova: u64, write: bool) -> Result<u64, Fault> {
         let mut address = iova;
         for stage in 0..self.stages.len() {
-            address = self.through(stage, address, write).map_err(|_| Fault)?;
+            address = self.through(stage, address, if write { Purpose::Write } else { Purpose::Read }).map_err(|_| Fault)?;
         }
         Ok(address)
     }
 
+    /// Where the only stage has a structure that is read through it.
+    ///
+    /// # Errors
+    /// [`Fault`] if it cannot be read there.
+    pub fn fetch(&self, address: u64) -> Result<u64, Fault> {
+        self.through(0, address, Purpose::Fetch).map_err(|_| Fault)
+    }
+
     /// One stage's answer for one address.
-    fn through(&self, stage: usize, input: u64, write: bool) -> Result<u64, NoEntry> {
+    fn through(&self, stage: usize, input: u64, purpose: Purpose) -> Result<u64, NoEntry> {
         let (config, regions) = &self.stages[stage];
         let input = config.effective(input);
         for region in regions {
@@ -137,7 +155,7 @@ impl<'a> Walker<'a> {
                 stage,
                 region,
                 position,
-                write,
+                purpose,
                 0,
                 Table { address: region.root, half: region.half, exists: None },
                 config.granted(),
@@ -153,7 +171,7 @@ impl<'a> Walker<'a> {
         stage: usize,
         region: &Region,
         position: u64,
-        write: bool,
+        purpose: Purpose,
         depth: usize,
         table: Table,
         allowed: Access,
@@ -163,8 +181,15 @@ impl<'a> Walker<'a> {
         if !table.has(index) {
             return Err(NoEntry::Fault);
         }
-        let entry = self.read(stage, table.address + index * config.entry_bytes())?;
-        match config.decode(table.half, step, entry) {
+        let at = table.address + index * config.entry_bytes();
+        let entry = self.read(stage, at)?;
+        let decoded = config.decode(table.half, step, entry);
+        let marks = config.missing_marks(step, entry);
+        let marked = marks == Marks::Any || marks == Marks::ByWrites && purpose == Purpose::Write;
+        if decoded != Entry::Fault && marked && !self.can_mark(stage, at) {
+            return Err(NoEntry::Fault);
+        }
+        match decoded {
             Entry::Fault => Err(NoEntry::Fault),
             Entry::Table { address, limit, skip, exists, half } => {
                 let next = region.steps[depth + 1 + skip];
@@ -172,14 +197,14 @@ impl<'a> Walker<'a> {
                 if bits(position, step.shift - 1, 0) >> next.shift >= next.entries {
                     return Err(NoEntry::Fault);
                 }
-                self.descend(stage, region, position, write, depth + 1 + skip, Table { address, half, exists }, allowed.and(limit))
+                self.descend(stage, region, position, purpose, depth + 1 + skip, Table { address, half, exists }, allowed.and(limit))
             }
             Entry::Leaf { address, access, size, reach } => {
                 let offset = bits(position, size.unwrap_or(step.shift) - 1, 0);
                 if reach.is_some_and(|(first, last)| offset < first || last < offset) {
                     return Err(NoEntry::Fault);
                 }
-                if !allowed.and(access).allows(write) {
+                if !allowed.and(access).allows(purpose == Purpose::Write) || purpose == Purpose::Fetch && config.keeps_tables_out(entry) {
                     return Err(NoEntry::Fault);
                 }
                 let address = address + offset;
@@ -190,13 +215,18 @@ impl<'a> Walker<'a> {
 
     /// An entry of a stage's table. If another stage follows, it translates the table's address.
     fn read(&self, stage: usize, address: u64) -> Result<u64, NoEntry> {
-        let physical = if stage + 1 < self.stages.len() { self.through(stage + 1, address, false)? } else { address };
+        let physical = if stage + 1 < self.stages.len() { self.through(stage + 1, address, Purpose::Fetch)? } else { address };
         let config = &self.stages[stage].0;
         let entry = match config.entry_bytes() {
             4 => self.memory.read4(physical, config.big_endian()),
             _ => self.memory.read(physical, config.big_endian()),
         };
         entry.map_err(|_| NoEntry::Unreadable(physical - physical % PAGE))
+    }
+
+    /// Whether the entry at an address of this stage's tables can be written.
+    fn can_mark(&self, stage: usize, address: u64) -> bool {
+        stage + 1 == self.stages.len() || self.through(stage + 1, address, Purpose::Write).is_ok()
     }
 
     fn walk_stage(&self, stage: usize, budget: &mut u64) -> Walk {
@@ -234,7 +264,8 @@ impl<'a> Walker<'a> {
                 return true;
             }
             visit.budget -= 1;
-            let entry = match self.read(stage, table.address + index * config.entry_bytes()) {
+            let at = table.address + index * config.entry_bytes();
+            let entry = match self.read(stage, at) {
                 Ok(entry) => entry,
                 Err(NoEntry::Fault) => continue,
                 Err(NoEntry::Unreadable(page)) => {
@@ -243,15 +274,21 @@ impl<'a> Walker<'a> {
                     continue;
                 }
             };
-            match config.decode(table.half, step, entry) {
+            let decoded = config.decode(table.half, step, entry);
+            // Most entries lack no mark, and need no second stage for it.
+            let marks = if decoded == Entry::Fault { Marks::None } else { config.missing_marks(step, entry) };
+            let refused = marks != Marks::None && !self.can_mark(stage, at);
+            match decoded {
                 Entry::Fault => {}
+                _ if refused && marks == Marks::Any => {}
                 Entry::Table { address, limit, skip, exists, half } => {
                     // Without levels between, what the next table covers is the beginning of this slot: the bits of the levels left out are zero.
                     anything |= self.visit(stage, region, depth + 1 + skip, Table { address, half, exists }, position, allowed.and(limit), visit);
                 }
                 Entry::Leaf { address, access, size, reach } => {
                     anything = true;
-                    let access = allowed.and(access);
+                    let mut access = allowed.and(access);
+                    access.write &= !refused;
                     // The part of the leaf under this slot, of that the part inside the region, and of that what can be reached.
                     let offset = position % (1 << size.unwrap_or(step.shift));
                     let address = address + offset;

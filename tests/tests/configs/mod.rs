@@ -72,6 +72,7 @@ pub fn plugin_config(config: &tables::TableConfig) -> TableConfig {
             set("hardware-dirty", config.hardware_dirty.into());
             set("access-flag-disabled", config.access_flag_disabled.into());
             set("big-endian", config.big_endian.into());
+            set("protected-walk", config.protected_walk.into());
             set("lpa2", (config.lpa2 && config.granule != 65536).into());
         }
         tables::TableConfig::VtdFirst(config) => {
@@ -153,6 +154,7 @@ pub fn reference_config(table: &TableConfig) -> Option<tables::TableConfig> {
                 access_flag_disabled: flag("access-flag-disabled"),
                 big_endian: flag("big-endian"),
                 lpa2,
+                protected_walk: flag("protected-walk"),
             })
         }
         "intel-vtd/first-stage" => {

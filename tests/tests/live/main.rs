@@ -16,6 +16,7 @@ mod marks;
 mod mutate;
 mod racing;
 mod room;
+mod second_stage;
 mod space;
 mod stages;
 mod support;

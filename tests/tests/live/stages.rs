@@ -10,7 +10,7 @@ use stagecraft::plugin::queue::{Effect, Invalidation, Scope};
 use stagecraft::plugin::{TableConfig, Tag};
 use stagecraft::sync::{Live, ShadowLimits, Space, Way};
 use stagecraft::table::{AddressSpace, Arena, Builder, Mapping, Table, Window};
-use stagecraft::{Attributes, Gpa, Span};
+use stagecraft::{Attributes, Gpa, Iova, Span};
 use stagecraft_tests::reference::generate::{Generated, Options, Rng, build, says_write_only};
 use stagecraft_tests::reference::snapshot::{Memory, Snapshot};
 use stagecraft_tests::reference::tables;
@@ -59,7 +59,9 @@ fn outer_leaves(first: &Generated, second: &tables::TableConfig, rng: &mut Rng) 
     let mut leaves: BTreeMap<u64, Run> = BTreeMap::new();
     let shift = rng.below(1 << 10) * PAGE;
     for (index, page) in first.snapshot.memory.pages.keys().enumerate() {
-        leaves.insert(*page, Run { iova: *page, address: 0x20_0000_0000 + shift + index as u64 * PAGE, size: PAGE, access: Access::R });
+        // Entries that lack a mark need a page that can be written.
+        let access = if rng.percent(70) { Access::RW } else { Access::R };
+        leaves.insert(*page, Run { iova: *page, address: 0x20_0000_0000 + shift + index as u64 * PAGE, size: PAGE, access });
     }
     let access = |rng: &mut Rng| {
         let access = rng.pick(&[Access::R, Access::W, Access::RW, Access::RW, Access::RW]);
@@ -93,6 +95,11 @@ pub fn both(pair: Pair, seed: u64, rng: &mut Rng, restrictions: bool) -> Both {
 fn put_behind(first: Generated, second: tables::TableConfig, rng: &mut Rng, restrictions: bool) -> Both {
     let leaves = outer_leaves(&first, &second, rng);
     let list: Vec<Run> = leaves.values().copied().collect();
+    let mut second = second;
+    if let tables::TableConfig::ArmStage2(config) = &mut second {
+        // Pages of tables that turn out to be device memory are then not read.
+        config.protected_walk = rng.percent(25);
+    }
     let second = build(second, &list, rng, Options { restrictions, ..Options::default() });
     let mut memory = second.snapshot.memory;
     for (page, content) in &first.snapshot.memory.pages {
@@ -347,6 +354,7 @@ impl Case {
         let model = self.live.sink().model.mappings();
         let expected = clipped(&naive.runs, &self.map);
         assert_same(&model, &expected, &format!("{what}: what was told, and the naive walk"));
+        self.translate(memory, &naive.runs, &what);
         let host = self.live.sink();
         let lossless = converted(&self.stages, memory, &self.map, &host.config);
         assert_same(&host.walked(), &lossless, &format!("{what}: the host's table, and a conversion"));
@@ -361,6 +369,25 @@ impl Case {
         });
         assert_eq!(told, host.model.pieces.len(), "{what}");
         self.compared += 1 + expected.len() as u64;
+    }
+}
+
+impl Case {
+    /// Single addresses, for which only what is on the way to them is looked at: the first and the last byte of runs, and what is beside them.
+    fn translate(&self, memory: &Memory, runs: &[Run], what: &str) {
+        let naive = Walker::new(memory, &self.stages).unwrap();
+        let open = |config: &tables::TableConfig| Table::open(format(&plugin_config(config))).unwrap();
+        let mut space = AddressSpace::nested(open(&self.stages[0]), open(&self.stages[1]));
+        let budget = Budget::new(Limits { tables: 1 << 20, ..Limits::default() });
+        let ends =
+            runs.iter().take(40).flat_map(|run| [run.iova.wrapping_sub(1), run.iova, run.iova + (run.size - 1), run.iova.wrapping_add(run.size)]);
+        for iova in ends {
+            for (access, write) in [(stagecraft::Access::READ, false), (stagecraft::Access::WRITE, true)] {
+                let found = space.translate(&View(memory), &self.map, Iova(iova), access, &budget).unwrap();
+                let expected = naive.translate(iova, write).ok().filter(|address| self.map.target(*address).is_some());
+                assert_eq!(found.map(|translation| translation.address.0).ok(), expected, "{what}: {iova:#x} write {write}");
+            }
+        }
     }
 }
 

@@ -71,6 +71,16 @@ fn iovas_up_to_the_last_one_are_reached_without_an_upper_half() {
 fn tables_that_cannot_be_bound_as_they_are_are_converted() {
     let entries = Entries { output_bits: 34, svnapot: false, svpbmt: false, svrsw60t59b: false, hardware_update: true, big_endian: false };
     run(TableConfig::RiscvFirst(RiscvFirst { root: 0, levels: 2, entries }), &[3], &[map(0, 0, 8), TELL]);
-    let amd = AmdV2 { root: 0, levels: 4, output_bits: 52, sign_extended: false, page_1g: true, privileged: false, granted: Access::R };
+    let amd = AmdV2 {
+        root: 0,
+        levels: 4,
+        output_bits: 52,
+        sign_extended: false,
+        page_1g: true,
+        privileged: false,
+        granted: Access::R,
+        update_accessed: true,
+        update_dirty: true,
+    };
     run(TableConfig::AmdV2(amd), &[2], &[map(0, 0, 8), TELL]);
 }

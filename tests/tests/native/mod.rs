@@ -63,6 +63,7 @@ impl<F: sdk::Format + Send> table::Format for Native<F> {
                     absent: level.absent,
                     accessed: mark(level.accessed),
                     dirty: mark(level.dirty),
+                    table_accessed: mark(level.table_accessed),
                 })
                 .collect(),
             entry_bytes: geometry.entry_bytes,
@@ -73,6 +74,7 @@ impl<F: sdk::Format + Send> table::Format for Native<F> {
             output_bits: geometry.output_bits,
             privileged: geometry.privileged,
             untranslated: geometry.untranslated.into_iter().map(|(first, last)| stagecraft::Span { first, last }).collect(),
+            no_tables_in: geometry.no_tables_in.iter().fold(0, |types, memory_type| types | 1 << memory_type.number()),
         })
     }
 

@@ -160,7 +160,7 @@ impl<M: EntryMemory + ?Sized> Pass<'_, M> {
                 }
                 let (entry, slot) = (node.entries[at], self.shadow.slot(&node, at));
                 self.drop_entry(&mut node, at);
-                let judged = self.judge(&node, entry, slot);
+                let judged = self.judge(&node, at, entry, slot);
                 self.add(&mut node, at, slot, judged);
                 gathered |= matches!(node.states[at].what(), What::Empty(_));
             }
@@ -209,8 +209,8 @@ impl<M: EntryMemory + ?Sized> Pass<'_, M> {
         empty
     }
 
-    /// There is something in a table that is shared: nothing else is to share it, and what does is told when the look is over.
-    fn fill(&mut self, id: NodeId) {
+    /// There is something in a table that is shared, or may be: nothing else is to share it, and what does is told when the look is over.
+    pub(super) fn fill(&mut self, id: NodeId) {
         self.forget_key(id);
         if let Some(shared) = self.shadow.nodes.shared(id) {
             self.shadow.empties.full = true;
@@ -251,7 +251,7 @@ impl<M: EntryMemory + ?Sized> Pass<'_, M> {
                 }
             }
             let slot = self.shadow.slot(node, at);
-            let state = match self.judge(node, entry, slot) {
+            let state = match self.judge(node, at, entry, slot) {
                 Judged::Plain(State::NOTHING) => State::NOTHING,
                 Judged::Table(below) => match self.known_empty(&below) {
                     Some(below) => self.share(below),
@@ -292,7 +292,7 @@ impl<M: EntryMemory + ?Sized> Pass<'_, M> {
                 }
                 let (entry, slot) = (node.entries[at], self.shadow.slot(&node, at));
                 self.drop_entry(&mut node, at);
-                let judged = self.judge(&node, entry, slot);
+                let judged = self.judge(&node, at, entry, slot);
                 self.add(&mut node, at, slot, judged);
             }
             let was_full = node.shared.as_ref().is_some_and(|shared| shared.full);

@@ -1,6 +1,5 @@
 //! What becomes of an entry that was read: the same as before, or something else with all that hangs from it.
 
-use crate::Span;
 use crate::memory::{EntryMemory, PAGE};
 use crate::sync::changes::Reason;
 use crate::sync::shadow::Shadow;
@@ -9,7 +8,8 @@ use crate::sync::shadow::node::{Node, NodeId, Pages, State, What};
 use crate::sync::shadow::pass::{Mode, Pass};
 use crate::sync::shadow::replay::parts;
 use crate::sync::wanted::Wanted;
-use crate::table::{Meaning, Next, Piece, low_bits};
+use crate::table::{LeafMarks, Meaning, Next, Piece, low_bits};
+use crate::{Attributes, Gpa, Span};
 
 /// What an entry stands for that was just judged.
 pub(super) enum Judged {
@@ -79,6 +79,9 @@ impl<M: EntryMemory + ?Sized> Pass<'_, M> {
         if old.state != node.states[at] || was_leaf && is_leaf || is_leaf && self.shadow.leaves >= self.shadow.limits.leaves {
             return false;
         }
+        if new.waits && !self.memory.can_mark(self.address(node, at)) {
+            return false;
+        }
         let (slot, below) = (self.shadow.slot(node, at), low_bits(self.shadow.plan.levels[usize::from(node.level)].index_lsb));
         let (page, state, attributes) = (if is_leaf { new.page(entry) } else { old.page(known) }, new.state, new.attributes);
         if let Some(address) = page {
@@ -99,7 +102,7 @@ impl<M: EntryMemory + ?Sized> Pass<'_, M> {
     #[inline(never)]
     fn follow(&mut self, node: &mut Node, at: usize, entry: u64, wanted: &[Wanted], mode: Mode, deep: bool) {
         let slot = self.shadow.slot(node, at);
-        let judged = self.judge(node, entry, slot);
+        let judged = self.judge(node, at, entry, slot);
         if let Judged::Table(below) = &judged
             && let Some(shared) = self.known_empty(below)
         {
@@ -257,10 +260,19 @@ impl<M: EntryMemory + ?Sized> Pass<'_, M> {
         moved
     }
 
-    pub(super) fn judge(&mut self, node: &Node, entry: u64, slot: Span) -> Judged {
-        let asked = match self.shadow.meaning(node.level, node.inherited, entry, self.budget) {
+    pub(super) fn judge(&mut self, node: &Node, at: usize, entry: u64, slot: Span) -> Judged {
+        let mut asked = match self.shadow.meaning(node.level, node.inherited, entry, self.budget) {
             Ok(asked) => asked,
             Err(reason) => return Judged::Blocked(reason),
+        };
+        // What is so for lack of a mark is so here, and not wherever the same pattern stands.
+        let here = match self.without_mark(node, at, entry, asked.meaning) {
+            Some(None) => return Judged::Plain(State::NOTHING),
+            Some(Some(meaning)) => {
+                asked.meaning = meaning;
+                true
+            }
+            None => false,
         };
         let plan = &self.shadow.plan.levels[usize::from(node.level)];
         let kind = match asked.meaning {
@@ -277,8 +289,39 @@ impl<M: EntryMemory + ?Sized> Pass<'_, M> {
         };
         let Shadow { words, kinds, plan, .. } = &mut *self.shadow;
         let leaf = kind.and_then(|kind| Some((State::leaf(kind), kinds.get(kind)?)));
-        words.learn(node.level, &plan.levels[usize::from(node.level)], node.inherited, &asked, leaf, plan.geometry.output_bits);
+        if !here {
+            words.learn(node.level, plan, node.inherited, &asked, leaf);
+        }
         Judged::Plain(leaf.map_or(State::NOTHING, |(state, _)| state))
+    }
+
+    /// What an entry means that hardware has to mark and cannot, because it could not write there; none within: nothing. None: no mark is missing, or it can be set.
+    #[inline]
+    fn without_mark(&self, node: &Node, at: usize, entry: u64, meaning: Meaning) -> Option<Option<Meaning>> {
+        let geometry = &self.shadow.plan.geometry;
+        let (lacks, attributes) = match meaning {
+            Meaning::Table { .. } => (geometry.levels[usize::from(node.level)].table_accessed.is_missing(entry), None),
+            Meaning::Leaf { attributes, .. } | Meaning::Part { attributes, .. } => {
+                let marks = LeafMarks::of(geometry, node.level, attributes);
+                // What only lacks the mark of a write can still be read.
+                (!marks.is_none(), (!marks.accessed).then(|| attributes.without(Attributes::WRITE)))
+            }
+            _ => return None,
+        };
+        if !lacks || self.memory.can_mark(self.address(node, at)) {
+            return None;
+        }
+        Some(attributes.map(|attributes| match meaning {
+            Meaning::Leaf { size_log2, .. } => Meaning::Leaf { size_log2, attributes },
+            Meaning::Part { size_log2, missing, .. } => Meaning::Part { size_log2, attributes, missing },
+            other => other,
+        }))
+    }
+
+    /// Where an entry stands.
+    #[inline]
+    fn address(&self, node: &Node, at: usize) -> Gpa {
+        Gpa(node.table + (node.first + at as u64) * u64::from(self.shadow.plan.geometry.entry_bytes))
     }
 
     /// The table that an entry points to, if it can be there.

@@ -2,13 +2,13 @@
 
 use std::ops::ControlFlow;
 
-use crate::Span;
-use crate::memory::{Budget, EntryMemory, MemoryMap};
+use crate::memory::{Budget, EntryMemory, MemoryMap, PAGE};
 use crate::sync::changes::Changes;
-use crate::sync::shadow::pass::Pass;
+use crate::sync::shadow::pass::{Mode, Pass};
 use crate::sync::shadow::words::Words;
 use crate::sync::shadow::{Shadow, ShadowLimits, Watcher, same_shape};
-use crate::table::{Format, Judge, OpenError, Plan};
+use crate::table::{Format, Geometry, Judge, OpenError, Plan};
+use crate::{Gpa, Span};
 
 /// A format whose geometry was asked for and makes sense: a shadow can be given it, and nothing can fail any more.
 pub(in crate::sync) struct Prepared {
@@ -20,6 +20,10 @@ impl Prepared {
     pub(in crate::sync) fn new(mut format: Box<dyn Format>) -> Result<Self, OpenError> {
         let plan = Plan::new(format.geometry().map_err(OpenError::Format)?)?;
         Ok(Self { format, plan })
+    }
+
+    pub(in crate::sync) const fn geometry(&self) -> &Geometry {
+        &self.plan.geometry
     }
 }
 
@@ -52,6 +56,11 @@ impl Shadow {
             Pass::new(self, memory, budget, changes).root_anew(root, whole);
         }
         Pass::new(self, memory, budget, changes).settle();
+    }
+
+    /// Whether hardware can mark entries in a page of tables is another question now: looks at them again, also at those that are the same.
+    pub(in crate::sync) fn marks_changed<M: EntryMemory + ?Sized>(&mut self, memory: &M, page: Gpa, budget: &Budget, changes: &mut Changes) {
+        self.look_at_entries(memory, Span::of_log2(page.0, PAGE.trailing_zeros() as u8), Mode::Judge, budget, changes);
     }
 
     /// Tells `each` the IOVAs that tables in a page serve, by the page's number, until it says false.

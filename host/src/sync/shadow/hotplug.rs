@@ -4,7 +4,7 @@ use crate::memory::{Budget, EntryMemory, MemoryMap, PAGE};
 use crate::sync::changes::Changes;
 use crate::sync::shadow::Shadow;
 use crate::sync::shadow::node::What;
-use crate::sync::shadow::pass::Pass;
+use crate::sync::shadow::pass::{Mode, Pass};
 use crate::sync::shadow::replay::parts;
 use crate::table::Piece;
 use crate::{Gpa, Span};
@@ -27,7 +27,7 @@ impl Shadow {
         pages.sort_unstable();
         self.empties.begin();
         for page in pages {
-            Pass::new(self, memory, budget, changes).written(page);
+            Pass::new(self, memory, budget, changes).written(page, Mode::Compare);
         }
         Pass::new(self, memory, budget, changes).settle();
     }

@@ -42,7 +42,7 @@ use crate::{Gpa, Span};
 use empty::Empties;
 use kind::Kinds;
 use node::{Node, NodeId, Nodes, Pages};
-use pass::{Pass, Scratch};
+use pass::{Mode, Pass, Scratch};
 use spare::Spare;
 use words::Words;
 
@@ -226,9 +226,13 @@ impl Shadow {
     /// The cost is that of one look-up per page, and of the entries. Pages without tables cost the look-up.
     pub fn table_written<M: EntryMemory + ?Sized>(&mut self, memory: &M, address: Gpa, length: u64, budget: &Budget, changes: &mut Changes) {
         let Some(last) = length.checked_sub(1).map(|rest| address.0.saturating_add(rest)) else { return };
+        self.look_at_entries(memory, Span { first: address.0, last }, Mode::Compare, budget, changes);
+    }
+
+    fn look_at_entries<M: EntryMemory + ?Sized>(&mut self, memory: &M, bytes: Span, mode: Mode, budget: &Budget, changes: &mut Changes) {
         self.empties.begin();
         let mut pass = Pass::new(self, memory, budget, changes);
-        pass.written(Span { first: address.0, last });
+        pass.written(bytes, mode);
         pass.settle();
     }
 

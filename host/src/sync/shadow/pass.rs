@@ -55,7 +55,7 @@ enum Lowest {
 
 pub(super) struct Pass<'a, M: ?Sized> {
     pub(super) shadow: &'a mut Shadow,
-    memory: &'a M,
+    pub(super) memory: &'a M,
     pub(super) budget: &'a Budget,
     pub(super) changes: &'a mut Changes,
 }
@@ -94,12 +94,12 @@ impl<'a, M: EntryMemory + ?Sized> Pass<'a, M> {
         }
     }
 
-    /// Looks at the entries of all tables among bytes that were written.
-    pub(super) fn written(&mut self, bytes: Span) {
+    /// Looks at the entries of all tables among bytes that were written; with [`Mode::Judge`] at those as well that are the same, because they mean something else.
+    pub(super) fn written(&mut self, bytes: Span, mode: Mode) {
         if bytes.first / PAGE == bytes.last / PAGE
             && let Some(node) = self.shadow.pages.only_holder(bytes.first / PAGE)
         {
-            return self.written_in(node, bytes);
+            return self.written_in(node, bytes, mode);
         }
         let mut nodes = std::mem::take(&mut self.shadow.scratch.written);
         for page in bytes.first / PAGE..=bytes.last / PAGE {
@@ -112,7 +112,7 @@ impl<'a, M: EntryMemory + ?Sized> Pass<'a, M> {
                 nodes.sort_by_key(|id| self.shadow.nodes.get(*id).map(key));
             }
             for node in &nodes {
-                self.written_in(*node, here);
+                self.written_in(*node, here, mode);
             }
         }
         nodes.clear();
@@ -120,21 +120,24 @@ impl<'a, M: EntryMemory + ?Sized> Pass<'a, M> {
     }
 
     #[inline]
-    fn written_in(&mut self, id: NodeId, written: Span) {
+    fn written_in(&mut self, id: NodeId, written: Span, mode: Mode) {
         let layout = self.shadow.layout();
         // A node that went meanwhile, or whose number is another's by now, is in other pages.
         let Some(bytes) = self.shadow.nodes.get(id).and_then(|node| node.bytes(layout.bytes.into())) else { return };
         let Some(here) = bytes.intersection(written) else { return };
         if self.shadow.nodes.shared(id).is_some() {
-            self.look_at_shared(id);
+            match mode {
+                Mode::Compare => drop(self.look_at_shared(id)),
+                Mode::Judge => self.fill(id),
+            }
             return;
         }
         let Some(mut node) = self.shadow.nodes.take(id) else { return };
         let place = |address: u64| ((address - bytes.first) >> layout.bytes.trailing_zeros()) as usize;
         let (from, to, whole) = (place(here.first), place(here.last), Wanted::whole(node.span));
         match from == to {
-            true => self.one_entry(&mut node, from, &[whole], Mode::Compare, false),
-            false => self.pages_of(&mut node, (from, to), whole, Mode::Compare, false),
+            true => self.one_entry(&mut node, from, &[whole], mode, false),
+            false => self.pages_of(&mut node, (from, to), whole, mode, false),
         }
         self.shadow.nodes.put(id, node);
     }

@@ -4,7 +4,7 @@
 use crate::Attributes;
 use crate::sync::shadow::kind::{Asked, Kind, NOTHING_MISSING};
 use crate::sync::shadow::node::State;
-use crate::table::{LevelPlan, Move, low_bits};
+use crate::table::{LeafMarks, Move, Plan, low_bits};
 
 /// Patterns of one kind of table.
 const RECENT: usize = 4;
@@ -23,6 +23,8 @@ pub(super) struct Word {
     moved: Move,
     /// Address bits that no page has: below its size, and beyond all outputs.
     never: u64,
+    /// A leaf that hardware has to mark.
+    pub(super) waits: bool,
     pub(super) attributes: Attributes,
 }
 
@@ -36,6 +38,7 @@ const NONE: Word = Word {
     in_place: 0,
     moved: Move { mask: 0, turn: 0 },
     never: 0,
+    waits: false,
     attributes: Attributes::none(),
 };
 
@@ -67,12 +70,13 @@ impl Words {
     }
 
     /// Remembers what was asked about an entry, if that is simple: its pattern tells what it is, and it is nothing, or a leaf of a kind as large as its slot.
-    pub(super) fn learn(&mut self, level: u8, plan: &LevelPlan, inherited: u64, asked: &Asked, leaf: Option<(State, &Kind)>, output_bits: u8) {
+    pub(super) fn learn(&mut self, level: u8, plan: &Plan, inherited: u64, asked: &Asked, leaf: Option<(State, &Kind)>) {
         let Some(words) = self.0.get_mut(usize::from(level)) else { return };
         let mut word = Word { mask: asked.mask, pattern: asked.pattern, inherited, ..NONE };
         if let Some((state, kind)) = leaf {
-            let field = plan.field(kind.shape);
-            let simple = kind.size_log2 == plan.index_lsb && kind.missing == NOTHING_MISSING && field.is_plain();
+            let table = &plan.levels[usize::from(level)];
+            let field = table.field(kind.shape);
+            let simple = kind.size_log2 == table.index_lsb && kind.missing == NOTHING_MISSING && field.is_plain();
             if asked.whole || !simple {
                 return;
             }
@@ -81,7 +85,8 @@ impl Words {
                 is_page: !kind.attributes.grants_nothing(),
                 in_place: field.in_place,
                 moved: field.moved,
-                never: low_bits(kind.size_log2) | !low_bits(output_bits),
+                never: low_bits(kind.size_log2) | !low_bits(plan.geometry.output_bits),
+                waits: !LeafMarks::of(&plan.geometry, level, kind.attributes).is_none(),
                 attributes: kind.attributes,
                 ..word
             };

@@ -8,7 +8,7 @@ use crate::memory::{EntryLayout, EntryMemory, MarkMemory, PAGE, ReadError, Write
 use crate::sync::shadow::Watcher;
 use crate::sync::stages::told::overlapping;
 use crate::sync::stages::watch::{Shared, lock};
-use crate::table::Piece;
+use crate::table::{Piece, may_hold_tables};
 use crate::{Gpa, Span};
 
 /// Where bytes of a first-stage table are.
@@ -16,6 +16,16 @@ use crate::{Gpa, Span};
 struct Place {
     intermediate: Span,
     address: u64,
+    /// The second stage lets hardware mark entries there.
+    marks: bool,
+}
+
+/// What became of a page of first-stage tables when the second stage changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Moved {
+    Elsewhere,
+    /// Hardware can mark entries that it could not, or the other way round; it may be elsewhere as well.
+    Marks,
 }
 
 impl Place {
@@ -33,6 +43,8 @@ pub(super) struct Behind {
     /// The same the other way round: guest page, intermediate page.
     places: BTreeSet<(u64, u64)>,
     watch: Shared,
+    /// Memory types of second-stage leaves through which no table is read.
+    closed: u8,
 }
 
 const fn page_span(page: u64) -> Span {
@@ -40,8 +52,19 @@ const fn page_span(page: u64) -> Span {
 }
 
 impl Behind {
-    pub(super) fn new(watch: Shared) -> Arc<Mutex<Self>> {
-        Arc::new(Mutex::new(Self { pieces: BTreeMap::new(), tables: BTreeMap::new(), places: BTreeSet::new(), watch }))
+    /// `closed` as [`Geometry::no_tables_in`](crate::table::Geometry::no_tables_in).
+    pub(super) fn new(watch: Shared, closed: u8) -> Arc<Mutex<Self>> {
+        Arc::new(Mutex::new(Self { pieces: BTreeMap::new(), tables: BTreeMap::new(), places: BTreeSet::new(), watch, closed }))
+    }
+
+    /// The second stage has other rules: what is read through which memory types. Whoever reads next reads where tables are now.
+    pub(super) fn close(&mut self, closed: u8) {
+        if std::mem::replace(&mut self.closed, closed) != closed {
+            let pages: Vec<u64> = self.tables.keys().copied().collect();
+            for page in pages {
+                self.moved(page);
+            }
+        }
     }
 
     pub(super) fn map(&mut self, piece: Piece) {
@@ -64,10 +87,11 @@ impl Behind {
 
     /// Where a page's bytes can be read. Tables are read with the second stage's permission to read.
     fn find(&self, page: u64) -> Vec<Place> {
-        let readable = self.pieces(page_span(page)).filter(|piece| piece.attributes.access(true).read);
+        let readable = self.pieces(page_span(page)).filter(|piece| may_hold_tables(piece.attributes, self.closed));
         let place = |piece: Piece| {
             let intermediate = piece.iova.intersection(page_span(page))?;
-            Some(Place { intermediate, address: piece.address + (intermediate.first - piece.iova.first) })
+            let marks = piece.attributes.access(true).write;
+            Some(Place { intermediate, address: piece.address + (intermediate.first - piece.iova.first), marks })
         };
         readable.filter_map(place).collect()
     }
@@ -92,18 +116,20 @@ impl Behind {
         }
     }
 
-    /// Looks where a page of tables is now; true if that is not where it was.
-    pub(super) fn moved(&mut self, page: u64) -> bool {
-        let Some(before) = self.tables.get(&page).cloned() else { return false };
+    /// Looks where a page of tables is now; none if that is where it was.
+    pub(super) fn moved(&mut self, page: u64) -> Option<Moved> {
+        let before = self.tables.get(&page).cloned()?;
         let now = self.find(page);
         if before == now {
-            return false;
+            return None;
         }
+        let marks = |places: &[Place]| places.iter().map(|place| (place.intermediate, place.marks)).collect::<Vec<_>>();
+        let moved = if marks(&before) == marks(&now) { Moved::Elsewhere } else { Moved::Marks };
         // Watched before anybody reads.
         self.hold(page, &now);
         self.release(page, &before, &now);
         self.tables.insert(page, now);
-        true
+        Some(moved)
     }
 
     /// First-stage tables among guest addresses: as intermediate addresses.
@@ -118,6 +144,11 @@ impl Behind {
         found
     }
 
+    /// Whether hardware can mark an entry at an intermediate address: it does so with the second stage's permission to write.
+    fn can_mark(&self, address: Gpa) -> bool {
+        self.pieces(Span { first: address.0, last: address.0 }).next().is_some_and(|piece| piece.attributes.access(true).write)
+    }
+
     /// Entries at intermediate addresses.
     fn read<M: EntryMemory + ?Sized>(&self, memory: &M, address: Gpa, layout: EntryLayout, entries: &mut [u64]) -> Result<(), ReadError> {
         let (failed, size) = (ReadError(address), u64::from(layout.bytes));
@@ -126,7 +157,7 @@ impl Behind {
         let mut done = 0;
         for piece in self.pieces(Span { first: address.0, last }) {
             // A hole, or an entry in two pieces: there is nothing that hardware would read at once.
-            if piece.iova.first > next || !piece.attributes.access(true).read {
+            if piece.iova.first > next || !may_hold_tables(piece.attributes, self.closed) {
                 return Err(failed);
             }
             let count = ((piece.iova.last.min(last) - next + 1) / size) as usize;
@@ -148,6 +179,10 @@ pub(super) struct Through<'a, M: ?Sized> {
 impl<M: EntryMemory + ?Sized> EntryMemory for Through<'_, M> {
     fn read_entries(&self, address: Gpa, layout: EntryLayout, entries: &mut [u64]) -> Result<(), ReadError> {
         lock(self.behind).read(self.memory, address, layout, entries)
+    }
+
+    fn can_mark(&self, address: Gpa) -> bool {
+        lock(self.behind).can_mark(address)
     }
 }
 

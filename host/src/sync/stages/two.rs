@@ -12,7 +12,7 @@
 //! again if they are somewhere else now. A change of the first stage costs the second-stage pieces that it passes through.
 
 use std::cell::RefCell;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex};
@@ -22,7 +22,7 @@ use crate::sync::changes::{Changes, Reason};
 use crate::sync::marks::{Marked, MarksWritten};
 use crate::sync::shadow::{Prepared, Shadow, ShadowFigures, ShadowLimits};
 use crate::sync::stages::Ground;
-use crate::sync::stages::behind::{Behind, Marks, TablePages, Through};
+use crate::sync::stages::behind::{Behind, Marks, Moved, TablePages, Through};
 use crate::sync::stages::look::{Look, Rules};
 use crate::sync::stages::passing::{Passing, outputs, part};
 use crate::sync::stages::watch::lock;
@@ -57,11 +57,12 @@ impl fmt::Debug for Two {
 
 impl Two {
     pub(super) fn open(first: Box<dyn Format>, second: Box<dyn Format>, ground: &Ground) -> Result<Self, OpenError> {
-        let behind = Behind::new(ground.watch.clone());
+        let second = Shadow::open(second, ground.map.clone(), ground.limits, Box::new(ground.watch.clone()))?;
+        let behind = Behind::new(ground.watch.clone(), second.geometry().no_tables_in);
         let pages = Box::new(TablePages(Arc::clone(&behind)));
         Ok(Self {
             first: Shadow::open(first, MemoryMap::everything(64), ground.limits, pages)?,
-            second: Shadow::open(second, ground.map.clone(), ground.limits, Box::new(ground.watch.clone()))?,
+            second,
             behind,
             passing: Passing::default(),
             wanting: BTreeSet::new(),
@@ -113,15 +114,13 @@ impl Two {
             return self.synchronise(look, &[Wanted::whole(Span::ALL)]);
         }
         let moved = self.follow_second(look, |shadow, memory, budget, changes| shadow.synchronise_all(memory, second, budget, changes));
-        let mut pages: Vec<u64> = moved;
-        second.iter().for_each(|one| pages.extend(lock(&self.behind).tables(one.span)));
-        pages.sort_unstable();
-        pages.dedup();
+        let mut pages: BTreeMap<u64, Moved> = moved.into_iter().collect();
+        second.iter().for_each(|one| pages.extend(lock(&self.behind).tables(one.span).map(|page| (page, Moved::Elsewhere))));
         if pages.is_empty() && wanted.is_empty() {
             return;
         }
         self.with_first(look, |shadow, through, budget, changes| {
-            pages.iter().for_each(|page| shadow.table_written(through, Gpa(page * PAGE), PAGE, budget, changes));
+            pages.iter().for_each(|(page, moved)| read_page_again(shadow, through, *page, *moved, budget, changes));
             if !wanted.is_empty() {
                 shadow.synchronise_all(through, wanted, budget, changes);
             }
@@ -147,7 +146,9 @@ impl Two {
         self.begun = true;
         // First-stage tables that move meanwhile are read again below, with the format that explains them.
         let before = self.first.figures();
+        let closed = second.geometry().no_tables_in;
         self.follow_second(look, |shadow, memory, budget, changes| shadow.switch_to(second, memory, budget, changes));
+        lock(&self.behind).close(closed);
         self.with_first(look, |shadow, through, budget, changes| shadow.switch_to(first, through, budget, changes));
         self.use_room(look, before);
     }
@@ -156,7 +157,7 @@ impl Two {
     pub(super) fn memory_changed<M: EntryMemory + ?Sized>(&mut self, look: &mut Look<'_, M>, map: &MemoryMap) {
         self.with_second(look, |shadow, memory, budget, changes| shadow.memory_changed(memory, map.clone(), budget, changes));
         // Where a table of the first stage is, the same page may be there again with something else in it.
-        let pages: Vec<u64> = lock(&self.behind).tables(Span::ALL).collect();
+        let pages: Vec<(u64, Moved)> = lock(&self.behind).tables(Span::ALL).map(|page| (page, Moved::Elsewhere)).collect();
         self.read_again(look, &pages);
     }
 
@@ -183,7 +184,7 @@ impl Two {
     }
 
     /// The same, and says which pages of first-stage tables are somewhere else now.
-    fn follow_second<M: ?Sized>(&mut self, look: &mut Look<'_, M>, act: impl FnOnce(&mut Shadow, &M, &Budget, &mut Changes)) -> Vec<u64> {
+    fn follow_second<M: ?Sized>(&mut self, look: &mut Look<'_, M>, act: impl FnOnce(&mut Shadow, &M, &Budget, &mut Changes)) -> Vec<(u64, Moved)> {
         self.second.set_limits(left(self.limits, self.first.figures()));
         act(&mut self.second, look.memory, look.budget, &mut self.found);
         let privileged = self.first.geometry().privileged;
@@ -214,8 +215,7 @@ impl Two {
             }
         }
         self.found.clear();
-        pages.retain(|page| behind.moved(*page));
-        pages.into_iter().collect()
+        pages.into_iter().filter_map(|page| Some((page, behind.moved(page)?))).collect()
     }
 
     /// Does something to the first stage's shadow, and tells what changed.
@@ -249,10 +249,10 @@ impl Two {
     }
 
     /// Reads the first-stage tables in these intermediate pages again.
-    fn read_again<M: EntryMemory + ?Sized>(&mut self, look: &mut Look<'_, M>, pages: &[u64]) {
+    fn read_again<M: EntryMemory + ?Sized>(&mut self, look: &mut Look<'_, M>, pages: &[(u64, Moved)]) {
         if !pages.is_empty() {
             self.with_first(look, |shadow, through, budget, changes| {
-                pages.iter().for_each(|page| shadow.table_written(through, Gpa(page * PAGE), PAGE, budget, changes));
+                pages.iter().for_each(|(page, moved)| read_page_again(shadow, through, *page, *moved, budget, changes));
             });
         }
     }
@@ -286,6 +286,21 @@ impl Two {
 /// Whether all is to be looked at: commands that mean all IOVAs may mean both stages.
 fn is_whole(wanted: &[Wanted]) -> bool {
     wanted.contains(&Wanted::whole(Span::ALL))
+}
+
+/// Reads the first-stage tables in an intermediate page again, of which this is another than before.
+fn read_page_again<M: EntryMemory + ?Sized>(
+    shadow: &mut Shadow,
+    through: &Through<'_, M>,
+    page: u64,
+    moved: Moved,
+    budget: &Budget,
+    changes: &mut Changes,
+) {
+    match moved {
+        Moved::Elsewhere => shadow.table_written(through, Gpa(page * PAGE), PAGE, budget, changes),
+        Moved::Marks => shadow.marks_changed(through, Gpa(page * PAGE), budget, changes),
+    }
 }
 
 /// What one stage may take of what both may take together.

@@ -98,6 +98,9 @@ fn guest_table(snapshot: &Snapshot, unit: &Unit, entry: &[u64; 4], host: Option<
         page_1g: true,
         privileged: false,
         granted: if host.is_some() { Access::RW } else { granted(entry) },
+        // CONTROL.GAUpdateDis 54, GDUpdateDis 48.
+        update_accessed: !bit(unit.control, 54),
+        update_dirty: !bit(unit.control, 48),
     }))
 }
 

@@ -223,7 +223,7 @@ pub(super) fn smmu(snapshot: &Snapshot, id: u64, pasid: Option<u64>) -> Result<R
     let fetch = |address: u64| -> Result<Option<u64>, Problem> {
         let address = match after.as_slice() {
             [] => address,
-            stages => match Walker::new(memory, stages)?.translate(address, false) {
+            stages => match Walker::new(memory, stages)?.fetch(address) {
                 Ok(address) => address,
                 Err(_) => return Ok(None),
             },
@@ -332,6 +332,8 @@ fn ste_stage2(snapshot: &Snapshot, ste: &[u64; 4]) -> Result<ArmStage2, Problem>
         access_flag_disabled: bit(word, 53),
         big_endian: bit(word, 52),
         lpa2,
+        // S2PTW 182, of a stream with two stages: Config, 3:1.
+        protected_walk: bit(word, 54) && bit(ste[0], 1),
     };
     TableConfig::ArmStage2(config).regions()?;
     // The address as it stands, its low bits included, must be within the output size, and 48 bits if entries have no more.

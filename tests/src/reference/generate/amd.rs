@@ -22,6 +22,8 @@ pub(super) fn random_v2(rng: &mut Rng) -> AmdV2 {
         page_1g: rng.percent(80),
         privileged: false,
         granted: rng.pick(&[Access::RW, Access::RW, Access::RW, Access::R, Access::W]),
+        update_accessed: true,
+        update_dirty: true,
     }
 }
 

@@ -58,6 +58,7 @@ pub(super) fn random_config(format: Format, rng: &mut Rng) -> TableConfig {
                 access_flag_disabled: rng.percent(10),
                 big_endian: rng.percent(15),
                 lpa2,
+                protected_walk: false,
             })
         }
         Format::VtdFirst => {

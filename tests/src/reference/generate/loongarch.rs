@@ -96,8 +96,12 @@ impl Radix for LoongArch {
 
     fn leaf(&self, height: u32, leaf: &Run, _word: u64, ink: &mut Ink<'_>) -> (u64, Access) {
         let mut entry = leaf.address + self.permissions(leaf.access, ink);
-        // G of a page; H of a huge one, and its G.
-        entry += if height == 0 { ink.noise(6, 6) } else { (1 << 6) + ink.noise(12, 12) };
+        // G of a page; H of a huge one, and its G. Address bits below the size are ignored.
+        let (flags, low) = if height == 0 { (ink.noise(6, 6), 12) } else { ((1 << 6) + ink.noise(12, 12), 13) };
+        entry += flags;
+        if self.shift(height) > low {
+            entry += ink.noise(self.shift(height) - 1, low);
+        }
         (entry, leaf.access)
     }
 
@@ -110,7 +114,8 @@ impl Radix for LoongArch {
             0 => (address + huge + self.permissions(Access::RW, ink)) & !0x81,
             // For privileged requests.
             1 => (address + huge + self.permissions(Access::RW, ink)) & !(3 << 2),
-            2 if height > 0 && shift <= 48 => address + huge + self.permissions(Access::RW, ink) + (1 << (shift - 1)),
+            // Leads to a table that is not aligned to its size.
+            2 if height > 0 => address + (1 << (self.page_bits() - 1)),
             3 if self.output_bits < 48 && shift <= self.output_bits => (address | 1 << self.output_bits) + huge + self.permissions(Access::RW, ink),
             _ => self.absent(height),
         }

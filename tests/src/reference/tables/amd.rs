@@ -37,6 +37,10 @@ pub struct AmdV2 {
     pub privileged: bool,
     /// IR and IW of a device table entry without host table.
     pub granted: Access,
+    /// The unit sets A.
+    pub update_accessed: bool,
+    /// The unit sets D.
+    pub update_dirty: bool,
 }
 
 /// The address in an entry, bits 51:12.
@@ -123,6 +127,8 @@ impl AmdV2 {
             page_1g: reader.flag("page-1g", true),
             privileged: reader.flag("privileged", false),
             granted: Access { read: reader.flag("read", true), write: reader.flag("write", true) },
+            update_accessed: reader.flag("update-accessed", true),
+            update_dirty: reader.flag("update-dirty", true),
         })
     }
 
@@ -136,6 +142,8 @@ impl AmdV2 {
             said("privileged", self.privileged),
             said("read", self.granted.read),
             said("write", self.granted.write),
+            ("update-accessed", u64::from(self.update_accessed), 1),
+            ("update-dirty", u64::from(self.update_dirty), 1),
         ]
     }
 

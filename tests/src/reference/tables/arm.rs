@@ -69,6 +69,8 @@ pub struct ArmStage2 {
     pub big_endian: bool,
     /// DS: 52-bit addresses with 4K and 16K granules.
     pub lpa2: bool,
+    /// PTW: stage 1 tables and context descriptors are not read from device memory.
+    pub protected_walk: bool,
 }
 fn granule_bits(granule: u64) -> Result<u32, Problem> {
     match granule {
@@ -360,6 +362,7 @@ impl ArmStage2 {
             "access-flag-disabled",
             "big-endian",
             "lpa2",
+            "protected-walk",
         ])?;
         let granule = reader.need("granule")?;
         let lpa2 = reader.flag("lpa2", false);
@@ -382,6 +385,7 @@ impl ArmStage2 {
             access_flag_disabled: reader.flag("access-flag-disabled", false),
             big_endian: reader.flag("big-endian", false),
             lpa2,
+            protected_walk: reader.flag("protected-walk", false),
         })
     }
 
@@ -394,7 +398,7 @@ impl ArmStage2 {
         }
         all.extend([("hardware-access", u64::from(self.hardware_access), 0), ("hardware-dirty", u64::from(self.hardware_dirty), 0)]);
         all.extend([("access-flag-disabled", u64::from(self.access_flag_disabled), 0), ("big-endian", u64::from(self.big_endian), 0)]);
-        all.push(("lpa2", u64::from(self.lpa2), 0));
+        all.extend([("lpa2", u64::from(self.lpa2), 0), ("protected-walk", u64::from(self.protected_walk), 0)]);
         all
     }
 }

@@ -81,7 +81,7 @@ impl LoongArch {
         let page_bits = self.granule.trailing_zeros();
         let huge = step.level > 1 && bit(entry, 6);
         if step.level > 1 && !huge {
-            // The address of a table, also if it is zero; there is no bit for validity. Kernels keep virtual addresses there, whose bits from 48 on play no part.
+            // The address of a table, also if it is zero; there is no bit for validity. It is aligned to the table's size: the manual does not say what others lead to. Kernels keep virtual addresses there, whose bits from 48 on play no part.
             let address = bits(entry, 47, page_bits) << page_bits;
             if bits(entry, 47, 0) != address || beyond(address, self.output_bits) {
                 return Entry::Fault;
@@ -93,11 +93,12 @@ impl LoongArch {
         if !bit(entry, if self.hardware_update { 7 } else { 0 }) || bits(entry, 5, 4) == 3 {
             return Entry::Fault;
         }
-        let mut address = bits(entry, 47, 12) << 12;
-        if huge {
-            address &= !(1 << 12);
+        // Of the page number in a TLB entry, the bits below the page's size may be anything (section 5.4.2).
+        if step.shift > 47 {
+            return Entry::Fault;
         }
-        if !address.is_multiple_of(1 << step.shift) || beyond(address, self.output_bits) {
+        let address = bits(entry, 47, step.shift) << step.shift;
+        if beyond(address, self.output_bits) {
             return Entry::Fault;
         }
         // An unprivileged request has privilege level 3.

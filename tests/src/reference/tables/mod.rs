@@ -133,6 +133,28 @@ pub enum Entry {
     },
 }
 
+/// The marks that an entry lacks and that hardware sets when it uses the entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Marks {
+    /// None.
+    None,
+    /// One that only a write sets.
+    ByWrites,
+    /// One that any request sets.
+    Any,
+}
+
+impl Marks {
+    /// Of an entry that any request, and that a write, has to mark.
+    fn of(by_any: bool, by_writes: bool) -> Marks {
+        match (by_any, by_writes) {
+            (true, _) => Marks::Any,
+            (false, true) => Marks::ByWrites,
+            (false, false) => Marks::None,
+        }
+    }
+}
+
 impl Entry {
     /// A whole table of the next level.
     fn table(address: u64, limit: Access, half: usize) -> Entry {
@@ -193,6 +215,40 @@ impl TableConfig {
             TableConfig::Dart(config) => config.decode(step, entry),
             TableConfig::V7s(config) => config.decode(half, step, entry),
         }
+    }
+
+    /// What hardware has to write into an entry of this level that is used, and is not there. In the order of the formats:
+    ///
+    /// * Arm with HA sets AF (bit 10) in leaves, with HD it clears AP\[2\] (bit 7) of those with DBM (bit 51): IHI 0070 section 3.13.
+    /// * VT-d's first stage always sets A (bit 5) in whatever it uses, and D (bit 6) in leaves: D51397 section 3.6.2; A and EA (bit 10) with EAFE.
+    /// * AMD's guest tables are the processor's: the same bits, unless the unit is told not to.
+    /// * RISC-V sets A (bit 6) and D (bit 7) in leaves: Privileged, on Sv39, and IOMMU section 2.1.3.1.
+    /// * LoongArch sets V (bit 0) and D (bit 1) of pages with P and W.
+    pub fn missing_marks(&self, step: Step, entry: u64) -> Marks {
+        let is_table = |last: i32| step.level > last && !bit(entry, 7);
+        match self {
+            TableConfig::ArmStage1(config) if config.hardware_access => {
+                let leaf = bits(entry, 1, 0) == 1 || step.level == 3;
+                Marks::of(leaf && !bit(entry, 10), leaf && config.hardware_dirty && bit(entry, 51) && bit(entry, 7))
+            }
+            TableConfig::VtdFirst(_) => Marks::of(!bit(entry, 5), !is_table(1) && !bit(entry, 6)),
+            TableConfig::AmdV2(config) => Marks::of(config.update_accessed && !bit(entry, 5), config.update_dirty && !is_table(1) && !bit(entry, 6)),
+            TableConfig::RiscvFirst(config) if config.entries.hardware_update => {
+                let leaf = bits(entry, 3, 1) != 0;
+                Marks::of(leaf && !bit(entry, 6), leaf && !bit(entry, 7))
+            }
+            TableConfig::LoongArch(config) if config.hardware_update => {
+                let leaf = step.level == 1 || bit(entry, 6);
+                Marks::of(leaf && !bit(entry, 0), leaf && !bit(entry, 1))
+            }
+            _ => Marks::None,
+        }
+    }
+
+    /// Whether no table, and no structure, may be read through this leaf: with SMMUv3's S2PTW, device memory (IHI 0070 section 5.2); MemAttr is 5:2, and device
+    /// memory has zero in its upper half.
+    pub fn keeps_tables_out(&self, leaf: u64) -> bool {
+        matches!(self, TableConfig::ArmStage2(config) if config.protected_walk && bits(leaf, 5, 4) == 0)
     }
 
     /// What a request is allowed before any entry is looked at: AMD's device table entry and s390's designation may take something away.

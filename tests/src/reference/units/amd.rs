@@ -120,7 +120,7 @@ pub fn amd_nested(seed: u64) -> (Snapshot, Request, Nested) {
     let rng = &mut Rng::new(seed);
     let (glx, implicit, guest_physical) = (seed % 3, rng.percent(30), rng.percent(50));
     let pasid = if implicit { 0 } else { random_pasid(glx, rng) };
-    let first = guest_tables(rng, pasid, Some(Access::RW));
+    let mut first = guest_tables(rng, pasid, Some(Access::RW));
     let TableConfig::AmdV2(config) = first.config else { unreachable!() };
     // Guest pages for guest CR3 tables; the first one is the host's own unless the unit says otherwise.
     let mut places = [0x12_3000, 0x45_6000, 0x78_9000];
@@ -131,6 +131,15 @@ pub fn amd_nested(seed: u64) -> (Snapshot, Request, Nested) {
     let table = guest_cr3(&mut guest, glx, pasid, config.root, places);
     let own = guest.pages.remove(&TABLES);
     let granted = rng.pick(&[Access::RW, Access::RW, Access::R]);
+    if !granted.write {
+        // Nobody can mark entries: all have been used before.
+        let memory = &mut first.snapshot.memory;
+        let words: Vec<u64> = memory.pages.keys().flat_map(|page| (0..512).map(move |index| page + index * 8)).collect();
+        for at in words {
+            let entry = memory.read(at, false).unwrap();
+            memory.write(at, entry | (entry & 1) << 5, false);
+        }
+    }
     let host = AmdV1 { root: 0, levels: rng.pick(&[5, 6]), output_bits: 52, granted };
     let nested = nest(first, TableConfig::AmdV1(host), &guest, seed);
     let TableConfig::AmdV1(host) = nested.second.config else { unreachable!() };

@@ -30,14 +30,14 @@ pub struct Nested {
     pub memory: Memory,
 }
 
-/// `extra` are more guest pages that the second stage has to map, with their content.
+/// Hardware can mark every entry of the first stage: the second lets its tables be written. `extra` are more guest pages that the second stage has to map, with their content.
 pub fn nest(first: Generated, second: TableConfig, extra: &Memory, seed: u64) -> Nested {
     let mut rng = Rng::new(seed);
     let mut pages: BTreeMap<u64, Run> = BTreeMap::new();
     let mut memory = Memory::default();
     let mut next = 0x20_0000_0000;
     for (page, content) in first.snapshot.memory.pages.iter().chain(&extra.pages) {
-        pages.insert(*page, Run { iova: *page, address: next, size: 4096, access: Access::R });
+        pages.insert(*page, Run { iova: *page, address: next, size: 4096, access: Access::RW });
         memory.pages.insert(next, *content);
         next += 4096;
     }
