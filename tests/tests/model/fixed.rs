@@ -9,12 +9,12 @@ use crate::coverage::Coverage;
 use crate::go_through;
 use crate::guest::Wish;
 use crate::machine::HOSTS;
-use crate::operation::{How, Operation, Setup, Telling};
+use crate::operation::{Edit, How, Operation, Setup, Telling};
 use crate::session::Session;
 
 /// At the first place of a window, or the last one.
 fn map(place: u8, size: u8, target: u16) -> Operation {
-    Operation::Map(Wish { root: 0, place, step: 0, size, target, access: 0, restricted: false, skip: false, replace: false })
+    Operation::Edit(Edit::Map(Wish { root: 0, place, step: 0, size, target, access: 0, restricted: false, skip: false, replace: false }))
 }
 
 const TELL: Operation = Operation::Tell { space: 0, telling: Telling::Ranges, shuffle: 0 };
@@ -24,8 +24,7 @@ fn run(config: TableConfig, hosts: &[u8], operations: &[Operation]) {
     let coverage = Coverage::default();
     for host in hosts {
         for how in [How::Best, How::Nested, How::Areas] {
-            let setup = Setup { seed: 0, plain: false, host: *host, second: None, how, devices: 2, spaces: 1, lookups: true };
-            let session = Session::of(config, setup, Rng::new(7), &coverage).and_then(|session| go_through(session, operations));
+            let session = Session::of(config, Setup::simple(*host, how), Rng::new(7), &coverage).and_then(|session| go_through(session, operations));
             session.unwrap_or_else(|error| panic!("{} {how:?}: {error}", HOSTS[usize::from(*host)]));
         }
     }
@@ -44,8 +43,8 @@ fn a_page_that_is_cut_comes_and_goes() {
         page_1m: true,
         partial_tables: false,
     });
-    let unmap = Operation::Unmap { leaf: 0 };
-    let again = Operation::Again { gone: 0 };
+    let unmap = Operation::Edit(Edit::Unmap { leaf: 0 });
+    let again = Operation::Edit(Edit::Again { gone: 0 });
     for place in [0, 1] {
         run(config, &[0, 1, 2, 3], &[map(place, 1, 8), TELL, unmap, TELL, again, TELL, unmap, TELL, again, TELL]);
     }
