@@ -471,7 +471,9 @@ impl Context {
             let told = self.tell(between, &mut reports);
             self.let_go(&mut leaving, &parents, told)?;
         } else if !leaving.is_empty() {
-            self.let_go(&mut leaving, &parents, Ok(()))?;
+            // Areas that could not be unmapped before, and stand in the way.
+            let told = self.tell(before, &mut reports);
+            self.let_go(&mut leaving, &parents, told)?;
         }
         for (done, region) in come.iter().enumerate() {
             let added = add(&self.0.pins, region).and_then(|()| parents.iter().try_for_each(|parent| parent.add(&self.0, region)));

@@ -132,6 +132,27 @@ impl<S: Sink> Engine<S> {
             Self::Told(sink) => sink.commit(),
         }
     }
+
+    /// Of an address space that nobody follows: the sink is offered what it wants of `told`.
+    fn offer(&mut self, told: &[Change]) -> Result<(), CommitError> {
+        let Self::Told(sink) = self else { return Ok(()) };
+        let mut before = None;
+        while let Some(wanted) = sink.wants().filter(|wanted| before != Some(*wanted)) {
+            before = Some(wanted);
+            let here: Vec<Change> = told.iter().filter(|change| change.span().intersection(wanted).is_some()).copied().collect();
+            sink.offer(wanted, &here);
+        }
+        if before.is_some() { sink.commit() } else { Ok(()) }
+    }
+}
+
+impl Engine<Nested<PoolTables, KernelCommitter>> {
+    /// What there was no memory for is asked for again, if the kernel, or the context, may have some by now.
+    fn ask_again(&mut self) {
+        if self.sink().table().memory().may_come() {
+            self.sink_mut().memory_added();
+        }
+    }
 }
 
 /// What a guest's structures give, with its formats opened.
@@ -241,7 +262,10 @@ impl Part {
         match &mut self.host {
             Host::Kernel { .. } => Ok(structures(view, invalidations)),
             Host::Own(_, committer) => own(committer, view, invalidations),
-            Host::Table(_, engine) => engine.invalidate(memory, invalidations),
+            Host::Table(_, engine) => {
+                engine.ask_again();
+                engine.invalidate(memory, invalidations)
+            }
             Host::Areas(engine) => engine.invalidate(memory, invalidations),
         }
     }
@@ -250,7 +274,10 @@ impl Part {
         match &mut self.host {
             // Hardware reads the guest's table by itself.
             Host::Kernel { .. } | Host::Own(..) => Ok(Report::default()),
-            Host::Table(_, engine) => engine.table_written(memory, address, length),
+            Host::Table(_, engine) => {
+                engine.ask_again();
+                engine.table_written(memory, address, length)
+            }
             Host::Areas(engine) => engine.table_written(memory, address, length),
         }
     }
@@ -278,7 +305,10 @@ impl Part {
                 committer.forget_everything()?;
                 Ok(Report::default())
             }
-            Host::Table(_, engine) => engine.memory_changed(memory),
+            Host::Table(_, engine) => {
+                engine.ask_again();
+                engine.memory_changed(memory)
+            }
             Host::Areas(engine) => engine.memory_changed(memory),
         }
     }
@@ -287,7 +317,10 @@ impl Part {
         match &mut self.host {
             Host::Kernel { .. } => Ok(Report::default()),
             Host::Own(_, committer) => committer.forget_everything().map(|()| Report::default()).map_err(LiveError::Commit),
-            Host::Table(_, engine) => engine.synchronise(memory),
+            Host::Table(_, engine) => {
+                engine.ask_again();
+                engine.synchronise(memory)
+            }
             Host::Areas(engine) => engine.synchronise(memory),
         }
     }
@@ -310,13 +343,32 @@ impl Part {
         }
     }
 
+    /// There was no memory for something.
+    pub(super) fn is_short(&self) -> bool {
+        matches!(&self.host, Host::Table(_, engine) if engine.sink().table().figures().refused > 0)
+    }
+
+    /// What there was no memory for is tried again; `told` are the maps of an address space that nobody follows.
+    pub(super) fn offer(&mut self, told: &[Change]) -> Result<(), CommitError> {
+        match &mut self.host {
+            Host::Table(_, engine) => {
+                engine.ask_again();
+                engine.offer(told)
+            }
+            Host::Kernel { .. } | Host::Own(..) | Host::Areas(_) => Ok(()),
+        }
+    }
+
     /// What failed is tried again: nothing that was taken away is reached through it when this returns without an error.
     pub(super) fn settle(&mut self) -> Result<(), CommitError> {
         match &mut self.host {
             Host::Kernel { .. } => {}
             Host::Own(_, committer) if self.stale => committer.forget_everything()?,
             Host::Own(..) => {}
-            Host::Table(_, engine) => engine.commit()?,
+            Host::Table(_, engine) => {
+                engine.ask_again();
+                engine.commit()?;
+            }
             Host::Areas(engine) => engine.commit()?,
         }
         self.stale = false;

@@ -64,7 +64,8 @@ pub struct Stats {
     pub mappings: u64,
     /// Questions that formats were asked for what it holds.
     pub questions: u64,
-    /// Pieces, or parts of them, that are not mapped because there was no memory for tables or lookups.
+    /// Pieces, or spans of them, that are not mapped because there was no memory for tables: [`Ioasid::synchronise`] and [`Ioasid::recover`] try them again. What was
+    /// beyond a limit of areas or of lookups counts as well, since the beginning.
     pub without_memory: u64,
     /// Bytes that the hosts' formats refuse, since the beginning.
     pub refused_bytes: u128,
@@ -482,7 +483,7 @@ impl Ioasid {
         moved.map(|()| report)
     }
 
-    /// Reads the guest's tables again, all of them.
+    /// Reads the guest's tables again, all of them, and tries to map what there was no memory for.
     ///
     /// # Errors
     /// [`Error::Blocked`].
@@ -490,8 +491,13 @@ impl Ioasid {
         let _span = tracing::debug_span!("synchronise", ioasid = self.id().0).entered();
         let mut detached = Dropped::new();
         let mut state = self.0.lock();
-        let memory = self.0.context.memory();
-        self.0.each(&mut state, &mut detached, |part| part.synchronise(&memory), |software| software.synchronise(&memory))
+        let (memory, told) = (self.0.context.memory(), state.missing());
+        let again = |part: &mut Part| {
+            let report = part.synchronise(&memory)?;
+            part.offer(&told)?;
+            Ok(report)
+        };
+        self.0.each(&mut state, &mut detached, again, |software| software.synchronise(&memory))
     }
 
     /// Where an access of one byte goes, by the guest's tables as they stand in memory now, or by what was mapped.
@@ -665,7 +671,7 @@ impl Ioasid {
                 stats.host_tables += figures.tables;
                 stats.table_bytes += table.memory().bytes();
                 stats.questions += figures.questions;
-                stats.without_memory += figures.without_memory;
+                stats.without_memory += figures.refused;
                 stats.refused_bytes += table.losses().refused_bytes();
                 stats.follow(engine);
             }
@@ -702,6 +708,11 @@ impl State {
     /// Somebody looks things up in software.
     pub(super) const fn has_lookups(&self) -> bool {
         self.software.is_some()
+    }
+
+    /// The same, if there was no memory for some of it; nothing for an address space whose tables are followed.
+    pub(super) fn missing(&self) -> Vec<Change> {
+        if self.parts.iter().any(Part::is_short) { self.told() } else { Vec::new() }
     }
 
     /// Maps of what is there, for a new host's side that does not follow tables.

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use stagecraft::Access;
 use stagecraft::Iova;
-use stagecraft::ioasid::{Device, Strategy};
+use stagecraft::ioasid::{Device, Ioasid, Strategy};
 use stagecraft::kernel::Pasid;
 use stagecraft::plugin::TableConfig;
 use stagecraft_tests::reference::snapshot::Memory;
@@ -21,12 +21,12 @@ use crate::session::{Outcomes, Session, Space, View, Who};
 const LOOKED_AT: usize = 120;
 
 /// Why a device has less than the guest says.
-const KEPT: &str = "kept by the unit, or outside of what it can translate";
+pub const KEPT: &str = "kept by the unit, or outside of what it can translate";
 
 /// Where the host's side of a device may have less than the guest says.
 #[derive(Clone, Debug)]
-struct Limits {
-    strategy: Strategy,
+pub struct Limits {
+    pub strategy: Strategy,
     /// The host table's own IOVAs.
     regions: Option<Vec<tables::Region>>,
 }
@@ -46,60 +46,9 @@ impl Session<'_> {
         there.then_some(address)
     }
 
-    /// An IOVA without what the first table does not look at.
-    fn effective(&self, view: View, iova: u64) -> u64 {
-        self.stages(view).first().map_or(iova, |config| config.effective(iova))
-    }
-
-    fn limits(&self, (device, pasid): Who, space: &Space) -> Result<Limits, String> {
-        let explanation = space.ioasid.explain_for(&self.devices[device], pasid.map(Pasid)).map_err(|error| error.to_string())?;
-        let chosen = explanation.chosen.as_ref().ok_or_else(|| format!("an attached device has no strategy: {explanation}"))?;
-        let regions = if chosen.strategy == Strategy::Nested {
-            let host = parse(&chosen.what);
-            let host = configs::reference_config(&host).ok_or_else(|| format!("the reference does not know {}", chosen.what))?;
-            Some(host.regions().map_err(|problem| problem.to_string())?)
-        } else {
-            None
-        };
-        Ok(Limits { strategy: chosen.strategy, regions })
-    }
-
-    /// Why a device may get less there than `says` has, if it may.
-    fn loss(&self, device: usize, limits: &Limits, iova: u64, says: &dyn Fn(u64, bool) -> Option<u64>, view: View) -> Option<&'static str> {
-        let capabilities = self.devices[device].capabilities();
-        // The ends of the page are what tells a whole one from a part.
-        let of_table = limits.regions.iter().flatten().filter_map(|region| region.steps.last()).map(|step| 1 << step.shift).max();
-        let page = of_table.unwrap_or_else(|| capabilities.iova.alignment.max(4096));
-        let (first, last) = (iova & !(page - 1), iova | (page - 1));
-        let usable = |device: &Device| device.capabilities().iova.ranges.iter().any(|range| range.contains(iova));
-        if !usable(&self.devices[device]) {
-            return Some(KEPT);
-        }
-        if limits.strategy == Strategy::Native {
-            return None;
-        }
-        // Areas are for all devices: no area can be where one of them has none.
-        if limits.strategy == Strategy::Areas && !self.devices.iter().all(usable) {
-            return Some("outside of what another device can use");
-        }
-        if let Some(regions) = &limits.regions {
-            let has = |region: &tables::Region| iova >= region.first && region.contains(iova - region.first);
-            if !regions.iter().any(has) {
-                return Some("outside of the host's table");
-            }
-        }
-        if self.effective(view, iova) != iova {
-            return Some("with a tag in the top byte");
-        }
-        for write in [false, true] {
-            let here = says(iova, write);
-            let ends = [first, last].map(|end| here.map(|here| here.wrapping_sub(iova).wrapping_add(end)) == says(end, write));
-            if ends != [true; 2] {
-                return Some("a part of a page");
-            }
-        }
-        // A host table may have no page that can only be written.
-        (limits.regions.is_some() && says(iova, false).is_none()).then_some("only written")
+    /// An IOVA has something that the first table does not look at.
+    fn is_tagged(&self, view: View, iova: u64) -> bool {
+        self.stages(view).first().is_some_and(|config| config.effective(iova) != iova)
     }
 
     /// All that is looked at now.
@@ -183,8 +132,8 @@ impl Session<'_> {
         }
         let attached: Vec<Who> = self.attached.iter().filter(|(_, of)| **of == number).map(|(who, _)| *who).collect();
         // Who waits for the kernel has nothing that limits anything.
-        let limits = |who: &Who| if self.is_broken { Ok(None) } else { self.limits(*who, space).map(Some) };
-        let limits = attached.iter().map(limits).collect::<Result<Vec<_>, _>>()?;
+        let limits_of = |who: &Who| if self.is_broken { Ok(None) } else { limits(&space.ioasid, &self.devices[who.0], who.1).map(Some) };
+        let limits = attached.iter().map(limits_of).collect::<Result<Vec<_>, _>>()?;
         for (who, limits) in attached.iter().zip(&limits) {
             if let Some(limits) = limits {
                 let stages = if matches!(space.view, View::Behind(..)) { " of two stages" } else { "" };
@@ -215,7 +164,7 @@ impl Session<'_> {
                         let mut moments = since..=now;
                         moments.find_map(|moment| {
                             let says = |iova: u64, write: bool| self.says(walkers, space.view, moment, iova, write);
-                            self.loss(who.0, limits, iova, &says, space.view)
+                            loss((&self.devices, who.0), limits, iova, &says, self.is_tagged(space.view, iova))
                         })
                     });
                     let is_nested = limits.as_ref().is_some_and(|limits| limits.strategy == Strategy::Nested);
@@ -240,7 +189,7 @@ impl Session<'_> {
                 if let Some(lookup) = &space.lookup {
                     let target =
                         lookup.find(Iova(iova)).filter(|target| target.attributes.access(false).allows(access)).map(|target| target.address.0);
-                    let is_less = target.is_none() && (self.is_broken || self.is_short(space) || self.effective(space.view, iova) != iova);
+                    let is_less = target.is_none() && (self.is_broken || self.is_short(space) || self.is_tagged(space.view, iova));
                     if !may.contains(&target) && !is_less {
                         return wrong("a lookup", target);
                     }
@@ -285,12 +234,73 @@ impl Session<'_> {
         }
         let at = |moment: usize| self.says(&walkers, space.view, moment, iova, write);
         let says = |iova: u64, write: bool| self.says(&walkers, space.view, now, iova, write);
-        let is_less = found.is_none() && (self.is_short(space) || self.loss(who.0, &self.limits(who, space)?, iova, &says, space.view).is_some());
+        let is_less = found.is_none()
+            && (self.is_short(space)
+                || loss((&self.devices, who.0), &limits(&space.ioasid, &self.devices[who.0], who.1)?, iova, &says, self.is_tagged(space.view, iova))
+                    .is_some());
         // What it had before it asked may be old; what it was given is not.
         let may: Vec<Option<u64>> = (space.since..=now).map(at).collect();
         let is_right = if found.is_some() { may.contains(&found) } else { at(now).is_none() || is_less || space.changed == [true; 2] };
         if is_right { Ok(()) } else { Err(format!("{who:?} asked for {iova:#x}, and has {found:x?} and not {may:x?}")) }
     }
+}
+
+/// Where a device, or a PASID of it, that is attached to an IOASID may have less than the guest says.
+pub fn limits(ioasid: &Ioasid, device: &Device, pasid: Option<u32>) -> Result<Limits, String> {
+    let explanation = ioasid.explain_for(device, pasid.map(Pasid)).map_err(|error| error.to_string())?;
+    let chosen = explanation.chosen.as_ref().ok_or_else(|| format!("an attached device has no strategy: {explanation}"))?;
+    let regions = if chosen.strategy == Strategy::Nested {
+        let host = parse(&chosen.what);
+        let host = configs::reference_config(&host).ok_or_else(|| format!("the reference does not know {}", chosen.what))?;
+        Some(host.regions().map_err(|problem| problem.to_string())?)
+    } else {
+        None
+    };
+    Ok(Limits { strategy: chosen.strategy, regions })
+}
+
+/// Why one of `devices` may get less there than `says` has, if it may.
+pub fn loss(
+    (devices, device): (&[Device], usize),
+    limits: &Limits,
+    iova: u64,
+    says: &dyn Fn(u64, bool) -> Option<u64>,
+    is_tagged: bool,
+) -> Option<&'static str> {
+    let capabilities = devices[device].capabilities();
+    // The ends of the page are what tells a whole one from a part.
+    let of_table = limits.regions.iter().flatten().filter_map(|region| region.steps.last()).map(|step| 1 << step.shift).max();
+    let page = of_table.unwrap_or_else(|| capabilities.iova.alignment.max(4096));
+    let (first, last) = (iova & !(page - 1), iova | (page - 1));
+    let usable = |device: &Device| device.capabilities().iova.ranges.iter().any(|range| range.contains(iova));
+    if !usable(&devices[device]) {
+        return Some(KEPT);
+    }
+    if limits.strategy == Strategy::Native {
+        return None;
+    }
+    // Areas are for all devices: no area can be where one of them has none.
+    if limits.strategy == Strategy::Areas && !devices.iter().all(usable) {
+        return Some("outside of what another device can use");
+    }
+    if let Some(regions) = &limits.regions {
+        let has = |region: &tables::Region| iova >= region.first && region.contains(iova - region.first);
+        if !regions.iter().any(has) {
+            return Some("outside of the host's table");
+        }
+    }
+    if is_tagged {
+        return Some("with a tag in the top byte");
+    }
+    for write in [false, true] {
+        let here = says(iova, write);
+        let ends = [first, last].map(|end| here.map(|here| here.wrapping_sub(iova).wrapping_add(end)) == says(end, write));
+        if ends != [true; 2] {
+            return Some("a part of a page");
+        }
+    }
+    // A host table may have no page that can only be written.
+    (limits.regions.is_some() && says(iova, false).is_none()).then_some("only written")
 }
 
 #[derive(Default)]
@@ -307,7 +317,7 @@ impl Counts {
     }
 }
 
-fn when(since: usize, now: usize) -> String {
+pub fn when(since: usize, now: usize) -> String {
     if since == now { "after a synchronisation point".to_owned() } else { format!("{} moments since the last synchronisation point", now - since) }
 }
 

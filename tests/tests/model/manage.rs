@@ -91,7 +91,7 @@ impl Session<'_> {
         let is_there = known.attached().iter().any(|(of, _)| *of == pasid);
         let result = if is_there { ioasid.replace(known, pasid) } else { ioasid.attach(known, pasid) };
         match result {
-            Err(error) if self.refuses(&error, "attachments") => {}
+            Err(error) if self.refuses(&error, if self.has_pasids(who) { "PASIDs" } else { "attachments" }) => {}
             Err(error) => self.failed.push(format!("attach: {error}")),
             Ok(report) => {
                 self.attached.insert(who, space);
@@ -102,6 +102,11 @@ impl Session<'_> {
             }
         }
         self.is_attached_or_waits()
+    }
+
+    /// It is a PASID, or has some.
+    fn has_pasids(&self, (device, pasid): Who) -> bool {
+        pasid.is_some() || self.attached.keys().any(|(other, pasid)| *other == device && pasid.is_some())
     }
 
     /// While something fails nobody can say more.

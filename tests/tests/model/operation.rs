@@ -287,7 +287,7 @@ fn operation() -> impl Strategy<Value = Operation> {
     let pasid = || prop_oneof![3 => Just(0), 2 => 1..4_u8];
     prop_oneof![
         44 => edit().prop_map(O::Edit),
-        14 => edit().prop_map(O::Second),
+        20 => edit().prop_map(O::Second),
         3 => (any::<u8>(), 0..8_u8).prop_map(|(space, view)| O::Switch { space, view }),
         4 => (any::<u8>(), pasid(), any::<u8>()).prop_map(|(device, pasid, space)| O::Attach { device, pasid, space }),
         2 => (any::<u8>(), pasid()).prop_map(|(device, pasid)| O::Detach { device, pasid }),
@@ -305,7 +305,7 @@ fn operation() -> impl Strategy<Value = Operation> {
 fn setup() -> impl Strategy<Value = Setup> {
     let how = prop_oneof![3 => Just(How::Best), 3 => Just(How::Nested), 2 => Just(How::Areas), 1 => Just(How::Plain)];
     let host = (0..4_u8, prop::option::weighted(0.4, 0..4_u8));
-    let rare = (prop::bool::weighted(0.4), prop::bool::weighted(0.15), prop::option::weighted(0.15, any::<u8>()));
+    let rare = (prop::bool::weighted(0.6), prop::bool::weighted(0.3), prop::option::weighted(0.2, any::<u8>()));
     (any::<u64>(), prop::bool::weighted(0.4), host, how, 2..4_u8, 1..3_u8, prop::bool::weighted(0.6), rare).prop_map(
         |(seed, plain, (host, second), how, devices, spaces, lookups, (stages, requests, scarce))| Setup {
             seed,
