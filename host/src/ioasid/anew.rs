@@ -11,6 +11,7 @@ use super::attach::refused;
 use super::device::{Connected, Held};
 use super::part::{Dropped, Part};
 use super::space::{Space, State};
+use super::strategy::finest;
 use super::{Error, Property, Refusal, Strategy};
 use crate::kernel::Pasid;
 use crate::sync::Report;
@@ -149,9 +150,10 @@ impl Space {
         const WHY: &str = "because the guest's structures changed";
         let anew = Anew { better_than: None, company: false, why: WHY };
         state.parts.iter_mut().for_each(|part| part.is_new = false);
+        let finest = finest(self.context().supervisors(), &state.kind, state.geometry.as_ref())?;
         let mut nexts = Vec::new();
         for place in 0..state.parts.len() {
-            if !state.parts[place].follows() {
+            if !state.parts[place].follows() || state.parts[place].is_too_coarse(finest) {
                 nexts.extend(self.next(state, place, anew, dropped)?);
             }
         }
@@ -175,7 +177,7 @@ impl Space {
             }
         }
         // Of what nobody uses nothing is kept: it would have to be made anew.
-        state.parts.retain(|part| part.follows() || !part.is_unused());
+        state.parts.retain(|part| part.follows() && !part.is_too_coarse(finest) || !part.is_unused());
         Ok((all, detached))
     }
 

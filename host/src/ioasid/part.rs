@@ -10,6 +10,7 @@ use super::metrics::Counters;
 use super::nested::Bound;
 use super::parent::Parent;
 use super::record::Recorder;
+use super::strategy::smallest_page_log2;
 use super::tables::PoolTables;
 use super::{Error, Explanation, GuestMemory, GuestView, Kind, SpaceId, SpaceLimits};
 use crate::kernel::handle::{Attachment, Hwpt, PageTable, Viommu};
@@ -343,9 +344,15 @@ impl Part {
         }
     }
 
+    /// The smallest page of its own table is larger than one of the guest's, 1 << `finest` bytes: such pages would not be there.
+    pub(super) fn is_too_coarse(&self, finest: Option<u8>) -> bool {
+        let Host::Table(_, engine) = &self.host else { return false };
+        finest.is_some_and(|finest| smallest_page_log2(engine.sink().table().geometry()) > finest)
+    }
+
     /// There was no memory for something.
     pub(super) fn is_short(&self) -> bool {
-        matches!(&self.host, Host::Table(_, engine) if engine.sink().table().figures().refused > 0)
+        matches!(&self.host, Host::Table(_, engine) if !engine.sink().table().refused().is_empty())
     }
 
     /// What there was no memory for is tried again; `told` are the maps of an address space that nobody follows.

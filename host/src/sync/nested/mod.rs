@@ -74,7 +74,7 @@ impl Needed {
     }
 }
 
-/// What a host table is made of, and what it could not take in. Counts only grow, but for what is said to be so at the moment.
+/// What a host table is made of, and what it could not take in. Counts only grow.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct NestedFigures {
     /// Tables that are linked.
@@ -85,8 +85,6 @@ pub struct NestedFigures {
     pub questions: u64,
     /// How often pieces, or parts of pieces, were not mapped because there was no memory for tables.
     pub without_memory: u64,
-    /// Spans of IOVAs in which pieces are missing for that reason at the moment.
-    pub refused: u64,
     /// Pieces that are not mapped because the format failed or contradicted itself.
     pub format_failures: u64,
 }
@@ -154,7 +152,6 @@ impl<M> NestedTable<M> {
             retired: self.retired.len() as u64,
             questions: self.plan.leaves.target.questions,
             without_memory: self.without_memory,
-            refused: self.refused.as_slice().len() as u64,
             format_failures: self.format_failures,
         }
     }
