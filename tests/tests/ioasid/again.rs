@@ -9,7 +9,7 @@ use stagecraft::{Attributes, Change, Span};
 use vm_memory::MmapRegion;
 
 use crate::guests::{Arch, Guest};
-use crate::memory::{BYTES, HOTPLUGGED, memory};
+use crate::memory::{BYTES, HOTPLUGGED, memory, reaches};
 use crate::rig::{DATA, Rig, page, unit};
 
 /// Pages so far from each other that each takes tables of its own.
@@ -70,6 +70,40 @@ fn what_a_guest_asked_for_is_mapped_when_there_is_memory_for_tables_again() {
             again(&ioasid).unwrap();
             assert_eq!((reached(&rig), rig.dma("nic", 7 << 30)), (iovas().count() - 1, None), "{host:?}: {what}");
             assert_eq!(ioasid.stats().without_memory, 0, "{host:?}: {what}");
+        }
+    }
+}
+
+/// Whatever fails while memory comes, and goes on failing when that is taken back: it comes when it is said again.
+#[test]
+fn memory_that_could_not_come_comes_when_it_is_said_again() {
+    for host in Arch::ALL {
+        for strategy in [Strategy::Nested, Strategy::Areas] {
+            for n in 1.. {
+                let what = format!("{host:?} {strategy:?} call {n}");
+                let rig = Rig::new(&[unit(host)], &[("nic", &[0])]);
+                let more = Arc::new(MmapRegion::new(BYTES as usize).unwrap());
+                rig.sim.register_region(Arc::clone(&more)).unwrap();
+                let guest = Guest::new(Arch::Arm, &rig.memory);
+                guest.map(0x2000, HOTPLUGGED + 0x3000, true);
+                let context = Context::with(Setup { memory: memory(&rig, None), ..rig.setup() }).unwrap();
+                let nic = context.connect("nic").unwrap();
+                let ioasid = context.allocate(Request::guest(guest.view()).with_strategies(&[strategy])).unwrap();
+                ioasid.attach(&nic, None).unwrap();
+                rig.sim.fail_from(n, Errno::ENOMEM);
+                let came = context.memory_changed(memory(&rig, Some(&more)));
+                let is_over = rig.sim.disarm();
+                assert!(came.is_ok() || !is_over && !reaches(&rig, 0x2000, &more), "{what}: {came:?}");
+                context.memory_changed(memory(&rig, Some(&more))).unwrap_or_else(|error| panic!("{what}: {error}"));
+                ioasid.recover().unwrap();
+                assert!(reaches(&rig, 0x2000, &more) && context.memory_leaving().is_empty(), "{what}");
+                drop((ioasid, nic, context));
+                rig.assert_clean();
+                if is_over {
+                    assert!(n > 1, "{what}: no call at all");
+                    break;
+                }
+            }
         }
     }
 }

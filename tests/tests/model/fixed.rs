@@ -3,7 +3,7 @@
 use stagecraft_tests::reference::Access;
 use stagecraft_tests::reference::generate::Rng;
 use stagecraft_tests::reference::tables::riscv::Entries;
-use stagecraft_tests::reference::tables::{AmdV2, RiscvFirst, S390, TableConfig, VtdSecond};
+use stagecraft_tests::reference::tables::{AmdV2, ArmHalf, ArmStage1, ArmStage2, RiscvFirst, S390, TableConfig, VtdSecond};
 
 use crate::coverage::Coverage;
 use crate::go_through;
@@ -21,10 +21,16 @@ const TELL: Operation = Operation::Tell { space: 0, telling: Telling::Ranges, sh
 
 /// On hosts of this kind, or of every kind.
 fn run(config: TableConfig, hosts: &[u8], operations: &[Operation]) {
+    run_behind(config, None, hosts, operations);
+}
+
+/// The same behind a second stage.
+fn run_behind(config: TableConfig, second: Option<TableConfig>, hosts: &[u8], operations: &[Operation]) {
     let coverage = Coverage::default();
     for host in hosts {
         for how in [How::Best, How::Nested, How::Areas] {
-            let session = Session::of(config, Setup::simple(*host, how), Rng::new(7), &coverage).and_then(|session| go_through(session, operations));
+            let session = Session::of(config, second.map(|second| (second, 0)), Setup::simple(*host, how), Rng::new(7), &coverage)
+                .and_then(|session| go_through(session, operations));
             session.unwrap_or_else(|error| panic!("{} {how:?}: {error}", HOSTS[usize::from(*host)]));
         }
     }
@@ -72,4 +78,41 @@ fn tables_that_cannot_be_bound_as_they_are_are_converted() {
     run(TableConfig::RiscvFirst(RiscvFirst { root: 0, levels: 2, entries }), &[3], &[map(0, 0, 8), TELL]);
     let amd = AmdV2 { root: 0, levels: 4, output_bits: 52, sign_extended: false, page_1g: true, privileged: false, granted: Access::R };
     run(TableConfig::AmdV2(amd), &[2], &[map(0, 0, 8), TELL]);
+}
+
+/// A first stage with pages of 64 KiB behind a second one with pages of 4 KiB: a host's table is chosen for the smaller ones, also when these come later.
+#[test]
+fn pages_of_a_second_stage_that_are_smaller_are_served() {
+    let half = ArmHalf { root: 0, granule: 65536, input_bits: 48, top_byte_ignored: false, hierarchical_disabled: false };
+    let first = ArmStage1 {
+        low: Some(half),
+        high: None,
+        output_bits: 48,
+        mair: 0xff,
+        hardware_access: false,
+        hardware_dirty: false,
+        access_flag_disabled: true,
+        big_endian: false,
+        lpa2: false,
+        privileged: false,
+    };
+    let second = ArmStage2 {
+        root: 0,
+        granule: 4096,
+        input_bits: 39,
+        output_bits: 40,
+        start_level: 1,
+        hardware_access: false,
+        hardware_dirty: false,
+        access_flag_disabled: true,
+        big_endian: false,
+        lpa2: false,
+    };
+    let wish = |place, step, target| Wish { root: 0, place, step, size: 0, target, access: 0, restricted: false, skip: false, replace: false };
+    // Where the second stage begins with what leaves of the first lead to: one of them, in sixteen pages.
+    let mut operations: Vec<Operation> = (16..32).map(|page| Operation::Second(Edit::Map(wish(5, page, u16::from(page) << 3)))).collect();
+    operations.extend([Operation::Edit(Edit::Map(wish(0, 0, 1 << 3))), TELL]);
+    // The first stage alone, the second one alone, and both.
+    operations.extend([5, 4, 0, 5, 0].map(|view| Operation::Switch { space: 0, view }));
+    run_behind(TableConfig::ArmStage1(first), Some(TableConfig::ArmStage2(second)), &[0, 1, 2, 3], &operations);
 }

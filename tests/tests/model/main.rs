@@ -3,6 +3,8 @@
 //! point simulated DMA, whose caches forget nothing by themselves, gets what an independent reader finds in the guest's tables; between two of them nothing that the
 //! tables did not say at some moment since the last one. After a failure nobody gets more than that, and when it is over all get it again.
 //!
+//! The same guests have a vIOMMU in a second test: they write structures and commands, and nobody calls an IOASID.
+//!
 //! `STAGECRAFT_SEEDS=n` runs n seeds per format instead of the few of the short run; a failure names its format and seed, and what proptest shrank it to.
 //! `STAGECRAFT_SEED=n` runs that one alone.
 #![allow(clippy::unwrap_used)]
@@ -154,22 +156,26 @@ fn assert_exercised(coverage: &Coverage, seeds: u64) {
         often(format!("{} on {host}", Strategy::Areas), 20 * seeds);
     }
     Edit::NAMES.iter().for_each(|name| often(format!("operation {name}"), 3 * seeds));
-    Operation::NAMES.iter().filter(|name| !matches!(**name, "fail")).for_each(|name| often(format!("operation {name}"), seeds));
+    Edit::NAMES.iter().for_each(|name| often(format!("operation second stage: {name}"), seeds / 4));
+    // What is to fail is counted where it does.
+    Operation::NAMES.iter().filter(|name| !matches!(**name, "fail")).for_each(|name| often(format!("operation {name}"), seeds / 2));
     Telling::ALL.iter().for_each(|telling| often(format!("telling {telling:?} something"), seeds));
     ["a root", "no table"].iter().for_each(|what| often(format!("switch to {what}"), seeds));
     // What the host has less of than the guest is a small part. Areas can lie where a device that comes later must not translate, and those of two units have no better
     // strategy that is for both: nothing else is refused.
     let (compared, less) = (coverage.of("compared"), coverage.all("less: "));
     assert!(compared >= 20_000 * seeds && less < compared / 50, "{compared} compared, and {less} are less");
-    let known = ["attachments refused: Iova", "switches refused: Iova", "better strategies refused: Unit"].map(|what| coverage.of(what));
-    let refused = ["attachments refused", "switches refused", "better strategies refused"].map(|what| coverage.all(what));
-    assert!(refused == known && refused.iter().sum::<u64>() < 2 * seeds, "refused: {refused:?}, of which {known:?} are known to be");
+    // A host that the guest moved to may have nothing of what the request allows.
+    let known = ["attachments refused: Iova", "attachments refused: Strategy", "switches refused: Iova", "switches refused: Strategy"];
+    let known = known.map(|what| coverage.of(what)).iter().sum::<u64>() + coverage.of("better strategies refused: Unit");
+    let refused = ["attachments refused", "switches refused", "better strategies refused"].map(|what| coverage.all(what)).iter().sum::<u64>();
+    assert!(refused == known && refused < seeds, "{refused} refused, of which {known} are known to be");
     // PASIDs need a unit that gives some away beside a user's table, or areas.
     HOSTS.iter().for_each(|host| often(format!("PASIDs on {host}"), seeds / 2));
     often("recovered".to_owned(), 10 * seeds);
     ["moved to another host", "memory with tables went", "page requests served", "for want of room", "entries blocked"]
         .iter()
-        .for_each(|what| often((*what).to_owned(), seeds));
+        .for_each(|what| often((*what).to_owned(), seeds / 2));
     [Failing::Nth, Failing::From, Failing::Step]
         .iter()
         .for_each(|failing| assert!(coverage.all(&format!("failure {failing:?}")) >= 2 * seeds, "{failing:?}"));

@@ -18,6 +18,8 @@ use crate::operation::{Edit, How, Operation, Setup, Telling, Trap};
 
 /// Sets of roots.
 const ROOTS: usize = 3;
+/// Leaves of a second stage at the beginning, if there is room for them.
+const SOME_LEAVES: usize = 24;
 /// Roots of a second stage.
 const SECOND_ROOTS: usize = 2;
 
@@ -146,21 +148,27 @@ impl<'a> Session<'a> {
         let mut rng = Rng::new(setup.seed);
         let config = setup.plain.then(|| plain(format, &mut rng)).flatten().unwrap_or_else(|| random_config(format, &mut rng));
         coverage.add(format!("format {format:?}"));
-        Self::of(config, setup, rng, coverage)
+        let second = second_of(&config).filter(|_| setup.stages).map(|format| (random_config(format, &mut rng), SOME_LEAVES));
+        Self::of(config, second, setup, rng, coverage)
     }
 
-    /// With these settings.
-    pub fn of(config: tables::TableConfig, setup: Setup, mut rng: Rng, coverage: &'a Coverage) -> Result<Self, String> {
+    /// With these settings, and those of a second stage, in which so many leaves are at the beginning.
+    pub fn of(
+        config: tables::TableConfig,
+        second: Option<(tables::TableConfig, usize)>,
+        setup: Setup,
+        mut rng: Rng,
+        coverage: &'a Coverage,
+    ) -> Result<Self, String> {
         let units = (setup.host as usize % 4, setup.second.map(|host| host as usize % 4));
         let hardware = Hardware { units, nesting: setup.how != How::Plain, devices: setup.devices as usize };
         let machine = Machine::new(hardware, There::ALL);
-        let second = second_of(&config).filter(|_| setup.stages).map(|format| random_config(format, &mut rng));
         let tables = if second.is_some() { COVERED } else { TABLES };
         let guest = Guest::new(config, machine.memory.clone(), ROOTS, Rng::new(rng.number()), tables, &[]);
         let mut what = format!("{config:?} on {:?}", hardware.hosts());
-        let second = second.map(|config| {
+        let second = second.map(|(config, leaves)| {
             what = format!("behind {config:?}, {what}");
-            second_stage(config, &machine, &mut rng)
+            second_stage(config, leaves, &machine, &mut rng)
         });
         let context = machine.context();
         let devices: Vec<Device> = (0..setup.devices as usize).map(|device| context.connect(&label(device)).unwrap()).collect();
@@ -315,7 +323,7 @@ impl<'a> Session<'a> {
     fn do_one(&mut self, operation: Operation) -> Result<bool, String> {
         match operation {
             Operation::Fail(trap) => {
-                self.trap = Some(trap).filter(|_| std::env::var_os("NOFAIL").is_none());
+                self.trap = Some(trap);
                 Ok(false)
             }
             Operation::Edit(edit) => self.edit(0, edit),
@@ -390,13 +398,13 @@ impl<'a> Session<'a> {
 }
 
 /// A second stage that has where the first one's tables are, and some of what they lead to.
-fn second_stage(config: tables::TableConfig, machine: &Machine, rng: &mut Rng) -> Guest {
+fn second_stage(config: tables::TableConfig, leaves: usize, machine: &Machine, rng: &mut Rng) -> Guest {
     // Places behind those of the ends: tables, and targets.
     let near = [TABLES.0, DATA, SLOT, BALLOON, TABLES.0 + 0x20_0000];
     let mut second = Guest::new(config, machine.memory.clone(), SECOND_ROOTS, Rng::new(rng.number()), SECOND_TABLES, &near);
     for root in 0..SECOND_ROOTS as u8 {
         second.cover(root, COVERED);
-        for _ in 0..24 {
+        for _ in 0..leaves {
             let (place, target) = (5 + rng.below(3) as u8, rng.below(1 << 16) as u16);
             let (step, size) = (rng.below(8) as u8, rng.below(2) as u8);
             second.map(Wish { root, place, step, size, target, access: 0, restricted: false, skip: false, replace: false });
