@@ -6,7 +6,7 @@ use stagecraft::plugin::queue::{Effect, Invalidation, Scope};
 use stagecraft::{Gpa, Span};
 use stagecraft_tests::reference::generate::Rng;
 
-use crate::guest::Stale;
+use crate::guest::{Guest, Stale};
 use crate::operation::Telling;
 use crate::session::{Outcomes, Session, Space};
 
@@ -70,7 +70,7 @@ impl Session<'_> {
             self.moments.drain(..now);
             self.spaces.iter_mut().for_each(|space| space.since = 0);
             self.guest.settled();
-            self.second.iter_mut().for_each(|second| second.settled());
+            self.second.iter_mut().for_each(Guest::settled);
         }
     }
 
@@ -87,7 +87,7 @@ impl Session<'_> {
             _ => {
                 let mut effects = Vec::new();
                 for (stage, stale) in stale.iter().enumerate() {
-                    let page = if stage == 0 { self.guest.page() } else { self.second.as_ref().map_or(4096, |second| second.page()) };
+                    let page = if stage == 0 { self.guest.page() } else { self.second.as_ref().map_or(4096, Guest::page) };
                     for Stale { iova: (first, last), leaf_only, .. } in stale {
                         let id = rng.percent(20).then_some((7, 0));
                         let leaf = *leaf_only && rng.percent(80);
