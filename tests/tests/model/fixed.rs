@@ -112,7 +112,9 @@ fn pages_of_a_second_stage_that_are_smaller_are_served() {
     // Where the second stage begins with what leaves of the first lead to: one of them, in sixteen pages.
     let mut operations: Vec<Operation> = (16..32).map(|page| Operation::Second(Edit::Map(wish(5, page, u16::from(page) << 3)))).collect();
     operations.extend([Operation::Edit(Edit::Map(wish(0, 0, 1 << 3))), TELL]);
-    // The first stage alone, the second one alone, and both.
-    operations.extend([5, 4, 0, 5, 0].map(|view| Operation::Switch { space: 0, view }));
+    // An address space with the first stage alone, for which a table with large pages will do, has the second one alone later, and both.
+    operations.extend([Operation::Switch { space: 0, view: 5 }, Operation::Allocate { space: 0 }]);
+    operations.extend([0, 1].map(|device| Operation::Attach { device, pasid: 0, space: 1 }));
+    operations.extend([4, 0, 5, 0].map(|view| Operation::Switch { space: 1, view }));
     run_behind(TableConfig::ArmStage1(first), Some(TableConfig::ArmStage2(second)), &[0, 1, 2, 3], &operations);
 }

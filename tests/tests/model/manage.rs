@@ -275,8 +275,15 @@ impl Session<'_> {
         if !ioasid.request().page_requests || self.touched.is_empty() {
             return Ok(false);
         }
-        let places = if self.recent.is_empty() || place & 4 == 0 { self.touched.iter().copied().collect() } else { self.recent.clone() };
-        let iova = places[place as usize / 8 % places.len()];
+        // Rather what it was not told of.
+        let stale: Vec<(u64, u64)> = self.spaces[space].stale[0].iter().map(|stale| stale.iova).collect();
+        let iova = if stale.is_empty() || place & 6 == 0 {
+            let all: Vec<u64> = self.touched.iter().copied().collect();
+            all[place as usize / 8 % all.len()]
+        } else {
+            let (first, last) = stale[place as usize / 8 % stale.len()];
+            first + self.rng.below((last - first).saturating_add(1).max(1))
+        };
         let sim = &self.machine.sim;
         sim.set_patience(1000);
         let mut failed = Vec::new();

@@ -296,7 +296,7 @@ fn operation() -> impl Strategy<Value = Operation> {
         1 => any::<u8>().prop_map(|space| O::Allocate { space }),
         1 => any::<u8>().prop_map(|space| O::Drop { space }),
         1 => (0..4_u8, prop::option::weighted(0.4, 0..4_u8)).prop_map(|(host, second)| O::Migrate { host, second }),
-        3 => (any::<u8>(), any::<u16>(), any::<bool>()).prop_map(|(device, place, write)| O::Ask { device, place, write }),
+        4 => (any::<u8>(), any::<u16>(), any::<bool>()).prop_map(|(device, place, write)| O::Ask { device, place, write }),
         5 => trap().prop_map(O::Fail),
         12 => (0..4_u8, telling(), any::<u64>()).prop_map(|(space, telling, shuffle)| O::Tell { space, telling, shuffle }),
     ]
