@@ -118,3 +118,11 @@ fn pages_of_a_second_stage_that_are_smaller_are_served() {
     operations.extend([4, 0, 5, 0].map(|view| Operation::Switch { space: 1, view }));
     run_behind(TableConfig::ArmStage1(first), Some(TableConfig::ArmStage2(second)), &[0, 1, 2, 3], &operations);
 }
+
+/// The same with a PASID beside the device.
+#[test]
+fn pasids_of_tables_that_cannot_be_bound_as_they_are_are_converted() {
+    let entries = Entries { output_bits: 34, svnapot: false, svpbmt: false, svrsw60t59b: false, hardware_update: true, big_endian: false };
+    let attach = Operation::Attach { device: 0, pasid: 1, space: 0 };
+    run(TableConfig::RiscvFirst(RiscvFirst { root: 0, levels: 2, entries }), &[0, 1, 2, 3], &[attach, map(0, 0, 8), TELL]);
+}

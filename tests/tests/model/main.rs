@@ -139,6 +139,8 @@ fn hardware_has_it_too_when_all_is_said_in_queues_and_structures() {
         let often = |what: &str| assert!(coverage.of(&format!("vIOMMU: {what}")) > 0, "{what}: never");
         ["map", "tell", "switch", "attach", "detach", "memory", "failures, sprung"].into_iter().for_each(often);
         HOSTS.iter().for_each(|host| often(&format!("{} on {host}", Strategy::Nested)));
+        let (compared, refused) = (coverage.of("vIOMMU: compared"), coverage.all("vIOMMU: refused"));
+        assert!(refused * 10_000 < compared, "{refused} were refused, {compared} compared");
     }
 }
 
