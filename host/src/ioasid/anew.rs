@@ -7,6 +7,7 @@ use super::device::Connected;
 use super::part::{Dropped, Part};
 use super::plan::{Group, groups};
 use super::space::{Space, State};
+use super::strategy::finest;
 use super::{Error, Property, Refusal};
 use crate::sync::Report;
 
@@ -69,15 +70,18 @@ impl Space {
     pub(super) fn rebuild(self: &Arc<Self>, state: &mut State, dropped: &mut Dropped) -> Result<(Report, Result<(), Error>), Error> {
         const WHY: &str = "because the guest's structures changed";
         state.parts.iter_mut().for_each(|part| part.is_new = false);
-        let some = |state: &State, dropped: &mut Dropped, goes: fn(&Part) -> bool| -> Vec<Group> {
+        let finest = finest(self.context().supervisors(), &state.kind, state.geometry.as_ref())?;
+        // Where the guest's pages became smaller than a host table's, it follows no more.
+        let follows = |part: &Part| part.follows() && !part.is_too_coarse(finest);
+        let some = |state: &State, dropped: &mut Dropped, goes: &dyn Fn(&Part) -> bool| -> Vec<Group> {
             let places = (0..state.parts.len()).filter(|place| goes(&state.parts[*place]));
             places.flat_map(|place| groups(state, place, None, None, dropped)).collect()
         };
-        let mut must = some(state, dropped, |part| !part.follows());
+        let mut must = some(state, dropped, &|part| !follows(part));
         let too_many = self.are_too_many(state, &must)?;
         if too_many {
             // Not those for one unit either, which would follow.
-            must.extend(some(state, dropped, |part| part.follows() && !part.is_for_all_units()));
+            must.extend(some(state, dropped, &|part| follows(part) && !part.is_for_all_units()));
         }
         let exchange = self.plan(state, must, too_many)?;
         let mut all = self.carry_out(state, exchange, dropped, WHY)?;
@@ -89,7 +93,7 @@ impl Space {
             Err(error) => tracing::debug!(%error, ioasid = self.id().0, "a better strategy was not to be had"),
         }
         // Of what nobody uses nothing is kept: it would have to be made anew.
-        state.parts.retain(|part| part.follows() || !part.is_unused());
+        state.parts.retain(|part| follows(part) || !part.is_unused());
         Ok((all, detached))
     }
 }

@@ -15,7 +15,7 @@ use super::watch::Watched;
 use super::{ContextLimits, Device, Error, GuestMemory, Ioasid, MemoryRegion, PlainTables, Property, Refusal, Request, SpaceId, TableSupply};
 use crate::kernel::handle::{Device as Bound, FaultQueue, Hwpt, Ioas, PageTable};
 use crate::kernel::{Errno, HwInfo, HwptFlags, IovaRanges, Kernel};
-use crate::pins::{Backing, Pins, Region};
+use crate::pins::{Backing, PinError, Pins, Region};
 use crate::plugin::{Offer, Plugins, Policy, Supervisors, TableConfig};
 use crate::sync::{Report, Watcher};
 use crate::table::Format;
@@ -480,15 +480,16 @@ impl Context {
             let told = self.tell(between, &mut reports);
             self.let_go(&mut leaving, &parents, told)?;
         } else if !leaving.is_empty() {
-            self.let_go(&mut leaving, &parents, Ok(()))?;
+            // Areas that could not be unmapped before, and stand in the way.
+            let told = self.tell(before, &mut reports);
+            self.let_go(&mut leaving, &parents, told)?;
         }
         for (done, region) in come.iter().enumerate() {
             let added = add(&self.0.pins, region).and_then(|()| parents.iter().try_for_each(|parent| parent.add(&self.0, region)));
             if let Err(error) = added {
-                for region in &come[..=done] {
-                    let _ = parents.iter().try_for_each(|parent| parent.remove(region));
-                    let _ = self.0.pins.remove(region.span);
-                }
+                // What the kernel keeps nevertheless is to go the next time.
+                leaving.extend_from_slice(&come[..=done]);
+                let _ = self.let_go(&mut leaving, &parents, Ok(()));
                 return Err(error);
             }
         }
@@ -496,7 +497,7 @@ impl Context {
         Ok(reports.into_iter().collect())
     }
 
-    /// Memory that went for the guest and that the kernel did not let go of, because a call failed: none as a rule.
+    /// Memory that went for the guest, or did not come after all, and that the kernel did not let go of, because a call failed: none as a rule.
     #[must_use]
     pub fn memory_leaving(&self) -> Vec<MemoryRegion> {
         self.0.hold_memory().clone()
@@ -525,7 +526,11 @@ impl Context {
                 gone = gone.and(parent.remove(region));
             }
             if gone.is_ok() && region.user_address.is_some() {
-                gone = self.0.pins.remove(region.span).map(drop).map_err(Error::from);
+                gone = match self.0.pins.remove(region.span) {
+                    // It never came.
+                    Ok(_) | Err(PinError::Absent(_)) => Ok(()),
+                    Err(error) => Err(error.into()),
+                };
             }
             let stays = gone.is_err();
             if result.is_ok() {

@@ -12,6 +12,7 @@ use super::strategy::{Candidate, Choice};
 use super::{Chosen, Device, Error, Explanation, GuestMemory, Ioasid, Property, Refusal, Strategy};
 use crate::Span;
 use crate::kernel::Pasid;
+use crate::plugin::CallError;
 use crate::table::Geometry;
 
 impl Ioasid {
@@ -158,8 +159,14 @@ impl Space {
 
     /// What speaks against a candidate besides what is in the tables: with `company`, page tables of the device itself and of its PASIDs are to be side by side.
     pub(super) fn objection(&self, state: &State, device: &Connected, company: bool, candidate: &Candidate) -> Result<Option<Refusal>, Error> {
-        if company && !self.takes_pasids(device, candidate)? {
-            return Ok(Some(Refusal::new(Property::Pasid, OWNERS_PASIDS)));
+        if company {
+            match self.takes_pasids(device, candidate) {
+                Ok(true) => {}
+                Ok(false) => return Ok(Some(Refusal::new(Property::Pasid, OWNERS_PASIDS))),
+                // It has something that the kernel does not take from users, whoever is attached.
+                Err(error @ Error::Call(CallError::Refused { .. })) => return Ok(Some(Refusal::new(Property::Format, error.to_string()))),
+                Err(error) => return Err(error),
+            }
         }
         if state.faults.is_some() && matches!(candidate, Candidate::Areas) && !matches!(state.content, Content::Managed(_)) {
             return Ok(Some(Refusal::new(Property::PageRequests, "faults in areas that follow a guest are not recoverable")));

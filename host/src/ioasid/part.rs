@@ -10,6 +10,7 @@ use super::metrics::Counters;
 use super::nested::Bound;
 use super::parent::Parent;
 use super::record::Recorder;
+use super::strategy::smallest_page_log2;
 use super::tables::PoolTables;
 use super::{Error, Explanation, GuestMemory, GuestView, Kind, SpaceId, SpaceLimits, Strategy};
 use crate::kernel::handle::{Attachment, Hwpt, PageTable, Viommu};
@@ -130,6 +131,27 @@ impl<S: Sink> Engine<S> {
         match self {
             Self::Live(live) => live.commit(),
             Self::Told(sink) => sink.commit(),
+        }
+    }
+
+    /// Of an address space that nobody follows: the sink is offered what it wants of `told`.
+    fn offer(&mut self, told: &[Change]) -> Result<(), CommitError> {
+        let Self::Told(sink) = self else { return Ok(()) };
+        let mut before = None;
+        while let Some(wanted) = sink.wants().filter(|wanted| before != Some(*wanted)) {
+            before = Some(wanted);
+            let here: Vec<Change> = told.iter().filter(|change| change.span().intersection(wanted).is_some()).copied().collect();
+            sink.offer(wanted, &here);
+        }
+        if before.is_some() { sink.commit() } else { Ok(()) }
+    }
+}
+
+impl Engine<Nested<PoolTables, KernelCommitter>> {
+    /// What there was no memory for is asked for again, if the kernel, or the context, may have some by now.
+    fn ask_again(&mut self) {
+        if self.sink().table().memory().may_come() {
+            self.sink_mut().memory_added();
         }
     }
 }
@@ -268,7 +290,10 @@ impl Part {
         match &mut self.host {
             Host::Kernel { .. } => Ok(structures(view, invalidations)),
             Host::Own(_, committer) => own(committer, view, invalidations),
-            Host::Table(_, engine) => engine.invalidate(memory, invalidations),
+            Host::Table(_, engine) => {
+                engine.ask_again();
+                engine.invalidate(memory, invalidations)
+            }
             Host::Areas(engine) => engine.invalidate(memory, invalidations),
         }
     }
@@ -277,7 +302,10 @@ impl Part {
         match &mut self.host {
             // Hardware reads the guest's table by itself.
             Host::Kernel { .. } | Host::Own(..) => Ok(Report::default()),
-            Host::Table(_, engine) => engine.table_written(memory, address, length),
+            Host::Table(_, engine) => {
+                engine.ask_again();
+                engine.table_written(memory, address, length)
+            }
             Host::Areas(engine) => engine.table_written(memory, address, length),
         }
     }
@@ -305,7 +333,10 @@ impl Part {
                 committer.forget_everything()?;
                 Ok(Report::default())
             }
-            Host::Table(_, engine) => engine.memory_changed(memory),
+            Host::Table(_, engine) => {
+                engine.ask_again();
+                engine.memory_changed(memory)
+            }
             Host::Areas(engine) => engine.memory_changed(memory),
         }
     }
@@ -314,7 +345,10 @@ impl Part {
         match &mut self.host {
             Host::Kernel { .. } => Ok(Report::default()),
             Host::Own(_, committer) => committer.forget_everything().map(|()| Report::default()).map_err(LiveError::Commit),
-            Host::Table(_, engine) => engine.synchronise(memory),
+            Host::Table(_, engine) => {
+                engine.ask_again();
+                engine.synchronise(memory)
+            }
             Host::Areas(engine) => engine.synchronise(memory),
         }
     }
@@ -337,13 +371,38 @@ impl Part {
         }
     }
 
+    /// The smallest page of its own table is larger than one of the guest's, 1 << `finest` bytes: such pages would not be there.
+    pub(super) fn is_too_coarse(&self, finest: Option<u8>) -> bool {
+        let Host::Table(_, engine) = &self.host else { return false };
+        finest.is_some_and(|finest| smallest_page_log2(engine.sink().table().geometry()) > finest)
+    }
+
+    /// There was no memory for something.
+    pub(super) fn is_short(&self) -> bool {
+        matches!(&self.host, Host::Table(_, engine) if !engine.sink().table().refused().is_empty())
+    }
+
+    /// What there was no memory for is tried again; `told` are the maps of an address space that nobody follows.
+    pub(super) fn offer(&mut self, told: &[Change]) -> Result<(), CommitError> {
+        match &mut self.host {
+            Host::Table(_, engine) => {
+                engine.ask_again();
+                engine.offer(told)
+            }
+            Host::Kernel { .. } | Host::Own(..) | Host::Areas(_) => Ok(()),
+        }
+    }
+
     /// What failed is tried again: nothing that was taken away is reached through it when this returns without an error.
     pub(super) fn settle(&mut self) -> Result<(), CommitError> {
         match &mut self.host {
             Host::Kernel { .. } => {}
             Host::Own(_, committer) if self.stale => committer.forget_everything()?,
             Host::Own(..) => {}
-            Host::Table(_, engine) => engine.commit()?,
+            Host::Table(_, engine) => {
+                engine.ask_again();
+                engine.commit()?;
+            }
             Host::Areas(engine) => engine.commit()?,
         }
         self.stale = false;

@@ -12,7 +12,7 @@ use crate::kernel::Pasid;
 use crate::sync::{LiveError, Report};
 
 impl Ioasid {
-    /// Tries again what failed with [`Error::Blocked`], and attaches the devices again that were detached for it, or with [`Error::Detached`]. Those that
+    /// Tries again what failed with [`Error::Blocked`], and to map what there was no memory for, and attaches the devices again that were detached for it, or with [`Error::Detached`]. Those that
     /// were attached to something, or detached ([`Ioasid::detach`]), meanwhile are not touched.
     ///
     /// # Errors
@@ -23,7 +23,8 @@ impl Ioasid {
         let mut detached = Dropped::new();
         let mut result = {
             let mut state = self.0.lock();
-            let settle = |part: &mut Part| part.settle().map(|()| Report::default()).map_err(LiveError::Commit);
+            let told = state.missing();
+            let settle = |part: &mut Part| part.settle().and_then(|()| part.offer(&told)).map(|()| Report::default()).map_err(LiveError::Commit);
             self.0.each(&mut state, &mut detached, settle, |_| Ok(Report::default())).map(drop)
         };
         for (device, pasid) in self.0.waiting() {

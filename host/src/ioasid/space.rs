@@ -440,7 +440,7 @@ impl Ioasid {
         moved.map(|()| report)
     }
 
-    /// Reads the guest's tables again, all of them.
+    /// Reads the guest's tables again, all of them, and tries to map what there was no memory for.
     ///
     /// # Errors
     /// [`Error::Blocked`].
@@ -448,8 +448,13 @@ impl Ioasid {
         let _span = tracing::debug_span!("synchronise", ioasid = self.id().0).entered();
         let mut detached = Dropped::new();
         let mut state = self.0.lock();
-        let memory = self.0.context.memory();
-        self.0.each(&mut state, &mut detached, |part| part.synchronise(&memory), |software| software.synchronise(&memory))
+        let (memory, told) = (self.0.context.memory(), state.missing());
+        let again = |part: &mut Part| {
+            let report = part.synchronise(&memory)?;
+            part.offer(&told)?;
+            Ok(report)
+        };
+        self.0.each(&mut state, &mut detached, again, |software| software.synchronise(&memory))
     }
 
     /// Lookups in software, for the VMM's device models; made when they are first asked for, and in step from then on. Clones and further calls give the
@@ -491,6 +496,11 @@ impl State {
     /// Somebody looks things up in software.
     pub(super) const fn has_lookups(&self) -> bool {
         self.software.is_some()
+    }
+
+    /// The same, if there was no memory for some of it; nothing for an address space whose tables are followed.
+    pub(super) fn missing(&self) -> Vec<Change> {
+        if self.parts.iter().any(Part::is_short) { self.told() } else { Vec::new() }
     }
 
     /// Maps of what is there, for a new host's side that does not follow tables.

@@ -24,7 +24,8 @@ pub struct Stats {
     pub mappings: u64,
     /// Questions that formats were asked for what it holds.
     pub questions: u64,
-    /// Pieces, or parts of them, that are not mapped because there was no memory for tables or lookups.
+    /// Spans in which pieces are not mapped because there was no memory for tables: [`Ioasid::synchronise`] and [`Ioasid::recover`] try them again. What was
+    /// beyond a limit of areas or of lookups counts as well, since the beginning.
     pub without_memory: u64,
     /// Bytes that the hosts' formats refuse, since the beginning.
     pub refused_bytes: u128,
@@ -67,7 +68,7 @@ impl Ioasid {
                 stats.host_tables += figures.tables;
                 stats.table_bytes += table.memory().bytes();
                 stats.questions += figures.questions;
-                stats.without_memory += figures.without_memory;
+                stats.without_memory += table.refused().len() as u64;
                 stats.refused_bytes += table.losses().refused_bytes();
                 stats.follow(engine);
             }

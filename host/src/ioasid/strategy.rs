@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::device::Capabilities;
-use super::{Error, GuestMemory, Kind, Request, Strategy};
+use super::{Error, GuestMemory, GuestView, Kind, Request, Strategy};
 use crate::offers::{beyond, is_within, wishes};
 use crate::plugin::{FormatManifest, Offer, Outcome, Plugins, Supervised, Supervisors, TableConfig, Translated};
 use crate::table::{Geometry, Need};
@@ -187,7 +187,7 @@ impl Choice<'_> {
 
     /// A host table within the limits of an offer, that can say as much of the guest's as possible.
     fn host_table(&self, offer: &Offer) -> Result<Judged, Error> {
-        let need = self.need();
+        let need = self.need()?;
         let (mut settings, sizes) = wishes(self.plugins, offer)?;
         if let Some((name, set)) = sizes {
             // The largest pages that are not larger than the guest's: tables are smallest then.
@@ -225,18 +225,31 @@ impl Choice<'_> {
         Ok(Ok((Candidate::Table(config, Box::new(format)), notes)))
     }
 
-    fn need(&self) -> Need {
+    fn need(&self) -> Result<Need, Error> {
         let last_address = self.memory.last_address();
         let Some(geometry) = self.geometry else {
-            return Need { last_low: Some(REQUESTED_IOVAS), first_high: None, last_address, alignment_log2: 12 };
+            return Ok(Need { last_low: Some(REQUESTED_IOVAS), first_high: None, last_address, alignment_log2: 12 });
         };
         let high = |first: u64| first >> 63 == 1;
         let lows = geometry.roots.iter().filter(|root| !high(root.first)).map(|root| root.last);
         let highs = geometry.roots.iter().filter(|root| high(root.first)).map(|root| root.first);
-        let sizes = geometry.levels.iter().fold(0, |sizes, level| sizes | level.leaf_sizes);
-        let alignment_log2 = if sizes == 0 { 12 } else { sizes.trailing_zeros().max(12) as u8 };
-        Need { last_low: lows.max(), first_high: highs.min(), last_address, alignment_log2 }
+        let alignment_log2 = finest(self.supervisors, self.kind, self.geometry)?.unwrap_or(12);
+        Ok(Need { last_low: lows.max(), first_high: highs.min(), last_address, alignment_log2 })
     }
+}
+
+/// Log2 of the smallest page of a table, 12 at least.
+pub(super) fn smallest_page_log2(geometry: &Geometry) -> u8 {
+    let sizes = geometry.levels.iter().fold(0, |sizes, level| sizes | level.leaf_sizes);
+    if sizes == 0 { 12 } else { sizes.trailing_zeros().max(12) as u8 }
+}
+
+/// The same of the guest's tables, `first` and what is behind it; none if it has none.
+pub(super) fn finest(supervisors: &Supervisors, kind: &Kind, first: Option<&Geometry>) -> Result<Option<u8>, Error> {
+    let Some(first) = first.map(smallest_page_log2) else { return Ok(None) };
+    let Kind::Guest(GuestView { outcome: Outcome::Tables(Translated { tables, .. }), .. }) = kind else { return Ok(Some(first)) };
+    let behind = tables.iter().skip(1).map(|table| Ok(smallest_page_log2(supervisors.open(table)?.geometry_ref())));
+    behind.collect::<Result<Vec<_>, Error>>().map(|behind| behind.into_iter().chain([first]).min())
 }
 
 /// The highest IOVA of an address space whose mappings a guest asks for: 48 bits, which all units have.

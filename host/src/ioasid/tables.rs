@@ -148,12 +148,14 @@ pub(super) struct PoolTables {
     next: u64,
     /// Why the kernel, or the context, last gave no memory.
     failure: Option<Errno>,
+    /// What was refused last was refused by them, and not for the limit: it may be had another time.
+    may_come: bool,
 }
 
 impl PoolTables {
     /// None yet, and at most `limit` bytes.
     pub(super) const fn new(pool: Arc<TablePool>, limit: u64) -> Self {
-        Self { pool, chunks: Vec::new(), recent: 0, bytes: 0, limit, next: SMALLEST, failure: None }
+        Self { pool, chunks: Vec::new(), recent: 0, bytes: 0, limit, next: SMALLEST, failure: None, may_come: false }
     }
 
     /// Bytes of all chunks.
@@ -166,16 +168,22 @@ impl PoolTables {
         self.failure
     }
 
+    /// Whether what was refused last may be had another time.
+    pub(super) const fn may_come(&self) -> bool {
+        self.may_come
+    }
+
     fn grow(&mut self, least: u64) -> Option<()> {
         let bytes = self.next.max(least.checked_next_power_of_two()?);
         if self.bytes.checked_add(bytes)? > self.limit {
+            self.may_come = false;
             return None;
         }
         let chunk = match self.pool.chunk(bytes) {
             Ok(chunk) => chunk,
             Err(errno) => {
                 tracing::warn!(%errno, bytes, "no memory for host tables");
-                self.failure = Some(errno);
+                (self.failure, self.may_come) = (Some(errno), true);
                 return None;
             }
         };

@@ -230,11 +230,17 @@ impl AddressSpaces for ContextSpaces {
                 let own = reports.into_iter().filter(|(id, _)| self.spaces.contains_key(id));
                 Ok(own.map(|(id, report)| (id, Ok(report))).collect())
             }
-            Err(error @ Error::Blocked(_)) => Ok(self.stale(&error)),
             Err(error) => {
-                let (_, more) = ioasid::compare(self.context.memory().regions(), &wanted);
+                let now = self.context.memory();
+                let ((_, more), (_, less)) = (ioasid::compare(now.regions(), &wanted), ioasid::compare(&wanted, now.regions()));
+                let is_blocked = matches!(error, Error::Blocked(_));
                 if more.is_empty() && self.context.memory_leaving().is_empty() {
-                    return Err(host_error(error));
+                    // All is as it is to be but for who was detached; or what came is not there, and that has to be said.
+                    return match (is_blocked, less.is_empty()) {
+                        (true, true) => Ok(self.stale(&error)),
+                        (true, false) => Err(HostError::Stale(Box::new(error))),
+                        (false, _) => Err(host_error(error)),
+                    };
                 }
                 self.unsettled = Some(error.to_string());
                 Err(HostError::Stale(Box::new(error)))

@@ -29,7 +29,8 @@ pub fn memory(rig: &Rig, more: Option<&Arc<MmapRegion>>) -> GuestMemory {
     GuestMemory::new(Arc::new(stagecraft::ioasid::Shared((*rig.memory).clone())), regions).unwrap()
 }
 
-fn reaches(rig: &Rig, iova: u64, region: &MmapRegion) -> bool {
+/// Whether the device gets from an IOVA to the page of the region that the guests here use.
+pub fn reaches(rig: &Rig, iova: u64, region: &MmapRegion) -> bool {
     let device = rig.sim.device("nic").unwrap();
     let found = device.translate(None, stagecraft::Iova(iova), stagecraft::kernel::sim::DmaAccess::Read);
     found.is_ok_and(|found| found.user_address - region.as_ptr() as u64 == 0x3000)

@@ -3,29 +3,34 @@
 use stagecraft_tests::reference::Access;
 use stagecraft_tests::reference::generate::Rng;
 use stagecraft_tests::reference::tables::riscv::Entries;
-use stagecraft_tests::reference::tables::{AmdV2, RiscvFirst, S390, TableConfig, VtdSecond};
+use stagecraft_tests::reference::tables::{AmdV2, ArmHalf, ArmStage1, ArmStage2, RiscvFirst, S390, TableConfig, VtdSecond};
 
 use crate::coverage::Coverage;
 use crate::go_through;
 use crate::guest::Wish;
 use crate::machine::HOSTS;
-use crate::operation::{How, Operation, Setup, Telling};
+use crate::operation::{Edit, How, Operation, Setup, Telling};
 use crate::session::Session;
 
 /// At the first place of a window, or the last one.
 fn map(place: u8, size: u8, target: u16) -> Operation {
-    Operation::Map(Wish { root: 0, place, step: 0, size, target, access: 0, restricted: false, skip: false, replace: false })
+    Operation::Edit(Edit::Map(Wish { root: 0, place, step: 0, size, target, access: 0, restricted: false, skip: false, replace: false }))
 }
 
 const TELL: Operation = Operation::Tell { space: 0, telling: Telling::Ranges, shuffle: 0 };
 
 /// On hosts of this kind, or of every kind.
 fn run(config: TableConfig, hosts: &[u8], operations: &[Operation]) {
+    run_behind(config, None, hosts, operations);
+}
+
+/// The same behind a second stage.
+fn run_behind(config: TableConfig, second: Option<TableConfig>, hosts: &[u8], operations: &[Operation]) {
     let coverage = Coverage::default();
     for host in hosts {
         for how in [How::Best, How::Nested, How::Areas] {
-            let setup = Setup { seed: 0, plain: false, host: *host, second: None, how, devices: 2, spaces: 1, lookups: true };
-            let session = Session::of(config, setup, Rng::new(7), &coverage).and_then(|session| go_through(session, operations));
+            let session = Session::of(config, second.map(|second| (second, 0)), Setup::simple(*host, how), Rng::new(7), &coverage)
+                .and_then(|session| go_through(session, operations));
             session.unwrap_or_else(|error| panic!("{} {how:?}: {error}", HOSTS[usize::from(*host)]));
         }
     }
@@ -44,8 +49,8 @@ fn a_page_that_is_cut_comes_and_goes() {
         page_1m: true,
         partial_tables: false,
     });
-    let unmap = Operation::Unmap { leaf: 0 };
-    let again = Operation::Again { gone: 0 };
+    let unmap = Operation::Edit(Edit::Unmap { leaf: 0 });
+    let again = Operation::Edit(Edit::Again { gone: 0 });
     for place in [0, 1] {
         run(config, &[0, 1, 2, 3], &[map(place, 1, 8), TELL, unmap, TELL, again, TELL, unmap, TELL, again, TELL]);
     }
@@ -83,4 +88,51 @@ fn tables_that_cannot_be_bound_as_they_are_are_converted() {
         update_dirty: true,
     };
     run(TableConfig::AmdV2(amd), &[2], &[map(0, 0, 8), TELL]);
+}
+
+/// A first stage with pages of 64 KiB behind a second one with pages of 4 KiB: a host's table is chosen for the smaller ones, also when these come later.
+#[test]
+fn pages_of_a_second_stage_that_are_smaller_are_served() {
+    let half = ArmHalf { root: 0, granule: 65536, input_bits: 48, top_byte_ignored: false, hierarchical_disabled: false };
+    let first = ArmStage1 {
+        low: Some(half),
+        high: None,
+        output_bits: 48,
+        mair: 0xff,
+        hardware_access: false,
+        hardware_dirty: false,
+        access_flag_disabled: true,
+        big_endian: false,
+        lpa2: false,
+        privileged: false,
+    };
+    let second = ArmStage2 {
+        root: 0,
+        granule: 4096,
+        input_bits: 39,
+        output_bits: 40,
+        start_level: 1,
+        hardware_access: false,
+        hardware_dirty: false,
+        access_flag_disabled: true,
+        big_endian: false,
+        lpa2: false,
+    };
+    let wish = |place, step, target| Wish { root: 0, place, step, size: 0, target, access: 0, restricted: false, skip: false, replace: false };
+    // Where the second stage begins with what leaves of the first lead to: one of them, in sixteen pages.
+    let mut operations: Vec<Operation> = (16..32).map(|page| Operation::Second(Edit::Map(wish(5, page, u16::from(page) << 3)))).collect();
+    operations.extend([Operation::Edit(Edit::Map(wish(0, 0, 1 << 3))), TELL]);
+    // An address space with the first stage alone, for which a table with large pages will do, has the second one alone later, and both.
+    operations.extend([Operation::Switch { space: 0, view: 5 }, Operation::Allocate { space: 0 }]);
+    operations.extend([0, 1].map(|device| Operation::Attach { device, pasid: 0, space: 1 }));
+    operations.extend([4, 0, 5, 0].map(|view| Operation::Switch { space: 1, view }));
+    run_behind(TableConfig::ArmStage1(first), Some(TableConfig::ArmStage2(second)), &[0, 1, 2, 3], &operations);
+}
+
+/// The same with a PASID beside the device.
+#[test]
+fn pasids_of_tables_that_cannot_be_bound_as_they_are_are_converted() {
+    let entries = Entries { output_bits: 34, svnapot: false, svpbmt: false, svrsw60t59b: false, hardware_update: true, big_endian: false };
+    let attach = Operation::Attach { device: 0, pasid: 1, space: 0 };
+    run(TableConfig::RiscvFirst(RiscvFirst { root: 0, levels: 2, entries }), &[0, 1, 2, 3], &[attach, map(0, 0, 8), TELL]);
 }

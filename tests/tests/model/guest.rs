@@ -9,12 +9,16 @@ use stagecraft_tests::reference::snapshot::Memory;
 use stagecraft_tests::reference::tables::TableConfig;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use crate::machine::{SLOT, SLOT_BYTES};
+use crate::machine::{BALLOON, BALLOON_BYTES, SLOT, SLOT_BYTES};
 
 /// Where tables are.
-const TABLES: (u64, u64) = (0x10_0000, 0x180_0000);
+pub const TABLES: Bounds = (0x10_0000, 0x100_0000);
+/// As far as a second stage has them.
+pub const COVERED: Bounds = (TABLES.0, 0x60_0000);
+/// Where those of a second stage are.
+pub const SECOND_TABLES: Bounds = (0x100_0000, 0x180_0000);
 /// Where pages begin that leaves point to; some of them have tables.
-const DATA: u64 = 0x80_0000;
+pub const DATA: u64 = 0x80_0000;
 /// Nothing is there.
 const NOWHERE: u64 = 0x1000_0000;
 
@@ -96,6 +100,7 @@ pub struct Guest {
     windows: Vec<Window>,
     places: Vec<Place>,
     next_node: usize,
+    tables: Bounds,
     next_address: u64,
     free: Vec<(u64, u64)>,
     /// Tables that hardware may still walk.
@@ -111,7 +116,8 @@ pub struct Guest {
 }
 
 impl Guest {
-    pub fn new(config: TableConfig, memory: GuestMemoryMmap, roots: usize, mut rng: Rng) -> Self {
+    /// Tables are in `tables`. Mappings are made at the ends of what has IOVAs, at some places between, and at those of `near` that there are.
+    pub fn new(config: TableConfig, memory: GuestMemoryMmap, roots: usize, mut rng: Rng, tables: Bounds, near: &[u64]) -> Self {
         let pen = Pen::new(config, Rng::new(rng.number()));
         let windows = pen.windows();
         let mut places = Vec::new();
@@ -120,8 +126,10 @@ impl Guest {
             let first = Place { tree: window.tree, position: window.position, down: false };
             let last = Place { position: window.position + length, down: true, ..first };
             let middle = Place { position: window.position + rng.below(length.saturating_add(1).max(1)), ..first };
-            let near = Place { position: window.position + (rng.below(1 << 32) & length), ..first };
-            places.extend([first, last, middle, near]);
+            let nearby = Place { position: window.position + (rng.below(1 << 32) & length), ..first };
+            places.extend([first, last, middle, nearby]);
+            let here = near.iter().filter(|iova| (window.first..=window.last).contains(*iova));
+            places.extend(here.map(|iova| Place { position: window.position + (iova - window.first), ..first }));
         }
         let trees = pen.trees();
         let mut guest = Self {
@@ -135,7 +143,8 @@ impl Guest {
             windows,
             places,
             next_node: 0,
-            next_address: TABLES.0,
+            tables,
+            next_address: tables.0,
             free: Vec::new(),
             limbo: Vec::new(),
             pages: BTreeSet::new(),
@@ -180,6 +189,36 @@ impl Guest {
             memory.pages.insert(*page, bytes);
         }
         memory
+    }
+
+    /// The guest is in another machine's memory, which has the same.
+    pub fn moved(&mut self, memory: GuestMemoryMmap) {
+        for page in &self.pages {
+            let mut bytes = [0; 4096];
+            self.memory.read_slice(&mut bytes, GuestAddress(*page)).expect("tables are in memory");
+            memory.write_slice(&bytes, GuestAddress(*page)).expect("tables are in memory");
+        }
+        self.memory = memory;
+    }
+
+    /// IOVAs of every root whose leaves lead to one of these addresses.
+    pub fn leading_to(&self, targets: &[Bounds]) -> Vec<Bounds> {
+        let mut found = Vec::new();
+        for (at, node) in &self.nodes {
+            let paths = if node.leaves.is_empty() { Vec::new() } else { self.paths(*at) };
+            for leaf in node.leaves.values() {
+                let (size, shift) = (leaf.run.size, self.pen.shift(node.tree, node.height));
+                for (low, high) in targets {
+                    let (first, last) = ((*low).max(leaf.run.address), (*high).min(leaf.run.address + (size - 1)));
+                    if first <= last {
+                        let part = |base: u64| base + (leaf.first << shift) + (first - leaf.run.address);
+                        let iovas = paths.iter().flat_map(|(_, base)| self.iovas(node.tree, (part(*base), part(*base) + (last - first))));
+                        found.extend(iovas);
+                    }
+                }
+            }
+        }
+        found
     }
 
     pub fn take_stale(&mut self) -> Vec<Stale> {
@@ -233,7 +272,7 @@ impl Guest {
             return Some(self.free.remove(place).0);
         }
         let address = self.next_address.next_multiple_of(alignment);
-        if address + size > TABLES.1 {
+        if address + size > self.tables.1 {
             return None;
         }
         self.next_address = address + size;
@@ -376,7 +415,8 @@ impl Guest {
         match target % 8 {
             _ if size > SLOT_BYTES => (number % 2 * SLOT) & !(size - 1),
             0..=4 => (DATA + number * size % 0x100_0000) & !(size - 1),
-            5 | 6 => (SLOT + number * size % SLOT_BYTES) & !(size - 1),
+            5 => (SLOT + number * size % SLOT_BYTES) & !(size - 1),
+            6 => (BALLOON + number * size % BALLOON_BYTES) & !(size - 1),
             // Not beyond what any format can say.
             _ => (NOWHERE + number % 16 * size) & !(size - 1),
         }
@@ -451,6 +491,25 @@ impl Guest {
         self.changed(at, bounds, !is_new && gone.is_empty());
         self.collect(&gone);
         true
+    }
+
+    /// Maps addresses to themselves, with as few leaves as possible; where there are IOVAs for them.
+    pub fn cover(&mut self, root: u8, (first, end): Bounds) {
+        let Some(window) = self.windows.iter().find(|window| (window.first..=window.last).contains(&first)).copied() else { return };
+        let (sizes, access) = (self.pen.leaf_sizes(window.tree), self.pen.accesses()[0]);
+        let mut at = first;
+        while at < end && at < window.last {
+            let position = window.position + (at - window.first);
+            let fits = |size: &&u32| (at | position).is_multiple_of(1 << **size) && at + (1 << **size) <= end;
+            let Some(size) = sizes.iter().rev().find(fits).copied() else { return };
+            let height = self.pen.leaf_height(window.tree, size);
+            let Some((node, _)) = self.descend(root, (window.tree, position), height, false, false) else { return };
+            let shift = self.pen.shift(window.tree, height);
+            let index = (position >> shift) % self.pen.entries(window.tree, height);
+            let run = Run { iova: 0, address: at, size: 1 << size, access };
+            self.write_leaf(node, Leaf { first: index, count: 1 << (size - shift), run });
+            at += 1 << size;
+        }
     }
 
     /// Whether pages may be in these slots of a table, wherever that is linked.

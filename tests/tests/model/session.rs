@@ -1,76 +1,105 @@
-//! A guest on a host, through operations; DMA is compared with what the reference reads in the guest's tables.
+//! A guest on a host, through operations; after each of them everything is compared.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use stagecraft::ioasid::{Context, Device, Error, GuestView, Ioasid, Request, SpaceLimits, Strategy};
 use stagecraft::lookup::Lookup;
-use stagecraft::plugin::queue::{Effect, Invalidation, Scope};
 use stagecraft::plugin::{BlockKind, Blocked, Outcome, TableConfig, Tag, Translated};
 use stagecraft::sync::Report;
-use stagecraft::{Access, Gpa, Iova, Span};
 use stagecraft_tests::reference::generate::{Format, Rng, random_config};
 use stagecraft_tests::reference::snapshot::Memory;
 use stagecraft_tests::reference::tables;
-use stagecraft_tests::reference::walk::Walker;
 
 use crate::configs;
 use crate::coverage::Coverage;
-use crate::guest::{Guest, Stale};
-use crate::machine::{HOSTS, Hardware, Machine, label};
-use crate::operation::{How, Operation, Setup, Telling};
+use crate::guest::{COVERED, DATA, Guest, SECOND_TABLES, Stale, TABLES, Wish};
+use crate::machine::{BALLOON, Hardware, Machine, SLOT, There, label};
+use crate::operation::{Edit, How, Operation, Setup, Telling, Trap};
 
 /// Sets of roots.
 const ROOTS: usize = 3;
-/// So many IOVAs that were touched are looked at each time, at most.
-const LOOKED_AT: usize = 160;
-
-/// Why a device has less than the guest says.
-const KEPT: &str = "kept by the unit, or outside of what it can translate";
+/// Leaves of a second stage at the beginning, if there is room for them.
+const SOME_LEAVES: usize = 24;
+/// Roots of a second stage.
+const SECOND_ROOTS: usize = 2;
 
 /// What a requester gets.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum View {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum View {
     Root(usize),
+    /// A root of the first stage behind one of the second.
+    Behind(usize, usize),
+    /// The second stage alone.
+    Second(usize),
     Everything,
     Nothing,
 }
 
-struct Space {
-    ioasid: Ioasid,
-    lookup: Option<Lookup>,
-    view: View,
-    tag: Tag,
-    stale: Vec<Stale>,
-    written: Vec<(u64, u64)>,
-    /// The first of the moments that its DMA may still see.
-    since: usize,
+impl View {
+    /// Its root of a stage, by index.
+    pub const fn root(self, stage: usize) -> Option<usize> {
+        match (self, stage) {
+            (Self::Root(root) | Self::Behind(root, _), 0) | (Self::Second(root) | Self::Behind(_, root), 1) => Some(root),
+            _ => None,
+        }
+    }
 }
 
-/// Where the host's side of a device may have less than the guest says.
-#[derive(Clone, Debug)]
-struct Limits {
-    strategy: Strategy,
-    /// The host table's own IOVAs.
-    regions: Option<Vec<tables::Region>>,
+/// A device, or a PASID of it.
+pub type Who = (usize, Option<u32>);
+
+pub struct Space {
+    pub ioasid: Ioasid,
+    pub lookup: Option<Lookup>,
+    pub view: View,
+    /// It may have this view instead: a switch failed in the middle.
+    pub other: Option<View>,
+    pub tag: Tag,
+    /// By stage.
+    pub stale: [Vec<Stale>; 2],
+    pub written: Vec<(u64, u64)>,
+    /// The first of the moments that its DMA may still see.
+    pub since: usize,
+    /// Which stages changed since then.
+    pub changed: [bool; 2],
+    /// Something was blocked, or had no room.
+    pub is_short: bool,
 }
 
 pub struct Session<'a> {
-    what: String,
-    coverage: &'a Coverage,
-    rng: Rng,
-    guest: Guest,
-    devices: Vec<(Device, Option<usize>)>,
-    spaces: Vec<Space>,
-    context: Context,
-    machine: Machine,
-    hosts: Vec<&'static str>,
+    pub what: String,
+    pub coverage: &'a Coverage,
+    pub rng: Rng,
+    pub setup: Setup,
+    pub guest: Guest,
+    /// The tables of a second stage.
+    pub second: Option<Guest>,
+    pub devices: Vec<Device>,
+    /// What is attached where, or is to be.
+    pub attached: BTreeMap<Who, usize>,
+    pub spaces: Vec<Space>,
+    pub context: Context,
+    pub machine: Machine,
+    pub hardware: Hardware,
     /// Guest memory with tables at moments when it was consistent: the last one is now.
-    moments: Vec<Memory>,
-    touched: BTreeSet<u64>,
-    recent: Vec<u64>,
+    pub moments: Vec<Memory>,
+    pub touched: BTreeSet<u64>,
+    pub recent: Vec<u64>,
+    /// What is to fail.
+    pub trap: Option<Trap>,
+    /// Calls that failed in this operation.
+    pub failed: Vec<String>,
+    /// Something failed, and nobody has seen to it.
+    pub is_broken: bool,
+    /// What was told to go or to come, and may or may not have: there was this before.
+    pub memory_before: Option<There>,
+    /// What each requester had last: only where room is scarce.
+    pub had: BTreeMap<(Who, u64, bool), u64>,
+    /// IOVAs that were told since.
+    pub told: Vec<(u64, u64)>,
 }
 
-type Outcomes = Result<(), String>;
+pub type Outcomes = Result<(), String>;
 
 /// Settings that hardware offers, or that have something that is rare otherwise.
 fn plain(format: Format, rng: &mut Rng) -> Option<tables::TableConfig> {
@@ -89,75 +118,160 @@ fn plain(format: Format, rng: &mut Rng) -> Option<tables::TableConfig> {
     }
 }
 
+/// The format of a second stage behind tables of a first one.
+fn second_of(config: &tables::TableConfig) -> Option<Format> {
+    Some(match config {
+        tables::TableConfig::ArmStage1(_) => Format::ArmStage2,
+        tables::TableConfig::VtdFirst(_) => Format::VtdSecond,
+        tables::TableConfig::AmdV2(_) => Format::AmdV1,
+        tables::TableConfig::RiscvFirst(_) => Format::RiscvSecond,
+        _ => return None,
+    })
+}
+
+/// Limits with very little of something.
+fn scarce(which: u8) -> SpaceLimits {
+    let mut limits = SpaceLimits::default();
+    let some = u64::from(which / 5);
+    match which % 5 {
+        0 => limits.shadow.table_pages = 4 + some % 12,
+        1 => limits.shadow.leaves = 4 + some,
+        2 => limits.table_bytes = (4 + some % 16) << 13,
+        3 => limits.areas.areas = 2 + some as usize % 16,
+        _ => limits.lookup.nodes = 16 + some as u32 * 4,
+    }
+    limits
+}
+
 impl<'a> Session<'a> {
     pub fn new(format: Format, setup: Setup, coverage: &'a Coverage) -> Result<Self, String> {
         let mut rng = Rng::new(setup.seed);
         let config = setup.plain.then(|| plain(format, &mut rng)).flatten().unwrap_or_else(|| random_config(format, &mut rng));
         coverage.add(format!("format {format:?}"));
-        Self::of(config, setup, rng, coverage)
+        let second = second_of(&config).filter(|_| setup.stages).map(|format| (random_config(format, &mut rng), SOME_LEAVES));
+        Self::of(config, second, setup, rng, coverage)
     }
 
-    /// With these settings.
-    pub fn of(config: tables::TableConfig, setup: Setup, mut rng: Rng, coverage: &'a Coverage) -> Result<Self, String> {
+    /// With these settings, and those of a second stage, in which so many leaves are at the beginning.
+    pub fn of(
+        config: tables::TableConfig,
+        second: Option<(tables::TableConfig, usize)>,
+        setup: Setup,
+        mut rng: Rng,
+        coverage: &'a Coverage,
+    ) -> Result<Self, String> {
         let units = (setup.host as usize % 4, setup.second.map(|host| host as usize % 4));
-        let machine = Machine::new(Hardware { units, nesting: setup.how != How::Plain, devices: setup.devices as usize });
-        let guest = Guest::new(config, machine.memory.clone(), ROOTS, Rng::new(rng.number()));
+        let hardware = Hardware { units, nesting: setup.how != How::Plain, devices: setup.devices as usize };
+        let machine = Machine::new(hardware, There::ALL);
+        let tables = if second.is_some() { COVERED } else { TABLES };
+        let guest = Guest::new(config, machine.memory.clone(), ROOTS, Rng::new(rng.number()), tables, &[]);
+        let mut what = format!("{config:?} on {:?}", hardware.hosts());
+        let second = second.map(|(config, leaves)| {
+            what = format!("behind {config:?}, {what}");
+            second_stage(config, leaves, &machine, &mut rng)
+        });
         let context = machine.context();
-        let devices: Vec<(Device, Option<usize>)> =
-            (0..setup.devices as usize).map(|device| (context.connect(&label(device)).unwrap(), None)).collect();
-        let hosts = (0..devices.len()).map(|device| HOSTS[units.1.filter(|_| device + 1 == devices.len()).unwrap_or(units.0)]).collect();
-        let what = format!("{config:?} on {hosts:?}");
+        let devices: Vec<Device> = (0..setup.devices as usize).map(|device| context.connect(&label(device)).unwrap()).collect();
         let mut session = Self {
             what,
             coverage,
             rng,
+            setup,
             guest,
+            second,
             devices,
+            attached: BTreeMap::new(),
             spaces: Vec::new(),
             context,
             machine,
-            hosts,
+            hardware,
             moments: Vec::new(),
             touched: BTreeSet::new(),
             recent: Vec::new(),
+            trap: None,
+            failed: Vec::new(),
+            is_broken: false,
+            memory_before: None,
+            had: BTreeMap::new(),
+            told: Vec::new(),
         };
-        session.moments.push(session.guest.tables());
-        for space in 0..setup.spaces as usize {
-            let space = session.space(space, setup)?;
+        session.moments.push(session.tables());
+        for number in 0..setup.spaces as usize {
+            let tag = Tag { domain: Some(number as u32 + 1), space: Some(number as u32 + 21) };
+            let root = number % ROOTS;
+            let view = if session.second.is_some() { View::Behind(root, 0) } else { View::Root(root) };
+            let space = session.space(view, tag)?.ok_or("an address space at the beginning")?;
             session.spaces.push(space);
         }
         for device in 0..session.devices.len() {
-            session.attach(device, device % session.spaces.len())?;
+            session.attach((device, None), device % session.spaces.len())?;
         }
+        session.nothing_failed()?;
         Ok(session)
     }
 
-    fn space(&self, number: usize, setup: Setup) -> Result<Space, String> {
-        let wanted: &[Strategy] = match setup.how {
+    fn nothing_failed(&mut self) -> Outcomes {
+        self.failed.pop().map_or(Ok(()), Err)
+    }
+
+    /// All tables as they stand in memory.
+    pub fn tables(&self) -> Memory {
+        let mut memory = self.guest.tables();
+        memory.pages.extend(self.second.iter().flat_map(|second| second.tables().pages));
+        memory
+    }
+
+    /// Settings of the stages of a view; none if it has no tables.
+    pub fn stages(&self, view: View) -> Vec<tables::TableConfig> {
+        let first = view.root(0).map(|root| self.guest.config(root));
+        let second = view.root(1).zip(self.second.as_ref()).map(|(root, second)| second.config(root));
+        first.into_iter().chain(second).collect()
+    }
+
+    /// An address space; none if that failed.
+    pub fn space(&mut self, view: View, tag: Tag) -> Result<Option<Space>, String> {
+        let wanted: &[Strategy] = match self.setup.how {
             How::Best | How::Plain => &Strategy::ALL,
             How::Nested => &[Strategy::Nested, Strategy::Software],
             How::Areas => &[Strategy::Areas, Strategy::Software],
         };
-        let tag = Tag { domain: Some(number as u32 + 1), space: Some(number as u32 + 21) };
-        let view = View::Root(number % ROOTS);
-        let limits = SpaceLimits { questions: 1 << 16, ..SpaceLimits::default() };
+        let limits = SpaceLimits { questions: 1 << 16, ..self.setup.scarce.map_or_else(SpaceLimits::default, scarce) };
         let request = Request::guest(self.view(view, tag)).with_second_table().with_limits(limits);
-        let allocate =
-            |strategies: &[Strategy]| self.context.allocate(request.clone().with_strategies(strategies)).map_err(|error| error.to_string());
-        let mut ioasid = allocate(wanted)?;
-        let served = self.devices.iter().all(|(device, _)| ioasid.serves(device).is_ok());
-        if !served {
+        let with = |strategies: &[Strategy], page_requests: bool| Request { page_requests, ..request.clone() }.with_strategies(strategies);
+        let mut made = self.context.allocate(with(wanted, self.setup.requests));
+        let served = |ioasid: &Ioasid| self.devices.iter().all(|device| ioasid.serves(device).is_ok());
+        if made.as_ref().is_ok_and(|ioasid| !served(ioasid)) {
             self.coverage.add("requests with a strategy that cannot be had".to_owned());
-            ioasid = allocate(&Strategy::ALL)?;
+            made = self.context.allocate(with(&Strategy::ALL, false));
         }
-        let lookup = if setup.lookups { Some(ioasid.lookup().map_err(|error| error.to_string())?) } else { None };
-        Ok(Space { ioasid, lookup, view, tag, stale: Vec::new(), written: Vec::new(), since: self.moments.len() - 1 })
+        let ioasid = match made {
+            Ok(ioasid) => ioasid,
+            Err(error) => {
+                self.failed.push(format!("allocate: {error}"));
+                return Ok(None);
+            }
+        };
+        let lookup = if self.setup.lookups { Some(ioasid.lookup().map_err(|error| error.to_string())?) } else { None };
+        let now = self.moments.len() - 1;
+        Ok(Some(Space {
+            ioasid,
+            lookup,
+            view,
+            other: None,
+            tag,
+            stale: [Vec::new(), Vec::new()],
+            written: Vec::new(),
+            since: now,
+            changed: [false; 2],
+            // Nobody is told what was blocked when lookups were made.
+            is_short: self.setup.scarce.is_some() && self.setup.lookups,
+        }))
     }
 
-    fn view(&self, view: View, tag: Tag) -> GuestView {
+    pub fn view(&self, view: View, tag: Tag) -> GuestView {
         let outcome = match view {
-            View::Root(root) => {
-                let tables = vec![configs::plugin_config(&self.guest.config(root))];
+            View::Root(_) | View::Behind(..) | View::Second(_) => {
+                let tables = self.stages(view).iter().map(configs::plugin_config).collect();
                 Outcome::Tables(Translated { tables, intercepts: Vec::new(), tag })
             }
             View::Everything => Outcome::Bypass,
@@ -174,34 +288,31 @@ impl<'a> Session<'a> {
         GuestView { outcome, id: 7 }
     }
 
-    /// Nothing of what a guest does here is too much.
-    fn report(&self, result: Result<Report, Error>, what: &str) -> Outcomes {
-        let report = result.map_err(|error| format!("{what}: {error}"))?;
-        if report.blocked_count > 0 {
-            return Err(format!("{what}: {:?} of {} are blocked", report.blocked, report.blocked_count));
+    /// Nothing of what a guest does here is too much, unless there is little room. Whether an error is one is seen when it is known what was to fail.
+    pub fn report(&mut self, space: Option<usize>, result: Result<Report, Error>, what: &str) -> Outcomes {
+        match result {
+            Err(error) => self.failed.push(format!("{what}: {error}")),
+            Ok(report) if report.blocked_count == 0 => {}
+            Ok(report) if self.setup.scarce.is_none() && self.machine.there.hole => {
+                return Err(format!("{what}: {:?} of {} are blocked", report.blocked, report.blocked_count));
+            }
+            Ok(_) => {
+                self.coverage.add("entries blocked".to_owned());
+                space.into_iter().for_each(|space| self.spaces[space].is_short = true);
+            }
         }
-        Ok(())
-    }
-
-    fn attach(&mut self, device: usize, space: usize) -> Outcomes {
-        let (known, attached) = &self.devices[device];
-        let ioasid = &self.spaces[space].ioasid;
-        let result = if attached.is_some() { ioasid.replace(known, None) } else { ioasid.attach(known, None) };
-        if let Err(Error::Refused(refusal)) = &result {
-            self.coverage.add(format!("attachments refused: {:?}", refusal.property));
-            return Ok(());
-        }
-        self.report(result, "attach")?;
-        self.devices[device].1 = Some(space);
         Ok(())
     }
 
     /// Does it, and compares; false: there was nothing to do.
     pub fn run(&mut self, operation: Operation) -> Result<bool, String> {
-        if self.guest.hurry && !matches!(operation, Operation::Tell { .. }) {
+        let hurry = self.guest.hurry || self.second.as_ref().is_some_and(|second| second.hurry);
+        if hurry && !matches!(operation, Operation::Tell { .. }) {
+            self.recover()?;
             self.tell_all()?;
+            self.nothing_failed()?;
         }
-        let done = self.apply(operation).map_err(|error| format!("{}: {error}", self.what))?;
+        let done = self.do_one(operation).map_err(|error| format!("{} at {operation:x?}: {error}", self.what))?;
         self.coverage.add(format!("{} {}", if done { "operation" } else { "nothing to do for" }, operation.name()));
         if done {
             self.compare().map_err(|error| format!("{} after {operation:x?}: {error}", self.what))?;
@@ -209,32 +320,50 @@ impl<'a> Session<'a> {
         Ok(done)
     }
 
-    fn apply(&mut self, operation: Operation) -> Result<bool, String> {
-        let guest = &mut self.guest;
-        let changed = match operation {
-            Operation::Map(wish) => guest.map(wish),
-            Operation::Unmap { leaf } => guest.unmap(leaf),
-            Operation::Again { gone } => guest.again(gone),
-            Operation::Permissions { leaf, access } => guest.change(leaf, Some(access), None),
-            Operation::MoveLeaf { leaf, target } => guest.change(leaf, None, Some(target)),
-            Operation::Split { leaf } => guest.split(leaf),
-            Operation::Merge { table, target } => guest.merge(table, target),
-            Operation::MoveTable { table } => guest.move_table(table),
-            Operation::Share { table, root, place, step } => guest.share(table, root, place, step),
-            Operation::Unlink { table } => guest.unlink(table),
-            other => return self.manage(other),
+    fn do_one(&mut self, operation: Operation) -> Result<bool, String> {
+        match operation {
+            Operation::Fail(trap) => {
+                self.trap = Some(trap);
+                Ok(false)
+            }
+            Operation::Edit(edit) => self.edit(0, edit),
+            Operation::Second(edit) => self.edit(1, edit),
+            _ => self.within_reach_of_failures(operation),
+        }
+    }
+
+    /// Of one stage's tables.
+    fn edit(&mut self, stage: usize, edit: Edit) -> Result<bool, String> {
+        let guest = if stage == 0 { Some(&mut self.guest) } else { self.second.as_mut() };
+        let Some(guest) = guest else { return Ok(false) };
+        let changed = match edit {
+            Edit::Map(wish) => guest.map(wish),
+            Edit::Unmap { leaf } => guest.unmap(leaf),
+            Edit::Again { gone } => guest.again(gone),
+            Edit::Permissions { leaf, access } => guest.change(leaf, Some(access), None),
+            Edit::MoveLeaf { leaf, target } => guest.change(leaf, None, Some(target)),
+            Edit::Split { leaf } => guest.split(leaf),
+            Edit::Merge { table, target } => guest.merge(table, target),
+            Edit::MoveTable { table } => guest.move_table(table),
+            Edit::Share { table, root, place, step } => guest.share(table, root, place, step),
+            Edit::Unlink { table } => guest.unlink(table),
         };
-        self.note();
+        self.note(stage);
         Ok(changed)
     }
 
     /// The guest's tables are at a new moment.
-    fn note(&mut self) {
-        let (stale, written) = (self.guest.take_stale(), self.guest.take_written());
+    fn note(&mut self, stage: usize) {
+        let Some(guest) = (if stage == 0 { Some(&mut self.guest) } else { self.second.as_mut() }) else { return };
+        let (stale, written) = (guest.take_stale(), guest.take_written());
         self.recent.clear();
-        for Stale { iova: (first, last), .. } in &stale {
+        let mut places: Vec<(u64, u64)> = stale.iter().map(|stale| stale.iova).collect();
+        if stage == 1 {
+            places.extend(self.guest.leading_to(&places.clone()).into_iter().take(16));
+        }
+        for (first, last) in places {
             let inside = (0..2).map(|_| first + self.rng.below((last - first).saturating_add(1).max(1)));
-            let ends = [*first, *last, first.wrapping_sub(1), last.wrapping_add(1)];
+            let ends = [first, last, first.wrapping_sub(1), last.wrapping_add(1)];
             let recent: Vec<u64> = inside.chain(ends).collect();
             self.recent.extend(&recent);
             self.touched.extend(&recent);
@@ -243,350 +372,46 @@ impl<'a> Session<'a> {
             return;
         }
         for space in &mut self.spaces {
-            space.stale.extend(stale.iter().filter(|stale| space.view == View::Root(stale.root)));
+            space.stale[stage].extend(stale.iter().filter(|stale| space.view.root(stage) == Some(stale.root)));
             space.written.extend(&written);
+            space.changed[stage] = true;
         }
-        self.moments.push(self.guest.tables());
-    }
-
-    /// What is not the tables' business.
-    fn manage(&mut self, operation: Operation) -> Result<bool, String> {
-        let (spaces, devices) = (self.spaces.len(), self.devices.len());
-        match operation {
-            Operation::Switch { space, view } => {
-                let space = space as usize % spaces;
-                let view = match view {
-                    0..6 => View::Root(view as usize % self.guest.roots()),
-                    6 => View::Everything,
-                    _ => View::Nothing,
-                };
-                if self.spaces[space].view == view {
-                    return Ok(false);
-                }
-                self.tell(space, Telling::Ranges, 0)?;
-                let described = self.view(view, self.spaces[space].tag);
-                let result = self.spaces[space].ioasid.switch(described);
-                if let Err(Error::Refused(refusal)) = &result {
-                    self.coverage.add(format!("switches refused: {:?}", refusal.property));
-                    return Ok(false);
-                }
-                self.report(result, "switch")?;
-                self.coverage.add(format!("switch to {}", if let View::Root(_) = view { "a root" } else { "no table" }));
-                self.spaces[space].view = view;
-            }
-            Operation::Attach { device, space } => {
-                let (device, space) = (device as usize % devices, space as usize % spaces);
-                if self.devices[device].1 == Some(space) {
-                    return Ok(false);
-                }
-                self.attach(device, space)?;
-            }
-            Operation::Detach { device } => {
-                let device = &mut self.devices[device as usize % devices];
-                if device.1.take().is_none() {
-                    return Ok(false);
-                }
-                device.0.detach(None).map_err(|error| format!("detach: {error}"))?;
-            }
-            Operation::Memory => {
-                // Whose tables are read again does not matter then.
-                self.tell_all()?;
-                self.machine.plugged = !self.machine.plugged;
-                let reports = self.context.memory_changed(self.machine.guest_memory()).map_err(|error| format!("memory: {error}"))?;
-                for (_, report) in reports {
-                    self.report(Ok(report), "memory")?;
-                }
-            }
-            Operation::Reconsider { space } => {
-                let result = self.spaces[space as usize % spaces].ioasid.reconsider();
-                if let Err(Error::Refused(refusal)) = &result {
-                    self.coverage.add(format!("better strategies refused: {:?}", refusal.property));
-                    return Ok(false);
-                }
-                self.report(result, "reconsider")?;
-            }
-            Operation::Tell { space, telling, shuffle } => {
-                let any = self.spaces.iter().any(|space| !space.stale.is_empty());
-                match (space as usize).checked_sub(2).filter(|space| *space < spaces) {
-                    Some(one) => self.tell(one, telling, shuffle)?,
-                    None => (0..spaces).try_for_each(|space| self.tell(space, telling, shuffle))?,
-                }
-                self.coverage.add(format!("telling {telling:?} {}", if any { "something" } else { "nothing" }));
-                return Ok(any);
-            }
-            _ => return Ok(false),
-        }
-        Ok(true)
-    }
-
-    fn tell_all(&mut self) -> Outcomes {
-        (0..self.spaces.len()).try_for_each(|space| self.tell(space, Telling::Ranges, 0))
-    }
-
-    /// A synchronisation point of one address space: from here on its DMA sees the tables as they are now.
-    fn tell(&mut self, number: usize, telling: Telling, shuffle: u64) -> Outcomes {
-        let now = self.moments.len() - 1;
-        let space = &mut self.spaces[number];
-        let (stale, written) = (std::mem::take(&mut space.stale), std::mem::take(&mut space.written));
-        if space.since < now {
-            let space = &self.spaces[number];
-            let mut rng = Rng::new(shuffle);
-            // Hardware that walks the guest's own table needs commands.
-            let is_native = space.ioasid.strategies().contains(&Strategy::Native);
-            match telling {
-                Telling::Written if !is_native => {
-                    for (address, length) in shuffled(written, &mut rng) {
-                        self.report(space.ioasid.table_written(Gpa(address), length), "writes")?;
-                    }
-                }
-                Telling::Synchronise => self.report(space.ioasid.synchronise(), "synchronise")?,
-                Telling::Halves => {
-                    let commands = self.commands(space, &stale, Telling::Ranges, &mut rng);
-                    let (one, other) = commands.split_at(commands.len() / 2);
-                    self.report(space.ioasid.invalidate(one), "invalidate")?;
-                    self.compare().map_err(|error| format!("half told: {error}"))?;
-                    self.report(self.spaces[number].ioasid.invalidate(other), "invalidate")?;
-                }
-                _ => {
-                    let commands = self.commands(space, &stale, telling, &mut rng);
-                    self.report(space.ioasid.invalidate(&commands), "invalidate")?;
-                }
-            }
-        }
-        self.spaces[number].since = now;
-        if self.spaces.iter().all(|space| space.since == now) {
-            self.moments.drain(..now);
-            self.spaces.iter_mut().for_each(|space| space.since = 0);
-            self.guest.settled();
-        }
-        Ok(())
-    }
-
-    fn commands(&self, space: &Space, stale: &[Stale], telling: Telling, rng: &mut Rng) -> Vec<Invalidation> {
-        let Tag { domain, space: number } = space.tag;
-        let domain = domain.map(|domain| domain as u16);
-        let whole = Scope { leaf: false, second_stage: false, domain, space: number, id: None };
-        let range = |scope: Scope, first: u64, last: u64| Effect::Range { scope, iova: Span { first, last } };
-        let page = self.guest.page();
-        let mut effects = match telling {
-            Telling::Everything => vec![Effect::Everything],
-            Telling::Domain | Telling::Written => vec![range(Scope { space: None, ..whole }, 0, u64::MAX)],
-            Telling::Space => vec![range(whole, 0, u64::MAX)],
-            _ => {
-                let mut effects = Vec::new();
-                for Stale { iova: (first, last), leaf_only, .. } in stale {
-                    let id = rng.percent(20).then_some((7, 0));
-                    let scope = Scope { leaf: *leaf_only && rng.percent(80), id, ..whole };
-                    let pages = (last - first) / page + 1;
-                    if telling == Telling::Pages && pages <= 64 {
-                        let firsts = (0..pages).map(|number| first + number * page);
-                        effects.extend(firsts.map(|first| range(scope, first, first.saturating_add(page - 1).min(*last))));
-                    } else {
-                        effects.push(range(scope, *first, *last));
-                    }
-                }
-                effects
-            }
-        };
-        if rng.percent(20) {
-            // Somebody else's, and nothing at all.
-            effects.push(range(Scope { domain: Some(999), ..whole }, 0, u64::MAX));
-            effects.push(Effect::Nothing);
-        }
-        let effects = shuffled(effects, rng);
-        effects.into_iter().enumerate().map(|(index, effect)| Invalidation { index: index as u16, effect }).collect()
-    }
-
-    /// Where an access goes by the guest's tables at some moment.
-    fn says(&self, walkers: &BTreeMap<(usize, usize), Walker<'_>>, view: View, moment: usize, iova: u64, write: bool) -> Option<u64> {
-        let address = match view {
-            View::Root(root) => walkers[&(root, moment)].translate(iova, write).ok()?,
-            View::Everything => iova,
-            View::Nothing => return None,
-        };
-        self.machine.has(address).then_some(address)
-    }
-
-    fn limits(&self, device: usize, space: &Space) -> Result<Limits, String> {
-        let explanation = space.ioasid.explain_for(&self.devices[device].0, None).map_err(|error| error.to_string())?;
-        let chosen = explanation.chosen.ok_or("an attached device has a strategy")?;
-        let regions = if chosen.strategy == Strategy::Nested {
-            let host = parse(&chosen.what);
-            let host = configs::reference_config(&host).ok_or_else(|| format!("the reference does not know {}", chosen.what))?;
-            Some(host.regions().map_err(|problem| problem.to_string())?)
-        } else {
-            None
-        };
-        Ok(Limits { strategy: chosen.strategy, regions })
-    }
-
-    /// Why a device may get less there than `says` has, if it may.
-    fn loss(&self, device: usize, limits: &Limits, iova: u64, says: &dyn Fn(u64, bool) -> Option<u64>, view: View) -> Option<&'static str> {
-        let capabilities = self.devices[device].0.capabilities();
-        // The ends of the page are what tells a whole one from a part.
-        let of_table = limits.regions.iter().flatten().filter_map(|region| region.steps.last()).map(|step| 1 << step.shift).max();
-        let page = of_table.unwrap_or_else(|| capabilities.iova.alignment.max(4096));
-        let (first, last) = (iova & !(page - 1), iova | (page - 1));
-        let usable = |device: &Device| device.capabilities().iova.ranges.iter().any(|range| range.contains(iova));
-        if !usable(&self.devices[device].0) {
-            return Some(KEPT);
-        }
-        if limits.strategy == Strategy::Native {
-            return None;
-        }
-        // Areas are for all devices: no area can be where one of them has none.
-        if limits.strategy == Strategy::Areas && !self.devices.iter().all(|(device, _)| usable(device)) {
-            return Some("outside of what another device can use");
-        }
-        if let Some(regions) = &limits.regions {
-            let has = |region: &tables::Region| iova >= region.first && region.contains(iova - region.first);
-            if !regions.iter().any(has) {
-                return Some("outside of the host's table");
-            }
-        }
-        if let View::Root(root) = view
-            && self.guest.config(root).effective(iova) != iova
-        {
-            return Some("with a tag in the top byte");
-        }
-        for write in [false, true] {
-            let here = says(iova, write);
-            let ends = [first, last].map(|end| here.map(|here| here.wrapping_sub(iova).wrapping_add(end)) == says(end, write));
-            if ends != [true; 2] {
-                return Some("a part of a page");
-            }
-        }
-        // A host table may have no page that can only be written.
-        (limits.regions.is_some() && says(iova, false).is_none()).then_some("only written")
-    }
-
-    /// All that is looked at now.
-    fn samples(&mut self) -> Vec<u64> {
-        let mut samples: BTreeSet<u64> = self.recent.iter().copied().take(48).collect();
-        let most = LOOKED_AT.min(self.touched.len());
-        if self.touched.len() <= LOOKED_AT {
-            samples.extend(&self.touched);
-        } else {
-            let all: Vec<u64> = self.touched.iter().copied().collect();
-            samples.extend((0..most).map(|_| self.rng.pick(&all)));
-        }
-        for window in self.guest.windows().to_vec() {
-            samples.extend([window.first, window.last, window.first.wrapping_sub(1), window.last.wrapping_add(1)]);
-            samples.extend((0..3).map(|_| window.first + self.rng.below((window.last - window.first).saturating_add(1).max(1))));
-        }
-        samples.extend([0, u64::MAX, self.rng.number(), self.rng.below(1 << 40)]);
-        samples.into_iter().collect()
-    }
-
-    /// Every device, every lookup and the library's own walk: each is what the reference finds, at some moment since its last synchronisation point.
-    fn compare(&mut self) -> Outcomes {
-        let samples = self.samples();
-        let configs: Vec<tables::TableConfig> = (0..self.guest.roots()).map(|root| self.guest.config(root)).collect();
-        let mut walkers = BTreeMap::new();
-        for (moment, memory) in self.moments.iter().enumerate() {
-            for (root, config) in configs.iter().enumerate() {
-                walkers.insert((root, moment), Walker::new(memory, std::slice::from_ref(config)).map_err(|problem| problem.to_string())?);
-            }
-        }
-        let now = self.moments.len() - 1;
-        let (mut compared, mut lost) = (0, BTreeMap::<&str, u64>::new());
-        for (number, space) in self.spaces.iter().enumerate() {
-            let attached: Vec<usize> = (0..self.devices.len()).filter(|device| self.devices[*device].1 == Some(number)).collect();
-            let limits = attached.iter().map(|device| self.limits(*device, space)).collect::<Result<Vec<_>, _>>()?;
-            for (device, limits) in attached.iter().zip(&limits) {
-                self.coverage.add(format!("{} on {}", limits.strategy, self.hosts[*device]));
-            }
-            for (index, iova) in samples.iter().copied().enumerate() {
-                for write in [false, true] {
-                    let at = |moment: usize| self.says(&walkers, space.view, moment, iova, write);
-                    let may: Vec<Option<u64>> = (space.since..=now).map(at).collect();
-                    let wrong = |who: &str, found: Option<u64>| {
-                        Err(format!(
-                            "{who} at {iova:#x} {}: {found:x?} and not {may:x?} ({})",
-                            if write { "writes" } else { "reads" },
-                            when(space.since, now)
-                        ))
-                    };
-                    for (device, limits) in attached.iter().zip(&limits) {
-                        let found = self.machine.dma(*device, iova, write);
-                        if may.contains(&found) {
-                            compared += 1;
-                            continue;
-                        }
-                        let lossy = (space.since..=now).find_map(|moment| {
-                            let says = |iova: u64, write: bool| self.says(&walkers, space.view, moment, iova, write);
-                            self.loss(*device, limits, iova, &says, space.view)
-                        });
-                        match lossy.filter(|_| found.is_none()) {
-                            Some(why) => *lost.entry(why).or_default() += 1,
-                            None => {
-                                let chosen: Vec<String> = space.ioasid.explain().iter().map(ToString::to_string).collect();
-                                return wrong(&format!("device {device} of {attached:?} ({}; {chosen:?})", limits.strategy), found);
-                            }
-                        }
-                        // What a unit keeps it keeps, whatever the host's table says.
-                        if limits.strategy == Strategy::Nested && lossy != Some(KEPT) && space.ioasid.stats().refused_bytes == 0 {
-                            return Err(format!("device {device} at {iova:#x} has less, and no loss was counted"));
-                        }
-                    }
-                    let access = Access { read: !write, write };
-                    if let Some(lookup) = &space.lookup {
-                        let target =
-                            lookup.find(Iova(iova)).filter(|target| target.attributes.access(false).allows(access)).map(|target| target.address.0);
-                        let tagged = matches!(space.view, View::Root(root) if configs[root].effective(iova) != iova);
-                        let is_right = may.contains(&target) || tagged && target.is_none();
-                        if !is_right {
-                            return wrong("a lookup", target);
-                        }
-                        compared += 1;
-                    }
-                    if index % 8 == 0 {
-                        let walked = space.ioasid.translate(Iova(iova), access).map_err(|error| error.to_string())?;
-                        let walked = walked.ok().map(|translation| translation.address.0);
-                        if walked != at(now) {
-                            return wrong("the library's own walk of now", walked);
-                        }
-                        compared += 1;
-                    }
-                }
-            }
-        }
-        for device in (0..self.devices.len()).filter(|device| self.devices[*device].1.is_none()) {
-            if let Some((iova, found)) = samples.iter().find_map(|iova| Some((iova, self.machine.dma(device, *iova, false)?))) {
-                return Err(format!("device {device}, which is attached to nothing, at {iova:#x}: {found:#x}"));
-            }
-        }
-        self.coverage.add_many("compared".to_owned(), compared);
-        lost.into_iter().for_each(|(why, count)| self.coverage.add_many(format!("less: {why}"), count));
-        Ok(())
+        self.moments.push(self.tables());
     }
 
     /// The end: all is told, and nothing is left.
     pub fn finish(mut self) -> Outcomes {
+        self.recover().map_err(|error| format!("{} at the end: {error}", self.what))?;
+        self.trap = None;
         self.tell_all()?;
+        self.nothing_failed()?;
         self.recent.clear();
         self.compare().map_err(|error| format!("{} at the end: {error}", self.what))?;
         let Self { devices, spaces, context, machine, .. } = self;
         drop((spaces, devices, context));
-        let left = (machine.sim.objects(), machine.sim.pinned_pages(), machine.sim.areas());
-        if left == (0, 0, 0) { Ok(()) } else { Err(format!("{left:?} are left in the kernel")) }
+        machine.is_clean()
+    }
+
+    pub fn tell_all(&mut self) -> Outcomes {
+        (0..self.spaces.len()).try_for_each(|space| self.tell(space, Telling::Ranges, 0))
     }
 }
 
-fn when(since: usize, now: usize) -> String {
-    if since == now { "after a synchronisation point".to_owned() } else { format!("{} moments since the last synchronisation point", now - since) }
-}
-
-fn shuffled<T>(mut items: Vec<T>, rng: &mut Rng) -> Vec<T> {
-    (1..items.len()).for_each(|index| items.swap(index, rng.below(index as u64 + 1) as usize));
-    items
-}
-
-/// A table's format and settings as an explanation says them.
-fn parse(what: &str) -> TableConfig {
-    let mut words = what.split(' ');
-    let format = words.next().unwrap_or_default();
-    let number = |text: &str| u64::from_str_radix(text.trim_start_matches("0x"), 16).unwrap();
-    let settings: Vec<(&str, u64)> = words.filter_map(|word| word.split_once('=')).map(|(name, value)| (name, number(value))).collect();
-    TableConfig::new(format, &settings)
+/// A second stage that has where the first one's tables are, and some of what they lead to.
+fn second_stage(config: tables::TableConfig, leaves: usize, machine: &Machine, rng: &mut Rng) -> Guest {
+    // Places behind those of the ends: tables, and targets.
+    let near = [TABLES.0, DATA, SLOT, BALLOON, TABLES.0 + 0x20_0000];
+    let mut second = Guest::new(config, machine.memory.clone(), SECOND_ROOTS, Rng::new(rng.number()), SECOND_TABLES, &near);
+    for root in 0..SECOND_ROOTS as u8 {
+        second.cover(root, COVERED);
+        for _ in 0..leaves {
+            let (place, target) = (5 + rng.below(3) as u8, rng.below(1 << 16) as u16);
+            let (step, size) = (rng.below(8) as u8, rng.below(2) as u8);
+            second.map(Wish { root, place, step, size, target, access: 0, restricted: false, skip: false, replace: false });
+        }
+    }
+    second.take_stale();
+    second.take_written();
+    second.settled();
+    second
 }

@@ -328,6 +328,31 @@ fn a_kernel_that_fails_leaves_nobody_with_memory_that_went() {
     }
 }
 
+/// A kernel that lets go of nothing for a while: the VMM is told that it still has the memory, and who was detached for it comes back when it is said again.
+#[test]
+fn a_vmm_is_told_that_the_kernel_still_has_memory_that_went() {
+    for (arch, host, strategy) in cases() {
+        let what = format!("{arch:?} {strategy:?}");
+        let mut rig = Rig::new(arch, host, &[strategy], super::guests::STRUCTURES, |guest| {
+            let root = guest.new_table();
+            guest.translate(ONE, root, 7);
+            guest.map_page(root, IOVA, DATA, true);
+            guest.map_page(root, IOVA + 0x1000, PAGES, true);
+        });
+        rig.sim.fail_from(1, Errno::ENOMEM);
+        let handled = rig.change(false);
+        rig.sim.disarm();
+        assert!(handled.loose.is_empty() && !rig.translates(IOVA + 0x1000), "{what}: {handled:?}");
+        assert!(!rig.viommu.host().context().memory_leaving().is_empty(), "{what}");
+        assert!(matches!(handled.memory, Some(HostError::Stale(_))), "{what}: {handled:?}");
+        let handled = rig.change_again();
+        assert!(handled.memory.is_none() && rig.viommu.host().context().memory_leaving().is_empty(), "{what}: {handled:?}");
+        (0..8).for_each(|_| drop(rig.viommu.idle()));
+        assert!(rig.reaches(IOVA, DATA) && !rig.translates(IOVA + 0x1000), "{what}");
+        rig.end(&what);
+    }
+}
+
 /// A VMM that takes away half of a block is told so. Nothing is changed for the kernel, so nobody may do DMA until the VMM has made up its mind.
 #[test]
 fn half_a_block_cannot_go() {

@@ -637,6 +637,11 @@ impl<M: TableMemory, C: Committer> Nested<M, C> {
         &self.table
     }
 
+    /// As [`NestedTable::memory_added`].
+    pub const fn memory_added(&mut self) {
+        self.table.memory_added();
+    }
+
     /// Whoever invalidates.
     pub const fn committer(&mut self) -> &mut C {
         &mut self.committer

@@ -1,0 +1,137 @@
+//! What could not be done because the kernel failed is done the next time, and not only by chance.
+
+use std::sync::Arc;
+
+use stagecraft::ioasid::{Context, Error, Ioasid, Request, Setup, Strategy};
+use stagecraft::kernel::Errno;
+use stagecraft::table::Piece;
+use stagecraft::{Attributes, Change, Span};
+use vm_memory::MmapRegion;
+
+use crate::guests::{Arch, Guest};
+use crate::memory::{BYTES, HOTPLUGGED, memory, reaches};
+use crate::rig::{DATA, Rig, page, unit};
+
+/// Pages so far from each other that each takes tables of its own.
+fn iovas() -> impl Iterator<Item = u64> {
+    (1..64).map(|number| number << 30)
+}
+
+type Again = fn(&Ioasid) -> Result<(), Error>;
+
+const AGAIN: [(&str, Again); 2] = [("synchronise", |ioasid| ioasid.synchronise().map(drop)), ("recover", Ioasid::recover)];
+
+fn reached(rig: &Rig) -> usize {
+    iovas().filter(|iova| rig.dma("nic", *iova) == Some(DATA)).count()
+}
+
+#[test]
+fn memory_for_tables_that_the_kernel_refused_is_asked_for_again() {
+    // Any look does, at whatever it looks.
+    let look: Again = |ioasid| ioasid.invalidate(&[page(0x5000)]).map(drop);
+    for host in Arch::ALL {
+        for (what, again) in AGAIN.into_iter().chain([("invalidate", look)]) {
+            let rig = Rig::new(&[unit(host)], &[("nic", &[0])]);
+            let guest = Guest::new(Arch::Arm, &rig.memory);
+            let context = rig.context();
+            let nic = context.connect("nic").unwrap();
+            let ioasid = context.allocate(Request::guest(guest.view()).with_strategies(&[Strategy::Nested])).unwrap();
+            ioasid.attach(&nic, None).unwrap();
+            for iova in iovas() {
+                guest.map(iova, DATA, true);
+            }
+            rig.sim.fail_from(1, Errno::ENOMEM);
+            ioasid.synchronise().unwrap();
+            assert!(reached(&rig) < iovas().count() && ioasid.stats().without_memory > 0, "{host:?}: there was memory");
+            rig.sim.disarm();
+            again(&ioasid).unwrap();
+            assert_eq!((reached(&rig), ioasid.stats().without_memory), (iovas().count(), 0), "{host:?}: {what}");
+        }
+    }
+}
+
+#[test]
+fn what_a_guest_asked_for_is_mapped_when_there_is_memory_for_tables_again() {
+    for host in Arch::ALL {
+        for (what, again) in AGAIN {
+            let rig = Rig::new(&[unit(host)], &[("nic", &[0])]);
+            let context = rig.context();
+            let nic = context.connect("nic").unwrap();
+            let ioasid = context.allocate(Request::requests().with_strategies(&[Strategy::Nested])).unwrap();
+            ioasid.attach(&nic, None).unwrap();
+            rig.sim.fail_from(1, Errno::ENOMEM);
+            let attributes = Attributes::READ.with(Attributes::WRITE).with(Attributes::COHERENT);
+            let map = |first: u64| Change::Map(Piece { iova: Span { first, last: first + 0xfff }, address: DATA, attributes });
+            ioasid.change(&iovas().map(map).collect::<Vec<_>>()).unwrap();
+            assert!(reached(&rig) < iovas().count() && ioasid.stats().without_memory > 0, "{host:?}: there was memory");
+            rig.sim.disarm();
+            // What is gone by then is not mapped.
+            ioasid.change(&[Change::Unmap(Span { first: 7 << 30, last: (7 << 30) + 0xfff })]).unwrap();
+            again(&ioasid).unwrap();
+            assert_eq!((reached(&rig), rig.dma("nic", 7 << 30)), (iovas().count() - 1, None), "{host:?}: {what}");
+            assert_eq!(ioasid.stats().without_memory, 0, "{host:?}: {what}");
+        }
+    }
+}
+
+/// Whatever fails while memory comes, and goes on failing when that is taken back: it comes when it is said again.
+#[test]
+fn memory_that_could_not_come_comes_when_it_is_said_again() {
+    for host in Arch::ALL {
+        for strategy in [Strategy::Nested, Strategy::Areas] {
+            for n in 1.. {
+                let what = format!("{host:?} {strategy:?} call {n}");
+                let rig = Rig::new(&[unit(host)], &[("nic", &[0])]);
+                let more = Arc::new(MmapRegion::new(BYTES as usize).unwrap());
+                rig.sim.register_region(Arc::clone(&more)).unwrap();
+                let guest = Guest::new(Arch::Arm, &rig.memory);
+                guest.map(0x2000, HOTPLUGGED + 0x3000, true);
+                let context = Context::with(Setup { memory: memory(&rig, None), ..rig.setup() }).unwrap();
+                let nic = context.connect("nic").unwrap();
+                let ioasid = context.allocate(Request::guest(guest.view()).with_strategies(&[strategy])).unwrap();
+                ioasid.attach(&nic, None).unwrap();
+                rig.sim.fail_from(n, Errno::ENOMEM);
+                let came = context.memory_changed(memory(&rig, Some(&more)));
+                let is_over = rig.sim.disarm();
+                assert!(came.is_ok() || !is_over && !reaches(&rig, 0x2000, &more), "{what}: {came:?}");
+                context.memory_changed(memory(&rig, Some(&more))).unwrap_or_else(|error| panic!("{what}: {error}"));
+                ioasid.recover().unwrap();
+                assert!(reaches(&rig, 0x2000, &more) && context.memory_leaving().is_empty(), "{what}");
+                drop((ioasid, nic, context));
+                rig.assert_clean();
+                if is_over {
+                    assert!(n > 1, "{what}: no call at all");
+                    break;
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn memory_that_could_not_go_goes_when_it_is_said_again() {
+    for host in Arch::ALL {
+        let rig = Rig::new(&[unit(host)], &[("nic", &[0])]);
+        let more = Arc::new(MmapRegion::new(BYTES as usize).unwrap());
+        rig.sim.register_region(Arc::clone(&more)).unwrap();
+        {
+            let guest = Guest::new(Arch::Arm, &rig.memory);
+            guest.map(0x1000, DATA, true);
+            guest.map(0x2000, HOTPLUGGED + 0x3000, true);
+            let context = Context::with(Setup { memory: memory(&rig, Some(&more)), ..rig.setup() }).unwrap();
+            let nic = context.connect("nic").unwrap();
+            let ioasid = context.allocate(Request::guest(guest.view()).with_strategies(&[Strategy::Areas])).unwrap();
+            ioasid.attach(&nic, None).unwrap();
+            rig.sim.fail_from(1, Errno::ENOMEM);
+            assert!(matches!(context.memory_changed(memory(&rig, None)), Err(Error::Blocked(_))), "{host:?}");
+            assert_eq!((context.memory_leaving().len(), rig.dma("nic", 0x2000)), (1, None), "{host:?}");
+            rig.sim.disarm();
+            // Nobody has called anything else.
+            context.memory_changed(memory(&rig, None)).unwrap();
+            assert_eq!(context.memory_leaving(), Vec::new(), "{host:?}");
+            ioasid.recover().unwrap();
+            assert_eq!((rig.dma("nic", 0x1000), rig.dma("nic", 0x2000)), (Some(DATA), None), "{host:?}");
+        }
+        rig.assert_clean();
+    }
+}
