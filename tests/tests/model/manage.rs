@@ -78,7 +78,7 @@ impl Session<'_> {
     fn refuses(&self, error: &Error, what: &str) -> bool {
         match error {
             Error::Refused(refusal) => self.coverage.add(format!("{what} refused: {:?}", refusal.property)),
-            Error::Kernel { .. } if self.setup.scarce.is_some() => self.coverage.add(format!("no room: {what}")),
+            Error::Kernel { .. } | Error::Build(_) if self.setup.scarce.is_some() => self.coverage.add(format!("no room: {what}")),
             _ => return false,
         }
         true

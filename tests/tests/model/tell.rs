@@ -39,7 +39,10 @@ impl Session<'_> {
                     let (one, other) = commands.split_at(commands.len() / 2);
                     self.report(Some(number), ioasid.invalidate(one), "invalidate")?;
                     if self.trap.is_none() {
+                        let told = self.told.clone();
                         self.compare().map_err(|error| format!("half told: {error}"))?;
+                        // The other half follows.
+                        self.told = told;
                     }
                     self.report(Some(number), ioasid.invalidate(other), "invalidate")?;
                 }
