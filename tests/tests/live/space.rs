@@ -16,7 +16,7 @@ use stagecraft_tests::reference::walk::Walker;
 use super::behaviour::{Failing, Watched, range};
 use super::equality::seeds;
 use super::guest::{DATA, Guest, MEMORY, PS, RO, RW};
-use super::stages::{Both, Pair, both};
+use super::stages::{Both, Pair, both_writable};
 use super::support::{Model, View, append, format};
 use crate::configs::plugin_config;
 
@@ -463,7 +463,7 @@ fn what_is_intercepted_between_stages_and_beyond_them_is_not_mapped() {
     let mut caught = 0;
     for (pair, seed) in [Pair::Smmu, Pair::Vtd, Pair::Amd, Pair::Riscv].into_iter().flat_map(|pair| (0..seeds()).map(move |seed| (pair, seed))) {
         let mut rng = Rng::new(seed ^ 0x1c);
-        let Both { first, second, memory, .. } = both(pair, seed, &mut rng, false);
+        let Both { first, second, memory, .. } = both_writable(pair, seed, &mut rng);
         let outer = Walker::new(&memory, std::slice::from_ref(&second)).unwrap().mappings().unwrap();
         let all = pages_by_hand(&first.truth, &outer, &[]);
         let tables = [first.config, second].map(|config| plugin_config(&config));
