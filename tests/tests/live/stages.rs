@@ -54,13 +54,13 @@ fn stages(pair: Pair, seed: u64) -> Option<(Generated, tables::TableConfig)> {
 }
 
 /// Places for a first stage's tables and targets behind a second stage: each page of tables somewhere else, targets in pages and in large pages, with holes.
-fn outer_leaves(first: &Generated, second: &tables::TableConfig, rng: &mut Rng) -> BTreeMap<u64, Run> {
+fn outer_leaves(first: &Generated, second: &tables::TableConfig, rng: &mut Rng, writable: bool) -> BTreeMap<u64, Run> {
     const LARGE: u64 = 2 << 20;
     let mut leaves: BTreeMap<u64, Run> = BTreeMap::new();
     let shift = rng.below(1 << 10) * PAGE;
     for (index, page) in first.snapshot.memory.pages.keys().enumerate() {
         // Entries that lack a mark need a page that can be written.
-        let access = if rng.percent(70) { Access::RW } else { Access::R };
+        let access = if writable || rng.percent(70) { Access::RW } else { Access::R };
         leaves.insert(*page, Run { iova: *page, address: 0x20_0000_0000 + shift + index as u64 * PAGE, size: PAGE, access });
     }
     let access = |rng: &mut Rng| {
@@ -88,17 +88,23 @@ fn outer_leaves(first: &Generated, second: &tables::TableConfig, rng: &mut Rng) 
 pub fn both(pair: Pair, seed: u64, rng: &mut Rng, restrictions: bool) -> Both {
     let (first, second) =
         (seed * 16..).find_map(|seed| stages(pair, seed).filter(|(first, _)| !first.truth.is_empty())).expect("some seeds give such a guest");
-    put_behind(first, second, rng, restrictions)
+    put_behind(first, second, rng, restrictions, false)
+}
+
+/// The same with tables of the first stage that hardware can mark: what they map is what they say.
+pub fn both_writable(pair: Pair, seed: u64, rng: &mut Rng) -> Both {
+    let Both { first, second, .. } = both(pair, seed, rng, false);
+    put_behind(first, second, rng, false, true)
 }
 
 /// A first stage's tables behind a second stage, in new memory.
-fn put_behind(first: Generated, second: tables::TableConfig, rng: &mut Rng, restrictions: bool) -> Both {
-    let leaves = outer_leaves(&first, &second, rng);
+fn put_behind(first: Generated, second: tables::TableConfig, rng: &mut Rng, restrictions: bool, writable: bool) -> Both {
+    let leaves = outer_leaves(&first, &second, rng, writable);
     let list: Vec<Run> = leaves.values().copied().collect();
     let mut second = second;
     if let tables::TableConfig::ArmStage2(config) = &mut second {
         // Pages of tables that turn out to be device memory are then not read.
-        config.protected_walk = rng.percent(25);
+        config.protected_walk = !writable && rng.percent(25);
     }
     let second = build(second, &list, rng, Options { restrictions, ..Options::default() });
     let mut memory = second.snapshot.memory;
@@ -427,7 +433,7 @@ fn run(pair: Pair, seed: u64) -> (u64, u64) {
         if rng.percent(15) {
             // The same first stage behind another second one, or the one that it was.
             let first = both(pair, seed, &mut rng.clone(), false).first;
-            let Both { second, memory, .. } = put_behind(first.clone(), case.stages[1], &mut rng, seed.is_multiple_of(3));
+            let Both { second, memory, .. } = put_behind(first.clone(), case.stages[1], &mut rng, seed.is_multiple_of(3), false);
             (case.stages, case.snapshot.memory) = ([first.config, second], memory);
             case.live.switch(way_of(&case.stages), &View(&case.snapshot.memory)).unwrap();
             case.check(&format!("round {round}, switched"));
