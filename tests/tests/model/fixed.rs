@@ -117,6 +117,7 @@ fn pages_of_a_second_stage_that_are_smaller_are_served() {
         access_flag_disabled: true,
         big_endian: false,
         lpa2: false,
+        protected_walk: false,
     };
     let wish = |place, step, target| Wish { root: 0, place, step, size: 0, target, access: 0, restricted: false, skip: false, replace: false };
     // Where the second stage begins with what leaves of the first lead to: one of them, in sixteen pages.
