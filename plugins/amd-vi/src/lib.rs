@@ -21,7 +21,7 @@
 //!
 //! What `EXT_FEATURES` does not show is no reason to refuse a device table entry that uses it: firmware can replace the register's contents for software
 //! (the IVHD's copy of it), so that a driver rightly uses what the register does not show: Linux sets GIoV so on units without GIOSup. More levels of host
-//! tables, guest tables or guest CR3 tables than it shows, and GIoV where it does not show GIOSup, are noted as warnings. It counts only where it changes what entries mean: `NXSup` and "no host
+//! tables, guest tables or guest CR3 tables than it shows are noted as warnings; GIoV without GIOSup is not, because real guests have that. It counts only where it changes what entries mean: `NXSup` and "no host
 //! tables".
 //!
 //! # Addresses that are not translated

@@ -214,13 +214,6 @@ impl Hardware {
         if !self.has_guest_tables(entry) {
             return;
         }
-        if entry[0] & GIOV != 0 && efr::GIO_SUP.of(features) == 0 {
-            structure.warn(
-                0,
-                GIOV,
-                "the device table entry has guest tables for requests without PASID (GIoV), which the unit does not show (GIOSup)",
-            );
-        }
         if GLX.of(entry[0]) > efr::GLX_SUP.of(features) {
             structure.warn(0, GLX.mask(), "the device table entry asks for more levels of guest CR3 tables (GLX) than the unit shows (GLXSup)");
         }
