@@ -214,18 +214,7 @@ impl<'a> Front<'a> {
         let devices = self.views.len();
         let guest = &mut self.guest;
         let done = match operation {
-            Operation::Edit(edit) | Operation::Second(edit) => match edit {
-                Edit::Map(wish) => guest.map(wish),
-                Edit::Unmap { leaf } => guest.unmap(leaf),
-                Edit::Again { gone } => guest.again(gone),
-                Edit::Permissions { leaf, access } => guest.change(leaf, Some(access), None),
-                Edit::MoveLeaf { leaf, target } => guest.change(leaf, None, Some(target)),
-                Edit::Split { leaf } => guest.split(leaf),
-                Edit::Merge { table, target } => guest.merge(table, target),
-                Edit::MoveTable { table } => guest.move_table(table),
-                Edit::Share { table, root, place, step } => guest.share(table, root, place, step),
-                Edit::Unlink { table } => guest.unlink(table),
-            },
+            Operation::Edit(edit) | Operation::Second(edit) => edit.make(guest),
             Operation::Tell { space, telling, shuffle } => {
                 for root in 0..ROOTS {
                     if (space as usize).checked_sub(2).is_none_or(|one| one == root) {

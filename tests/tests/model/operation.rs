@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 
-use crate::guest::Wish;
+use crate::guest::{Guest, Wish};
 
 /// How a guest tells what is stale.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -165,6 +165,22 @@ impl Edit {
             Self::Share { .. } => 8,
             Self::Unlink { .. } => 9,
         }]
+    }
+
+    /// Makes it in a guest's tables, as far as it can; whether anything changed.
+    pub fn make(self, guest: &mut Guest) -> bool {
+        match self {
+            Self::Map(wish) => guest.map(wish),
+            Self::Unmap { leaf } => guest.unmap(leaf),
+            Self::Again { gone } => guest.again(gone),
+            Self::Permissions { leaf, access } => guest.change(leaf, Some(access), None),
+            Self::MoveLeaf { leaf, target } => guest.change(leaf, None, Some(target)),
+            Self::Split { leaf } => guest.split(leaf),
+            Self::Merge { table, target } => guest.merge(table, target),
+            Self::MoveTable { table } => guest.move_table(table),
+            Self::Share { table, root, place, step } => guest.share(table, root, place, step),
+            Self::Unlink { table } => guest.unlink(table),
+        }
     }
 }
 

@@ -336,18 +336,7 @@ impl<'a> Session<'a> {
     fn edit(&mut self, stage: usize, edit: Edit) -> Result<bool, String> {
         let guest = if stage == 0 { Some(&mut self.guest) } else { self.second.as_mut() };
         let Some(guest) = guest else { return Ok(false) };
-        let changed = match edit {
-            Edit::Map(wish) => guest.map(wish),
-            Edit::Unmap { leaf } => guest.unmap(leaf),
-            Edit::Again { gone } => guest.again(gone),
-            Edit::Permissions { leaf, access } => guest.change(leaf, Some(access), None),
-            Edit::MoveLeaf { leaf, target } => guest.change(leaf, None, Some(target)),
-            Edit::Split { leaf } => guest.split(leaf),
-            Edit::Merge { table, target } => guest.merge(table, target),
-            Edit::MoveTable { table } => guest.move_table(table),
-            Edit::Share { table, root, place, step } => guest.share(table, root, place, step),
-            Edit::Unlink { table } => guest.unlink(table),
-        };
+        let changed = edit.make(guest);
         self.note(stage);
         Ok(changed)
     }
