@@ -277,7 +277,14 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
         let lsb = level.index_lsb;
         let (wanted_first, wanted_last) = ((span.first - place.base) >> lsb, (span.last - place.base) >> lsb);
         let (first, last) = (wanted_first.max(exists.0), wanted_last.min(exists.1).min(level.entries() - 1));
-        self.path.push(self.step(place, first));
+        self.path.push(Step {
+            level: place.level,
+            number: level.number,
+            table: Gpa(place.table),
+            index: first,
+            entry: None,
+            inherited: place.inherited,
+        });
         if first > last {
             self.visitor.absent(span, self.path)?;
             self.path.pop();
@@ -334,49 +341,6 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
         }
         self.path.pop();
         Ok(())
-    }
-
-    /// Walks a whole table that stands in one page, if it is probably like the last: its entries are told of before anything is noted for those that are not.
-    /// False: it is none of these, and nothing is done.
-    fn usual_table(&mut self, place: Place, span: Span, exists: (u64, u64)) -> Result<bool, WalkError> {
-        let level = &self.plan.levels[usize::from(place.level)];
-        let usual = self.usual.is_some_and(|usual| (usual.level, usual.inherited) == (place.level, place.inherited));
-        let (count, bytes) = (level.entries(), level.entries() * u64::from(self.layout.bytes));
-        let whole = Span::of_log2(place.base, level.index_lsb + level.index_bits) == span && exists.0 == 0 && exists.1 >= count - 1;
-        if !usual || !whole || count as usize > BUFFER || place.table % PAGE + bytes > PAGE || self.stage != 1 {
-            return Ok(false);
-        }
-        self.budget.charge_table()?;
-        self.visitor.table();
-        let mut buffer = self.buffers.pop().unwrap_or_else(|| Box::new(Buffer([0; BUFFER])));
-        let entries = &mut buffer.0[..count as usize];
-        let read = self.read(place.table, entries);
-        let told = match read {
-            Ok(()) => {
-                place.ahead.into_iter().for_each(|ahead| self.expect(ahead));
-                self.pass(place, 0, entries, span)?
-            }
-            Err(_) => 0,
-        };
-        if told < entries.len() {
-            self.path.push(self.step(place, 0));
-            match read {
-                Ok(()) => {
-                    let rest = Span { first: span.first + ((told as u64) << level.index_lsb), ..span };
-                    self.entries(place, told as u64, &entries[told..], rest)?;
-                }
-                Err(cause) => self.fault(cause, span, Some(place.table))?,
-            }
-            self.path.pop();
-        }
-        self.buffers.push(buffer);
-        Ok(true)
-    }
-
-    /// The step to a table, and to an entry of it that is not looked at.
-    fn step(&self, place: Place, index: u64) -> Step {
-        let number = self.plan.levels[usize::from(place.level)].number;
-        Step { level: place.level, number, table: Gpa(place.table), index, entry: None, inherited: place.inherited }
     }
 
     /// Tells of entries as of those that are like the last, as far as they are, and the visitor can make use of that; how many these are.
@@ -593,9 +557,7 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
             return Ok(Found::Told);
         };
         let before = self.told;
-        if !self.usual_table(next, inside, exists)? {
-            self.table(next, inside, exists)?;
-        }
+        self.table(next, inside, exists)?;
         // Of a table that was walked in part, nothing is known.
         if self.told == before && inside == reachable {
             self.empties.add(key);

@@ -18,7 +18,7 @@ use crate::coverage::Coverage;
 use crate::guest::{Guest, Stale, TABLES};
 use crate::guests::{self, Arch};
 use crate::machine::{Hardware, Machine, There, label, plugins};
-use crate::operation::{Edit, How, Operation, Setup, Telling, Trap};
+use crate::operation::{How, Operation, Setup, Telling, Trap};
 use crate::session::Outcomes;
 
 /// Roots: the numbers that commands name them by are these and one.
