@@ -33,15 +33,33 @@ impl Nearby {
     #[inline]
     pub(crate) fn expect(self, distance: u64, bytes: u64) {
         #[cfg(all(target_arch = "x86_64", not(miri)))]
-        if let Some(first) = self.0 {
+        {
             use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            for line in (0..bytes).step_by(64) {
-                let at = first.wrapping_add(distance.wrapping_add(line) as usize);
-                // SAFETY: a prefetch accesses nothing and faults nowhere, whatever the address is.
-                unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
-            }
+            // SAFETY: a prefetch accesses nothing and faults nowhere, whatever the address is.
+            self.each_line(distance, bytes, |line| unsafe { _mm_prefetch::<_MM_HINT_T0>(line) });
         }
         let _ = (self, distance, bytes);
+    }
+
+    /// The same for what will be read a little later: it need not come nearer than the second cache.
+    #[inline]
+    pub(crate) fn expect_later(self, distance: u64, bytes: u64) {
+        #[cfg(all(target_arch = "x86_64", not(miri)))]
+        {
+            use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+            // SAFETY: a prefetch accesses nothing and faults nowhere, whatever the address is.
+            self.each_line(distance, bytes, |line| unsafe { _mm_prefetch::<_MM_HINT_T1>(line) });
+        }
+        let _ = (self, distance, bytes);
+    }
+
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    #[inline]
+    fn each_line(self, distance: u64, bytes: u64, tell: impl Fn(*const i8)) {
+        if let Some(first) = self.0 {
+            let lines = (0..bytes).step_by(LINE_BYTES);
+            lines.for_each(|line| tell(first.wrapping_add(distance.wrapping_add(line) as usize).cast()));
+        }
     }
 
     /// The bytes at `distance` from these.

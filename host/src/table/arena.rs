@@ -25,6 +25,8 @@ pub struct Arena {
     free: BTreeMap<u64, Vec<u64>>,
     /// For each page that was handed out: the size of the table that starts there, as a power of two, or zero. Pages of small tables count as one table.
     live: Vec<u8>,
+    /// For each page of the chunks: which of its lines may hold something. The others are zero.
+    written: Vec<u64>,
     /// Bytes of all tables in use.
     bytes: u64,
     /// The processor was told that this page will be written.
@@ -82,6 +84,7 @@ impl Arena {
             used: 0,
             free: BTreeMap::new(),
             live: Vec::new(),
+            written: Vec::new(),
             bytes: 0,
             expected: None,
         }
@@ -134,13 +137,24 @@ impl Arena {
         })
     }
 
-    /// A root table of `bytes` bytes, aligned to its size and to 4 KiB: registers hold no less. Its contents are whatever was there.
+    /// A root table of `bytes` bytes, aligned to its size and to 4 KiB: registers hold no less. Its contents are whatever was there; what follows it in its page is zero.
     pub(crate) fn allocate_root(&mut self, bytes: u64) -> Result<u64, Full> {
-        self.allocate(bytes.max(PAGE))
+        let offset = self.allocate(bytes.max(PAGE))?;
+        if bytes < PAGE {
+            self.words(offset)[..(PAGE / 8) as usize].fill(0);
+        }
+        Ok(offset)
     }
 
     /// A table of `bytes` bytes, aligned to its size. Its contents are whatever was there.
     pub(crate) fn allocate(&mut self, bytes: u64) -> Result<u64, Full> {
+        let offset = self.claim(bytes)?;
+        self.expect_writes(offset, bytes);
+        Ok(offset)
+    }
+
+    /// The same where all was written in advance, and an account kept of it: see [`Arena::room_ahead`].
+    pub(crate) fn claim(&mut self, bytes: u64) -> Result<u64, Full> {
         let bytes = bytes.next_power_of_two().max(SMALLEST);
         if bytes < PAGE {
             if let Some(offset) = self.free.get_mut(&bytes).and_then(Vec::pop) {
@@ -160,6 +174,7 @@ impl Arena {
         let end = offset.checked_add(bytes).filter(|end| *end <= self.limit && bytes <= Self::ALIGNMENT).ok_or(full)?;
         while self.capacity() < end {
             self.chunks.push(Chunk::new());
+            self.written.resize((self.capacity() / PAGE) as usize, 0);
         }
         self.used = end;
         self.keep(offset, bytes);
@@ -189,12 +204,39 @@ impl Arena {
         (offset + bytes <= self.limit.min(self.capacity())).then_some(offset)
     }
 
+    /// Any line of the table of `bytes` bytes at `offset` may hold something from now on.
+    fn expect_writes(&mut self, offset: u64, bytes: u64) {
+        let (first, last) = (offset / PAGE, (offset + bytes.max(1) - 1) / PAGE);
+        self.written[first as usize..=last as usize].fill(u64::MAX);
+    }
+
+    /// Where the table of `bytes` bytes can be written that is handed out next, at [`Arena::upcoming`]. With `keeps_account`, and if it is one page: also which of
+    /// its 64 lines may hold something, the first in the lowest bit, for the caller to keep.
+    pub(crate) fn room_ahead(&mut self, offset: u64, bytes: u64, keeps_account: bool) -> (&mut [u64], Option<&mut u64>) {
+        let keeps_account = keeps_account && bytes == PAGE;
+        if !keeps_account {
+            self.expect_writes(offset, bytes);
+        }
+        let word = (offset / 8) as usize;
+        let account = if keeps_account { self.written.get_mut((offset / PAGE) as usize) } else { None };
+        (self.chunks[word / CHUNK].words_mut(word % CHUNK), account)
+    }
+
     /// Clears a small table that is not handed out, and to which something was written all the same: the page that it shares may be handed out as it is.
     pub(crate) fn wipe(&mut self, offset: u64, bytes: u64) {
         let bytes = bytes.next_power_of_two().max(SMALLEST);
         if bytes < PAGE && self.free.get(&bytes).is_some_and(|free| free.contains(&offset)) {
             self.words(offset)[..(bytes / 8) as usize].fill(0);
         }
+    }
+
+    /// Clears all small tables that are not handed out: the pages that they share are.
+    pub(crate) fn wipe_all(&mut self) {
+        let free = std::mem::take(&mut self.free);
+        for (bytes, offsets) in free.range(..PAGE) {
+            offsets.iter().for_each(|offset| self.words(*offset)[..(*bytes / 8) as usize].fill(0));
+        }
+        self.free = free;
     }
 
     /// Tells the processor that the table after the last one will be written soon, once.

@@ -6,10 +6,16 @@
 
 use crate::Span;
 use crate::table::lanes::Pattern;
-use crate::table::recode::{Expected, Form, Group, merge, recode_expected};
+use crate::table::recode::{Expected, Form, Group, merge, recode_expected, recode_sparse};
 
 /// So many bytes of the next table are asked for early. The processor sees by itself how a table goes on; what it does not see is where it starts.
 pub(super) const START: u64 = 1024;
+
+/// Of a table that does not follow in memory so many bytes are asked for before the present one is read,
+pub(super) const START_ELSEWHERE: u64 = 2048;
+
+/// and so many before it is looked at. The rest is when that is done.
+pub(super) const MOST_ELSEWHERE: u64 = 3072;
 
 /// Fewer entries than this are not worth a try.
 pub(super) const FEWEST: usize = 64;
@@ -63,6 +69,8 @@ pub struct Receiver<'a> {
     pub(super) count: usize,
     /// Several of them become one.
     pub(super) merging: Option<Merged<'a>>,
+    /// If the entries are all of a table: which of its lines may hold something. The others are absent entries already.
+    pub(super) written: Option<&'a mut u64>,
 }
 
 /// How entries become fewer.
@@ -79,7 +87,7 @@ impl Receiver<'_> {
     /// Writes what becomes of `entries` if all of them are as usual. None: this processor cannot do it, or not with these.
     pub(super) fn pass(self, entries: &[u64], usual: &Usual) -> Option<Passed> {
         let mut expected = usual.expected();
-        let Self { form, table, slot, merging, .. } = self;
+        let Self { form, table, slot, merging, written, .. } = self;
         let (entries, times) = match merging {
             None => (entries, 1),
             Some(Merged { group, more, firsts }) => {
@@ -90,7 +98,11 @@ impl Receiver<'_> {
                 (firsts.as_slice(), group.len() as u64)
             }
         };
-        let (expected, others, gaps) = recode_expected(entries, expected, table, slot, form)?;
+        let recoded = match written {
+            Some(written) => recode_sparse(entries, expected, table, written, form),
+            None => recode_expected(entries, expected, table, slot, form),
+        };
+        let (expected, others, gaps) = recoded?;
         Some(Passed { expected, others: others * times, gaps: gaps * times })
     }
 }

@@ -35,6 +35,13 @@ pub(super) struct Form<'a> {
     pub(super) past_cache: bool,
 }
 
+impl Form<'_> {
+    /// Whether [`recode_sparse`] serves it: one word for each leaf, and zero where there is none.
+    pub(super) const fn is_sparse(&self) -> bool {
+        self.absent == 0 && !self.narrow && self.parts.len() == 1
+    }
+}
+
 /// What [`Form::lines`] is for these parts.
 pub(super) fn lines(parts: &[u64]) -> Vec<([u64; 8], [u64; 8])> {
     let line = |line: usize| {
@@ -92,6 +99,19 @@ pub(super) fn recode_expected(source: &[u64], expected: Expected, target: &mut [
         return wide::recode_expected(source, expected, target, slot, form);
     }
     let _ = (source, expected, target, slot, form);
+    None
+}
+
+/// [`recode_expected`] of a whole table of a page, in a [sparse](Form::is_sparse) form: only lines that hold a leaf are written, and, with zeros, those that may
+/// have held one, whose bits are set in `written`, and set there now. None: as there.
+pub(super) fn recode_sparse(source: &[u64], expected: Expected, target: &mut [u64], written: &mut u64, form: Form<'_>) -> Option<(bool, u64, u64)> {
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    if has_one_pass()
+        && let (Some(source), Some(target)) = (source.as_chunks::<8>().0.as_array::<64>(), target.as_chunks_mut::<8>().0.first_chunk_mut::<64>())
+    {
+        return wide::recode_sparse(source, expected, target, written, form);
+    }
+    let _ = (source, expected, target, written, form);
     None
 }
 

@@ -4,6 +4,7 @@
 //! what follows can work at the speed of memory.
 
 use std::fmt;
+use std::ops::Range;
 
 use crate::memory::{Budget, EntryLayout, EntryMemory, Exhausted, MemoryMap, Nearby, PAGE};
 use crate::table::empty::{Empties, TableKey};
@@ -11,7 +12,7 @@ use crate::table::format::{FaultKind, Finding, Format, FormatError, Meaning, Mis
 use crate::table::geometry::{AddressField, Geometry, Nonsense, Root};
 use crate::table::lanes::{Pattern, Scanned, all_in_place_within, all_within, repeated, run_length, scan};
 use crate::table::leaves::{Kinds, Piece, Run};
-use crate::table::passage::{FEWEST, Misses, START, Usual};
+use crate::table::passage::{FEWEST, MOST_ELSEWHERE, Misses, START, START_ELSEWHERE, Usual};
 use crate::table::remember::{Judge, JudgeError, LevelPlan, Plan, Remembered};
 use crate::table::visit::{Cause, FaultAt, Step, Visitor};
 use crate::{Attributes, Gpa, Iova, Span};
@@ -211,6 +212,14 @@ struct Place {
     ahead: Option<u64>,
 }
 
+/// The page that is probably read next.
+#[derive(Clone, Copy)]
+struct Ahead {
+    address: u64,
+    /// It follows the one that is read now.
+    adjacent: bool,
+}
+
 /// Where the last entries were read from.
 #[derive(Clone, Copy)]
 struct LastRead {
@@ -314,13 +323,14 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
                 last: span.last.min(Span::of_log2(place.base + ((index + count - 1) << lsb), lsb).last),
             };
             self.visitor.table();
+            let ahead = if index + count <= last { Some(address.wrapping_add(PAGE)) } else { place.ahead };
+            let ahead = ahead.map(|ahead| Ahead { address: ahead, adjacent: ahead == address.wrapping_add(PAGE) });
+            self.expect(ahead, 0..START_ELSEWHERE);
             match self.read(address, entries) {
                 Ok(()) => {
-                    let more = index + count <= last;
-                    if let Some(ahead) = if more { Some(address.wrapping_add(PAGE)) } else { place.ahead } {
-                        self.expect(ahead);
-                    }
+                    self.expect(ahead, START_ELSEWHERE..MOST_ELSEWHERE);
                     let told = self.pass(place, index, entries, here)?;
+                    self.expect(ahead, MOST_ELSEWHERE..PAGE);
                     if told < entries.len() {
                         let next = index + told as u64;
                         let rest = Span { first: here.first.max(place.base + (next << lsb)), ..here };
@@ -387,9 +397,17 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
         Ok(())
     }
 
-    /// Tells the processor that entries at `address` will be read soon, if they are near those that were read last.
-    fn expect(&self, address: u64) {
-        self.near(address).expect(0, START);
+    /// Tells the processor that a part of the page ahead will be read soon, if it is near what was read last.
+    ///
+    /// How a page goes on, and that the next one in memory follows, the processor sees by itself: it is told of the beginning. A page that is somewhere else is asked for whole, and in parts, while
+    /// other work is done: more would wait for one another.
+    #[inline]
+    fn expect(&self, ahead: Option<Ahead>, part: Range<u64>) {
+        match ahead {
+            Some(Ahead { address, adjacent: false }) => self.near(address).expect_later(part.start, part.end - part.start),
+            Some(Ahead { address, adjacent: true }) if part.start == START_ELSEWHERE => self.near(address).expect(0, START),
+            _ => {}
+        }
     }
 
     /// Where an address stands, if it is near what was read last.

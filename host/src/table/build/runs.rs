@@ -370,8 +370,8 @@ impl Builder<'_> {
         }
         // A table that is open and filled where it belongs, or the next one.
         let same = self.window == Some(prepared.window) && self.open.len() > prepared.depth;
-        let (offset, past_cache) = match self.open.get(prepared.depth).filter(|open| same && open.base == base) {
-            Some(open) if self.staged[prepared.depth].is_none() && open.filled <= index => (open.offset, open.past_cache),
+        let (offset, past_cache, is_next) = match self.open.get(prepared.depth).filter(|open| same && open.base == base) {
+            Some(open) if self.staged[prepared.depth].is_none() && open.filled <= index => (open.offset, open.past_cache, false),
             Some(_) => return None,
             None => {
                 let before = self.arena.bytes().saturating_sub(self.before);
@@ -379,14 +379,17 @@ impl Builder<'_> {
                 if staged && !is_large(slots, prepared.table_entries) || index != 0 || prepared.depth == 0 {
                     return None;
                 }
-                (self.arena.upcoming(rung.room)?, staged || goes_past_cache(rung.bytes, before))
+                (self.arena.upcoming(rung.room)?, staged || goes_past_cache(rung.bytes, before), true)
             }
         };
         self.upcoming = Some(Upcoming { offset, bytes: rung.room, page, past_cache });
         let more = low_bits(page) - low_bits(run.size_log2);
         let merging = merging.map(|merging| Merged { group: &merging.group, more, firsts: &mut self.merged });
         let (form, slot, count) = (prepared.form(self.layout, past_cache), index as usize, (count << merge_log2) as usize);
-        Some(Receiver { form, table: self.arena.words(offset), slot, count, merging })
+        // Of a whole table with gaps only the lines that have leaves are written, and those that had some.
+        let whole = slots == prepared.table_entries && run.kinds.has_gaps() && merging.is_none() && form.is_sparse();
+        let (table, written) = self.arena.room_ahead(offset, rung.room, whole && is_next);
+        Some(Receiver { form, table, slot, count, merging, written })
     }
 
     /// Leaves were written where [`Builder::ready_for`] said; false if they are needed elsewhere.
@@ -451,7 +454,13 @@ impl Builder<'_> {
         let Some(above) = prepared.depth.checked_sub(1) else { return Ok(false) };
         let whole = (run.entries.len() as u64) << prepared.split_log2 == prepared.table_entries;
         let open = self.window == Some(prepared.window) && self.open.len() >= prepared.depth && self.pending.is_none();
-        if !whole || !open || passed.gaps != 0 || starts_in_a_row(run) || !self.is_in_open(above, run.iova.0) {
+        let rungs = &self.chains[self.windows[prepared.window].chain].rungs;
+        if !whole
+            || !open
+            || rungs[prepared.depth].bytes != upcoming.bytes
+            || passed.gaps == 0 && starts_in_a_row(run)
+            || !self.is_in_open(above, run.iova.0)
+        {
             return Ok(false);
         }
         if let Some(open) = self.open.get(prepared.depth) {
@@ -469,7 +478,7 @@ impl Builder<'_> {
         // What is handed out next stays so until it is asked for.
         let Some(entry) = table_field.insert(self.arena.base() + upcoming.offset).map(|bits| bits | table_pattern) else { return Ok(false) };
         let index = self.fill_to(above, run.iova.0)?;
-        let offset = self.arena.allocate(upcoming.bytes)?;
+        let offset = self.arena.claim(upcoming.bytes)?;
         debug_assert_eq!(offset, upcoming.offset, "the table that was said to be the next one");
         if upcoming.past_cache {
             self.stage.skip(None);
@@ -477,7 +486,7 @@ impl Builder<'_> {
         let layout = self.layout;
         write_entry(self.words(above), layout, index as usize, entry);
         note_table(&mut self.open[above], index);
-        let leaves = run.entries.len() as u64;
+        let leaves = run.entries.len() as u64 - passed.gaps;
         self.leaves += leaves << prepared.split_log2;
         self.note_run(run, prepared, leaves - passed.others, passed.others);
         Ok(true)

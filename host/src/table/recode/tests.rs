@@ -139,6 +139,68 @@ fn all_forms_are_written_as_entry_by_entry() {
 }
 
 #[test]
+fn tables_with_gaps_are_written_where_they_have_leaves() {
+    let mut random = Random(0x6eed);
+    let (mut judged, mut unexpected, mut skipped) = (0, 0, 0);
+    for round in 0..if cfg!(miri) { 4 } else { 2000 } {
+        let big = random.below(2) == 0;
+        let moves = some_moves(&mut random, false);
+        let form = Form {
+            moves: &moves,
+            patterns: [random.below(8) | 1, random.below(8) | 1],
+            absent: 0,
+            parts: &[0],
+            lines: &lines(&[0]),
+            narrow: false,
+            big,
+            in_place: false,
+            past_cache: random.below(2) == 0,
+        };
+        assert!(form.is_sparse());
+        let gap = [0, 0x400][random.below(2) as usize];
+        let kinds = Kinds::one(3, Attributes::READ).with(3 | 1 << 7, Attributes::READ).with_gaps(gap);
+        let whole = 0xfff_ffff_f000;
+        let pattern = Pattern { mask: !whole, kinds, address: whole, moved: Move::default() };
+        let expected = Expected { pattern, first: 0, room: whole };
+        let density = 1 + random.below(8);
+        let mut source: Vec<u64> =
+            (0..512).map(|_| if random.below(density) == 0 { random.next() & whole | 3 | random.below(2) << 7 } else { gap }).collect();
+        // Runs of gaps, and an entry that is not as expected.
+        for _ in 0..random.below(8) {
+            let first = random.below(448) as usize;
+            source[first..first + 64].fill(gap);
+        }
+        if random.below(4) == 0 {
+            source[random.below(512) as usize] = 1 << random.below(63) | 5;
+        }
+        // Memory that held something in some of its lines, and is zero elsewhere.
+        let mut written = random.next() & random.next();
+        let before = written;
+        let mut memory = vec![0xdead_beef_u64; 512 + 16];
+        let aligned = memory.as_ptr().align_offset(64);
+        let target = &mut memory[aligned..aligned + 512];
+        for (index, word) in target.iter_mut().enumerate() {
+            *word = if written >> (index / 8) & 1 != 0 { random.next() } else { 0 };
+        }
+        let mut wanted = vec![0; 512];
+        let found = plainly(&source, expected, &mut wanted, 0, form);
+        let Some(counts) = recode_sparse(&source, expected, target, &mut written, form) else { continue };
+        crate::table::lanes::fence();
+        assert_eq!(counts, found, "round {round}: {expected:?} {form:?}");
+        assert_eq!(first_difference(target, &wanted), None, "round {round}: {form:?}");
+        let holds_leaf = |line: usize| source[line * 8..line * 8 + 8].iter().any(|entry| *entry != gap);
+        assert_eq!(written, (0..64).map(|line| u64::from(holds_leaf(line)) << line).sum::<u64>(), "round {round}");
+        skipped += (!before & !written).count_ones();
+        judged += 1;
+        unexpected += u64::from(!counts.0);
+    }
+    assert!(
+        cfg!(miri) || !has_one_pass() || judged > 1000 && unexpected > 100 && unexpected < judged / 2 && skipped > 1000,
+        "{judged}, {unexpected}, {skipped}"
+    );
+}
+
+#[test]
 fn groups_are_whole_where_each_entry_says_so() {
     let mut random = Random(0x3eed);
     let mut whole = 0;

@@ -5,7 +5,8 @@ use std::arch::x86_64::{
     _mm512_mask_max_epu64, _mm512_mask_mov_epi64, _mm512_mask_sub_epi64, _mm512_mask_ternarylogic_epi64, _mm512_mask_test_epi64_mask,
     _mm512_mask_xor_epi64, _mm512_maskz_compress_epi64, _mm512_maskz_mov_epi64, _mm512_or_si512, _mm512_permutexvar_epi64, _mm512_reduce_add_epi64,
     _mm512_reduce_max_epu64, _mm512_reduce_or_epi64, _mm512_rolv_epi64, _mm512_set1_epi64, _mm512_set4_epi32, _mm512_setzero_si512,
-    _mm512_shuffle_epi8, _mm512_storeu_si512, _mm512_stream_si512, _mm512_sub_epi64, _mm512_ternarylogic_epi64, _mm512_xor_si512,
+    _mm512_shuffle_epi8, _mm512_storeu_si512, _mm512_stream_si512, _mm512_sub_epi64, _mm512_ternarylogic_epi64, _mm512_test_epi8_mask,
+    _mm512_xor_si512,
 };
 
 use super::{Expected, Form, Group, Kinds, halves};
@@ -77,6 +78,28 @@ pub(super) fn recode_expected(source: &[u64], expected: Expected, target: &mut [
     };
     // SAFETY: as in `recode`.
     Some(unsafe { recode(&lines, expected, form) })
+}
+
+/// See [`recode_sparse`](super::recode_sparse).
+pub(super) fn recode_sparse(
+    source: &[[u64; 8]; 64],
+    expected: Expected,
+    target: &mut [[u64; 8]; 64],
+    written: &mut u64,
+    form: Form<'_>,
+) -> Option<(bool, u64, u64)> {
+    if form.moves.len() > MAX_MOVES || form.past_cache && !target.as_ptr().addr().is_multiple_of(64) {
+        return None;
+    }
+    type Recode = unsafe fn(&[[u64; 8]; 64], Expected, &mut [[u64; 8]; 64], &mut u64, Form<'_>) -> (bool, u64, u64);
+    let recode: Recode = match moves(expected, form) {
+        0 => recode_some_lines::<0>,
+        1 => recode_some_lines::<1>,
+        2 => recode_some_lines::<2>,
+        _ => recode_some_lines::<MAX_MOVES>,
+    };
+    // SAFETY: the caller has asked the processor; where lines go past the cache, the target begins at one.
+    Some(unsafe { recode(source, expected, target, written, form) })
 }
 
 /// Within each 16 bytes: every eight of them back to front, or every four.
@@ -316,4 +339,62 @@ unsafe fn recode_lines<const JUDGE: bool, const GAPS: bool, const MOVES: usize>(
     let gaps = if GAPS { lines.source.len() as u64 - sum(found.present) } else { 0 };
     let as_expected = _mm512_reduce_or_epi64(found.unexpected) == 0 && _mm512_reduce_max_epu64(found.farthest) <= expected.room;
     (as_expected, sum(found.others), gaps)
+}
+
+/// See [`recode_sparse`](super::recode_sparse).
+///
+/// # Safety
+/// The target is a multiple of 64 if it is written past the cache.
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn recode_some_lines<const MOVES: usize>(
+    source: &[[u64; 8]; 64],
+    expected: Expected,
+    target: &mut [[u64; 8]; 64],
+    written: &mut u64,
+    form: Form<'_>,
+) -> (bool, u64, u64) {
+    let registers = Registers::<MOVES>::new(expected, form);
+    let (swap, zero) = (back_to_front(form.narrow), _mm512_setzero_si512());
+    let mut found = Found { others: zero, present: zero, unexpected: zero, farthest: zero };
+    let mut put = |line: usize, words: __m512i| {
+        let at = target[line].as_mut_ptr().cast::<__m512i>();
+        if form.past_cache {
+            // SAFETY: eight words that begin at a line; `Stage` fences before it lets go of the memory.
+            unsafe { _mm512_stream_si512(at, words) };
+        } else {
+            // SAFETY: eight words.
+            unsafe { _mm512_storeu_si512(at, words) };
+        }
+    };
+    // First which lines hold any leaf: to decide that line by line would be guesswork for the processor.
+    let mut leaves = [0_u8; 64];
+    for (leaves, words) in leaves.iter_mut().zip(source) {
+        // SAFETY: eight words.
+        let words = unsafe { _mm512_loadu_si512(words.as_ptr().cast::<__m512i>()) };
+        *leaves = _mm512_cmpneq_epi64_mask(words, registers.gap);
+    }
+    // SAFETY: 64 bytes.
+    let leaves = unsafe { _mm512_loadu_si512(leaves.as_ptr().cast::<__m512i>()) };
+    let lines = _mm512_test_epi8_mask(leaves, leaves);
+    for line in bits(lines) {
+        let (words, _) = registers.leaves::<true, true>(&source[line], &mut found);
+        put(line, if form.big { _mm512_shuffle_epi8(words, swap) } else { words });
+    }
+    for line in bits(*written & !lines) {
+        put(line, zero);
+    }
+    *written = lines;
+    let sum = |counts| _mm512_reduce_add_epi64(counts).cast_unsigned();
+    let as_expected = _mm512_reduce_or_epi64(found.unexpected) == 0 && _mm512_reduce_max_epu64(found.farthest) <= expected.room;
+    (as_expected, sum(found.others), 512 - sum(found.present))
+}
+
+/// The numbers of the bits that are set, ascending.
+#[inline(always)]
+fn bits(mut set: u64) -> impl Iterator<Item = usize> {
+    std::iter::from_fn(move || {
+        let bit = (set != 0).then(|| set.trailing_zeros() as usize)?;
+        set &= set - 1;
+        Some(bit)
+    })
 }
