@@ -206,8 +206,11 @@ impl Arena {
 
     /// Any line of the table of `bytes` bytes at `offset` may hold something from now on.
     fn expect_writes(&mut self, offset: u64, bytes: u64) {
-        let (first, last) = (offset / PAGE, (offset + bytes.max(1) - 1) / PAGE);
-        self.written[first as usize..=last as usize].fill(u64::MAX);
+        let first = (offset / PAGE) as usize;
+        self.written[first] = u64::MAX;
+        if bytes > PAGE {
+            self.written[first + 1..first + bytes.div_ceil(PAGE) as usize].fill(u64::MAX);
+        }
     }
 
     /// Where the table of `bytes` bytes can be written that is handed out next, at [`Arena::upcoming`]. With `keeps_account`, and if it is one page: also which of

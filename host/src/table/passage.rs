@@ -11,11 +11,11 @@ use crate::table::recode::{Expected, Form, Group, merge, recode_expected, recode
 /// So many bytes of the next table are asked for early. The processor sees by itself how a table goes on; what it does not see is where it starts.
 pub(super) const START: u64 = 1024;
 
-/// Of a table that does not follow in memory so many bytes are asked for before the present one is read,
-pub(super) const START_ELSEWHERE: u64 = 2048;
+/// A table that does not follow in memory is asked for whole, in three parts: where the first ends,
+pub(super) const BEGINNING: u64 = 1024;
 
-/// and so many before it is looked at. The rest is when that is done.
-pub(super) const MOST_ELSEWHERE: u64 = 3072;
+/// and the second.
+pub(super) const MIDDLE: u64 = 2560;
 
 /// Fewer entries than this are not worth a try.
 pub(super) const FEWEST: usize = 64;

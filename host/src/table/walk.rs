@@ -12,7 +12,7 @@ use crate::table::format::{FaultKind, Finding, Format, FormatError, Meaning, Mis
 use crate::table::geometry::{AddressField, Geometry, Nonsense, Root};
 use crate::table::lanes::{Pattern, Scanned, all_in_place_within, all_within, repeated, run_length, scan};
 use crate::table::leaves::{Kinds, Piece, Run};
-use crate::table::passage::{FEWEST, MOST_ELSEWHERE, Misses, START, START_ELSEWHERE, Usual};
+use crate::table::passage::{BEGINNING, FEWEST, MIDDLE, Misses, START, Usual};
 use crate::table::remember::{Judge, JudgeError, LevelPlan, Plan, Remembered};
 use crate::table::visit::{Cause, FaultAt, Step, Visitor};
 use crate::{Attributes, Gpa, Iova, Span};
@@ -208,16 +208,8 @@ struct Place {
     /// IOVA of entry 0.
     base: u64,
     inherited: u64,
-    /// The table that is probably walked after this one.
-    ahead: Option<u64>,
-}
-
-/// The page that is probably read next.
-#[derive(Clone, Copy)]
-struct Ahead {
-    address: u64,
-    /// It follows the one that is read now.
-    adjacent: bool,
+    /// The tables that are probably walked after this one.
+    ahead: [Option<u64>; 2],
 }
 
 /// Where the last entries were read from.
@@ -273,7 +265,7 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
         let level = &self.plan.levels[usize::from(root.level)];
         let top = u32::from(level.index_lsb + level.index_bits);
         let base = root.first & u64::MAX.checked_shl(top).unwrap_or(0);
-        self.table(Place { level: root.level, table: root.address, base, inherited: root.inherited, ahead: None }, span, (0, u64::MAX))
+        self.table(Place { level: root.level, table: root.address, base, inherited: root.inherited, ahead: [None; 2] }, span, (0, u64::MAX))
     }
 
     /// Walks the part of a table that lies in `span`, of which the entries `exists` exist.
@@ -323,14 +315,14 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
                 last: span.last.min(Span::of_log2(place.base + ((index + count - 1) << lsb), lsb).last),
             };
             self.visitor.table();
-            let ahead = if index + count <= last { Some(address.wrapping_add(PAGE)) } else { place.ahead };
-            let ahead = ahead.map(|ahead| Ahead { address: ahead, adjacent: ahead == address.wrapping_add(PAGE) });
-            self.expect(ahead, 0..START_ELSEWHERE);
+            let more = index + count <= last;
+            let [next, second] = if more { [Some(address.wrapping_add(PAGE)), None] } else { place.ahead };
+            self.expect((Some(address), next), BEGINNING..MIDDLE);
             match self.read(address, entries) {
                 Ok(()) => {
-                    self.expect(ahead, START_ELSEWHERE..MOST_ELSEWHERE);
+                    self.expect((Some(address), next), MIDDLE..PAGE);
                     let told = self.pass(place, index, entries, here)?;
-                    self.expect(ahead, MOST_ELSEWHERE..PAGE);
+                    self.expect((next, second), 0..BEGINNING);
                     if told < entries.len() {
                         let next = index + told as u64;
                         let rest = Span { first: here.first.max(place.base + (next << lsb)), ..here };
@@ -397,16 +389,18 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
         Ok(())
     }
 
-    /// Tells the processor that a part of the page ahead will be read soon, if it is near what was read last.
+    /// Tells the processor that a part of the page at `ahead` will be read soon, if it is near what was read last; `before` is the page that is read before it.
     ///
-    /// How a page goes on, and that the next one in memory follows, the processor sees by itself: it is told of the beginning. A page that is somewhere else is asked for whole, and in parts, while
-    /// other work is done: more would wait for one another.
+    /// How a page goes on, and that the next one in memory follows, the processor sees by itself: it is told of the beginning. A page that is somewhere else is
+    /// asked for whole: the first part before the last page but one is done with, the second before the last is read, and the third before that is looked at. All at
+    /// once would have to wait.
     #[inline]
-    fn expect(&self, ahead: Option<Ahead>, part: Range<u64>) {
-        match ahead {
-            Some(Ahead { address, adjacent: false }) => self.near(address).expect_later(part.start, part.end - part.start),
-            Some(Ahead { address, adjacent: true }) if part.start == START_ELSEWHERE => self.near(address).expect(0, START),
-            _ => {}
+    fn expect(&self, (before, ahead): (Option<u64>, Option<u64>), part: Range<u64>) {
+        let Some(ahead) = ahead else { return };
+        if before.is_none_or(|before| before.wrapping_add(PAGE) != ahead) {
+            self.near(ahead).expect_later(part.start, part.end - part.start);
+        } else if part.end == PAGE {
+            self.near(ahead).expect(0, START);
         }
     }
 
@@ -481,7 +475,8 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
                 Meaning::Table { next, inherited } => {
                     self.set_step(index + at as u64, Some(entry));
                     let field = level.field(known.shape);
-                    let ahead = entries.get(at + 1).filter(|ahead| **ahead & known.mask == known.pattern).map(|ahead| field.extract(*ahead));
+                    let table = |ahead: &u64| (ahead & known.mask == known.pattern).then(|| field.extract(*ahead));
+                    let ahead = [1, 2].map(|further| entries.get(at + further).and_then(table));
                     let below = Place { level: next.level, table: field.extract(entry), base: slot.first, inherited, ahead };
                     match self.next_table(place, below, slot, part, (u64::from(next.first), last_index(next.last)))? {
                         Found::Told => 1,
