@@ -404,6 +404,17 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
         }
     }
 
+    /// The tables that `entries` point to first, as far as they are like the one before, `known`. The second counts only if it does not follow the first in memory.
+    #[inline]
+    fn tables_ahead(&self, entries: &[u64], known: &Remembered, field: &AddressField) -> [Option<u64>; 2] {
+        let table = |entry: u64| (entry & known.mask == known.pattern).then(|| field.extract(entry));
+        match *entries {
+            [next, second, ..] if second.wrapping_sub(next) != PAGE => [table(next), table(second)],
+            [next, ..] => [table(next), None],
+            [] => [None; 2],
+        }
+    }
+
     /// Where an address stands, if it is near what was read last.
     fn near(&self, address: u64) -> Nearby {
         let last = self.last_read.filter(|last| last.region.contains(address));
@@ -475,8 +486,7 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
                 Meaning::Table { next, inherited } => {
                     self.set_step(index + at as u64, Some(entry));
                     let field = level.field(known.shape);
-                    let table = |ahead: &u64| (ahead & known.mask == known.pattern).then(|| field.extract(*ahead));
-                    let ahead = [1, 2].map(|further| entries.get(at + further).and_then(table));
+                    let ahead = self.tables_ahead(&entries[at + 1..], &known, field);
                     let below = Place { level: next.level, table: field.extract(entry), base: slot.first, inherited, ahead };
                     match self.next_table(place, below, slot, part, (u64::from(next.first), last_index(next.last)))? {
                         Found::Told => 1,
