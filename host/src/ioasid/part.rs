@@ -261,9 +261,9 @@ impl Part {
     }
 
     /// Puts an attachment here; it comes back as it was if that cannot be.
-    pub(super) fn adopt(&mut self, mut attachment: Attachment, pasid: Option<Pasid>) -> Result<Held, (Attachment, Errno)> {
+    pub(super) fn adopt(&mut self, device: &Connected, mut attachment: Attachment, pasid: Option<Pasid>) -> Result<Held, (Attachment, Errno)> {
         if let Host::Areas(engine) = &mut self.host {
-            return engine.sink_mut().adopt(attachment, pasid).map(|()| Held::Areas);
+            return engine.sink_mut().adopt(attachment, pasid, &device.capabilities().iova).map(|()| Held::Areas);
         }
         match self.hwpt().and_then(|hwpt| attachment.replace(PageTable::Hwpt(hwpt))) {
             Ok(()) => Ok(Held::Here(attachment)),

@@ -69,12 +69,13 @@ pub(super) fn groups(
 }
 
 /// A table of user space's, or areas, that somebody uses. The kernel's own tables are mirrored for each unit.
-fn is_table(part: &Part) -> bool {
+pub(super) fn is_table(part: &Part) -> bool {
     !matches!(part.host, Host::Kernel { .. }) && !part.is_unused()
 }
 
 impl Space {
-    fn takes_one_table(&self, state: &State) -> bool {
+    /// Devices behind several units share areas, or are refused.
+    pub(super) fn takes_one_table(&self, state: &State) -> bool {
         !self.request().second_table && !matches!(state.content, Content::Managed(_))
     }
 
