@@ -6,7 +6,6 @@ use super::build::{Built, Wish};
 use super::device::{Connected, Held, Slot, Who};
 use super::nested::OWNERS_PASIDS;
 use super::part::{Dropped, Host, Part};
-use super::plan::is_table;
 use super::space::{Space, State};
 use super::strategy::Candidate;
 use super::{Device, Error, Ioasid, Property, Refusal, Strategy};
@@ -105,10 +104,10 @@ impl Space {
         Ok(())
     }
 
-    /// A table that somebody behind another unit uses, where the request does not allow a second one.
+    /// A table for another unit that somebody uses, or waits to use again, where the request does not allow a second one.
     fn only_table<'a>(&self, state: &'a State, device: &Connected) -> Option<&'a Part> {
         let mut parts = state.parts.iter().filter(|_| self.takes_one_table(state));
-        parts.find(|part| is_table(part) && part.unit != device.unit())
+        parts.find(|part| part.unit != device.unit() && !matches!(part.host, Host::Kernel { .. }) && !part.is_free())
     }
 
     /// Whether a device's unit may have a part of its own.
@@ -122,21 +121,27 @@ impl Space {
     }
 
     /// The part that a device would share with others; and those that nobody uses, and that are not for it.
-    pub(super) fn shared(&self, state: &State, device: &Connected, company: bool) -> Result<(Option<usize>, Vec<usize>), Error> {
+    pub(super) fn shared(
+        &self,
+        state: &State,
+        device: &Connected,
+        pasid: Option<Pasid>,
+        company: bool,
+    ) -> Result<(Option<usize>, Vec<usize>), Error> {
         let mut given_up = Vec::new();
         loop {
             let find = |is: &dyn Fn(&Part) -> bool| (0..state.parts.len()).find(|place| !given_up.contains(place) && is(&state.parts[*place]));
             let place = find(&|part| part.unit == device.unit()).or_else(|| find(&Part::is_for_all_units));
             match place {
-                Some(place) if self.gives_way(state, place, device, company)? => given_up.push(place),
+                Some(place) if self.gives_way(state, place, (device, pasid), company)? => given_up.push(place),
                 _ => return Ok((place, given_up)),
             }
         }
     }
 
     /// The part that a device gets, made if there is none; and what was read for it if it was made.
-    fn part_for(&self, state: &mut State, device: &Arc<Connected>, company: bool) -> Result<(usize, Option<Report>), Error> {
-        let (shared, given_up) = self.shared(state, device, company)?;
+    fn part_for(&self, state: &mut State, device: &Arc<Connected>, pasid: Option<Pasid>, company: bool) -> Result<(usize, Option<Report>), Error> {
+        let (shared, given_up) = self.shared(state, device, pasid, company)?;
         if shared.is_none() {
             self.check_unit(state, device, company)?;
         }
@@ -145,7 +150,7 @@ impl Space {
         state.parts.retain(|part| {
             place += 1;
             // What was made for another unit would be a second table if somebody came back to it.
-            !given_up.contains(&(place - 1)) && !(one_table && part.is_unused() && !matches!(part.host, Host::Kernel { .. }))
+            !given_up.contains(&(place - 1)) && !(one_table && part.is_free() && !matches!(part.host, Host::Kernel { .. }))
         });
         if let Some(place) = shared {
             return Ok((place - given_up.iter().filter(|gone| **gone < place).count(), None));
@@ -161,11 +166,14 @@ impl Space {
         Ok((state.parts.len() - 1, Some(report)))
     }
 
-    /// Whether a part is not for a device: nobody uses it any more, and it was chosen for others, or would be a second table.
-    fn gives_way(&self, state: &State, place: usize, device: &Connected, company: bool) -> Result<bool, Error> {
+    /// Whether a part is not for a device: nobody uses it any more, and it was chosen for others, or would be a second table. Those who wait to come back to it all do.
+    fn gives_way(&self, state: &State, place: usize, (device, pasid): (&Connected, Option<Pasid>), company: bool) -> Result<bool, Error> {
         let part = &state.parts[place];
+        if !part.is_unused() || company && !part.has_pasids() {
+            return Ok(part.is_unused());
+        }
         let is_second = || !matches!(part.host, Host::Kernel { .. }) && self.only_table(state, device).is_some();
-        Ok(part.is_unused() && (company && !part.has_pasids() || is_second() || self.has_better(state, place, device, company)?))
+        Ok(!part.is_awaited_by_others(device, pasid) && (is_second() || self.has_better(state, place, device, company)?))
     }
 
     /// Whether a better strategy than a part's would be chosen for a device, as far as that can be known without making it.
@@ -218,7 +226,7 @@ impl Space {
             }
             // Whether PASIDs and the device itself are to have page tables side by side.
             let company = pasid.is_some() || slots.keys().any(Option::is_some);
-            let (place, made) = self.part_for(&mut state, device, company)?;
+            let (place, made) = self.part_for(&mut state, device, pasid, company)?;
             let part = &mut state.parts[place];
             if company && !part.has_pasids() {
                 return Err(Refusal::new(Property::Pasid, format!("device {}: {OWNERS_PASIDS}", device.label())).into());

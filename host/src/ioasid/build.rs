@@ -81,6 +81,7 @@ impl Space {
                         came: Vec::new(),
                         pasids,
                         users: Users::new(),
+                        awaited: Vec::new(),
                         is_new: true,
                         stale: false,
                         record: None,

@@ -87,7 +87,7 @@ impl Space {
 
     fn choose(&self, state: &State, device: &Arc<Connected>, pasid: Option<Pasid>, company: bool) -> Result<Outlook, Error> {
         let is_managed = matches!(state.content, Content::Managed(_));
-        match self.shared(state, device, company)?.0.map(|place| &state.parts[place]) {
+        match self.shared(state, device, pasid, company)?.0.map(|place| &state.parts[place]) {
             Some(part) if !company || part.has_pasids() => {
                 let outside = part.recorder().and_then(|_| self.memory_outside(device));
                 return Ok(Outlook { explanation: part.explain(), takes_faults: part.takes_faults(is_managed), outside });

@@ -69,7 +69,7 @@ pub(super) fn groups(
 }
 
 /// A table of user space's, or areas, that somebody uses. The kernel's own tables are mirrored for each unit.
-pub(super) fn is_table(part: &Part) -> bool {
+fn is_table(part: &Part) -> bool {
     !matches!(part.host, Host::Kernel { .. }) && !part.is_unused()
 }
 

@@ -586,6 +586,55 @@ fn a_table_that_nobody_uses_is_no_second_one() {
     rig.assert_clean();
 }
 
+/// Devices that were detached because the kernel failed come back to what they had, whoever comes back first: one of them could have better than areas, and the PASID of another
+/// could not follow. Nobody else takes their place meanwhile.
+#[test]
+fn those_who_wait_come_back_to_what_they_had() {
+    for with_pasid in [true, false] {
+        let rig = rig([unit(Arch::Arm), unit(Arch::Vtd)]);
+        {
+            let guests = guests(&rig, [Arch::Riscv, Arch::Arm, Arch::Vtd]);
+            let context = rig.context();
+            let [nic, second, disk] = LABELS.map(|label| context.connect(label).unwrap());
+            let ioasid = context.allocate(Request::guest(guests[0].view())).unwrap();
+            let pasid = Some(Pasid(3));
+            if with_pasid {
+                ioasid.attach(&second, pasid).unwrap();
+            }
+            ioasid.attach(&nic, None).unwrap();
+            if with_pasid {
+                // The last to come.
+                second.detach(pasid).unwrap();
+                ioasid.attach(&second, pasid).unwrap();
+            }
+            let strategy = if with_pasid { Strategy::Areas } else { Strategy::Nested };
+            let found = || (rig.dma("nic", 0x1000), rig.dma_of("second", pasid, 0x1000));
+            let all = (Some(own(0)), Some(own(0)).filter(|_| with_pasid));
+            assert_eq!((ioasid.strategies(), found()), (vec![strategy], all));
+            guests[0].unmap(0x2000);
+            rig.sim.fail_from(1, Errno::ENOMEM);
+            assert!(matches!(ioasid.invalidate(&[EVERYTHING]), Err(Error::Blocked(_))));
+            rig.sim.disarm();
+            assert_eq!(found(), (None, None));
+            if !with_pasid {
+                assert_eq!(ioasid.serves(&disk).unwrap_err().property, Property::Unit);
+                assert!(matches!(ioasid.attach(&disk, None), Err(Error::Refused(refusal)) if refusal.property == Property::Unit));
+            }
+            ioasid.recover().unwrap();
+            assert_eq!((ioasid.strategies(), found()), (vec![strategy], all), "{}", said(&ioasid));
+            assert_eq!(rig.dma("nic", 0x2000), None);
+            // Nobody waits any more, and nobody is there any more.
+            nic.detach(None).unwrap();
+            if with_pasid {
+                second.detach(pasid).unwrap();
+            }
+            ioasid.attach(&disk, None).unwrap();
+            assert_eq!((ioasid.strategies(), rig.dma("disk", 0x1000)), (vec![Strategy::Nested], Some(own(0))));
+        }
+        rig.assert_clean();
+    }
+}
+
 /// Areas are for all units. Those that nobody is left on are not for a unit that can have something better.
 #[test]
 fn areas_that_nobody_uses_are_left_for_something_better() {
