@@ -135,3 +135,46 @@ fn memory_that_could_not_go_goes_when_it_is_said_again() {
         rig.assert_clean();
     }
 }
+
+/// A guest that asks for more areas than it may have has some of them, whether it asks before its device comes or after; what goes makes room.
+#[test]
+fn more_areas_than_are_allowed_are_no_reason_to_refuse_a_device() {
+    for host in Arch::ALL {
+        for before in [true, false] {
+            let rig = Rig::new(&[unit(host).without_nesting()], &[("nic", &[0])]);
+            {
+                let guest = Guest::new(Arch::Arm, &rig.memory);
+                let map = || iovas().for_each(|iova| guest.put(iova, DATA, true));
+                let context = rig.context();
+                let nic = context.connect("nic").unwrap();
+                let mut request = Request::guest(guest.view());
+                request.limits.areas.areas = 10;
+                let ioasid = context.allocate(request).unwrap();
+                if before {
+                    map();
+                }
+                ioasid.attach(&nic, None).unwrap();
+                if !before {
+                    map();
+                    ioasid.synchronise().unwrap();
+                }
+                let what = format!("{host:?}, mapped before: {before}");
+                assert_eq!((reached(&rig), ioasid.stats().areas), (10, 10), "{what}");
+                assert!(ioasid.stats().without_memory > 0, "{what}");
+                let (stay, go): (Vec<u64>, Vec<u64>) = iovas().partition(|iova| iova >> 30 > 55);
+                go.iter().for_each(|iova| guest.remove(*iova));
+                ioasid.synchronise().unwrap();
+                assert_eq!((reached(&rig), ioasid.stats().areas), (stay.len(), stay.len() as u64), "{what}");
+                // A kernel that refuses is another matter: a device is not attached to half of what it is to have.
+                nic.detach(None).unwrap();
+                let other = context.allocate(Request::guest(guest.view())).unwrap();
+                rig.sim.fail_from(4, Errno::ENOMEM);
+                assert!(matches!(other.attach(&nic, None), Err(Error::Kernel { .. })), "{what}");
+                rig.sim.disarm();
+                other.attach(&nic, None).unwrap();
+                assert_eq!(reached(&rig), stay.len(), "{what}");
+            }
+            rig.assert_clean();
+        }
+    }
+}

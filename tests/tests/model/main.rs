@@ -6,7 +6,7 @@
 //! The same guests have a vIOMMU in a second test: they write structures and commands, and nobody calls an IOASID.
 //!
 //! `STAGECRAFT_SEEDS=n` runs n seeds per format instead of the few of the short run; a failure names its format and seed, and what proptest shrank it to.
-//! `STAGECRAFT_SEED=n` runs that one alone.
+//! `STAGECRAFT_SEED=n` runs that one alone, or with `STAGECRAFT_SEEDS` so many from that one on.
 #![allow(clippy::unwrap_used)]
 
 mod compare;
@@ -87,7 +87,7 @@ fn seed(what: &str, seed: u64, mix: u64, run: impl Fn(Setup, &[Operation]) -> Re
 /// Which seeds are run: that which was asked for, as many as were asked for, or a few.
 fn seeds(few: u64) -> std::ops::Range<u64> {
     match number("STAGECRAFT_SEED") {
-        Some(seed) => seed..seed + 1,
+        Some(seed) => seed..seed + number("STAGECRAFT_SEEDS").unwrap_or(1),
         None => 0..number("STAGECRAFT_SEEDS").unwrap_or(few),
     }
 }
