@@ -117,7 +117,7 @@ impl Space {
         if matches!(self.foresee(state, &Wish::best(device, company))?, Some(Candidate::Memory | Candidate::Nothing)) {
             return Ok(());
         }
-        Err(is_second(other, device).into())
+        Err(second_table(other, device).into())
     }
 
     /// The part that a device would share with others; and those that nobody uses, and that are not for it.
@@ -145,13 +145,11 @@ impl Space {
         if shared.is_none() {
             self.check_unit(state, device, company)?;
         }
-        let mut place = 0;
         let one_table = shared.is_none() && self.takes_one_table(state);
-        state.parts.retain(|part| {
-            place += 1;
-            // What was made for another unit would be a second table if somebody came back to it.
-            !given_up.contains(&(place - 1)) && !(one_table && part.is_free() && !matches!(part.host, Host::Kernel { .. }))
-        });
+        // What was made for another unit would be a second table if somebody came back to it.
+        let is_second = |part: &Part| one_table && part.is_free() && !matches!(part.host, Host::Kernel { .. });
+        let mut places = 0..;
+        state.parts.retain(|part| places.next().is_some_and(|place| !given_up.contains(&place)) && !is_second(part));
         if let Some(place) = shared {
             return Ok((place - given_up.iter().filter(|gone| **gone < place).count(), None));
         }
@@ -160,7 +158,7 @@ impl Space {
         };
         if let Some(other) = self.only_table(state, device).filter(|_| !matches!(part.host, Host::Kernel { .. })) {
             // The kernel refused what was foreseen.
-            return Err(is_second(other, device).into());
+            return Err(second_table(other, device).into());
         }
         state.parts.push(*part);
         Ok((state.parts.len() - 1, Some(report)))
@@ -305,7 +303,7 @@ impl Space {
 }
 
 /// A table for a device would be a second one.
-fn is_second(other: &Part, device: &Connected) -> Refusal {
+fn second_table(other: &Part, device: &Connected) -> Refusal {
     let what = other.explanation.chosen.as_ref().map_or_else(String::new, |chosen| format!(" ({}: {})", chosen.strategy, chosen.what));
     let reason = format!(
         "device {} is behind another unit than device {}, for which a table was made{what}; the request does not allow a second one",
