@@ -10,7 +10,7 @@ use vm_memory::MmapRegion;
 
 use crate::guests::{Arch, Guest};
 use crate::memory::{BYTES, HOTPLUGGED, memory, reaches};
-use crate::rig::{DATA, Rig, page, unit};
+use crate::rig::{DATA, Rig, page, range, unit};
 
 /// Pages so far from each other that each takes tables of its own.
 fn iovas() -> impl Iterator<Item = u64> {
@@ -176,5 +176,34 @@ fn more_areas_than_are_allowed_are_no_reason_to_refuse_a_device() {
             }
             rig.assert_clean();
         }
+    }
+}
+
+/// A guest at a limit, and a kernel that fails at the same moment: nobody was told what is kept out, and it can be asked for.
+#[test]
+fn what_a_limit_keeps_out_is_known_where_the_call_failed() {
+    for strategy in [Strategy::Nested, Strategy::Areas] {
+        let rig = Rig::new(&[unit(Arch::Arm)], &[("nic", &[0])]);
+        {
+            let guest = Guest::new(Arch::Vtd, &rig.memory);
+            guest.map(0x1000, DATA, true);
+            let context = rig.context();
+            let nic = context.connect("nic").unwrap();
+            let mut request = Request::guest(guest.view()).with_strategies(&[strategy]);
+            request.limits.shadow.leaves = 4;
+            let ioasid = context.allocate(request).unwrap();
+            ioasid.attach(&nic, None).unwrap();
+            assert_eq!(ioasid.stats().blocked_entries, 0);
+            guest.unmap(0x1000);
+            let pages = || (0x10..0x18).map(|page| page << 12);
+            pages().for_each(|iova| guest.put(iova, DATA, true));
+            rig.sim.fail_from(1, Errno::ENOMEM);
+            ioasid.invalidate(&[range(0, 0xf_ffff, false)]).unwrap_err();
+            rig.sim.disarm();
+            ioasid.recover().unwrap();
+            let reached = pages().filter(|iova| rig.dma("nic", *iova) == Some(DATA)).count();
+            assert_eq!((reached, ioasid.stats().blocked_entries, rig.dma("nic", 0x1000)), (4, 4, None), "{strategy:?}");
+        }
+        rig.assert_clean();
     }
 }
