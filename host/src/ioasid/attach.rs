@@ -6,7 +6,8 @@ use super::build::{Built, Wish};
 use super::device::{Connected, Held, Slot, Who};
 use super::nested::OWNERS_PASIDS;
 use super::part::{Dropped, Host, Part};
-use super::space::{Content, Space, State};
+use super::space::{Space, State};
+use super::strategy::Candidate;
 use super::{Device, Error, Ioasid, Property, Refusal, Strategy};
 use crate::kernel::{Errno, Pasid};
 use crate::sync::Report;
@@ -103,45 +104,74 @@ impl Space {
         Ok(())
     }
 
-    /// Whether a further unit than that of the first part may have a part of its own.
-    pub(super) fn check_unit(&self, state: &State, first: Option<&Part>, device: &Connected) -> Result<(), Refusal> {
-        let Some(first) = first else { return Ok(()) };
-        if matches!(state.content, Content::Managed(_)) || self.request().second_table || matches!(first.host, Host::Kernel { .. }) {
+    /// A table for another unit that somebody uses, or waits to use again, where the request does not allow a second one.
+    fn only_table<'a>(&self, state: &'a State, device: &Connected) -> Option<&'a Part> {
+        let mut parts = state.parts.iter().filter(|_| self.takes_one_table(state));
+        parts.find(|part| part.unit != device.unit() && !matches!(part.host, Host::Kernel { .. }) && !part.is_free())
+    }
+
+    /// Whether a device's unit may have a part of its own.
+    pub(super) fn check_unit(&self, state: &State, device: &Arc<Connected>, company: bool) -> Result<(), Error> {
+        let Some(other) = self.only_table(state, device) else { return Ok(()) };
+        // The kernel's own are no tables in this sense.
+        if matches!(self.foresee(state, &Wish::best(device, company))?, Some(Candidate::Memory | Candidate::Nothing)) {
             return Ok(());
         }
-        let what = first.explanation.chosen.as_ref().map_or_else(String::new, |chosen| format!(" ({}: {})", chosen.strategy, chosen.what));
-        let reason = format!(
-            "device {} is behind another unit than device {}, for which a table was made{what}; the request does not allow a second one",
-            device.label(),
-            first.explanation.device
-        );
-        Err(Refusal::new(Property::Unit, reason))
+        Err(second_table(other, device).into())
+    }
+
+    /// The part that a device would share with others; and those that nobody uses, and that are not for it.
+    pub(super) fn shared(
+        &self,
+        state: &State,
+        device: &Connected,
+        pasid: Option<Pasid>,
+        company: bool,
+    ) -> Result<(Option<usize>, Vec<usize>), Error> {
+        let mut given_up = Vec::new();
+        loop {
+            let find = |is: &dyn Fn(&Part) -> bool| (0..state.parts.len()).find(|place| !given_up.contains(place) && is(&state.parts[*place]));
+            let place = find(&|part| part.unit == device.unit()).or_else(|| find(&Part::is_for_all_units));
+            match place {
+                Some(place) if self.gives_way(state, place, (device, pasid), company)? => given_up.push(place),
+                _ => return Ok((place, given_up)),
+            }
+        }
     }
 
     /// The part that a device gets, made if there is none; and what was read for it if it was made.
-    fn part_for(&self, state: &mut State, device: &Arc<Connected>, company: bool) -> Result<(usize, Option<Report>), Error> {
-        let same = state.parts.iter().position(|part| part.unit == device.unit());
-        if let Some(place) = same
-            && self.gives_way(state, place, device, company)?
-        {
-            state.parts.remove(place);
-            return self.part_for(state, device, company);
+    fn part_for(&self, state: &mut State, device: &Arc<Connected>, pasid: Option<Pasid>, company: bool) -> Result<(usize, Option<Report>), Error> {
+        let (shared, given_up) = self.shared(state, device, pasid, company)?;
+        if shared.is_none() {
+            self.check_unit(state, device, company)?;
         }
-        if let Some(place) = same.or_else(|| state.parts.iter().position(Part::is_for_all_units)) {
-            return Ok((place, None));
+        let one_table = shared.is_none() && self.takes_one_table(state);
+        // What was made for another unit would be a second table if somebody came back to it.
+        let is_second = |part: &Part| one_table && part.is_free() && !matches!(part.host, Host::Kernel { .. });
+        let mut places = 0..;
+        state.parts.retain(|part| places.next().is_some_and(|place| !given_up.contains(&place)) && !is_second(part));
+        if let Some(place) = shared {
+            return Ok((place - given_up.iter().filter(|gone| **gone < place).count(), None));
         }
-        self.check_unit(state, state.parts.first(), device)?;
         let Built::Made(part, report) = self.build(state, &Wish::best(device, company))? else {
             return Err(Refusal::new(Property::Strategy, format!("device {}: there is no strategy", device.label())).into());
         };
+        if let Some(other) = self.only_table(state, device).filter(|_| !matches!(part.host, Host::Kernel { .. })) {
+            // The kernel refused what was foreseen.
+            return Err(second_table(other, device).into());
+        }
         state.parts.push(*part);
         Ok((state.parts.len() - 1, Some(report)))
     }
 
-    /// Whether a part is not for a device: nobody uses it any more, and it was chosen for others.
-    pub(super) fn gives_way(&self, state: &State, place: usize, device: &Connected, company: bool) -> Result<bool, Error> {
+    /// Whether a part is not for a device: nobody uses it any more, and it was chosen for others, or would be a second table. Those who wait to come back to it all do.
+    fn gives_way(&self, state: &State, place: usize, (device, pasid): (&Connected, Option<Pasid>), company: bool) -> Result<bool, Error> {
         let part = &state.parts[place];
-        Ok(part.is_unused() && (company && !part.has_pasids() || self.has_better(state, place, device, company)?))
+        if !part.is_unused() || company && !part.has_pasids() {
+            return Ok(part.is_unused());
+        }
+        let is_second = || !matches!(part.host, Host::Kernel { .. }) && self.only_table(state, device).is_some();
+        Ok(!part.is_awaited_by_others(device, pasid) && (is_second() || self.has_better(state, place, device, company)?))
     }
 
     /// Whether a better strategy than a part's would be chosen for a device, as far as that can be known without making it.
@@ -194,7 +224,7 @@ impl Space {
             }
             // Whether PASIDs and the device itself are to have page tables side by side.
             let company = pasid.is_some() || slots.keys().any(Option::is_some);
-            let (place, made) = self.part_for(&mut state, device, company)?;
+            let (place, made) = self.part_for(&mut state, device, pasid, company)?;
             let part = &mut state.parts[place];
             if company && !part.has_pasids() {
                 return Err(Refusal::new(Property::Pasid, format!("device {}: {OWNERS_PASIDS}", device.label())).into());
@@ -237,12 +267,12 @@ impl Space {
             };
             // One that a swap left behind is detached by now.
             let Some(attachment) = attachment else { return part.attach(device, pasid).map_err(|errno| refused(errno, device, pasid)) };
-            part.adopt(attachment, pasid).map_err(|(attachment, errno)| {
+            part.adopt(device, attachment, pasid).map_err(|(attachment, errno)| {
                 let back = other.parts.iter_mut().find(|part| was_areas && matches!(part.host, Host::Areas(_)));
                 slot.held = match back {
                     None => Held::Here(attachment),
                     // If that fails its DMA would go where nobody looks after it: better nothing.
-                    Some(part) => part.adopt(attachment, pasid).unwrap_or(Held::Nowhere),
+                    Some(part) => part.adopt(device, attachment, pasid).unwrap_or(Held::Nowhere),
                 };
                 refused(errno, device, pasid)
             })
@@ -270,6 +300,17 @@ impl Space {
         }
         act(part).inspect_err(|_| device.restore(before))
     }
+}
+
+/// A table for a device would be a second one.
+fn second_table(other: &Part, device: &Connected) -> Refusal {
+    let what = other.explanation.chosen.as_ref().map_or_else(String::new, |chosen| format!(" ({}: {})", chosen.strategy, chosen.what));
+    let reason = format!(
+        "device {} is behind another unit than device {}, for which a table was made{what}; the request does not allow a second one",
+        device.label(),
+        other.explanation.device
+    );
+    Refusal::new(Property::Unit, reason)
 }
 
 pub(super) fn refused(errno: Errno, device: &Connected, pasid: Option<Pasid>) -> Error {

@@ -81,6 +81,7 @@ impl Space {
                         came: Vec::new(),
                         pasids,
                         users: Users::new(),
+                        awaited: Vec::new(),
                         is_new: true,
                         stale: false,
                         record: None,
@@ -141,7 +142,7 @@ impl Space {
         match candidate {
             Candidate::Memory => {
                 // The parent is kept: it hears when memory comes or goes.
-                let parent = context.parent(Under::Guest)?;
+                let parent = context.parent(Under::Nothing)?;
                 let direct = parent.direct(device, dirty).map_err(Error::kernel("making a page table of guest memory"))?;
                 Ok((Host::Kernel { hwpt: direct.hwpt().clone(), of_memory: Some((direct, parent)) }, Report::default()))
             }
@@ -191,10 +192,12 @@ impl Space {
         let areas = Areas::new(self.context().pins(), AreaLimits { flags, ..limits.areas }).map_err(Error::kernel("making an address space"))?;
         let mut engine = Engine::new(self.context(), self.watcher(), &state.kind, limits, areas)?;
         let report = engine.fill(&self.context().memory(), &state.told())?;
+        let failures = engine.sink().figures().failures;
         if engine.sink().figures().pending > 0 {
-            // What was refused once is tried again, and then given up.
+            // What was refused once is tried again, and then given up. A guest that asks for more areas than it may have has those that it may.
             engine.commit().map_err(Error::Blocked)?;
-            if engine.sink().figures().pending > 0 {
+            let figures = engine.sink().figures();
+            if figures.pending > 0 && figures.failures > failures {
                 return Err(Error::kernel("mapping guest memory for the device")(Errno::ENOMEM));
             }
         }

@@ -71,7 +71,7 @@ pub(super) struct Inner {
     spaces: Mutex<BTreeMap<u64, Weak<Space>>>,
     devices: Mutex<BTreeMap<String, Weak<Connected>>>,
     units: Mutex<Vec<Unit>>,
-    parents: Mutex<[Weak<Parent>; 2]>,
+    parents: Mutex<[Weak<Parent>; 3]>,
     memory: RwLock<GuestMemory>,
     /// Held for reading while page tables are made, which have all of guest memory at first, and for writing while that changes. Taken before all other locks.
     /// In it: memory that went, and that the kernel still has because a call failed.
@@ -169,7 +169,7 @@ impl Inner {
     /// The parent of nested tables; made when it is first needed, and gone with the last that needs it.
     pub(super) fn parent(&self, under: Under) -> Result<Arc<Parent>, Error> {
         let mut parents = lock(&self.parents);
-        let place = &mut parents[usize::from(under == Under::Guest)];
+        let place = &mut parents[under as usize];
         if let Some(parent) = place.upgrade() {
             return Ok(parent);
         }

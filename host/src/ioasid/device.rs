@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 #[cfg(doc)]
 use super::Ioasid;
@@ -112,12 +112,15 @@ pub(super) struct Slot {
 /// By PASID.
 pub(super) type Slots = BTreeMap<Option<Pasid>, Slot>;
 
+/// IOASIDs that a device, or a PASID of it, is to be attached to again.
+pub(super) type Waits = Mutex<BTreeMap<Option<Pasid>, SpaceId>>;
+
 /// A device on the context's side.
 #[derive(Debug)]
 pub(super) struct Connected {
     slots: Mutex<Slots>,
     /// IOASIDs that it, or a PASID of it, was detached from because the kernel failed, and that it is to be attached to again.
-    waits: Mutex<BTreeMap<Option<Pasid>, SpaceId>>,
+    waits: Arc<Waits>,
     /// Its number in one vIOMMU: the kernel lets it have one at a time.
     vdevice: Mutex<Option<(Viommu, Vdevice)>>,
     label: String,
@@ -171,9 +174,10 @@ impl Connected {
         self.waits.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// It is to be attached to this IOASID again.
-    pub(super) fn waits_for(&self, pasid: Option<Pasid>, space: SpaceId) {
+    /// It is to be attached to this IOASID again. Who keeps it need not keep the device.
+    pub(super) fn waits_for(&self, pasid: Option<Pasid>, space: SpaceId) -> Awaited {
         self.waits().insert(pasid, space);
+        Awaited { waits: Arc::downgrade(&self.waits), pasid, space }
     }
 
     /// Whether it is.
@@ -258,6 +262,26 @@ impl Drop for Connected {
     }
 }
 
+/// Somebody who was attached, and may wait to be so again.
+#[derive(Debug)]
+pub(super) struct Awaited {
+    waits: Weak<Waits>,
+    pasid: Option<Pasid>,
+    space: SpaceId,
+}
+
+impl Awaited {
+    /// Whether the device still waits.
+    pub(super) fn is_waiting(&self) -> bool {
+        let waits = self.waits.upgrade();
+        waits.is_some_and(|waits| waits.lock().unwrap_or_else(PoisonError::into_inner).get(&self.pasid) == Some(&self.space))
+    }
+
+    pub(super) fn is(&self, device: &Connected, pasid: Option<Pasid>) -> bool {
+        self.pasid == pasid && std::ptr::eq(self.waits.as_ptr(), Arc::as_ptr(&device.waits))
+    }
+}
+
 /// A connected device. Clones are the same device; it is detached from everything and let go of when the last one is dropped.
 #[derive(Clone)]
 pub struct Device(pub(super) Arc<Connected>);
@@ -285,7 +309,7 @@ impl Device {
         let capabilities = Capabilities::of_path(context.plugins(), path, iova)?;
         Ok(Self(Arc::new(Connected {
             slots: Mutex::default(),
-            waits: Mutex::default(),
+            waits: Arc::default(),
             vdevice: Mutex::default(),
             label: label.to_owned(),
             virtual_id,

@@ -214,7 +214,7 @@ impl Space {
         let before = device.vdevice();
         let entered = to.viommu().map_or(Ok(()), |viommu| device.enter(viommu)).map_err(Error::kernel("telling the vIOMMU of the device"));
         let result = match entered {
-            Ok(()) => to.adopt(attachment, pasid).map_err(|(attachment, errno)| (attachment, refused(errno, device, pasid))),
+            Ok(()) => to.adopt(device, attachment, pasid).map_err(|(attachment, errno)| (attachment, refused(errno, device, pasid))),
             Err(error) => Err((attachment, error)),
         };
         match result {
@@ -225,7 +225,7 @@ impl Space {
             Err((attachment, error)) => {
                 device.restore(before);
                 // If areas do not take it back its DMA would go where nobody looks after it: better nothing.
-                slot.held = if was_areas { from.adopt(attachment, pasid).unwrap_or(Held::Nowhere) } else { Held::Here(attachment) };
+                slot.held = if was_areas { from.adopt(device, attachment, pasid).unwrap_or(Held::Nowhere) } else { Held::Here(attachment) };
                 Err(error)
             }
         }

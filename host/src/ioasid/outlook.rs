@@ -86,14 +86,8 @@ impl Space {
     }
 
     fn choose(&self, state: &State, device: &Arc<Connected>, pasid: Option<Pasid>, company: bool) -> Result<Outlook, Error> {
-        let given_up = match state.parts.iter().position(|part| part.unit == device.unit()) {
-            Some(place) if self.gives_way(state, place, device, company)? => Some(place),
-            _ => None,
-        };
         let is_managed = matches!(state.content, Content::Managed(_));
-        let mut left = state.parts.iter().enumerate().filter(|(place, _)| Some(*place) != given_up).map(|(_, part)| part);
-        let shared = left.clone().find(|part| part.unit == device.unit()).or_else(|| left.clone().find(|part| part.is_for_all_units()));
-        match shared {
+        match self.shared(state, device, pasid, company)?.0.map(|place| &state.parts[place]) {
             Some(part) if !company || part.has_pasids() => {
                 let outside = part.recorder().and_then(|_| self.memory_outside(device));
                 return Ok(Outlook { explanation: part.explain(), takes_faults: part.takes_faults(is_managed), outside });
@@ -101,7 +95,7 @@ impl Space {
             // It is made anew, so that the PASID gets in.
             Some(part) if pasid.is_some() && part.is_used_by(device) => {}
             Some(_) => return Err(Refusal::new(Property::Pasid, format!("device {}: {OWNERS_PASIDS}", device.label())).into()),
-            None => self.check_unit(state, left.next(), device)?,
+            None => self.check_unit(state, device, company)?,
         }
         self.chosen_anew(state, device, company)
     }

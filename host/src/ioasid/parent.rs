@@ -1,7 +1,7 @@
 //! What nested tables stand on: an address space of the kernel's with the guest's memory at its guest-physical addresses, and a page table of it for each unit.
 //!
-//! There are two at most. Under host tables, the memory of these tables is in it as well. Under guests' own tables it is not, because such tables may point
-//! anywhere; only the context structures that lead to them are there, and may only be read.
+//! There are three at most. Under host tables, the memory of these tables is in it as well. Under guests' own tables it is not, because such tables may point
+//! anywhere; only the context structures that lead to them are there, and may only be read. Devices that see guest memory as it is see nothing else.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -22,6 +22,8 @@ pub(super) enum Under {
     Host,
     /// Guests' own.
     Guest,
+    /// None.
+    Nothing,
 }
 
 /// Page tables of one unit, made when they are needed.
@@ -78,7 +80,7 @@ impl Parent {
         }
         let flags = match under {
             Under::Host => MapFlags::READABLE | MapFlags::WRITEABLE,
-            Under::Guest => MapFlags::READABLE,
+            Under::Guest | Under::Nothing => MapFlags::READABLE,
         };
         let pool = TablePool::new(ioas.clone(), context.supply(), memory.tables(), flags, context.table_budget());
         let numbers = Mutex::new(Numbers { next: 1, free: BTreeSet::new() });

@@ -4,7 +4,7 @@ use std::sync::{Arc, Weak};
 
 use super::commit::KernelCommitter;
 use super::context::Inner;
-use super::device::{Connected, Held, Slot};
+use super::device::{Awaited, Connected, Held, Slot};
 use super::dirty::Recording;
 use super::metrics::Counters;
 use super::nested::Bound;
@@ -193,6 +193,8 @@ pub(super) struct Part {
     pub(super) pasids: bool,
     /// Who is attached.
     pub(super) users: Users,
+    /// Who was taken off because the kernel failed.
+    pub(super) awaited: Vec<Awaited>,
     /// It was made in this call, of what the guest's structures say now.
     pub(super) is_new: bool,
     /// A commit failed, and none has succeeded since: nobody is attached, because what was taken away may still be reached.
@@ -252,9 +254,9 @@ impl Part {
     }
 
     /// Puts an attachment here; it comes back as it was if that cannot be.
-    pub(super) fn adopt(&mut self, mut attachment: Attachment, pasid: Option<Pasid>) -> Result<Held, (Attachment, Errno)> {
+    pub(super) fn adopt(&mut self, device: &Connected, mut attachment: Attachment, pasid: Option<Pasid>) -> Result<Held, (Attachment, Errno)> {
         if let Host::Areas(engine) = &mut self.host {
-            return engine.sink_mut().adopt(attachment, pasid).map(|()| Held::Areas);
+            return engine.sink_mut().adopt(attachment, pasid, &device.capabilities().iova).map(|()| Held::Areas);
         }
         match self.hwpt().and_then(|hwpt| attachment.replace(PageTable::Hwpt(hwpt))) {
             Ok(()) => Ok(Held::Here(attachment)),
@@ -406,7 +408,7 @@ impl Part {
             if let Some(slot) = &mut slot {
                 slot.held = Held::Nowhere;
                 drop(self.release(&connected, pasid));
-                connected.waits_for(pasid, space);
+                self.awaited.push(connected.waits_for(pasid, space));
                 tracing::error!(device = connected.label(), ioasid = space.0, "detached, because a call of the kernel failed");
                 taken.push((device, pasid));
             }
@@ -420,10 +422,21 @@ impl Part {
         self.users.iter().all(|(user, _)| user.strong_count() == 0)
     }
 
+    /// Others than this one were taken off, and still wait to come back.
+    pub(super) fn is_awaited_by_others(&self, device: &Connected, pasid: Option<Pasid>) -> bool {
+        self.awaited.iter().any(|one| !one.is(device, pasid) && one.is_waiting())
+    }
+
+    /// Nobody is attached, and nobody waits to come back.
+    pub(super) fn is_free(&self) -> bool {
+        self.is_unused() && !self.awaited.iter().any(Awaited::is_waiting)
+    }
+
     /// Somebody is attached.
     pub(super) fn joined(&mut self, device: &Arc<Connected>, pasid: Option<Pasid>) {
         self.users.retain(|(user, _)| user.strong_count() > 0);
         self.users.push((Arc::downgrade(device), pasid));
+        self.awaited.retain(Awaited::is_waiting);
     }
 
     /// Somebody is not attached any more; false if nobody was.

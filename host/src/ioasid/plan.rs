@@ -74,7 +74,8 @@ fn is_table(part: &Part) -> bool {
 }
 
 impl Space {
-    fn takes_one_table(&self, state: &State) -> bool {
+    /// Devices behind several units share areas, or are refused.
+    pub(super) fn takes_one_table(&self, state: &State) -> bool {
         !self.request().second_table && !matches!(state.content, Content::Managed(_))
     }
 

@@ -12,6 +12,9 @@ pub struct Stats {
     pub guest_tables: u64,
     /// Leaves in them, counted in the same way.
     pub leaves: u64,
+    /// Entries in them that count as absent because a limit was reached or a format failed, counted in the same way. A [`Report`](crate::sync::Report) says which, unless the
+    /// call failed.
+    pub blocked_entries: u64,
     /// Patterns of entries whose meaning is remembered, counted in the same way: such entries cost no question.
     pub patterns: u64,
     /// Tables of the host.
@@ -87,6 +90,7 @@ impl Stats {
         let figures = engine.figures();
         self.guest_tables += figures.tables;
         self.leaves += figures.leaves;
+        self.blocked_entries += figures.blocked;
         self.patterns += figures.patterns;
         self.questions += figures.questions;
     }

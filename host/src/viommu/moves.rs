@@ -256,6 +256,10 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
         let Some(stream) = self.streams.get_mut(&requester) else { return };
         let is_loose = stream.attached.is_some() && !matches!(state, StreamState::Space(_));
         let is_settled = !is_loose && !matches!(state, StreamState::Unknown(_));
+        if !matches!(state, StreamState::Space(_)) {
+            // By which numbers caches know it that it has nothing is not what they knew it by before.
+            stream.tag = Tag::default();
+        }
         stream.state = state;
         if is_settled {
             self.settled(Again::Stream(requester));

@@ -1,5 +1,6 @@
 //! Devices come and go: what they reserve is not mapped while they are there.
 
+use stagecraft::kernel::handle::{Ioas, PageTable};
 use stagecraft::kernel::sim::UnitConfig;
 use stagecraft::kernel::{Errno, HwptFlags, Pasid};
 use stagecraft::sync::{AreaLimits, Areas, Sink};
@@ -40,6 +41,58 @@ fn what_a_newcomer_reserves_goes_and_comes_back() {
     assert_eq!(areas.ranges().len(), 2);
     drop((areas, vtd, smmu));
     lab.assert_clean();
+}
+
+/// A device that comes attached, so that none of its transactions is to fail, and must not translate some of what is mapped. Whatever fails, it is where it was, and nobody
+/// misses anything after the next commit.
+#[test]
+fn what_reserves_something_comes_from_elsewhere() {
+    for is_alone in [true, false] {
+        let lab = Lab::filled();
+        let (mut areas, mut model) = (lab.areas(0), Model::default());
+        let (vtd, smmu) = (lab.bind("dev0"), lab.bind("dev1"));
+        if !is_alone {
+            areas.attach(&smmu, None).unwrap();
+        }
+        let pages =
+            || (WINDOW.first - 0x10_0000..WINDOW.last + 0x10_0000).step_by(0x8_0000).chain([WINDOW.first - 1, WINDOW.first, WINDOW.last + 1, 0x1000]);
+        change(&mut areas, &mut model, &[map(piece(WINDOW.first - 0x10_0000, 0x30_0000, BASE, RW)), map(piece(0x1000, PAGE, BASE, RW))]);
+        let smmu_alone: &[&str] = if is_alone { &[] } else { &["dev1"] };
+        let elsewhere = Ioas::alloc(&lab.kernel).unwrap();
+        let (mut failures, mut swallowed) = (0, 0);
+        for n in 1.. {
+            let attachment = vtd.attach(None, PageTable::Ioas(&elsewhere)).unwrap();
+            let usable = lab.kernel.ioas_iova_ranges(elsewhere.id()).unwrap();
+            let before = attachment.hwpt();
+            lab.sim.fail_nth(n, Errno::EINTR);
+            let adopted = areas.adopt(attachment, None, &usable);
+            let is_over = lab.sim.disarm();
+            match adopted {
+                Ok(()) => {
+                    swallowed += usize::from(!is_over);
+                    model.reserved = vec![WINDOW];
+                    let both = [smmu_alone, &["dev0"]].concat();
+                    model.check(&lab, &both, pages(), "both");
+                    areas.commit().unwrap();
+                    model.check(&lab, &both, pages(), "both, after a commit");
+                    assert!(areas.detach(vtd.id(), None));
+                }
+                Err((attachment, errno)) => {
+                    failures += 1;
+                    assert_eq!((errno, attachment.hwpt()), (Errno::EINTR, before), "call {n}");
+                }
+            }
+            areas.commit().unwrap();
+            model.reserved.clear();
+            model.check(&lab, smmu_alone, pages(), "without it");
+            if is_over {
+                break;
+            }
+        }
+        assert!(failures >= 4 && swallowed <= 2, "{failures} failures, {swallowed} of them without an effect");
+        drop((areas, vtd, smmu, elsewhere));
+        lab.assert_clean();
+    }
 }
 
 /// One piece around what both of two devices reserve.

@@ -192,6 +192,7 @@ fn a_newcomer_does_not_reach_what_was_not_removed() {
         areas.apply(&[map(piece(0, PAGE, BASE, RW)), map(piece(PAGE, PAGE, BASE + 5 * PAGE, RW))]);
         areas.commit().unwrap();
         other.attach(&devices[1], None).unwrap();
+        let usable = lab.kernel.ioas_iova_ranges(other.ioas().id()).unwrap();
         let released = other.release(devices[1].id(), None).unwrap();
         let released = Some(released).filter(|_| adopts);
         lab.sim.fail_nth(1, Errno::EINTR);
@@ -199,7 +200,7 @@ fn a_newcomer_does_not_reach_what_was_not_removed() {
         assert_eq!(areas.figures().stale, 1);
         lab.sim.fail_nth(1, Errno::EINTR);
         let mut come = |released| match released {
-            Some(released) => areas.adopt(released, None).map_err(|(released, errno)| (Some(released), errno)),
+            Some(released) => areas.adopt(released, None, &usable).map_err(|(released, errno)| (Some(released), errno)),
             None => areas.attach(&devices[1], None).map_err(|errno| (None, errno)),
         };
         let (released, errno) = come(released).unwrap_err();

@@ -155,12 +155,13 @@ fn moving_between_address_spaces() {
     let (device, dma) = (lab.bind("dev0"), lab.dma("dev0"));
     let elsewhere = Ioas::alloc(&lab.kernel).unwrap();
     let attachment = device.attach(None, PageTable::Ioas(&elsewhere)).unwrap();
-    spaces[0].adopt(attachment, None).unwrap();
+    let usable = lab.kernel.ioas_iova_ranges(elsewhere.id()).unwrap();
+    spaces[0].adopt(attachment, None, &usable).unwrap();
     meanwhile(&[(&dma, None, vec![(0x1000, lab.user)])], || {
         for round in 0..200 {
             let (from, to) = (round % 2, (round + 1) % 2);
             let attachment = spaces[from].release(device.id(), None).unwrap();
-            spaces[to].adopt(attachment, None).unwrap();
+            spaces[to].adopt(attachment, None, &usable).unwrap();
             let found = dma.translate(None, Iova(0x2000), DmaAccess::Write).unwrap();
             assert_eq!(found.user_address, lab.at(BASE + PAGE * (to as u64 + 1)));
         }

@@ -10,7 +10,7 @@ use vm_memory::MmapRegion;
 
 use crate::guests::{Arch, Guest};
 use crate::memory::{BYTES, HOTPLUGGED, memory, reaches};
-use crate::rig::{DATA, Rig, page, unit};
+use crate::rig::{DATA, Rig, page, range, unit};
 
 /// Pages so far from each other that each takes tables of its own.
 fn iovas() -> impl Iterator<Item = u64> {
@@ -131,6 +131,78 @@ fn memory_that_could_not_go_goes_when_it_is_said_again() {
             assert_eq!(context.memory_leaving(), Vec::new(), "{host:?}");
             ioasid.recover().unwrap();
             assert_eq!((rig.dma("nic", 0x1000), rig.dma("nic", 0x2000)), (Some(DATA), None), "{host:?}");
+        }
+        rig.assert_clean();
+    }
+}
+
+/// A guest that asks for more areas than it may have has some of them, whether it asks before its device comes or after; what goes makes room.
+#[test]
+fn more_areas_than_are_allowed_are_no_reason_to_refuse_a_device() {
+    for host in Arch::ALL {
+        for before in [true, false] {
+            let rig = Rig::new(&[unit(host).without_nesting()], &[("nic", &[0])]);
+            {
+                let guest = Guest::new(Arch::Arm, &rig.memory);
+                let map = || iovas().for_each(|iova| guest.put(iova, DATA, true));
+                let context = rig.context();
+                let nic = context.connect("nic").unwrap();
+                let mut request = Request::guest(guest.view());
+                request.limits.areas.areas = 10;
+                let ioasid = context.allocate(request).unwrap();
+                if before {
+                    map();
+                }
+                ioasid.attach(&nic, None).unwrap();
+                if !before {
+                    map();
+                    ioasid.synchronise().unwrap();
+                }
+                let what = format!("{host:?}, mapped before: {before}");
+                assert_eq!((reached(&rig), ioasid.stats().areas), (10, 10), "{what}");
+                assert!(ioasid.stats().without_memory > 0, "{what}");
+                let (stay, go): (Vec<u64>, Vec<u64>) = iovas().partition(|iova| iova >> 30 > 55);
+                go.iter().for_each(|iova| guest.remove(*iova));
+                ioasid.synchronise().unwrap();
+                assert_eq!((reached(&rig), ioasid.stats().areas), (stay.len(), stay.len() as u64), "{what}");
+                // A kernel that refuses is another matter: a device is not attached to half of what it is to have.
+                nic.detach(None).unwrap();
+                let other = context.allocate(Request::guest(guest.view())).unwrap();
+                rig.sim.fail_from(4, Errno::ENOMEM);
+                assert!(matches!(other.attach(&nic, None), Err(Error::Kernel { .. })), "{what}");
+                rig.sim.disarm();
+                other.attach(&nic, None).unwrap();
+                assert_eq!(reached(&rig), stay.len(), "{what}");
+            }
+            rig.assert_clean();
+        }
+    }
+}
+
+/// A guest at a limit, and a kernel that fails at the same moment: nobody was told what is kept out, and it can be asked for.
+#[test]
+fn what_a_limit_keeps_out_is_known_where_the_call_failed() {
+    for strategy in [Strategy::Nested, Strategy::Areas] {
+        let rig = Rig::new(&[unit(Arch::Arm)], &[("nic", &[0])]);
+        {
+            let guest = Guest::new(Arch::Vtd, &rig.memory);
+            guest.map(0x1000, DATA, true);
+            let context = rig.context();
+            let nic = context.connect("nic").unwrap();
+            let mut request = Request::guest(guest.view()).with_strategies(&[strategy]);
+            request.limits.shadow.leaves = 4;
+            let ioasid = context.allocate(request).unwrap();
+            ioasid.attach(&nic, None).unwrap();
+            assert_eq!(ioasid.stats().blocked_entries, 0);
+            guest.unmap(0x1000);
+            let pages = || (0x10..0x18).map(|page| page << 12);
+            pages().for_each(|iova| guest.put(iova, DATA, true));
+            rig.sim.fail_from(1, Errno::ENOMEM);
+            ioasid.invalidate(&[range(0, 0xf_ffff, false)]).unwrap_err();
+            rig.sim.disarm();
+            ioasid.recover().unwrap();
+            let reached = pages().filter(|iova| rig.dma("nic", *iova) == Some(DATA)).count();
+            assert_eq!((reached, ioasid.stats().blocked_entries, rig.dma("nic", 0x1000)), (4, 4, None), "{strategy:?}");
         }
         rig.assert_clean();
     }

@@ -3,8 +3,8 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use stagecraft::ioasid::{Error, GuestView, Ioasid, Property, Request, Response, Strategy, Target};
-use stagecraft::kernel::Pasid;
 use stagecraft::kernel::sim::UnitConfig;
+use stagecraft::kernel::{Errno, Pasid};
 use stagecraft::plugin::Outcome;
 use stagecraft::{Access, Gpa, Iova, Span};
 
@@ -206,6 +206,51 @@ fn the_first_pasid_and_the_last_one_have_strategies_chosen_again_without_a_miss(
                 guest.map(0x2000, DATA + 0x2000, true);
                 own.invalidate(&[EVERYTHING]).unwrap();
             });
+        }
+        rig.assert_clean();
+    }
+}
+
+/// The guest maps a page where its device must not translate in the kernel's own tables. A table of user space's has it in vain; areas that the device is put on are to do
+/// without it, and nothing else is missed.
+#[test]
+fn areas_do_without_what_a_device_reserves_that_comes_from_a_table() {
+    const RESERVED: Span = Span { first: 0x0900_0000, last: 0x090f_ffff };
+    for host in [Arch::Arm, Arch::Amd, Arch::Riscv] {
+        let rig = Rig::new(&[UnitConfig { reserved: vec![RESERVED], ..unit(host) }], &[("nic", &[0])]);
+        {
+            let guest = Guest::at(Arch::Vtd, &rig.memory, ROOT_ONE);
+            [DATA, RESERVED.first - 0x1000, RESERVED.first, RESERVED.last + 1].iter().for_each(|iova| guest.put(*iova, DATA, true));
+            let context = rig.context();
+            let device = context.connect("nic").unwrap();
+            let ioasid = context.allocate(Request::guest(guest.view())).unwrap();
+            ioasid.attach(&device, None).unwrap();
+            let found = |pasid: Option<u32>| {
+                let at = |iova: u64| rig.dma_of("nic", pasid.map(Pasid), iova);
+                [at(DATA), at(RESERVED.first - 0x1000), at(RESERVED.last + 1)]
+            };
+            let reserved = |pasid: Option<u32>| rig.dma_of("nic", pasid.map(Pasid), RESERVED.first);
+            without_a_miss(&rig, DATA, |round| {
+                ioasid.attach(&device, Some(Pasid(5))).unwrap();
+                let what = format!("{host:?} round {round}");
+                assert_eq!(ioasid.strategies(), [Strategy::Areas], "{what}");
+                assert_eq!([found(None), found(Some(5))], [[Some(DATA); 3]; 2], "{what}");
+                assert_eq!((reserved(None), reserved(Some(5))), (None, None), "{what}");
+                ioasid.detach(&device, Some(Pasid(5))).unwrap();
+                assert_eq!((ioasid.strategies(), found(None)), (vec![Strategy::Nested], [Some(DATA); 3]), "{what}");
+            });
+            // The same when both were detached because the kernel failed: they come back one by one.
+            ioasid.attach(&device, Some(Pasid(5))).unwrap();
+            guest.put(0x1000, DATA, true);
+            ioasid.invalidate(&[EVERYTHING]).unwrap();
+            guest.remove(0x1000);
+            rig.sim.fail_from(1, Errno::ENOMEM);
+            assert!(matches!(ioasid.invalidate(&[EVERYTHING]), Err(Error::Blocked(_))), "{host:?}");
+            rig.sim.disarm();
+            assert_eq!([found(None), found(Some(5))], [[None; 3]; 2], "{host:?}");
+            ioasid.recover().unwrap();
+            assert_eq!([found(None), found(Some(5))], [[Some(DATA); 3]; 2], "{host:?}");
+            assert_eq!((reserved(None), reserved(Some(5)), rig.dma("nic", 0x1000)), (None, None, None), "{host:?}");
         }
         rig.assert_clean();
     }

@@ -1,7 +1,9 @@
 //! Devices behind several units, one after the other or side by side: capabilities, re-use, second host tables.
 
-use stagecraft::ioasid::{Error, Property, Request, Strategy};
-use stagecraft::kernel::sim::{UnitConfig, UnitKind};
+use stagecraft::Iova;
+use stagecraft::ioasid::{Error, GuestView, Property, Request, Strategy};
+use stagecraft::kernel::sim::{DmaAccess, UnitConfig, UnitKind};
+use stagecraft::plugin::Outcome;
 
 use crate::guests::{Arch, Guest};
 use crate::rig::{DATA, Rig, page, unit};
@@ -128,4 +130,28 @@ fn a_path_of_two_units_is_mirrored_in_both() {
     ioasid.attach(&nic, None).unwrap();
     assert_eq!((ioasid.strategies()[0], rig.dma("nic", 0x1000)), (Strategy::Nested, Some(DATA)));
     assert_eq!(unit(Arch::Vtd).name, "host");
+}
+
+/// What leads to a guest's own table stands where that table may lead, for reading. Devices that see guest memory as it is do not see it, whoever came first.
+#[test]
+fn devices_in_bypass_reach_guest_memory_and_nothing_else() {
+    for (host, turned) in Arch::ALL.into_iter().flat_map(|host| [(host, false), (host, true)]) {
+        let rig = Rig::new(&[unit(host)], &[("nic", &[0]), ("disk", &[0])]);
+        {
+            let guest = Guest::new(host, &rig.memory);
+            guest.map(0x1000, DATA, true);
+            let context = rig.context();
+            let devices = ["nic", "disk"].map(|label| context.connect(label).unwrap());
+            let views = [guest.view(), GuestView { outcome: Outcome::Bypass, id: 0 }];
+            let ioasids = views.map(|view| context.allocate(Request::guest(view)).unwrap());
+            for index in if turned { [1, 0] } else { [0, 1] } {
+                ioasids[index].attach(&devices[index], None).unwrap();
+            }
+            assert_eq!((rig.dma("nic", 0x1000), rig.dma("disk", DATA)), (Some(DATA), Some(DATA)), "{host:?}");
+            let (first, disk) = (rig.setup().memory.tables().first, rig.sim.device("disk").unwrap());
+            let reached = (0..1 << 10).map(|page| first + page * 4096).find(|iova| disk.translate(None, Iova(*iova), DmaAccess::Read).is_ok());
+            assert_eq!(reached, None, "{host:?}: {:x?}", rig.setup().memory.tables());
+        }
+        rig.assert_clean();
+    }
 }

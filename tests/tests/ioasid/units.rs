@@ -541,3 +541,123 @@ fn whatever_fails_each_device_has_a_table_that_is_right() {
         assert!(failed + detached > 3, "{}: {failed}, {detached}", case.what);
     }
 }
+
+/// One table is allowed. What was made for devices of one unit that are gone stands in the way of nobody behind another: neither of a table nor of the kernel's own.
+#[test]
+fn a_table_that_nobody_uses_is_no_second_one() {
+    let bypass = || GuestView { outcome: Outcome::Bypass, id: 0 };
+    let rig = rig([unit(Arch::Arm), unit(Arch::Vtd)]);
+    {
+        let guests = guests(&rig, [Arch::Riscv, Arch::Arm, Arch::Vtd]);
+        let context = rig.context();
+        let [nic, second, disk] = LABELS.map(|label| context.connect(label).unwrap());
+        for request in [Request::guest(guests[0].view()), Request::requests().with_strategies(&[Strategy::Nested])] {
+            let ioasid = context.allocate(request.clone()).unwrap();
+            for round in 0..3 {
+                for (device, other) in [(&nic, &disk), (&disk, &second)] {
+                    let explained = ioasid.explain_for(device, None).unwrap();
+                    assert_eq!(ioasid.serves(device), Ok(()), "round {round}: {}", device.label());
+                    ioasid.attach(device, None).unwrap();
+                    assert_eq!(
+                        (ioasid.strategies(), ioasid.explain()),
+                        (vec![Strategy::Nested], vec![explained]),
+                        "round {round}: {}",
+                        device.label()
+                    );
+                    // While it is used, there is no second one.
+                    assert_eq!(ioasid.serves(other).unwrap_err().property, Property::Unit);
+                    assert!(matches!(ioasid.attach(other, None), Err(Error::Refused(refusal)) if refusal.property == Property::Unit));
+                    if request.kind != Request::requests().kind {
+                        assert_eq!(rig.dma(device.label(), 0x1000), Some(own(0)), "round {round}: {}", device.label());
+                    }
+                    device.detach(None).unwrap();
+                }
+            }
+        }
+        // Nor does the kernel's own table for one unit stand beside a table for another.
+        let ioasid = context.allocate(Request::guest(guests[0].view())).unwrap();
+        ioasid.attach(&nic, None).unwrap();
+        nic.detach(None).unwrap();
+        ioasid.switch(bypass()).unwrap();
+        ioasid.attach(&disk, None).unwrap();
+        ioasid.attach(&nic, None).unwrap();
+        assert_eq!((ioasid.strategies(), rig.dma("nic", 0x1000), rig.dma("disk", 0x1000)), (vec![Strategy::Native; 2], Some(0x1000), Some(0x1000)));
+    }
+    rig.assert_clean();
+}
+
+/// Devices that were detached because the kernel failed come back to what they had, whoever comes back first: one of them could have better than areas, and the PASID of another
+/// could not follow. Nobody else takes their place meanwhile.
+#[test]
+fn those_who_wait_come_back_to_what_they_had() {
+    for with_pasid in [true, false] {
+        let rig = rig([unit(Arch::Arm), unit(Arch::Vtd)]);
+        {
+            let guests = guests(&rig, [Arch::Riscv, Arch::Arm, Arch::Vtd]);
+            let context = rig.context();
+            let [nic, second, disk] = LABELS.map(|label| context.connect(label).unwrap());
+            let ioasid = context.allocate(Request::guest(guests[0].view())).unwrap();
+            let pasid = Some(Pasid(3));
+            if with_pasid {
+                ioasid.attach(&second, pasid).unwrap();
+            }
+            ioasid.attach(&nic, None).unwrap();
+            if with_pasid {
+                // The last to come.
+                second.detach(pasid).unwrap();
+                ioasid.attach(&second, pasid).unwrap();
+            }
+            let strategy = if with_pasid { Strategy::Areas } else { Strategy::Nested };
+            let found = || (rig.dma("nic", 0x1000), rig.dma_of("second", pasid, 0x1000));
+            let all = (Some(own(0)), Some(own(0)).filter(|_| with_pasid));
+            assert_eq!((ioasid.strategies(), found()), (vec![strategy], all));
+            guests[0].unmap(0x2000);
+            rig.sim.fail_from(1, Errno::ENOMEM);
+            assert!(matches!(ioasid.invalidate(&[EVERYTHING]), Err(Error::Blocked(_))));
+            rig.sim.disarm();
+            assert_eq!(found(), (None, None));
+            if !with_pasid {
+                assert_eq!(ioasid.serves(&disk).unwrap_err().property, Property::Unit);
+                assert!(matches!(ioasid.attach(&disk, None), Err(Error::Refused(refusal)) if refusal.property == Property::Unit));
+            }
+            ioasid.recover().unwrap();
+            assert_eq!((ioasid.strategies(), found()), (vec![strategy], all), "{}", said(&ioasid));
+            assert_eq!(rig.dma("nic", 0x2000), None);
+            // Nobody waits any more, and nobody is there any more.
+            nic.detach(None).unwrap();
+            if with_pasid {
+                second.detach(pasid).unwrap();
+            }
+            ioasid.attach(&disk, None).unwrap();
+            assert_eq!((ioasid.strategies(), rig.dma("disk", 0x1000)), (vec![Strategy::Nested], Some(own(0))));
+        }
+        rig.assert_clean();
+    }
+}
+
+/// Areas are for all units. Those that nobody is left on are not for a unit that can have something better.
+#[test]
+fn areas_that_nobody_uses_are_left_for_something_better() {
+    let rig = rig([unit(Arch::Arm), unit(Arch::Vtd)]);
+    {
+        let guests = guests(&rig, [Arch::Riscv, Arch::Arm, Arch::Vtd]);
+        let context = rig.context();
+        let [nic, _, disk] = LABELS.map(|label| context.connect(label).unwrap());
+        for second_table in [false, true] {
+            let ioasid = context.allocate(Request { second_table, ..Request::guest(guests[0].view()) }).unwrap();
+            ioasid.attach(&nic, Some(Pasid(3))).unwrap();
+            assert_eq!(ioasid.strategies(), [Strategy::Areas]);
+            nic.detach(Some(Pasid(3))).unwrap();
+            let explained = ioasid.explain_for(&disk, None).unwrap();
+            ioasid.attach(&disk, None).unwrap();
+            assert_eq!((ioasid.strategies(), ioasid.explain()), (vec![Strategy::Nested], vec![explained]), "{}", said(&ioasid));
+            assert_eq!(rig.dma("disk", 0x1000), Some(own(0)));
+            disk.detach(None).unwrap();
+            // Where nothing is better they serve.
+            ioasid.attach(&nic, Some(Pasid(3))).unwrap();
+            assert_eq!((ioasid.strategies().contains(&Strategy::Areas), rig.dma_of("nic", Some(Pasid(3)), 0x1000)), (true, Some(own(0))));
+            nic.detach(Some(Pasid(3))).unwrap();
+        }
+    }
+    rig.assert_clean();
+}

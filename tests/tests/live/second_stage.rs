@@ -27,6 +27,8 @@ struct Case {
     memory: Memory,
     space: Space,
     model: Model,
+    /// Changes of the second stage are told by commands, and not by what was written.
+    commands: bool,
 }
 
 impl Case {
@@ -42,7 +44,7 @@ impl Case {
         let stages = [first, second.config];
         let limits = ShadowLimits { table_pages: 1 << 10, leaves: 1 << 16 };
         let space = Space::open(way(&stages), MemoryMap::everything(52), limits, Box::new(Unwatched)).unwrap();
-        let mut case = Self { stages, memory, space, model: Model::default() };
+        let mut case = Self { stages, memory, space, model: Model::default(), commands: false };
         case.look(|space, view, budget, changes| space.synchronise(view, Span::ALL, false, budget, changes));
         case
     }
@@ -75,7 +77,13 @@ impl Case {
         // Entries of the first stage have intermediate addresses.
         let at: Vec<u64> = places.filter(is_it).collect();
         assert_eq!(at.len(), 1, "{page:#x}");
-        self.write(at[0], change(self.memory.read(at[0], false).unwrap()));
+        let entry = change(self.memory.read(at[0], false).unwrap());
+        if self.commands {
+            self.memory.write(at[0], entry, false);
+            self.look(|space, view, budget, changes| space.synchronise_second(view, Span::of_log2(page, 12), true, budget, changes));
+        } else {
+            self.write(at[0], entry);
+        }
     }
 
     /// First IOVAs and access of what is told, which is what the naive reader finds.
@@ -120,12 +128,13 @@ const WRITABLE: fn(u64) -> u64 = |entry| entry | 2;
 #[test]
 fn a_table_that_cannot_be_written_any_more_and_can_again() {
     // What lacks a mark, in which table, and what is left once that cannot be written: nothing, or reads.
-    for (table, at, lacks, left) in [(0, 0, A, None), (1, 1, A, None), (2, 2, A, None), (3, 4, A, None), (3, 4, D, Some(false))] {
+    let all = [(0, 0, A, None), (1, 1, A, None), (2, 2, A, None), (3, 4, A, None), (3, 4, D, Some(false))];
+    for ((table, at, lacks, left), commands) in all.into_iter().flat_map(|one| [(one, false), (one, true)]) {
         let mut entries = tree();
         entries.push((TABLES[3], DATA | PAGE));
         entries[at].1 &= !lacks;
-        let mut case = vtd(&entries);
-        let what = format!("table {table} lacks {lacks:#x}");
+        let mut case = Case { commands, ..vtd(&entries) };
+        let what = format!("table {table} lacks {lacks:#x}, told by commands: {commands}");
         for _ in 0..2 {
             assert_eq!(case.told(&what), [(0, true)], "{what}");
             case.change_second(TABLES[table], READ_ONLY);

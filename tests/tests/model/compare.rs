@@ -208,9 +208,13 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// Something had no room.
+    /// Something had no room. What was blocked in a call that failed is not told.
     fn is_short(&self, space: &Space) -> bool {
-        self.setup.scarce.is_some() && (space.is_short || space.ioasid.stats().without_memory > 0)
+        let some = || {
+            let stats = space.ioasid.stats();
+            stats.without_memory > 0 || stats.blocked_entries > 0
+        };
+        self.setup.scarce.is_some() && (space.is_short || some())
     }
 
     /// What was there before, and is still to be there, does not go for want of room.

@@ -1,9 +1,10 @@
 //! What random guests found, or find too seldom.
 
+use stagecraft::ioasid::Strategy;
 use stagecraft_tests::reference::Access;
 use stagecraft_tests::reference::generate::Rng;
 use stagecraft_tests::reference::tables::riscv::Entries;
-use stagecraft_tests::reference::tables::{AmdV2, ArmHalf, ArmStage1, ArmStage2, RiscvFirst, S390, TableConfig, VtdSecond};
+use stagecraft_tests::reference::tables::{AmdV2, ArmHalf, ArmStage1, ArmStage2, Dart, Packing, RiscvFirst, S390, TableConfig, VtdSecond};
 
 use crate::coverage::Coverage;
 use crate::go_through;
@@ -136,4 +137,26 @@ fn pasids_of_tables_that_cannot_be_bound_as_they_are_are_converted() {
     let entries = Entries { output_bits: 34, svnapot: false, svpbmt: false, svrsw60t59b: false, hardware_update: true, big_endian: false };
     let attach = Operation::Attach { device: 0, pasid: 1, space: 0 };
     run(TableConfig::RiscvFirst(RiscvFirst { root: 0, levels: 2, entries }), &[0, 1, 2, 3], &[attach, map(0, 0, 8), TELL]);
+}
+
+/// Devices behind two units share areas, because one of them was to have a PASID; then each unit has a table again.
+#[test]
+fn areas_of_two_units_become_a_table_for_each() {
+    let dart = Dart { packing: Packing::Dart2, granule: 16384, levels: 2, input_bits: 32, output_bits: 34, roots: [Some(0), None, None, None] };
+    let attach = |device, pasid, space| Operation::Attach { device, pasid, space };
+    let operations = [map(0, 0, 8), TELL, attach(1, 1, 0), attach(2, 0, 1), Operation::Reconsider { space: 1 }];
+    // PASIDs go with a table of VT-d's.
+    for (host, second) in (1..4).flat_map(|host| (0..4).map(move |second| (host, second))) {
+        let setup = Setup { second: Some(second), devices: 3, spaces: 2, ..Setup::simple(host, How::Best) };
+        let coverage = Coverage::default();
+        let what = [host, second].map(|host| HOSTS[usize::from(host)]);
+        let session = Session::of(TableConfig::Dart(dart), None, setup, Rng::new(7), &coverage);
+        let played = session.and_then(|mut session| {
+            operations.iter().try_for_each(|operation| session.run(*operation).map(drop))?;
+            Ok((session.spaces[1].ioasid.strategies(), session.finish()?))
+        });
+        let (strategies, ()) = played.unwrap_or_else(|error| panic!("{what:?}: {error}"));
+        assert_eq!(strategies, [Strategy::Nested; 2], "{what:?}");
+        what.iter().for_each(|host| assert!(coverage.of(&format!("{} on {host}", Strategy::Areas)) > 0, "{what:?}: no areas"));
+    }
 }

@@ -6,7 +6,7 @@
 //! The same guests have a vIOMMU in a second test: they write structures and commands, and nobody calls an IOASID.
 //!
 //! `STAGECRAFT_SEEDS=n` runs n seeds per format instead of the few of the short run; a failure names its format and seed, and what proptest shrank it to.
-//! `STAGECRAFT_SEED=n` runs that one alone.
+//! `STAGECRAFT_SEED=n` runs that one alone, or with `STAGECRAFT_SEEDS` so many from that one on.
 #![allow(clippy::unwrap_used)]
 
 mod compare;
@@ -87,7 +87,7 @@ fn seed(what: &str, seed: u64, mix: u64, run: impl Fn(Setup, &[Operation]) -> Re
 /// Which seeds are run: that which was asked for, as many as were asked for, or a few.
 fn seeds(few: u64) -> std::ops::Range<u64> {
     match number("STAGECRAFT_SEED") {
-        Some(seed) => seed..seed + 1,
+        Some(seed) => seed..seed + number("STAGECRAFT_SEEDS").unwrap_or(1),
         None => 0..number("STAGECRAFT_SEEDS").unwrap_or(few),
     }
 }
@@ -163,11 +163,11 @@ fn assert_exercised(coverage: &Coverage, seeds: u64) {
     Operation::NAMES.iter().filter(|name| !matches!(**name, "fail")).for_each(|name| often(format!("operation {name}"), seeds / 2));
     Telling::ALL.iter().for_each(|telling| often(format!("telling {telling:?} something"), seeds));
     ["a root", "no table"].iter().for_each(|what| often(format!("switch to {what}"), seeds));
-    // What the host has less of than the guest is a small part. Areas can lie where a device that comes later must not translate: nothing else is refused.
+    // What the host has less of than the guest is a small part.
     let (compared, less) = (coverage.of("compared"), coverage.all("less: "));
     assert!(compared >= 20_000 * seeds && less < compared / 50, "{compared} compared, and {less} are less");
-    // A host that the guest moved to may have nothing of what the request allows.
-    let known = ["attachments refused: Iova", "attachments refused: Strategy", "switches refused: Iova", "switches refused: Strategy"];
+    // A host that the guest moved to may have nothing of what the request allows: nothing else is refused.
+    let known = ["attachments refused: Strategy", "switches refused: Strategy"];
     let known = known.map(|what| coverage.of(what)).iter().sum::<u64>();
     let refused = ["attachments refused", "switches refused", "better strategies refused"].map(|what| coverage.all(what)).iter().sum::<u64>();
     assert!(refused == known && refused < seeds, "{refused} refused, of which {known} are known to be");

@@ -36,6 +36,8 @@ impl Session<'_> {
                     return Ok(false);
                 }
                 self.devices[who.0].detach(who.1.map(Pasid)).map_err(|error| format!("detach: {error}"))?;
+                // The device may have got a better strategy.
+                self.had.clear();
                 Ok(true)
             }
             Operation::Memory { which } => self.memory(which).map(|()| true),
@@ -47,6 +49,7 @@ impl Session<'_> {
                     return Ok(false);
                 }
                 self.report(Some(space), result, "reconsider")?;
+                self.had.clear();
                 Ok(true)
             }
             Operation::Allocate { space } => {
@@ -94,6 +97,8 @@ impl Session<'_> {
             Err(error) => self.failed.push(format!("attach: {error}")),
             Ok(report) => {
                 self.attached.insert(who, space);
+                // What is made anew has room for other things, of who else had to make room as well.
+                self.had.clear();
                 self.report(Some(space), Ok(report), "attach")?;
                 if who.1.is_some() {
                     self.coverage.add(format!("PASIDs on {}", self.hardware.hosts()[who.0]));

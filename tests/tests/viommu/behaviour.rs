@@ -229,6 +229,28 @@ fn a_stream_goes_where_its_structures_say() {
     }
 }
 
+/// What is not present is cached under no domain's number, or under 0 (VT-d in caching mode, section 6.1), whichever domain was there before: a driver that puts a structure there says so.
+#[test]
+fn a_structure_takes_the_place_of_nothing_whichever_domain_was_there_before() {
+    for arch in Arch::ALL {
+        let mut rig = Rig::new(arch, Limits::default());
+        let root = rig.guest.new_table();
+        rig.guest.map_page(root, IOVA, DATA, true);
+        rig.guest.translate(ONE, root, 7);
+        rig.viommu.connect(ONE, false);
+        for (before, now) in [(7, 9), (9, 7)] {
+            assert_eq!(rig.reads(ONE, IOVA), Some(DATA), "{arch:?}");
+            rig.guest.abort(ONE);
+            rig.commands(&[arch.forget_device(ONE, before)]);
+            assert!(matches!(rig.state(ONE), StreamState::Blocked(_)), "{arch:?}: {:?}", rig.state(ONE));
+            rig.guest.translate(ONE, root, now);
+            rig.commands(&[arch.forget_device(ONE, 0)]);
+            assert!(matches!(rig.state(ONE), StreamState::Space(_)), "{arch:?}: {:?}", rig.state(ONE));
+        }
+        assert_eq!(rig.reads(ONE, IOVA), Some(DATA), "{arch:?}");
+    }
+}
+
 #[test]
 fn devices_of_one_domain_share_a_space() {
     for arch in Arch::ALL {

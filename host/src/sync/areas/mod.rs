@@ -20,7 +20,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use crate::kernel::handle::{Attachment, Device, Hwpt, Ioas, PageTable};
-use crate::kernel::{DeviceId, Errno, HwptFlags, HwptId, Pasid};
+use crate::kernel::{DeviceId, Errno, HwptFlags, HwptId, IovaRanges, Pasid};
 use crate::pins::{PAGE, Pins};
 use crate::sync::sink::{CommitError, Sink};
 use crate::table::Losses;
@@ -291,19 +291,22 @@ impl Areas {
         }
     }
 
-    /// Takes over what is attached to another page table, hitless where both translate the same.
+    /// Takes over what is attached to another page table, hitless where both translate the same. `usable` is where the device may have areas: the kernel only tells of
+    /// those that are attached already.
+    ///
+    /// Where the device must not translate what is mapped already, that is unmapped for all devices, as by [`Areas::attach`].
     ///
     /// # Errors
-    /// As [`Areas::attach`], and the attachment as it was. EADDRINUSE: the device must not translate some of what is mapped; detaching and [`Areas::attach`] is
-    /// the way then.
-    pub fn adopt(&mut self, mut attachment: Attachment, pasid: Option<Pasid>) -> Result<(), (Attachment, Errno)> {
+    /// As [`Areas::attach`], and the attachment as it was; what was unmapped for its sake comes back with the next commit. EADDRINUSE: areas lie outside of `usable`, or
+    /// the kernel has other ideas of it.
+    pub fn adopt(&mut self, mut attachment: Attachment, pasid: Option<Pasid>, usable: &IovaRanges) -> Result<(), (Attachment, Errno)> {
         if let Err(errno) = self.without_stale() {
             return Err((attachment, errno));
         }
-        let moved = self.page_table(&self.ioas, attachment.device(), &self.attached).and_then(|hwpt| {
-            let to = hwpt.as_ref().map_or(PageTable::Ioas(&self.ioas), PageTable::Hwpt);
-            attachment.replace(to).map(|()| hwpt)
-        });
+        let moved = match self.take_over(&mut attachment) {
+            Err(Errno::EADDRINUSE) => self.narrow(usable).and_then(|()| self.take_over(&mut attachment)),
+            moved => moved,
+        };
         match moved {
             Ok(hwpt) => {
                 self.attached.push(Attached { attachment, pasid, hwpt, behind: false });
@@ -312,6 +315,13 @@ impl Areas {
             }
             Err(errno) => Err((attachment, errno)),
         }
+    }
+
+    /// Puts an attachment on the IOAS that is in use; the page table that was made for it.
+    fn take_over(&self, attachment: &mut Attachment) -> Result<Option<Hwpt>, Errno> {
+        let hwpt = self.page_table(&self.ioas, attachment.device(), &self.attached)?;
+        attachment.replace(hwpt.as_ref().map_or(PageTable::Ioas(&self.ioas), PageTable::Hwpt))?;
+        Ok(hwpt)
     }
 
     /// Detaches: DMA of the device, or of its PASID, is blocked when this returns. False if it was not attached.

@@ -12,7 +12,7 @@ use super::fill::{copy, copy_range, count_lost};
 use super::{Areas, AreasError, Attached, Replaced};
 use crate::Span;
 use crate::kernel::handle::{Device, Hwpt, Ioas, PageTable};
-use crate::kernel::{Errno, Pasid};
+use crate::kernel::{Errno, IovaRanges, Pasid};
 use crate::pins::PAGE;
 
 impl Areas {
@@ -34,12 +34,30 @@ impl Areas {
 
     /// Attaches a device that must not translate some of what is mapped.
     pub(super) fn attach_narrowing(&mut self, device: &Device, pasid: Option<Pasid>) -> Result<(), Errno> {
-        let mut areas = AreaMap::new();
         let next = Ioas::alloc(self.pins.kernel())?;
         // Empty, it takes the device and says what that leaves. Nothing is lost: the device was blocked.
         let newcomer = self.put_on(&next, device, pasid, &[])?;
-        let answer = self.pins.kernel().ioas_iova_ranges(next.id())?;
-        let mut scope = Scope { ranges: answer.ranges, alignment: answer.alignment.max(PAGE), view: self.scope.view.clone() };
+        let usable = self.pins.kernel().ioas_iova_ranges(next.id())?;
+        self.narrowed(next, &usable, Some(newcomer))?;
+        self.query_ranges();
+        Ok(())
+    }
+
+    /// Has no areas outside of these any more, for somebody who is about to come.
+    pub(super) fn narrow(&mut self, usable: &IovaRanges) -> Result<(), Errno> {
+        let next = Ioas::alloc(self.pins.kernel())?;
+        self.narrowed(next, usable, None)?;
+        // If nobody comes after all, they are what they were.
+        self.ranges_unknown = true;
+        Ok(())
+    }
+
+    /// Has another IOAS, with what is usable for a newcomer, who may be on it, and for all who are attached.
+    fn narrowed(&mut self, next: Ioas, usable: &IovaRanges, newcomer: Option<Attached>) -> Result<(), Errno> {
+        // Declared in this order, as in `rebuild`.
+        let mut areas = AreaMap::new();
+        let (next, newcomer) = (next, newcomer);
+        let mut scope = Scope { ranges: usable.ranges.clone(), alignment: usable.alignment.max(PAGE), view: self.scope.view.clone() };
         if !self.attached.is_empty() {
             let both = |range: &Span| self.scope.ranges.iter().filter_map(|other| range.intersection(*other)).collect::<Vec<_>>();
             scope.ranges = scope.ranges.iter().flat_map(both).collect();
@@ -61,7 +79,7 @@ impl Areas {
         }
         lost.sort_unstable();
         lost.dedup();
-        self.swap(areas, next, Some(newcomer))?;
+        self.swap(areas, next, newcomer)?;
         self.scope = scope;
         for first in lost {
             let Some(wanted) = self.wanted.get(&first) else { continue };
@@ -75,7 +93,6 @@ impl Areas {
                 self.lost.insert(first);
             }
         }
-        self.query_ranges();
         Ok(())
     }
 

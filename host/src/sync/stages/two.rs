@@ -115,7 +115,12 @@ impl Two {
         }
         let moved = self.follow_second(look, |shadow, memory, budget, changes| shadow.synchronise_all(memory, second, budget, changes));
         let mut pages: BTreeMap<u64, Moved> = moved.into_iter().collect();
-        second.iter().for_each(|one| pages.extend(lock(&self.behind).tables(one.span).map(|page| (page, Moved::Elsewhere))));
+        for one in second {
+            // Where marks are another question now, the same entries are looked at as well.
+            for page in lock(&self.behind).tables(one.span) {
+                pages.entry(page).or_insert(Moved::Elsewhere);
+            }
+        }
         if pages.is_empty() && wanted.is_empty() {
             return;
         }
