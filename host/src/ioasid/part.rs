@@ -147,15 +147,6 @@ impl<S: Sink> Engine<S> {
     }
 }
 
-impl Engine<Nested<PoolTables, KernelCommitter>> {
-    /// What there was no memory for is asked for again, if the kernel, or the context, may have some by now.
-    fn ask_again(&mut self) {
-        if self.sink().table().memory().may_come() {
-            self.sink_mut().memory_added();
-        }
-    }
-}
-
 /// What a guest's structures give, with its formats opened.
 pub(super) fn way(context: &Inner, view: &GuestView) -> Result<Way, Error> {
     Way::of(&view.outcome, |config| context.open(config))
@@ -290,10 +281,7 @@ impl Part {
         match &mut self.host {
             Host::Kernel { .. } => Ok(structures(view, invalidations)),
             Host::Own(_, committer) => own(committer, view, invalidations),
-            Host::Table(_, engine) => {
-                engine.ask_again();
-                engine.invalidate(memory, invalidations)
-            }
+            Host::Table(_, engine) => engine.invalidate(memory, invalidations),
             Host::Areas(engine) => engine.invalidate(memory, invalidations),
         }
     }
@@ -302,10 +290,7 @@ impl Part {
         match &mut self.host {
             // Hardware reads the guest's table by itself.
             Host::Kernel { .. } | Host::Own(..) => Ok(Report::default()),
-            Host::Table(_, engine) => {
-                engine.ask_again();
-                engine.table_written(memory, address, length)
-            }
+            Host::Table(_, engine) => engine.table_written(memory, address, length),
             Host::Areas(engine) => engine.table_written(memory, address, length),
         }
     }
@@ -333,10 +318,7 @@ impl Part {
                 committer.forget_everything()?;
                 Ok(Report::default())
             }
-            Host::Table(_, engine) => {
-                engine.ask_again();
-                engine.memory_changed(memory)
-            }
+            Host::Table(_, engine) => engine.memory_changed(memory),
             Host::Areas(engine) => engine.memory_changed(memory),
         }
     }
@@ -345,10 +327,7 @@ impl Part {
         match &mut self.host {
             Host::Kernel { .. } => Ok(Report::default()),
             Host::Own(_, committer) => committer.forget_everything().map(|()| Report::default()).map_err(LiveError::Commit),
-            Host::Table(_, engine) => {
-                engine.ask_again();
-                engine.synchronise(memory)
-            }
+            Host::Table(_, engine) => engine.synchronise(memory),
             Host::Areas(engine) => engine.synchronise(memory),
         }
     }
@@ -385,10 +364,7 @@ impl Part {
     /// What there was no memory for is tried again; `told` are the maps of an address space that nobody follows.
     pub(super) fn offer(&mut self, told: &[Change]) -> Result<(), CommitError> {
         match &mut self.host {
-            Host::Table(_, engine) => {
-                engine.ask_again();
-                engine.offer(told)
-            }
+            Host::Table(_, engine) => engine.offer(told),
             Host::Kernel { .. } | Host::Own(..) | Host::Areas(_) => Ok(()),
         }
     }
@@ -399,10 +375,7 @@ impl Part {
             Host::Kernel { .. } => {}
             Host::Own(_, committer) if self.stale => committer.forget_everything()?,
             Host::Own(..) => {}
-            Host::Table(_, engine) => {
-                engine.ask_again();
-                engine.commit()?;
-            }
+            Host::Table(_, engine) => engine.commit()?,
             Host::Areas(engine) => engine.commit()?,
         }
         self.stale = false;

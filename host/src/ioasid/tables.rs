@@ -168,11 +168,6 @@ impl PoolTables {
         self.failure
     }
 
-    /// Whether what was refused last may be had another time.
-    pub(super) const fn may_come(&self) -> bool {
-        self.may_come
-    }
-
     fn grow(&mut self, least: u64) -> Option<()> {
         let bytes = self.next.max(least.checked_next_power_of_two()?);
         if self.bytes.checked_add(bytes)? > self.limit {
@@ -211,6 +206,10 @@ impl TableMemory for PoolTables {
             self.grow(bytes)?;
             self.chunks.get_mut(self.recent)?.1.allocate(bytes)
         })
+    }
+
+    fn may_come(&self) -> bool {
+        self.may_come
     }
 
     fn release(&mut self, table: Gpa, bytes: u64) {

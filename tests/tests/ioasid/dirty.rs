@@ -320,7 +320,7 @@ fn a_copy_of_pages_that_were_told_is_equal_in_the_end() {
             let ioasids = guests.each_ref().map(|guest| context.allocate(tracked(Request::guest(guest.view()))).unwrap());
             ioasids[0].attach(&device, None).unwrap();
             let dma = rig.sim.device("nic").unwrap();
-            let (stop, done) = (AtomicBool::new(false), AtomicU64::new(0));
+            let (stop, tried, done) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
             let now = || {
                 let mut bytes = vec![0_u8; (AREA.last - AREA.first + 1) as usize];
                 rig.memory.read_slice(&mut bytes, GuestAddress(DATA)).unwrap();
@@ -343,21 +343,20 @@ fn a_copy_of_pages_that_were_told_is_equal_in_the_end() {
                         if dma.write(None, Iova(iova + rng.below(512) * 8), &rng.number().to_le_bytes()).is_ok() {
                             done.fetch_add(1, Ordering::Relaxed);
                         }
+                        tried.fetch_add(1, Ordering::Relaxed);
                     }
                 });
                 let _end = Stop(&stop);
                 let mut life = Life { context: &context, device: &device, guests, ioasids, rng: Rng::new(seed) };
                 for step in 0..100 {
-                    let before = done.load(Ordering::Relaxed);
                     life.step();
                     if step % 4 == 0 {
                         catch_up(step % 3 != 0);
                     }
                     // In between something is written, if anything can be.
-                    for _ in 0..20 {
-                        if done.load(Ordering::Relaxed) == before {
-                            std::thread::yield_now();
-                        }
+                    let before = tried.load(Ordering::Relaxed);
+                    while tried.load(Ordering::Relaxed) < before + 20 {
+                        std::thread::yield_now();
                     }
                 }
                 // The IOASIDs go, with what they know.

@@ -19,6 +19,11 @@ pub trait TableMemory: Send {
     /// Takes back what [`TableMemory::allocate`] gave. Nobody reads it any more.
     fn release(&mut self, table: Gpa, bytes: u64);
 
+    /// What [`TableMemory::allocate`] last had no memory for may be had another time, although nothing is given back meanwhile: it is worth asking again.
+    fn may_come(&self) -> bool {
+        false
+    }
+
     /// Writes the entries of a table that no entry leads to yet.
     fn fill(&mut self, table: Gpa, layout: EntryLayout, entries: &[u64]);
 

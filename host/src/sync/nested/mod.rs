@@ -369,12 +369,7 @@ impl<M: TableMemory> NestedTable<M> {
     /// As [`Sink::wants`] says.
     #[must_use]
     pub fn wants(&self) -> Option<Span> {
-        self.refused.as_slice().first().copied().filter(|_| self.released)
-    }
-
-    /// There is memory again that was not given back by this table: what was refused is wanted.
-    pub const fn memory_added(&mut self) {
-        self.released = true;
+        self.refused.as_slice().first().copied().filter(|_| self.released || self.memory.may_come())
     }
 
     /// As [`Sink::offer`] says.
@@ -635,11 +630,6 @@ impl<M: TableMemory, C: Committer> Nested<M, C> {
     /// The table.
     pub const fn table(&self) -> &NestedTable<M> {
         &self.table
-    }
-
-    /// As [`NestedTable::memory_added`].
-    pub const fn memory_added(&mut self) {
-        self.table.memory_added();
     }
 
     /// Whoever invalidates.
