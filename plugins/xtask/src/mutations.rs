@@ -118,7 +118,7 @@ fn copy_to(root: &Path, copy: &Path) -> Result<()> {
 
 /// Builds these tests in the copy and runs them, until one fails.
 fn judge(copy: &Path, tests: &BTreeSet<&str>) -> Result<Verdict> {
-    // The whole workspace chooses the features, as where all is tested: its dependencies are built once.
+    // The whole workspace chooses the features, so that all tests share what is built; but for the library's own package, whose command would be built each time.
     let mut command = Command::new("cargo");
     command.args(["test", "--workspace", "--exclude", "stagecraft", "--no-run"]).current_dir(copy);
     tests.iter().for_each(|test| _ = command.args(["--test", test]));
