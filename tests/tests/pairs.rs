@@ -25,7 +25,8 @@ fn pieces(unit: u8, random: &mut Random) -> Vec<Piece> {
     let kinds = [write, read, write, read.with(Attributes::EXECUTE)];
     // From the end of one page table to well into the next ones.
     let mut iova = 0x4000_0000 + (random.below(512) << unit);
-    let (gaps, stretches, wide) = (random.below(3) * 5, random.below(4) * 3, random.below(3) == 0);
+    let (gaps, stretches, wide, far) = (random.below(3) * 5, random.below(4) * 3, random.below(3) == 0, random.below(4) == 0);
+    let mut is_far = false;
     let mut pieces = Vec::new();
     for _ in 0..300 + random.below(500) {
         if random.below(100) < gaps {
@@ -40,6 +41,11 @@ fn pieces(unit: u8, random: &mut Random) -> Vec<Piece> {
             0x8000_0000 + (random.below(0x4000_0000) & !0xff_ffff) + if alike == 0 { random.below(4096) << unit & 0xff_ffff } else { alike };
         if wide && random.below(40) == 0 {
             address |= 1 << (32 + random.below(6));
+        }
+        // What is far comes in stretches, so that there are runs of it.
+        is_far = far && is_far != (random.below(60) == 0);
+        if is_far {
+            address |= 1 << 50;
         }
         let kind = if random.below(30) == 0 { random.below(4) } else { u64::from(random.below(4) == 0) };
         pieces.push(Piece { iova: Span { first: iova, last: iova + (pages << unit) - 1 }, address, attributes: kinds[kind as usize] });
@@ -112,7 +118,13 @@ impl Visitor for Slowly<'_, '_> {
 /// All of memory, and one with holes that some targets fall into.
 fn maps() -> [MemoryMap; 2] {
     let ram = |first, last| Region { kind: Kind::Ram, span: Span { first, last } };
-    let regions = vec![ram(0x1000_0000, 0x1fff_ffff), ram(0x8000_0000, 0x9fff_ffff), ram(0xa100_0000, 0xb765_4fff), ram(0xb800_0000, 0x7f_ffff_ffff)];
+    let regions = vec![
+        ram(0x1000_0000, 0x1fff_ffff),
+        ram(0x8000_0000, 0x9fff_ffff),
+        ram(0xa100_0000, 0xb765_4fff),
+        ram(0xb800_0000, 0x7f_ffff_ffff),
+        ram(1 << 50, (1 << 50 | 1 << 40) - 1),
+    ];
     [MemoryMap::everything(52), MemoryMap::new(regions).unwrap()]
 }
 
@@ -151,7 +163,7 @@ fn what_is_walked_is_what_was_mapped() {
     let [everything, holes] = maps();
     for side in SIDES {
         let mut compared = 0;
-        for unit in [12, 14, 16, 16] {
+        for unit in [12, 14, 16, 16, 12, 14, 16, 16] {
             let pieces = pieces(unit, &mut random);
             let made = Made::of(side, &pieces);
             if made.built.losses.refused_bytes() > 0 {

@@ -23,6 +23,8 @@ const RAM: u64 = 0x4000_0000;
 const BYTES: u64 = 16 << 20;
 /// A second part of it, behind a hole.
 const HIGH: u64 = 0x8000_0000;
+/// A third, which only some formats reach; nobody reads there.
+const FAR: u64 = 1 << 50;
 /// Where tables are built, low enough for entries of 4 bytes.
 const TARGET: u64 = 0xc000_0000;
 
@@ -34,7 +36,7 @@ fn open((format, settings): Side, roots: &[(String, Gpa)]) -> Box<dyn Format> {
 
 fn map() -> MemoryMap {
     let ram = |first: u64| Region { kind: Kind::Ram, span: Span { first, last: first + BYTES - 1 } };
-    MemoryMap::new(vec![ram(RAM), ram(HIGH)]).unwrap()
+    MemoryMap::new(vec![ram(RAM), ram(HIGH), ram(FAR)]).unwrap()
 }
 
 /// A guest's tables of one format in its memory, for pages of `2^unit` bytes: like those of drivers, and then damaged in places.
@@ -45,7 +47,7 @@ fn guest(format: Side, unit: u8, random: &mut Random) -> (GuestMemoryMmap, Vec<(
     for _ in 0..if unit == 16 { 60 } else { 140 } {
         // As much as a table each: full, sparse, contiguous, of one kind or of several.
         let (holes, readers, contiguous) = (random.below(4), random.below(4), random.below(8) == 0);
-        let start = if random.below(3) == 0 { HIGH } else { RAM };
+        let start = [RAM, RAM, RAM, RAM, HIGH, HIGH, FAR][random.below(7) as usize];
         for page in 0..512_u64 {
             let hole = match holes {
                 0 => random.below(20) != 0,

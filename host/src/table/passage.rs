@@ -11,11 +11,14 @@ use crate::table::recode::{Expected, Form, Group, merge, recode_expected, recode
 /// So many bytes of the next table are asked for early. The processor sees by itself how a table goes on; what it does not see is where it starts.
 pub(super) const START: u64 = 1024;
 
-/// A table that does not follow in memory is asked for whole, in three parts: where the first ends,
-pub(super) const BEGINNING: u64 = 1024;
+/// A table that does not follow in memory is asked for in three parts: where the first ends, in eighths of its bytes,
+pub(super) const FIRST: u64 = 2;
 
-/// and the second.
-pub(super) const MIDDLE: u64 = 2560;
+/// where the second does,
+pub(super) const SECOND: u64 = 5;
+
+/// and the third.
+pub(super) const ALL: u64 = 8;
 
 /// Fewer entries than this are not worth a try.
 pub(super) const FEWEST: usize = 64;

@@ -12,7 +12,7 @@ use crate::table::format::{FaultKind, Finding, Format, FormatError, Meaning, Mis
 use crate::table::geometry::{AddressField, Geometry, Nonsense, Root};
 use crate::table::lanes::{Pattern, Scanned, all_in_place_within, all_within, repeated, run_length, scan};
 use crate::table::leaves::{Kinds, Piece, Run};
-use crate::table::passage::{BEGINNING, FEWEST, MIDDLE, Misses, START, Usual};
+use crate::table::passage::{ALL, FEWEST, FIRST, Misses, SECOND, START, Usual};
 use crate::table::remember::{Judge, JudgeError, LevelPlan, Plan, Remembered};
 use crate::table::visit::{Cause, FaultAt, Step, Visitor};
 use crate::{Attributes, Gpa, Iova, Span};
@@ -316,13 +316,14 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
             };
             self.visitor.table();
             let more = index + count <= last;
-            let [next, second] = if more { [Some(address.wrapping_add(PAGE)), None] } else { place.ahead };
-            self.expect((Some(address), next), BEGINNING..MIDDLE);
+            let length = count * bytes;
+            let [next, second] = if more { [Some(address.wrapping_add(length)), None] } else { place.ahead };
+            self.expect((Some(address), next), length, FIRST..SECOND);
             match self.read(address, entries) {
                 Ok(()) => {
-                    self.expect((Some(address), next), MIDDLE..PAGE);
+                    self.expect((Some(address), next), length, SECOND..ALL);
                     let told = self.pass(place, index, entries, here)?;
-                    self.expect((next, second), 0..BEGINNING);
+                    self.expect((next, second), length, 0..FIRST);
                     if told < entries.len() {
                         let next = index + told as u64;
                         let rest = Span { first: here.first.max(place.base + (next << lsb)), ..here };
@@ -389,27 +390,30 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
         Ok(())
     }
 
-    /// Tells the processor that a part of the page at `ahead` will be read soon, if it is near what was read last; `before` is the page that is read before it.
+    /// Tells the processor that a part of the `length` bytes at `ahead` will be read soon, if they are near what was read last; as many at `before` are read before.
     ///
     /// How a page goes on, and that the next one in memory follows, the processor sees by itself: it is told of the beginning. A page that is somewhere else is
     /// asked for whole: the first part before the last page but one is done with, the second before the last is read, and the third before that is looked at. All at
     /// once would have to wait.
     #[inline]
-    fn expect(&self, (before, ahead): (Option<u64>, Option<u64>), part: Range<u64>) {
+    fn expect(&self, (before, ahead): (Option<u64>, Option<u64>), length: u64, part: Range<u64>) {
         let Some(ahead) = ahead else { return };
-        if before.is_none_or(|before| before.wrapping_add(PAGE) != ahead) {
-            self.near(ahead).expect_later(part.start, part.end - part.start);
-        } else if part.end == PAGE {
-            self.near(ahead).expect(0, START);
+        if before.is_none_or(|before| before.wrapping_add(length) != ahead) {
+            let (first, next) = (length / ALL * part.start, length / ALL * part.end);
+            self.near(ahead).expect_later(first, next - first);
+        } else if part.end == ALL {
+            self.near(ahead).expect(0, START.min(length));
         }
     }
 
-    /// The tables that `entries` point to first, as far as they are like the one before, `known`. The second counts only if it does not follow the first in memory.
+    /// The tables of level kind `below` that `entries` point to first, as far as they are like the one before, `known`. The second counts only if it does not follow
+    /// the first in memory.
     #[inline]
-    fn tables_ahead(&self, entries: &[u64], known: &Remembered, field: &AddressField) -> [Option<u64>; 2] {
+    fn tables_ahead(&self, entries: &[u64], below: u8, known: &Remembered, field: &AddressField) -> [Option<u64>; 2] {
         let table = |entry: u64| (entry & known.mask == known.pattern).then(|| field.extract(entry));
+        let bytes = self.plan.levels.get(usize::from(below)).map_or(PAGE, |below| below.entries() * u64::from(self.layout.bytes));
         match *entries {
-            [next, second, ..] if second.wrapping_sub(next) != PAGE => [table(next), table(second)],
+            [next, second, ..] if second.wrapping_sub(next) != bytes => [table(next), table(second)],
             [next, ..] => [table(next), None],
             [] => [None; 2],
         }
@@ -486,7 +490,7 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
                 Meaning::Table { next, inherited } => {
                     self.set_step(index + at as u64, Some(entry));
                     let field = level.field(known.shape);
-                    let ahead = self.tables_ahead(&entries[at + 1..], &known, field);
+                    let ahead = self.tables_ahead(&entries[at + 1..], next.level, &known, field);
                     let below = Place { level: next.level, table: field.extract(entry), base: slot.first, inherited, ahead };
                     match self.next_table(place, below, slot, part, (u64::from(next.first), last_index(next.last)))? {
                         Found::Told => 1,

@@ -36,6 +36,9 @@ pub(super) struct Prepared {
     split_log2: u8,
     table_entries: u64,
     absent: u64,
+    /// The last byte that the target's pages can lead to.
+    farthest: u64,
+    /// The same for addresses that move so: bits that none of them had were left out.
     last_address: u64,
     /// How addresses move.
     moves: Vec<Move>,
@@ -110,6 +113,11 @@ impl Prepared {
         let attributes = run.kinds.attributes();
         size_log2 == run.size_log2 && first == attributes[0] && (second == attributes[1] || run.kinds.is_one()) && self.field == *run.field
     }
+
+    /// Bits of addresses were left out that `run` may have.
+    const fn falls_short(&self, run: &Run<'_>) -> bool {
+        run.within.last > self.last_address && run.within.last <= self.farthest
+    }
 }
 
 impl Builder<'_> {
@@ -119,7 +127,7 @@ impl Builder<'_> {
         if self.leaves_out(span) {
             return self.map_pieces(run);
         }
-        let known = self.prepared.take_if(|known| known.serves(run) && self.windows[known.window].holds(span));
+        let known = self.prepared.take_if(|known| known.serves(run) && !known.falls_short(run) && self.windows[known.window].holds(span));
         let prepared = match known {
             Some(known) => known,
             None => match self.prepare(run, span)? {
@@ -224,10 +232,11 @@ impl Builder<'_> {
         let parts: Option<Vec<u64>> = (0..1 << split_log2).map(|part: u64| leaf.field.insert(part << slot & !low_bits(size))).collect();
         let Some(parts) = parts else { return Ok(None) };
         let lines = recode::lines(&parts);
-        let last_address = leaf.last_address.min(other.last_address);
-        let moves = run.field.to(&leaf.field);
+        let farthest = leaf.last_address.min(other.last_address);
+        let (moves, reach) = needed(run.field.to(&leaf.field), run.field, run.within.last);
+        let last_address = farthest.min(reach);
         let in_memory_order = self.layout.bytes == 8 && (self.layout.order == ByteOrder::Big) == cfg!(target_endian = "big");
-        let in_place = run.field.is_in_place() && leaf.field.is_in_place() && in_memory_order && split_log2 == 0;
+        let in_place = run.field.is_in_place() && moves.iter().all(|one| one.turn == 0) && in_memory_order && split_log2 == 0;
         let (from, field, leaves) = ((run.size_log2, attributes), run.field.clone(), [leaf, other]);
         Ok(Some(Box::new(Prepared {
             from,
@@ -238,6 +247,7 @@ impl Builder<'_> {
             split_log2,
             table_entries,
             absent,
+            farthest,
             last_address,
             moves,
             parts,
@@ -533,6 +543,18 @@ const fn is_large(slots: u64, table_entries: u64) -> bool {
 /// Whether parts of a table of `bytes` bytes are written past the cache as they come: tables of more than a page are not staged.
 pub(super) const fn goes_past_cache(bytes: u64, before: u64) -> bool {
     bytes > PAGE && before >= crate::table::stage::IN_PLACE && lanes::STREAMS
+}
+
+/// What of `moves`, from entries with `field`, must be done with addresses up to `last`; and the last address for which it is enough.
+fn needed(moves: Vec<Move>, field: &AddressField, last: u64) -> (Vec<Move>, u64) {
+    let bits_of = |one: &Move| field.extract(one.mask);
+    let used = u64::MAX.checked_shr(last.leading_zeros()).unwrap_or(0);
+    if moves.iter().all(|one| bits_of(one) & used == 0) {
+        return (moves, u64::MAX);
+    }
+    let (needed, spare): (Vec<Move>, Vec<Move>) = moves.into_iter().partition(|one| bits_of(one) & used != 0);
+    let reach = spare.iter().map(|one| !u64::MAX.checked_shl(bits_of(one).trailing_zeros()).unwrap_or(0)).min();
+    (needed, reach.unwrap_or(u64::MAX))
 }
 
 /// The bits of entries that are address bits below a page of `2^size` bytes.
