@@ -50,7 +50,7 @@ fn no_device_reaches_memory_that_went_and_all_reach_what_came() {
                 guest.map(0x2000, HOTPLUGGED + 0x3000, true);
                 let context = Context::with(Setup { memory: memory(&rig, None), ..rig.setup() }).unwrap();
                 let device = context.connect("nic").unwrap();
-                let ioasid = context.allocate(Request::guest(guest.view()).with_strategies(&[strategy])).unwrap();
+                let ioasid = context.allocate(Request::guest(guest.view()).with_strategies(&[strategy, Strategy::Software])).unwrap();
                 let managed = context.allocate(Request::managed()).unwrap();
                 let bypass = context.allocate(Request::guest(GuestView { outcome: Outcome::Bypass, id: 0 })).unwrap();
                 ioasid.attach(&device, None).unwrap();
