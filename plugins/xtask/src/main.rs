@@ -59,7 +59,7 @@ const USAGE: &str = "usage: cargo xtask plugins [NAME ...]    build the plugins 
        cargo xtask test [--strict]       formatting, lints, documentation, plugins and all tests; says at the end what was skipped. --strict
                                          refuses to skip anything; with CI in the environment, missing tools are refused
        cargo xtask demo                  inspect, convert, draw and guess the snapshot of a real guest
-       cargo xtask mutations [TEXT]      take pieces out of the code, those whose names have TEXT: some test must fail each time. Long";
+       cargo xtask mutations [TEXT ...]  take pieces out of the code, those whose names have one of TEXT: some test must fail each time. Long";
 
 fn main() -> ExitCode {
     match run() {
@@ -87,7 +87,7 @@ fn run() -> Result<()> {
             check::run(&root, strict)
         }
         Some("demo") => demo::run(&root),
-        Some("mutations") => mutations::run(&root, arguments.next().as_deref()),
+        Some("mutations") => mutations::run(&root, &arguments.collect::<Vec<_>>()),
         Some(other) => bail!("no such task `{other}`\n{USAGE}"),
         None => bail!("which task?\n{USAGE}"),
     }

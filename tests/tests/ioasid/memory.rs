@@ -50,10 +50,13 @@ fn no_device_reaches_memory_that_went_and_all_reach_what_came() {
                 guest.map(0x2000, HOTPLUGGED + 0x3000, true);
                 let context = Context::with(Setup { memory: memory(&rig, None), ..rig.setup() }).unwrap();
                 let device = context.connect("nic").unwrap();
-                let ioasid = context.allocate(Request::guest(guest.view()).with_strategies(&[strategy])).unwrap();
+                let ioasid = context.allocate(Request::guest(guest.view()).with_strategies(&[strategy, Strategy::Software])).unwrap();
                 let managed = context.allocate(Request::managed()).unwrap();
                 let bypass = context.allocate(Request::guest(GuestView { outcome: Outcome::Bypass, id: 0 })).unwrap();
                 ioasid.attach(&device, None).unwrap();
+                // Where emulated devices get.
+                let lookup = ioasid.lookup().unwrap();
+                let found = || lookup.find(stagecraft::Iova(0x2000)).map(|target| target.address.0);
                 let access = Access { read: true, write: true };
                 let span = Span { first: 0x9000, last: 0x9fff };
                 for round in 0..3 {
@@ -63,6 +66,7 @@ fn no_device_reaches_memory_that_went_and_all_reach_what_came() {
                     assert!(matches!(managed.map(span, Target::Guest(Gpa(HOTPLUGGED)), access), Err(Error::NotMemory(_))), "{what}");
                     context.memory_changed(memory(&rig, Some(&more))).unwrap();
                     assert_eq!((rig.dma("nic", 0x1000), reaches(&rig, 0x2000, &more)), (Some(DATA), true), "{what}: it came");
+                    assert_eq!(found(), Some(HOTPLUGGED + 0x3000), "{what}: lookups as well");
                     managed.map(span, Target::Guest(Gpa(HOTPLUGGED + 0x3000)), access).unwrap();
                     managed.replace(&device, None).unwrap();
                     assert!(reaches(&rig, 0x9000, &more), "{what}");
@@ -72,6 +76,7 @@ fn no_device_reaches_memory_that_went_and_all_reach_what_came() {
                     assert!(reaches(&rig, 0x2000, &more), "{what}");
                     context.memory_changed(memory(&rig, None)).unwrap();
                     assert_eq!((rig.dma("nic", 0x1000), reaches(&rig, 0x2000, &more)), (Some(DATA), false), "{what}: it went");
+                    assert_eq!(found(), None, "{what}: lookups as well");
                     assert_eq!(managed.stats().mappings, 0, "{what}: what led there went with it");
                     managed.replace(&device, None).unwrap();
                     assert!(!reaches(&rig, 0x9000, &more), "{what}");

@@ -6,7 +6,8 @@
 //! The same guests have a vIOMMU in a second test: they write structures and commands, and nobody calls an IOASID.
 //!
 //! `STAGECRAFT_SEEDS=n` runs n seeds per format instead of the few of the short run; a failure names its format and seed, and what proptest shrank it to.
-//! `STAGECRAFT_SEED=n` runs that one alone, or with `STAGECRAFT_SEEDS` so many from that one on.
+//! `STAGECRAFT_SEED=n` runs that one alone, or with `STAGECRAFT_SEEDS` so many from that one on. `STAGECRAFT_FIRST=1` ends with the first failure, as it was found:
+//! for whoever only wants to know whether there is one.
 #![allow(clippy::unwrap_used)]
 
 mod compare;
@@ -66,13 +67,18 @@ fn queue(arch: Arch, setup: Setup, operations: &[Operation], coverage: &Coverage
     front.finish()
 }
 
+/// Whether the first failure is enough, and need not be shrunk.
+fn is_first_enough() -> bool {
+    number("STAGECRAFT_FIRST").is_some_and(|number| number != 0)
+}
+
 /// One seed; what failed, in as few operations as could be found.
 fn seed(what: &str, seed: u64, mix: u64, run: impl Fn(Setup, &[Operation]) -> Result<(), String>) -> Result<(), String> {
     let config = Config {
         cases: 1,
         failure_persistence: None,
         rng_seed: RngSeed::Fixed(seed ^ mix << 32),
-        max_shrink_iters: 2048,
+        max_shrink_iters: if is_first_enough() { 0 } else { 2048 },
         max_shrink_time: 60_000,
         ..Config::default()
     };
@@ -95,12 +101,15 @@ fn seeds(few: u64) -> std::ops::Range<u64> {
 /// Runs all on two threads; what failed.
 fn each<T: Copy + Sync>(all: &[(T, u64)], run: impl Fn(T, u64) -> Result<(), String> + Sync) -> Vec<String> {
     let next = AtomicUsize::new(0);
+    let most = if is_first_enough() { 0 } else { 3 };
     let work = || {
         let mut failed = Vec::new();
         while let Some((of, number)) = all.get(next.fetch_add(1, Ordering::Relaxed)) {
             // A long run says it at once.
             failed.extend(run(*of, *number).inspect_err(|error| println!("{error}")).err());
-            if failed.len() > 3 {
+            if failed.len() > most {
+                // Nobody begins another one if that was enough.
+                next.fetch_add(if most == 0 { all.len() } else { 0 }, Ordering::Relaxed);
                 break;
             }
         }
