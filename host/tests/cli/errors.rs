@@ -179,15 +179,19 @@ fn a_missing_page_of_a_device() {
 #[test]
 fn a_member_of_the_wrong_kind() {
     let members = [
-        ("devices", json!(["0x38"]), "invalid type: string \"0x38\", expected a device: an object with `label` and `id` at line "),
-        ("memory", json!([7]), "invalid type: integer `7`, expected a memory range: an object with `kind`, `first` and `last` at line "),
-        ("unit", json!("arm-smmuv3"), "invalid type: string \"arm-smmuv3\", expected a unit: an object with `kind` and `registers` at line "),
+        ("devices", json!(["0x38"]), "devices[0]: invalid type: string \"0x38\", expected a device: an object with `label` and `id` at line "),
+        ("memory", json!([7]), "memory[0]: invalid type: integer `7`, expected a memory range: an object with `kind`, `first` and `last` at line "),
+        ("unit", json!("arm-smmuv3"), "unit: invalid type: string \"arm-smmuv3\", expected a unit: an object with `kind` and `registers` at line "),
         (
             "tables",
             json!([null]),
-            "invalid type: null, expected a stream: an object with `id`, and `format`, `root` and `settings`, or a `state` at line ",
+            "tables[0]: invalid type: null, expected a stream: an object with `id`, and `format`, `root` and `settings`, or a `state` at line ",
         ),
-        ("domains", json!([1.5]), "invalid type: floating point `1.5`, expected a domain: an object with `id`, `endpoints` and `mappings` at line "),
+        (
+            "domains",
+            json!([1.5]),
+            "domains[0]: invalid type: floating point `1.5`, expected a domain: an object with `id`, `endpoints` and `mappings` at line ",
+        ),
         ("unit", json!({"registers": {}}), "`unit` without a `kind`, such as `intel-vtd`"),
         ("devices", json!(null), "missing field `devices`: a list of `label` and `id`"),
     ];
