@@ -155,6 +155,9 @@ fn a_missing_page() {
     assert_eq!(names(copy.path.parent().unwrap()), ["arm64-s1-4k"], "nothing is written");
 }
 
+/// A unit that takes first-stage tables, as `offers` is told of it.
+const VTD: &str = "1:ffffffffffffffffffffffffffffffffffffffffffffffff";
+
 /// A device's own structures, too: a device whose stream table entry is missing is not one that is blocked.
 #[test]
 fn a_missing_page_of_a_device() {
@@ -171,7 +174,9 @@ fn a_missing_page_of_a_device() {
     assert_eq!(found.status, 2);
     assert!(found.json()["streams"][0]["reason"].as_str().unwrap().contains("the snapshot lacks page"));
     let out = copy.path.join("../out").to_str().unwrap().to_owned();
-    refused_with(&["convert", copy.path(), "--to", "arm-smmuv3/stage1", "--out", &out], &format!("the snapshot lacks page {page:#x}"));
+    let line = format!("the snapshot is not complete: it lacks page {page:#x}, which the tables of device 0x0 (0000:00:00.0) need");
+    refused(&["convert", copy.path(), "--to", "arm-smmuv3/stage1", "--out", &out], &line);
+    refused(&["offers", VTD, copy.path()], &line);
     assert_eq!(names(copy.path.parent().unwrap()), ["vtd-sm-fs"]);
 }
 
