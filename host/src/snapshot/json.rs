@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::fs::File;
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::path::Path;
 
 use rustix::fs::{Mode, OFlags};
@@ -166,7 +166,7 @@ impl Snapshot {
 fn read(path: &Path, source: impl FnOnce(Option<Unit1>, Option<Vec<Table1>>, bool) -> Result<Source, String>) -> Result<Snapshot, SnapshotError> {
     let json_path = path.join("snapshot.json");
     let pages_path = path.join("pages.bin");
-    if std::fs::symlink_metadata(&json_path).is_err() && path.exists() {
+    if std::fs::symlink_metadata(&json_path).is_err_and(|error| error.kind() == ErrorKind::NotFound) && path.exists() {
         return Err(SnapshotError::invalid(path, "not a snapshot: there is no snapshot.json in it"));
     }
     let json = read_json(&json_path)?;
@@ -196,7 +196,7 @@ fn read(path: &Path, source: impl FnOnce(Option<Unit1>, Option<Vec<Table1>>, boo
         return Err(invalid(format!("page {:#x} is listed twice", pair[0].0)));
     }
     // Without tables there need not be a file of pages.
-    let none = pages.is_empty() && matches!(source, Source::Domains(_)) && !pages_path.exists();
+    let none = pages.is_empty() && std::fs::symlink_metadata(&pages_path).is_err_and(|error| error.kind() == ErrorKind::NotFound);
     let memory = if none { memory::PageFile::default().memory() } else { read_pages(&pages_path, &pages)? };
     Ok(Snapshot { description: file.description, source, map, devices, memory, pages: pages.len() as u64 })
 }

@@ -208,3 +208,23 @@ fn a_plugin_whose_name_is_no_text() {
     fs::remove_file(out.join(OsStr::from_bytes(b"\xff.wasm"))).unwrap();
     run(&["formats", "--plugins", path]).good();
 }
+
+/// A guest without tables needs no file of pages, however it says so.
+#[test]
+fn a_guest_without_tables_has_no_pages() {
+    let out = folder("no-pages");
+    let path = out.to_str().unwrap();
+    let guest = |member: &str, value: Value| {
+        let mut guest = json!({"version": 1, "memory": [{"kind": "ram", "first": 0, "last": "0xffff"}], "devices": [{"label": "a", "id": 8}]});
+        guest.as_object_mut().unwrap().extend([("page_size".to_owned(), json!(4096)), ("pages".to_owned(), json!([])), (member.to_owned(), value)]);
+        fs::write(out.join("snapshot.json"), guest.to_string()).unwrap();
+        run(&["inspect", path, "--format", "json"]).good().json()["streams"][0]["state"].clone()
+    };
+    assert_eq!(guest("tables", json!([{"id": 8, "state": "bypass"}])), "bypass");
+    assert_eq!(guest("tables", json!([])), "blocked");
+    // Disabled, and requests pass by GBPA's reset value.
+    let registers = json!({"IDR0": 0x2, "IDR1": 8, "IDR5": 0x75, "CR0": 0, "STRTAB_BASE": 0, "STRTAB_BASE_CFG": 0, "GBPA": 0});
+    assert_eq!(guest("unit", json!({"kind": "arm-smmuv3", "registers": registers})), "bypass");
+    symlink("nowhere", out.join("pages.bin")).unwrap();
+    refused(&["inspect", path], &format!("{path}/pages.bin: No such file or directory (os error 2)"));
+}
