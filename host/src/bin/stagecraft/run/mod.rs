@@ -86,7 +86,7 @@ pub fn run(global: &Global, arguments: &Arguments) -> Result<Status> {
     let report = Report::new(&scenario, &machine, played, arguments.out.as_deref());
     let (objects, pinned, areas) = machine.end();
     if let Some(out) = &arguments.out {
-        write_whole(out, &timeline::draw(&scenario, &report))?;
+        write_whole(out, timeline::draw(&scenario, &report))?;
     }
     report.print(global.json())?;
     if let Some(violation) = &report.played.violation {
