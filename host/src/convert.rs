@@ -256,10 +256,7 @@ pub fn convert(
     check_settings(&plugin, target)?;
     // Refuses settings that make no sense even where there is nothing to convert.
     plugin.instantiate()?.suggest(&target.format, &target.settings, &Need::default())?;
-    // A device whose own structures cannot be read is not one that is blocked.
-    if let Some((page, id)) = streams.iter().find_map(|stream| Some((stream.missing?, stream.id))) {
-        return Err(ConvertError::MissingPage { page: page.0 & !(crate::memory::PAGE - 1), id });
-    }
+    check_whole(streams)?;
     let groups = groups(streams);
     let format = plugin.open(&suggested(&plugin, target, &Need { last_address: highest(guest.map()), ..Need::default() })?)?;
     let bits = table_bits(format, &target.format)?;
@@ -292,6 +289,14 @@ pub fn convert(
     }
     let map = with_tables(guest.map(), &arena);
     Ok(Conversion { tables, streams: entries, arena, map })
+}
+
+/// Refuses a stream whose own structures lack a page: it is not one that is blocked.
+pub(crate) fn check_whole(streams: &[StreamState]) -> Result<(), ConvertError> {
+    match streams.iter().find_map(|stream| Some((stream.missing?, stream.id))) {
+        Some((page, id)) => Err(ConvertError::MissingPage { page: page.0 & !(crate::memory::PAGE - 1), id }),
+        None => Ok(()),
+    }
 }
 
 /// The first of some streams that go the same way, and all of them: id and PASID.

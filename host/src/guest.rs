@@ -110,6 +110,16 @@ pub enum GuestError {
         /// Why.
         error: OpenError,
     },
+    /// The same of a table that the snapshot lists for a device.
+    #[error("the table of device {id:#x}{}: {error}", pasid.map_or(String::new(), |pasid| format!(" PASID {pasid:#x}")))]
+    Listed {
+        /// The device.
+        id: u64,
+        /// The PASID.
+        pasid: Option<u32>,
+        /// What is wrong with its table.
+        error: Box<GuestError>,
+    },
     /// A walk ended early.
     #[error(transparent)]
     Walk(#[from] WalkError),
@@ -294,16 +304,19 @@ impl<'a> Guest<'a> {
         &self.snapshot.map
     }
 
-    /// All streams: each device, and after it its PASIDs, sorted by id.
+    /// All streams: each device, and after it its PASIDs, sorted by id; as many as a plugin lists for a device. Where a page of that list is missing, it
+    /// is missing for the device.
     ///
     /// # Errors
     /// A plugin refuses the registers or fails, or a budget is spent.
     pub fn streams(&self) -> Result<Vec<StreamState>, GuestError> {
         let mut streams = Vec::new();
         for device in &self.snapshot.devices {
-            streams.push(self.stream(device.id, None)?);
-            let pasids = self.pasids(device.id)?.value;
-            for pasid in pasids {
+            let (mut stream, pasids) = (self.stream(device.id, None)?, self.pasids(device.id)?);
+            // Nobody takes the list for a whole one if a page of it is missing.
+            stream.missing = stream.missing.or(pasids.missing);
+            streams.push(stream);
+            for pasid in pasids.value {
                 streams.push(self.stream(device.id, Some(pasid))?);
             }
         }
@@ -373,9 +386,19 @@ impl<'a> Guest<'a> {
         let space = match &stream.state {
             State::Bypass | State::Blocked(_) => return Ok(None),
             State::Direct(windows) => AddressSpace::direct(windows.clone()),
-            State::Translated(tables) => self.open(tables)?,
+            State::Translated(tables) => self.open_for(stream, tables)?,
         };
         Ok(Some(space.with_intercepts(stream.intercepts.clone())))
+    }
+
+    /// Opens tables of `stream`: those that it has, or the second one alone. What is wrong with a table that a snapshot lists is told with the device.
+    ///
+    /// # Errors
+    /// As [`Guest::open`].
+    pub fn open_for(&self, stream: &StreamState, tables: &[TableConfig]) -> Result<AddressSpace, GuestError> {
+        let listed = matches!(self.snapshot.source, Source::Tables(_));
+        let StreamState { id, pasid, .. } = *stream;
+        self.open(tables).map_err(|error| if listed { GuestError::Listed { id, pasid, error: Box::new(error) } } else { error })
     }
 
     /// Opens the table, or the two tables, of a stream.

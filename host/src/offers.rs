@@ -12,7 +12,7 @@
 
 use std::fmt;
 
-use crate::convert::{Conversion, ConvertError, ConvertedTable, Target, convert};
+use crate::convert::{Conversion, ConvertError, ConvertedTable, Target, check_whole, convert};
 use crate::guest::{Guest, State, StreamState};
 use crate::plugin::{CallError, FormatManifest, Offer, Plugins, PluginsError, Refusal, Settings, TableConfig};
 use crate::table::{Loss, Need};
@@ -126,6 +126,7 @@ pub fn beyond(config: &TableConfig, manifest: Option<&FormatManifest>, offer: &O
 /// # Errors
 /// A plugin fails, or the tables cannot be read.
 pub fn pick(guest: &Guest<'_>, streams: &[StreamState], offers: &[Offer], table_bytes: u64) -> Result<Choice, OffersError> {
+    check_whole(streams).map_err(|error| OffersError::Convert(Box::new(error)))?;
     let mut rejections = Vec::new();
     for offer in offers {
         match refused_natively(guest, streams, offer) {

@@ -3,7 +3,6 @@
 
 mod fixtures;
 
-use stagecraft::Span;
 use stagecraft::convert::{Target, convert};
 use stagecraft::guest::{Guest, State};
 use stagecraft::memory::{Budget, Limits};
@@ -11,6 +10,7 @@ use stagecraft::offers::{Choice, Hardware, OffersError, beyond, offers, pick};
 use stagecraft::plugin::{Config, Engine, Plugins};
 use stagecraft::snapshot::{Snapshot, Source, store};
 use stagecraft::table::{Collector, Mapping};
+use stagecraft::{Gpa, Span};
 
 const NEST: u64 = 1 << 26;
 
@@ -151,4 +151,23 @@ fn nothing_offered_is_nothing_picked() {
     let guest = Guest::new(&snapshot, &plugins).unwrap();
     let streams = guest.streams().unwrap();
     assert!(matches!(pick(&guest, &streams, &[], Target::new("").table_bytes).unwrap(), Choice::Nothing(rejections) if rejections.is_empty()));
+}
+
+/// A device whose structures are not all there may have tables that nobody looked at.
+#[test]
+fn nothing_is_picked_for_half_a_guest() {
+    let plugins = plugins();
+    let snapshot = Snapshot::load(&fixtures::small().path).unwrap();
+    let guest = Guest::new(&snapshot, &plugins).unwrap();
+    let mut streams = guest.streams().unwrap();
+    let mut native = 0;
+    for (unit, hardware) in nesting_units() {
+        let offered = offers(&plugins, &hardware).unwrap();
+        streams[0].missing = None;
+        native += u32::from(matches!(pick(&guest, &streams, &offered, 1 << 28).unwrap(), Choice::Native { .. }));
+        streams[0].missing = Some(Gpa(0x1234));
+        let error = pick(&guest, &streams, &offered, 1 << 28).expect_err(unit);
+        assert_eq!(error.to_string(), "the snapshot lacks page 0x1000, which the tables of device 0x0 need", "{unit}");
+    }
+    assert!(native > 0, "also where the tables would be bound as they are");
 }

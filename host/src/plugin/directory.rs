@@ -18,7 +18,7 @@ pub enum DirectoryError {
         error: std::io::Error,
     },
     /// Not the name of a plugin file.
-    #[error("`{name}` is not the name of a file in the plugin directory {path}: it must be NAME.wasm, without a folder")]
+    #[error("`{name}` is not the name of a file in the plugin directory {path}: it must be NAME.wasm in UTF-8, without a folder")]
     Name {
         /// The directory.
         path: PathBuf,
@@ -77,15 +77,20 @@ impl PluginDirectory {
     /// Names of the `*.wasm` files, sorted. Hidden files and everything else is left out.
     ///
     /// # Errors
-    /// [`DirectoryError::Directory`].
+    /// [`DirectoryError::Directory`], or [`DirectoryError::Name`] for one whose name is not UTF-8.
     pub fn names(&self) -> Result<Vec<String>, DirectoryError> {
         let failed = |error| DirectoryError::Directory { path: self.path.clone(), error };
         let mut names = Vec::new();
         for entry in self.directory.entries().map_err(failed)? {
-            if let Ok(name) = entry.map_err(failed)?.file_name().into_string()
-                && is_plugin_name(&name)
-            {
-                names.push(name);
+            match entry.map_err(failed)?.file_name().into_string() {
+                Ok(name) if is_plugin_name(&name) => names.push(name),
+                Ok(_) => {}
+                // A plugin that is meant to be there is not left out in silence.
+                Err(name) if is_plugin_name(&name.to_string_lossy()) => {
+                    let name = super::error::clean(&name.to_string_lossy());
+                    return Err(DirectoryError::Name { path: self.path.clone(), name });
+                }
+                Err(_) => {}
             }
         }
         names.sort();

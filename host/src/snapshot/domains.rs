@@ -133,6 +133,9 @@ pub(super) fn read(unit: Option<Unit1>, list: Vec<Domain1>, devices: &[Device]) 
                 return Err(format!("domain {id:#x}: endpoint {endpoint:#x} is not among the devices"));
             }
             if let Some(other) = attached.insert(*endpoint, id) {
+                if other == id {
+                    return Err(format!("domain {id:#x}: endpoint {endpoint:#x} is listed twice"));
+                }
                 return Err(format!("endpoint {endpoint:#x} is in domains {other:#x} and {id:#x}"));
             }
         }

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::fs::File;
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::path::Path;
 
 use rustix::fs::{Mode, OFlags};
@@ -10,7 +10,7 @@ use serde::Deserialize;
 use serde::de::{self, Deserializer, Visitor};
 
 use super::domains::{self, Domain1};
-use super::{Device, PageMemory, Snapshot, SnapshotError, Source, Stream, StreamEntry, memory};
+use super::{Device, PageMemory, Snapshot, SnapshotError, Source, Stream, StreamEntry, memory, place};
 use crate::Span;
 use crate::memory::{Kind, MemoryMap, PAGE, Region};
 
@@ -54,7 +54,7 @@ impl<'de> Deserialize<'de> for Number {
 #[derive(Deserialize)]
 #[serde(expecting = "a snapshot: an object with `version`, `memory`, `devices`, `page_size`, `pages` and what docs/snapshot.md lists")]
 struct File1 {
-    version: u64,
+    version: Number,
     #[serde(default)]
     description: String,
     unit: Option<Unit1>,
@@ -62,7 +62,7 @@ struct File1 {
     domains: Option<Vec<Domain1>>,
     memory: Vec<Region1>,
     devices: Option<Vec<Device1>>,
-    page_size: u64,
+    page_size: Number,
     pages: Vec<Number>,
 }
 
@@ -93,7 +93,7 @@ struct Device1 {
 struct Table1 {
     id: Number,
     #[serde(default)]
-    pasid: Option<u32>,
+    pasid: Option<Number>,
     #[serde(default)]
     state: Option<String>,
     #[serde(default)]
@@ -166,18 +166,18 @@ impl Snapshot {
 fn read(path: &Path, source: impl FnOnce(Option<Unit1>, Option<Vec<Table1>>, bool) -> Result<Source, String>) -> Result<Snapshot, SnapshotError> {
     let json_path = path.join("snapshot.json");
     let pages_path = path.join("pages.bin");
-    if std::fs::symlink_metadata(&json_path).is_err() && path.exists() {
+    if std::fs::symlink_metadata(&json_path).is_err_and(|error| error.kind() == ErrorKind::NotFound) && path.exists() {
         return Err(SnapshotError::invalid(path, "not a snapshot: there is no snapshot.json in it"));
     }
     let json = read_json(&json_path)?;
-    let file: File1 = serde_json::from_slice(&json).map_err(|error| SnapshotError::invalid(&json_path, error.to_string()))?;
+    let file: File1 = serde_json::from_slice(&json).map_err(|error| SnapshotError::invalid(&json_path, describe(&json, &error)))?;
     drop(json);
     let invalid = |what: String| SnapshotError::invalid(&json_path, what);
-    if file.version != 1 {
-        return Err(invalid(format!("format version {}; this program reads version 1", file.version)));
+    if file.version.0 != 1 {
+        return Err(invalid(format!("format version {}; this program reads version 1", file.version.0)));
     }
-    if file.page_size != PAGE {
-        return Err(invalid(format!("page_size {}; it must be {PAGE}", file.page_size)));
+    if file.page_size.0 != PAGE {
+        return Err(invalid(format!("page_size {}; it must be {PAGE}", file.page_size.0)));
     }
     let map = memory_map(file.memory).map_err(invalid)?;
     let has_devices = file.devices.is_some();
@@ -196,9 +196,23 @@ fn read(path: &Path, source: impl FnOnce(Option<Unit1>, Option<Vec<Table1>>, boo
         return Err(invalid(format!("page {:#x} is listed twice", pair[0].0)));
     }
     // Without tables there need not be a file of pages.
-    let none = pages.is_empty() && matches!(source, Source::Domains(_)) && !pages_path.exists();
+    let none = pages.is_empty() && std::fs::symlink_metadata(&pages_path).is_err_and(|error| error.kind() == ErrorKind::NotFound);
     let memory = if none { memory::PageFile::default().memory() } else { read_pages(&pages_path, &pages)? };
     Ok(Snapshot { description: file.description, source, map, devices, memory, pages: pages.len() as u64 })
+}
+
+/// What is wrong with the text, and with which member of it.
+fn describe(json: &[u8], error: &serde_json::Error) -> String {
+    let what = error.to_string();
+    if !error.is_data() {
+        return what;
+    }
+    let mut member = place::member(json, error.line(), error.column());
+    // It names the member itself: where it stands twice is the object around it.
+    if what.starts_with("duplicate field") {
+        member.truncate(member.rfind('.').unwrap_or(0));
+    }
+    if member.is_empty() { what } else { format!("{member}: {what}") }
 }
 
 /// Opens a file, and nothing that is none: a pipe would be waited for, and a device may never end.
@@ -254,7 +268,8 @@ fn source(unit: Option<Unit1>, tables: Option<Vec<Table1>>, devices: bool) -> Re
         (_, Some(tables)) => {
             let (mut entries, mut known) = (Vec::with_capacity(tables.len()), HashSet::new());
             for table in tables {
-                let (id, pasid) = (table.id.0, table.pasid);
+                let id = table.id.0;
+                let pasid = table.pasid.map(|Number(pasid)| checked_pasid(id, pasid)).transpose()?;
                 if !known.insert((id, pasid)) {
                     return Err(format!("tables: device {id:#x} is listed twice"));
                 }
@@ -271,6 +286,12 @@ fn source(unit: Option<Unit1>, tables: Option<Vec<Table1>>, devices: bool) -> Re
             Err("neither `unit.registers` nor `tables`: one of them must say where the tables are".to_owned())
         }
     }
+}
+
+/// A PASID that is one.
+fn checked_pasid(id: u64, pasid: u64) -> Result<u32, String> {
+    let checked = u32::try_from(pasid).ok().filter(|pasid| *pasid < 1 << 20);
+    checked.ok_or_else(|| format!("tables: device {id:#x} has PASID {pasid:#x}; a PASID has 20 bits: 0 to 0xfffff"))
 }
 
 fn stream(table: Table1) -> Result<Stream, String> {

@@ -7,6 +7,7 @@ mod domains;
 mod dump;
 mod json;
 mod memory;
+mod place;
 mod store;
 
 use std::path::{Path, PathBuf};

@@ -155,6 +155,9 @@ fn a_missing_page() {
     assert_eq!(names(copy.path.parent().unwrap()), ["arm64-s1-4k"], "nothing is written");
 }
 
+/// A unit that takes first-stage tables, as `offers` is told of it.
+const VTD: &str = "1:ffffffffffffffffffffffffffffffffffffffffffffffff";
+
 /// A device's own structures, too: a device whose stream table entry is missing is not one that is blocked.
 #[test]
 fn a_missing_page_of_a_device() {
@@ -171,7 +174,9 @@ fn a_missing_page_of_a_device() {
     assert_eq!(found.status, 2);
     assert!(found.json()["streams"][0]["reason"].as_str().unwrap().contains("the snapshot lacks page"));
     let out = copy.path.join("../out").to_str().unwrap().to_owned();
-    refused_with(&["convert", copy.path(), "--to", "arm-smmuv3/stage1", "--out", &out], &format!("the snapshot lacks page {page:#x}"));
+    let line = format!("the snapshot is not complete: it lacks page {page:#x}, which the tables of device 0x0 (0000:00:00.0) need");
+    refused(&["convert", copy.path(), "--to", "arm-smmuv3/stage1", "--out", &out], &line);
+    refused(&["offers", VTD, copy.path()], &line);
     assert_eq!(names(copy.path.parent().unwrap()), ["vtd-sm-fs"]);
 }
 
@@ -179,15 +184,19 @@ fn a_missing_page_of_a_device() {
 #[test]
 fn a_member_of_the_wrong_kind() {
     let members = [
-        ("devices", json!(["0x38"]), "invalid type: string \"0x38\", expected a device: an object with `label` and `id` at line "),
-        ("memory", json!([7]), "invalid type: integer `7`, expected a memory range: an object with `kind`, `first` and `last` at line "),
-        ("unit", json!("arm-smmuv3"), "invalid type: string \"arm-smmuv3\", expected a unit: an object with `kind` and `registers` at line "),
+        ("devices", json!(["0x38"]), "devices[0]: invalid type: string \"0x38\", expected a device: an object with `label` and `id` at line "),
+        ("memory", json!([7]), "memory[0]: invalid type: integer `7`, expected a memory range: an object with `kind`, `first` and `last` at line "),
+        ("unit", json!("arm-smmuv3"), "unit: invalid type: string \"arm-smmuv3\", expected a unit: an object with `kind` and `registers` at line "),
         (
             "tables",
             json!([null]),
-            "invalid type: null, expected a stream: an object with `id`, and `format`, `root` and `settings`, or a `state` at line ",
+            "tables[0]: invalid type: null, expected a stream: an object with `id`, and `format`, `root` and `settings`, or a `state` at line ",
         ),
-        ("domains", json!([1.5]), "invalid type: floating point `1.5`, expected a domain: an object with `id`, `endpoints` and `mappings` at line "),
+        (
+            "domains",
+            json!([1.5]),
+            "domains[0]: invalid type: floating point `1.5`, expected a domain: an object with `id`, `endpoints` and `mappings` at line ",
+        ),
         ("unit", json!({"registers": {}}), "`unit` without a `kind`, such as `intel-vtd`"),
         ("devices", json!(null), "missing field `devices`: a list of `label` and `id`"),
     ];

@@ -477,3 +477,21 @@ fn little_address_space() {
         assert_eq!((output.status.code(), String::from_utf8(output.stderr).unwrap()), (Some(0), String::new()), "{line}");
     }
 }
+
+/// Where there is not even room for that, a line says so. An allocation that fails ends the process, and a thread that cannot start is done without.
+#[test]
+fn very_little_address_space() {
+    let program = command(&[]).get_program().to_str().unwrap().to_owned();
+    let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join("cache");
+    run(&["inspect", "arm64-s1-4k"]).good();
+    let mut statuses = [0; 3];
+    for kilobytes in (200_000..=600_000).step_by(5_000) {
+        let script = format!("ulimit -v {kilobytes}; exec {program} inspect arm64-s1-4k");
+        let output = Command::new("sh").args(["-c", &script]).current_dir(fixtures()).env("XDG_CACHE_HOME", &cache).output().unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        let Some(status) = output.status.code() else { continue };
+        assert!([0, 2].contains(&status) && stderr.lines().count() == usize::from(status == 2), "{kilobytes} KiB: {status}, {stderr}");
+        statuses[status as usize] += 1;
+    }
+    assert!(statuses[0] > 0 && statuses[2] > 0, "{statuses:?}");
+}

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod changes;
+mod clumsy;
 mod damage;
 mod empties;
 mod errors;

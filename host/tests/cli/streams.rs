@@ -2,7 +2,10 @@
 
 use serde_json::{Value, json};
 
-use crate::support::{Copy, root, run};
+use crate::support::{Copy, names, root, run};
+
+/// A unit that takes first-stage tables, as `offers` is told of it.
+const VTD: &str = "1:ffffffffffffffffffffffffffffffffffffffffffffffff";
 
 /// Address of the stream table entry of device 0x30, by IHI 0070 section 5.1: two levels.
 fn stream_table_entry(copy: &Copy) -> u64 {
@@ -64,7 +67,48 @@ fn more_pasids_than_are_listed() {
         assert_eq!((found.status, &*found.stderr), (status, if status == 0 { "" } else { line }));
         assert_eq!(found.json()["streams"].as_array().unwrap().len(), if status == 0 { 512 } else { 1025 });
         assert_eq!(run(&["validate", copy.path(), "--device", "0x30"]).status, status);
+        // Half of what a device reaches is not converted, and nothing is said to suit it.
+        let out = copy.path.join("../out").to_str().unwrap().to_owned();
+        let convert = run(&["convert", copy.path(), "--to", "intel-vtd/first-stage", "--out", &out]);
+        assert_eq!((convert.status, &*convert.stderr), (status, if status == 0 { "" } else { line }));
+        assert_eq!(names(copy.path.parent().unwrap()).len(), if status == 0 { 2 } else { 1 });
+        let offers = run(&["offers", VTD, copy.path()]);
+        assert_eq!((offers.status, &*offers.stderr), (status, if status == 0 { "" } else { line }));
     }
+}
+
+/// A page of the list of contexts that is not there hides what devices reach: that is said, and nothing is made of the rest.
+#[test]
+fn pasids_in_a_missing_page() {
+    const TABLES: u64 = 0x7000_0000;
+    let mut copy = Copy::new("missing-pasids", "arm64-s1-4k");
+    let entry = stream_table_entry(&copy);
+    let contexts = copy.word(entry) & 0x000f_ffff_ffff_ffc0;
+    // Two levels of contexts with leaves of 4 KiB (S1Fmt): the first leaf has the one that there was, and the second one is missing.
+    copy.add_page(TABLES);
+    copy.add_page(TABLES + 0x1000);
+    copy.set_word(TABLES, (TABLES + 0x1000) | 1);
+    copy.set_word(TABLES + 8, (TABLES + 0x2000) | 1);
+    (0..8).for_each(|word| copy.set_word(TABLES + 0x1000 + 8 * word, copy.word(contexts + 8 * word)));
+    copy.set_register("IDR0", copy.register("IDR0") | 1 << 19);
+    copy.set_register("IDR1", copy.register("IDR1") & !(0x1f << 6) | 7 << 6);
+    copy.set_word(entry, copy.word(entry) & !0x000f_ffff_ffff_fff0 | TABLES | 1 << 4 | 7 << 59);
+    copy.set_word(entry + 8, copy.word(entry + 8) & !3 | 2);
+    let out = copy.write().path.join("../out").to_str().unwrap().to_owned();
+    let line = "error: the snapshot is not complete: it lacks page 0x70002000, which the tables of device 0x30 (0000:00:06.0) need\n";
+    for arguments in [
+        &["inspect", copy.path()][..],
+        &["validate", copy.path()],
+        &["draw", copy.path(), "--out", &out],
+        &["convert", copy.path(), "--to", "intel-vtd/first-stage", "--out", &out],
+        &["convert", copy.path(), "--to", "intel-vtd/first-stage", "--out", &out, "--device", "0x30"],
+        &["offers", VTD, copy.path()],
+    ] {
+        let found = run(arguments);
+        assert_eq!((found.status, &*found.stderr), (2, line), "{arguments:?}");
+    }
+    assert_eq!(names(copy.path.parent().unwrap()), ["arm64-s1-4k"]);
+    run(&["convert", copy.path(), "--to", "intel-vtd/first-stage", "--out", &out, "--device", "0x38"]).good();
 }
 
 /// No option allows more of them, and none is named.

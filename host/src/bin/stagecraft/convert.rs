@@ -23,7 +23,7 @@ use crate::options::Global;
 use crate::output::{BAD, Cell, Columns, DIM, GOOD, HEAD, WARN, counted, human, printable, raw, size};
 use crate::progress::Progress;
 use crate::session::{Session, device, load};
-use crate::view::{of_device, stream_name};
+use crate::view::{stream_name, whole_streams};
 
 /// Convert the tables of a snapshot into another format, and write them as a snapshot of their own
 ///
@@ -46,7 +46,7 @@ pub struct Arguments {
     #[arg(long = "set", value_name = "NAME=VALUE", value_parser = setting)]
     settings: Vec<(String, u64)>,
     /// Only this device, id or label; may be repeated
-    #[arg(long = "device", value_name = "ID")]
+    #[arg(long = "device", value_name = "ID", allow_negative_numbers = true)]
     devices: Vec<String>,
     /// Use a folder that exists: snapshot.json and pages.bin in it are replaced, other files are left alone
     #[arg(long)]
@@ -69,14 +69,10 @@ pub fn run(global: &Global, arguments: &Arguments) -> Result<Status> {
     let devices = devices(&snapshot, &arguments.devices)?;
     let session = Session::new(global)?;
     let guest = session.guest(&snapshot)?;
-    let mut streams = Vec::new();
-    for device in &devices {
-        let mut pasids = vec![None];
-        pasids.extend(guest.pasids(device.id).map_err(|error| of_device(error, device))?.value.into_iter().map(Some));
-        for pasid in pasids {
-            streams.push(guest.stream(device.id, pasid).map_err(|error| of_device(error, device))?);
-        }
-    }
+    let streams = match whole_streams(&guest, &devices)? {
+        Ok(streams) => streams,
+        Err(status) => return Ok(status),
+    };
     let target = match &arguments.hardware {
         None => target(arguments)?,
         Some(hardware) => match for_hardware(&session.plugins, hardware, &guest, &streams, arguments)? {

@@ -38,7 +38,7 @@ pub struct Arguments {
     #[arg(long, value_name = "GPA", value_parser = number, allow_negative_numbers = true)]
     base: Option<u64>,
     /// Memory that exists besides what is in the dump, such as 0x100000000-0x17fffffff: leaves and tables may be there; may be repeated
-    #[arg(long = "memory", value_name = "FIRST-LAST", value_parser = range)]
+    #[arg(long = "memory", value_name = "FIRST-LAST", value_parser = range, allow_negative_numbers = true)]
     memory: Vec<Span>,
     /// Only this format, or the formats of this plugin; may be repeated
     #[arg(long = "only", value_name = "NAME")]

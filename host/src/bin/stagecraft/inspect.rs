@@ -29,7 +29,7 @@ pub struct Arguments {
     /// Folder with snapshot.json and pages.bin
     snapshot: PathBuf,
     /// Only this device: an id such as 0x38, or a label such as 0000:00:07.0
-    #[arg(long, value_name = "ID")]
+    #[arg(long, value_name = "ID", allow_negative_numbers = true)]
     device: Option<String>,
     /// Show all mappings, and all devices
     #[arg(long)]

@@ -1,13 +1,13 @@
 //! `stagecraft man`: the manual, made from the command line's own help.
 
-use std::fs;
 use std::io::Write as _;
 use std::path::PathBuf;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Result, bail};
 use clap::{Args, CommandFactory as _};
 use clap_mangen::Man;
 
+use crate::draw::write_whole;
 use crate::failure::Status;
 use crate::options::Cli;
 use crate::output::{counted, raw};
@@ -38,9 +38,13 @@ pub fn run(arguments: &Arguments) -> Result<Status> {
             if !folder.is_dir() {
                 bail!("{}: no such folder; create it first", folder.display());
             }
-            for (name, page) in &pages {
-                let path = folder.join(name);
-                fs::write(&path, page).with_context(|| path.display().to_string())?;
+            let pages: Vec<(PathBuf, Vec<u8>)> = pages.into_iter().map(|(name, page)| (folder.join(name), page)).collect();
+            // All of them or none, as far as can be known before.
+            if let Some((path, _)) = pages.iter().find(|(path, _)| path.exists() && !path.is_file()) {
+                bail!("{}: exists and is not a file: it is not replaced", path.display());
+            }
+            for (path, page) in &pages {
+                write_whole(path, page)?;
             }
             writeln!(out, "{} in {}", counted(pages.len() as u64, "page", "pages"), folder.display())?;
         }

@@ -1,6 +1,7 @@
 //! `stagecraft offers`: which table formats a real unit accepts, and which of them suits a guest.
 
-use std::io::Write;
+use std::fs::File;
+use std::io::{Read, Write};
 use std::path::PathBuf;
 
 use anyhow::Result;
@@ -17,6 +18,7 @@ use crate::numbers::number;
 use crate::options::Global;
 use crate::output::{BAD, Cell, Columns, DIM, GOOD, HEAD, WARN, human, printable, raw};
 use crate::session::{Session, load};
+use crate::view::whole_streams;
 
 /// List the table formats that a real IOMMU accepts of its users, and say which suits a guest
 ///
@@ -43,17 +45,27 @@ pub fn hardware(text: &str) -> Result<Hardware, String> {
     };
     let kind = number(kind).ok().and_then(|kind| u32::try_from(kind).ok()).ok_or_else(|| format!("`{kind}` is no iommu_hw_info type"))?;
     let info = match info.strip_prefix('@') {
-        Some(path) => std::fs::read(path).map_err(|error| format!("{path}: {error}"))?,
+        Some(path) => read(path).map_err(|error| format!("{path}: {error}"))?,
         None => bytes(info)?,
     };
     if info.len() > MOST_BYTES {
-        return Err(format!("{} bytes; a unit's description has at most {MOST_BYTES}", info.len()));
+        return Err(format!("more than {MOST_BYTES} bytes, and a unit's description has at most so many"));
     }
     Ok(Hardware { kind, info })
 }
 
+/// Reads a file as far as its length is looked at. A pipe would be waited for, and a device may never end.
+fn read(path: &str) -> std::io::Result<Vec<u8>> {
+    if !std::fs::metadata(path)?.is_file() {
+        return Err(std::io::Error::other("not a file"));
+    }
+    let mut bytes = Vec::new();
+    File::open(path)?.take(MOST_BYTES as u64 + 1).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
 fn bytes(text: &str) -> Result<Vec<u8>, String> {
-    let digits: Option<Vec<u8>> = text.trim_start_matches("0x").chars().map(|digit| digit.to_digit(16).map(|digit| digit as u8)).collect();
+    let digits: Option<Vec<u8>> = text.strip_prefix("0x").unwrap_or(text).chars().map(|digit| digit.to_digit(16).map(|digit| digit as u8)).collect();
     match digits {
         Some(digits) if digits.len().is_multiple_of(2) => Ok(digits.chunks_exact(2).map(|pair| pair[0] << 4 | pair[1]).collect()),
         _ => Err("pairs of hex digits are expected, in the order in which the bytes stand in memory".to_owned()),
@@ -68,7 +80,10 @@ pub fn run(global: &Global, arguments: &Arguments) -> Result<Status> {
         Some(path) => {
             let snapshot = load(path)?;
             let guest = session.guest(&snapshot)?;
-            let streams = guest.streams()?;
+            let streams = match whole_streams(&guest, &snapshot.devices)? {
+                Ok(streams) => streams,
+                Err(status) => return Ok(status),
+            };
             Some(choose(&guest, &streams, &offered, Target::new("").table_bytes)?)
         }
         None => None,

@@ -28,7 +28,7 @@ pub struct Arguments {
     /// Folder with snapshot.json and pages.bin
     snapshot: PathBuf,
     /// The device: an id such as 0x38, or a label such as 0000:00:07.0
-    #[arg(long, value_name = "ID")]
+    #[arg(long, value_name = "ID", allow_negative_numbers = true)]
     device: String,
     /// The request's PASID, if it has one
     #[arg(long, value_name = "N", value_parser = pasid, allow_negative_numbers = true)]

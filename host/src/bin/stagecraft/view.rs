@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use stagecraft::Access;
 use stagecraft::device::LookupError;
 use stagecraft::guest::{Collected, Guest, GuestError, State, StreamState};
@@ -190,8 +190,27 @@ pub fn stream_name(stream: &StreamState) -> String {
 
 /// All streams, or those of one device; and why looking for one's tables ended early.
 pub fn streams(guest: &Guest<'_>, only: Option<&Device>) -> Result<Vec<(StreamState, Option<String>)>> {
+    match only {
+        Some(device) => streams_of(guest, [device]),
+        None => streams_of(guest, &guest.snapshot().devices),
+    }
+}
+
+/// All streams of `devices`, for whoever cannot do with some of them; or how the command ends where not all are known, which is said.
+pub fn whole_streams<'a>(guest: &Guest<'_>, devices: impl IntoIterator<Item = &'a Device>) -> Result<std::result::Result<Vec<StreamState>, Status>> {
+    let streams = streams_of(guest, devices)?;
+    if let Some((page, stream)) = streams.iter().find_map(|(stream, _)| Some((stream.missing?, stream))) {
+        bail!(missing_page(page.0 & !(PAGE - 1), stream));
+    }
+    if let Some((stopped, stream)) = streams.iter().find_map(|(stream, stopped)| Some((stopped.as_deref()?, stream))) {
+        complain(&stopped_at(stopped, stream));
+        return Ok(Err(Status::Found));
+    }
+    Ok(Ok(streams.into_iter().map(|(stream, _)| stream).collect()))
+}
+
+fn streams_of<'a>(guest: &Guest<'_>, devices: impl IntoIterator<Item = &'a Device>) -> Result<Vec<(StreamState, Option<String>)>> {
     let mut streams = Vec::new();
-    let devices = guest.snapshot().devices.iter().filter(|device| only.is_none_or(|only| only.id == device.id));
     for device in devices {
         streams.push(stream(guest, device, None)?);
         let pasids = match guest.pasids(device.id) {

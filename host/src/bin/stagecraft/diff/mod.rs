@@ -7,7 +7,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use clap::Args;
 use serde_json::{Value, json};
 use stagecraft::guest::StreamState;
@@ -76,8 +76,9 @@ struct Side {
 /// Everything that devices reach in a snapshot; or how the command ends, which is said: half an address space cannot be compared.
 fn view(session: &Session, path: &Path) -> Result<std::result::Result<Side, Status>> {
     let snapshot = load(path)?;
-    let guest = session.guest(&snapshot)?;
-    let view = View::new(&guest, None)?;
+    let place = || path.display().to_string();
+    let guest = session.guest(&snapshot).with_context(place)?;
+    let view = View::new(&guest, None).with_context(place)?;
     Ok(match view.incomplete() {
         Some((status, what)) => {
             complain(&format!("{}: {what}", path.display()));

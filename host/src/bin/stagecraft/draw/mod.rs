@@ -41,7 +41,7 @@ pub struct Arguments {
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
     /// Only this device: an id such as 0x38, or a label such as 0000:00:07.0
-    #[arg(long, value_name = "ID")]
+    #[arg(long, value_name = "ID", allow_negative_numbers = true)]
     device: Option<String>,
     /// Replace a picture that exists
     #[arg(long)]
@@ -67,7 +67,8 @@ pub struct Section {
 /// Runs the command.
 pub fn run(global: &Global, arguments: &Arguments) -> Result<Status> {
     let snapshot = load(&arguments.snapshot)?;
-    check_out(&arguments.out, arguments.force)?;
+    let read = ["snapshot.json", "pages.bin"].map(|file| arguments.snapshot.join(file));
+    check_out(&arguments.out, arguments.force, &read.each_ref().map(PathBuf::as_path))?;
     let only = arguments.device.as_deref().map(|text| device(&snapshot, text)).transpose()?;
     let session = Session::new(global)?;
     let guest = session.guest(&snapshot)?;
@@ -142,8 +143,8 @@ fn look(guest: &Guest<'_>, streams: Vec<(StreamState, Option<String>)>) -> Resul
     Ok((sections, others, incomplete))
 }
 
-/// Refuses, before any work, a place that the picture cannot go to.
-pub fn check_out(out: &Path, force: bool) -> Result<()> {
+/// Refuses, before any work, a place that the picture cannot go to: also that of a file of those that it is made of.
+pub fn check_out(out: &Path, force: bool, read: &[&Path]) -> Result<()> {
     if out.is_dir() {
         bail!("{}: a folder; give the name of a file, such as {}", out.display(), out.join("map.svg").display());
     }
@@ -151,9 +152,14 @@ pub fn check_out(out: &Path, force: bool) -> Result<()> {
         if !force {
             return Err(SnapshotError::Exists(out.to_owned()).into());
         }
-        // The picture takes the place of what is there: of a device or a pipe it must not.
-        if !(found.is_file() || found.is_symlink()) {
+        // The picture takes the place of what is there: of a device or a pipe it must not, nor of a name of one such as /dev/stdout.
+        let is_file = fs::metadata(out).map_or(found.is_symlink(), |target| target.is_file());
+        if !is_file || fs::read_link(out).is_ok_and(|target| target.starts_with("/proc")) {
             bail!("{}: exists and is not a file: it is not replaced", out.display());
+        }
+        let whole = fs::canonicalize(out).ok();
+        if whole.is_some() && read.iter().any(|read| fs::canonicalize(read).ok() == whole) {
+            bail!("{}: a file that is read; give another one for the picture", out.display());
         }
     }
     match out.parent().filter(|parent| !parent.as_os_str().is_empty() && !parent.is_dir()) {
@@ -162,11 +168,11 @@ pub fn check_out(out: &Path, force: bool) -> Result<()> {
     }
 }
 
-/// The picture appears under its name once it is whole.
-pub fn write_whole(out: &Path, svg: &str) -> Result<()> {
+/// A file appears under its name once it is whole.
+pub fn write_whole(out: &Path, bytes: impl AsRef<[u8]>) -> Result<()> {
     let name = out.file_name().with_context(|| format!("{}: not a name for a file", out.display()))?;
     let staged = out.with_file_name(format!(".{}.stagecraft-{}", name.to_string_lossy(), std::process::id()));
-    let written = fs::write(&staged, svg).and_then(|()| fs::rename(&staged, out));
+    let written = fs::write(&staged, bytes).and_then(|()| fs::rename(&staged, out));
     if written.is_err() {
         let _ = fs::remove_file(&staged);
     }

@@ -58,13 +58,13 @@ pub struct Arguments {
     #[arg(long)]
     force: bool,
     /// So many operations, whatever the scenario says
-    #[arg(long, value_name = "N", value_parser = number, conflicts_with = "seconds")]
+    #[arg(long, value_name = "N", value_parser = number, conflicts_with = "seconds", allow_negative_numbers = true)]
     operations: Option<u64>,
     /// For so many seconds, whatever the scenario says
-    #[arg(long, value_name = "S")]
+    #[arg(long, value_name = "S", allow_negative_numbers = true)]
     seconds: Option<f64>,
     /// Where chance begins, whatever the scenario says
-    #[arg(long, value_name = "N", value_parser = number)]
+    #[arg(long, value_name = "N", value_parser = number, allow_negative_numbers = true)]
     seed: Option<u64>,
 }
 
@@ -77,7 +77,7 @@ pub fn run(global: &Global, arguments: &Arguments) -> Result<Status> {
     }
     scenario.seed = arguments.seed.unwrap_or(scenario.seed);
     if let Some(out) = &arguments.out {
-        check_out(out, arguments.force)?;
+        check_out(out, arguments.force, &[&arguments.scenario])?;
     }
     let plugins = Arc::new(Session::for_running(global)?.plugins);
     let place = || arguments.scenario.display().to_string();
@@ -86,7 +86,7 @@ pub fn run(global: &Global, arguments: &Arguments) -> Result<Status> {
     let report = Report::new(&scenario, &machine, played, arguments.out.as_deref());
     let (objects, pinned, areas) = machine.end();
     if let Some(out) = &arguments.out {
-        write_whole(out, &timeline::draw(&scenario, &report))?;
+        write_whole(out, timeline::draw(&scenario, &report))?;
     }
     report.print(global.json())?;
     if let Some(violation) = &report.played.violation {

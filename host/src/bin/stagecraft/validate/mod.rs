@@ -39,13 +39,13 @@ pub struct Arguments {
     /// Folder with snapshot.json and pages.bin
     snapshot: PathBuf,
     /// Only this device: an id such as 0x38, or a label such as 0000:00:07.0
-    #[arg(long, value_name = "ID")]
+    #[arg(long, value_name = "ID", allow_negative_numbers = true)]
     device: Option<String>,
     /// Warnings count as violations
     #[arg(long)]
     strict: bool,
     /// Record this many violations; further ones are counted
-    #[arg(long, value_name = "N", value_parser = number, default_value = "1000")]
+    #[arg(long, value_name = "N", value_parser = number, default_value = "1000", allow_negative_numbers = true)]
     max: u64,
     /// Show all violations that were recorded
     #[arg(long)]
@@ -257,13 +257,13 @@ impl<'a> Report<'a> {
     /// Walks the tables of a group. Of two stages the second is walked on its own as well: its entries show there, also those that no IOVA leads to.
     fn examine(&mut self, guest: &Guest<'_>, group: &Group<'a>) -> Result<()> {
         let keep = self.max - self.violations.len();
-        let mut space = guest.open(group.configs)?;
+        let mut space = guest.open_for(group.stream, group.configs)?;
         let mut examine = Examine::new(space.tables().map(stagecraft::table::Table::geometry), 1, keep, guest.budget().limits().questions);
         let walked = guest.walk(&mut space, &mut examine);
         self.walked(walked, group)?;
         self.explain(group, &mut space, examine, None)?;
         let Some(second) = group.configs.get(1..).filter(|second| !second.is_empty()) else { return Ok(()) };
-        let mut space = guest.open(second)?;
+        let mut space = guest.open_for(group.stream, second)?;
         let mut examine = Examine::new(
             space.tables().map(stagecraft::table::Table::geometry),
             1,
