@@ -73,6 +73,12 @@ pub trait EntryMemory {
         true
     }
 
+    /// Whether [`EntryMemory::can_mark`] may say no somewhere: then the same entries may mean something else in another page.
+    #[inline]
+    fn may_refuse_marks(&self) -> bool {
+        false
+    }
+
     /// Reads entries of which `known` has as many as were there before, at most a page, and tells in which lines of [`LINE`] entries any is another: bit `n` for
     /// line `n`, counted from the first entry. Of these lines, `fresh` has all entries as they were read; of others it has anything.
     ///

@@ -149,6 +149,25 @@ fn a_table_that_cannot_be_written_any_more_and_can_again() {
 }
 
 #[test]
+fn a_table_moves_from_a_page_that_can_be_written_to_one_that_cannot_and_back() {
+    for lacks in [A, D] {
+        let mut entries = tree();
+        entries.extend([TABLES[3], TABLES[4]].map(|table| (table, DATA | PAGE & !lacks)));
+        let mut case = vtd(&entries);
+        case.change_second(TABLES[4], READ_ONLY);
+        let (here, there) = if lacks == A { (vec![(0, true)], vec![]) } else { (vec![(0, true), (SECOND, false)], vec![(0, false), (SECOND, false)]) };
+        for round in 0..3 {
+            let what = format!("lacks {lacks:#x}, round {round}");
+            assert_eq!(case.told(&what), here, "{what}");
+            // The same entries, in another page.
+            case.write_first(TABLES[2], TABLES[4] | POINTER);
+            assert_eq!(case.told(&what), there, "{what}, read-only");
+            case.write_first(TABLES[2], TABLES[3] | POINTER);
+        }
+    }
+}
+
+#[test]
 fn the_same_pattern_in_a_table_that_can_be_written_and_in_one_that_cannot() {
     for lacks in [A, D] {
         for first_in_read_only in [false, true] {

@@ -117,7 +117,7 @@ impl<M: EntryMemory + ?Sized> Pass<'_, M> {
                 node.entries[at] = entry;
                 let (moved, whole) = (self.move_to(child, below.table, below.inherited), [Wanted::whole(below.within)]);
                 match moved {
-                    Moved::Elsewhere => self.visit(child, &whole, if mode == Mode::Judge { mode } else { Mode::Compare }),
+                    Moved::Elsewhere => self.visit(child, &whole, if self.memory.may_refuse_marks() { Mode::Judge } else { mode }),
                     Moved::OtherWord => self.visit(child, &whole, Mode::Judge),
                     Moved::Not if mode == Mode::Judge => self.visit(child, &whole, mode),
                     Moved::Not if deep => self.visit(child, wanted, mode),

@@ -184,6 +184,10 @@ impl<M: EntryMemory + ?Sized> EntryMemory for Through<'_, M> {
     fn can_mark(&self, address: Gpa) -> bool {
         lock(self.behind).can_mark(address)
     }
+
+    fn may_refuse_marks(&self) -> bool {
+        true
+    }
 }
 
 /// The same for marks, and which intermediate addresses were marked.
