@@ -155,7 +155,8 @@ fn a_table_moves_from_a_page_that_can_be_written_to_one_that_cannot_and_back() {
         entries.extend([TABLES[3], TABLES[4]].map(|table| (table, DATA | PAGE & !lacks)));
         let mut case = vtd(&entries);
         case.change_second(TABLES[4], READ_ONLY);
-        let (here, there) = if lacks == A { (vec![(0, true)], vec![]) } else { (vec![(0, true), (SECOND, false)], vec![(0, false), (SECOND, false)]) };
+        let (here, there) =
+            if lacks == A { (vec![(0, true)], vec![]) } else { (vec![(0, true), (SECOND, false)], vec![(0, false), (SECOND, false)]) };
         for round in 0..3 {
             let what = format!("lacks {lacks:#x}, round {round}");
             assert_eq!(case.told(&what), here, "{what}");
