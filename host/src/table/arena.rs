@@ -137,17 +137,22 @@ impl Arena {
         })
     }
 
-    /// A root table of `bytes` bytes, aligned to its size and to 4 KiB: registers hold no less. Its contents are whatever was there; what follows it in its page is zero.
+    /// A root table of `bytes` bytes, aligned to its size and to 4 KiB: registers hold no less. As [`Arena::allocate_in`].
     pub(crate) fn allocate_root(&mut self, bytes: u64) -> Result<u64, Full> {
-        let offset = self.allocate(bytes.max(PAGE))?;
-        if bytes < PAGE {
-            self.words(offset)[..(PAGE / 8) as usize].fill(0);
+        self.allocate_in(bytes, bytes.max(PAGE))
+    }
+
+    /// A table of `bytes` bytes that has `room` bytes for itself, and is aligned to that. Its contents are whatever was there; what follows it in its room is zero.
+    pub(crate) fn allocate_in(&mut self, bytes: u64, room: u64) -> Result<u64, Full> {
+        let offset = self.allocate(room)?;
+        if bytes < room {
+            self.words(offset)[(bytes / 8) as usize..(room / 8) as usize].fill(0);
         }
         Ok(offset)
     }
 
     /// A table of `bytes` bytes, aligned to its size. Its contents are whatever was there.
-    pub(crate) fn allocate(&mut self, bytes: u64) -> Result<u64, Full> {
+    fn allocate(&mut self, bytes: u64) -> Result<u64, Full> {
         let offset = self.claim(bytes)?;
         self.expect_writes(offset, bytes);
         Ok(offset)
@@ -225,15 +230,7 @@ impl Arena {
         (self.chunks[word / CHUNK].words_mut(word % CHUNK), account)
     }
 
-    /// Clears a small table that is not handed out, and to which something was written all the same: the page that it shares may be handed out as it is.
-    pub(crate) fn wipe(&mut self, offset: u64, bytes: u64) {
-        let bytes = bytes.next_power_of_two().max(SMALLEST);
-        if bytes < PAGE && self.free.get(&bytes).is_some_and(|free| free.contains(&offset)) {
-            self.words(offset)[..(bytes / 8) as usize].fill(0);
-        }
-    }
-
-    /// Clears all small tables that are not handed out: the pages that they share are.
+    /// Clears all small tables that are not handed out, to which something may have been written all the same: the pages that they share are.
     pub(crate) fn wipe_all(&mut self) {
         let free = std::mem::take(&mut self.free);
         for (bytes, offsets) in free.range(..PAGE) {

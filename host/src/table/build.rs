@@ -511,10 +511,7 @@ impl<'a> Builder<'a> {
             let base = iova & !low_bits(parent.lsb);
             let Rung { bytes, room, .. } = self.chains[chain].rungs[self.open.len()];
             let before = self.arena.bytes().saturating_sub(self.before);
-            let offset = self.arena.allocate(room)?;
-            if bytes < room {
-                self.arena.words(offset)[(bytes / 8) as usize..(room / 8) as usize].fill(0);
-            }
+            let offset = self.arena.allocate_in(bytes, room)?;
             let past_cache = runs::goes_past_cache(bytes, before);
             self.open.push(Open { offset, base, filled: 0, contents: Contents::Empty, past_cache });
             let page = self.stage.page(bytes, before);
@@ -625,7 +622,6 @@ impl<'a> Builder<'a> {
         self.flush()?;
         self.close_to(0)?;
         self.leave_root();
-        self.forget_upcoming();
         self.arena.wipe_all();
         let mut roots = Vec::with_capacity(self.chains.len());
         for chain in &mut self.chains {

@@ -347,7 +347,8 @@ impl Builder<'_> {
     /// Where entries that are expected to be leaves like those of `run` can be written while they are looked at: to the next slots of a table, or to the first
     /// ones of the next table, past the cache if that is large or comes late.
     pub(super) fn ready_for(&mut self, run: &Run<'_>) -> Option<Receiver<'_>> {
-        self.forget_upcoming();
+        // What was written in advance before, and not taken, was of no use.
+        self.upcoming = None;
         let prepared = self.prepared.as_ref()?;
         // Leaves that are smaller than the target's pages make up some.
         let merging = self.merging.as_ref().filter(|merging| merging.from == run.size_log2 && merging.field == *run.field);
@@ -420,13 +421,6 @@ impl Builder<'_> {
             self.upcoming = None;
         }
         result
-    }
-
-    /// What was written in advance was of no use.
-    pub(super) fn forget_upcoming(&mut self) {
-        if let Some(Upcoming { offset, bytes, .. }) = self.upcoming.take() {
-            self.arena.wipe(offset, bytes);
-        }
     }
 
     fn take_passed(&mut self, run: &Run<'_>, prepared: &Prepared, upcoming: Upcoming, passed: Passed) -> Result<bool, BuildError> {
