@@ -151,6 +151,41 @@ struct Found {
     farthest: __m512i,
 }
 
+impl Found {
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    fn nothing() -> Self {
+        let zero = _mm512_setzero_si512();
+        Self { others: zero, present: zero, unexpected: zero, farthest: zero }
+    }
+
+    /// Whether all of `entries` are as expected, how many leaves are of the second kind, and how many entries absent.
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    fn result<const GAPS: bool>(self, entries: usize, room: u64) -> (bool, u64, u64) {
+        let sum = |counts| _mm512_reduce_add_epi64(counts).cast_unsigned();
+        let gaps = if GAPS { entries as u64 - sum(self.present) } else { 0 };
+        let as_expected = _mm512_reduce_or_epi64(self.unexpected) == 0 && _mm512_reduce_max_epu64(self.farthest) <= room;
+        (as_expected, sum(self.others), gaps)
+    }
+}
+
+/// Writes a line, past the cache or not.
+///
+/// # Safety
+/// There are 64 bytes to be written; past the cache, they begin at a line, and a fence follows before anybody is told: see `Stage`.
+#[target_feature(enable = "avx512f")]
+#[inline]
+unsafe fn put_line(at: *mut __m512i, line: __m512i, past_cache: bool) {
+    if past_cache {
+        // SAFETY: the caller's promise.
+        unsafe { _mm512_stream_si512(at, line) };
+    } else {
+        // SAFETY: the same.
+        unsafe { _mm512_storeu_si512(at, line) };
+    }
+}
+
 impl<const MOVES: usize> Registers<MOVES> {
     #[target_feature(enable = "avx512f")]
     #[inline]
@@ -291,18 +326,13 @@ unsafe fn recode_lines<const JUDGE: bool, const GAPS: bool, const MOVES: usize>(
     form: Form<'_>,
 ) -> (bool, u64, u64) {
     let registers = Registers::<MOVES>::new(expected, form);
-    let (swap, zero) = (back_to_front(form.narrow), _mm512_setzero_si512());
-    let mut found = Found { others: zero, present: zero, unexpected: zero, farthest: zero };
+    let swap = back_to_front(form.narrow);
+    let mut found = Found::nothing();
     let mut at = lines.target.cast::<__m512i>();
     let mut put = |line: __m512i| {
         let line = if form.big { _mm512_shuffle_epi8(line, swap) } else { line };
-        if form.past_cache {
-            // SAFETY: the caller's promise: one line after the other; `Stage` fences before it lets go of the memory.
-            unsafe { _mm512_stream_si512(at, line) };
-        } else {
-            // SAFETY: the same.
-            unsafe { _mm512_storeu_si512(at, line) };
-        }
+        // SAFETY: the caller's promise: one line after the other.
+        unsafe { put_line(at, line, form.past_cache) };
         at = at.wrapping_add(1);
     };
     let sources = lines.source.as_chunks::<8>().0;
@@ -335,10 +365,7 @@ unsafe fn recode_lines<const JUDGE: bool, const GAPS: bool, const MOVES: usize>(
             }
         }
     }
-    let sum = |counts| _mm512_reduce_add_epi64(counts).cast_unsigned();
-    let gaps = if GAPS { lines.source.len() as u64 - sum(found.present) } else { 0 };
-    let as_expected = _mm512_reduce_or_epi64(found.unexpected) == 0 && _mm512_reduce_max_epu64(found.farthest) <= expected.room;
-    (as_expected, sum(found.others), gaps)
+    found.result::<GAPS>(lines.source.len(), expected.room)
 }
 
 /// See [`recode_sparse`](super::recode_sparse).
@@ -355,17 +382,9 @@ unsafe fn recode_some_lines<const MOVES: usize>(
 ) -> (bool, u64, u64) {
     let registers = Registers::<MOVES>::new(expected, form);
     let (swap, zero) = (back_to_front(form.narrow), _mm512_setzero_si512());
-    let mut found = Found { others: zero, present: zero, unexpected: zero, farthest: zero };
-    let mut put = |line: usize, words: __m512i| {
-        let at = target[line].as_mut_ptr().cast::<__m512i>();
-        if form.past_cache {
-            // SAFETY: eight words that begin at a line; `Stage` fences before it lets go of the memory.
-            unsafe { _mm512_stream_si512(at, words) };
-        } else {
-            // SAFETY: eight words.
-            unsafe { _mm512_storeu_si512(at, words) };
-        }
-    };
+    let mut found = Found::nothing();
+    // SAFETY: eight words, which begin at a line if they go past the cache.
+    let mut put = |line: usize, words: __m512i| unsafe { put_line(target[line].as_mut_ptr().cast(), words, form.past_cache) };
     // First which lines hold any leaf: to decide that line by line would be guesswork for the processor.
     let mut leaves = [0_u8; 64];
     for (leaves, words) in leaves.iter_mut().zip(source) {
@@ -384,9 +403,7 @@ unsafe fn recode_some_lines<const MOVES: usize>(
         put(line, zero);
     }
     *written = lines;
-    let sum = |counts| _mm512_reduce_add_epi64(counts).cast_unsigned();
-    let as_expected = _mm512_reduce_or_epi64(found.unexpected) == 0 && _mm512_reduce_max_epu64(found.farthest) <= expected.room;
-    (as_expected, sum(found.others), 512 - sum(found.present))
+    found.result::<true>(source.as_flattened().len(), expected.room)
 }
 
 /// The numbers of the bits that are set, ascending.
