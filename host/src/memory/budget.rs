@@ -116,7 +116,22 @@ impl Budget {
     /// The budget is spent.
     #[inline]
     pub fn charge_table(&self) -> Result<(), Exhausted> {
-        Self::charge(&self.tables, 1, "tables visited", self.limits.tables)
+        self.charge_tables(1)
+    }
+
+    /// `count` more tables.
+    ///
+    /// # Errors
+    /// The budget is spent.
+    #[inline]
+    pub fn charge_tables(&self, count: u64) -> Result<(), Exhausted> {
+        Self::charge(&self.tables, count, "tables visited", self.limits.tables)
+    }
+
+    /// Tables that may still be visited.
+    #[inline]
+    pub(crate) const fn tables_left(&self) -> u64 {
+        self.tables.get()
     }
 
     /// `count` more leaves.

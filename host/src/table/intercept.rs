@@ -3,7 +3,8 @@
 use crate::Span;
 use crate::memory::Budget;
 use crate::table::leaves::{Piece, Run};
-use crate::table::passage::{Passed, Receiver};
+use crate::table::passage::Receiver;
+use crate::table::recode::Passed;
 use crate::table::visit::{Cause, FaultAt, Step, Visitor};
 use crate::table::walk::WalkError;
 

@@ -6,7 +6,7 @@
 
 use crate::Span;
 use crate::table::lanes::Pattern;
-use crate::table::recode::{Expected, Form, Group, merge, recode_expected, recode_sparse};
+use crate::table::recode::{Expected, Form, Group, Judged, Passed, merge, recode_expected, recode_sparse};
 
 /// So many bytes of the next table are asked for early. The processor sees by itself how a table goes on; what it does not see is where it starts.
 pub(super) const START: u64 = 1024;
@@ -47,8 +47,13 @@ impl Misses {
         self.skip = (1 << self.in_a_row) - 2;
     }
 
+    /// Whether the next table is not tried.
+    pub(super) const fn are_skipped(&self) -> bool {
+        self.skip > 0
+    }
+
     pub(super) fn skips(&mut self) -> bool {
-        let skips = self.skip > 0;
+        let skips = self.are_skipped();
         self.skip = self.skip.saturating_sub(1);
         skips
     }
@@ -88,35 +93,24 @@ pub struct Merged<'a> {
 
 impl Receiver<'_> {
     /// Writes what becomes of `entries` if all of them are as usual. None: this processor cannot do it, or not with these.
-    pub(super) fn pass(self, entries: &[u64], usual: &Usual) -> Option<Passed> {
+    #[inline]
+    pub(super) fn pass(&mut self, entries: &[u64], usual: &Usual) -> Option<Judged> {
         let mut expected = usual.expected();
-        let Self { form, table, slot, merging, written, .. } = self;
-        let (entries, times) = match merging {
-            None => (entries, 1),
-            Some(Merged { group, more, firsts }) => {
-                if !merge(entries, expected.pattern.kinds, group, firsts) {
-                    return Some(Passed::default());
-                }
-                expected.room = expected.room.checked_sub(more)?;
-                (firsts.as_slice(), group.len() as u64)
-            }
+        let Some(Merged { group, more, firsts }) = &mut self.merging else {
+            return match self.written.as_deref_mut() {
+                Some(written) => recode_sparse(entries, expected, self.table, written, self.form),
+                None => recode_expected(entries, expected, self.table, self.slot, self.form),
+            };
         };
-        let recoded = match written {
-            Some(written) => recode_sparse(entries, expected, table, written, form),
-            None => recode_expected(entries, expected, table, slot, form),
-        };
-        let (expected, others, gaps) = recoded?;
-        Some(Passed { expected, others: others * times, gaps: gaps * times })
+        if !merge(entries, expected.pattern.kinds, group, firsts) {
+            return Some(Judged::Unlike);
+        }
+        expected.room = expected.room.checked_sub(*more)?;
+        let judged = recode_expected(firsts, expected, self.table, self.slot, self.form)?;
+        let times = group.len() as u64;
+        Some(match judged {
+            Judged::Alike(Passed { others, gaps }) => Judged::Alike(Passed { others: others * times, gaps: gaps * times }),
+            Judged::Unlike => Judged::Unlike,
+        })
     }
-}
-
-/// What was found on the way.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Passed {
-    /// All entries were as expected.
-    pub(super) expected: bool,
-    /// Leaves of the second kind.
-    pub(super) others: u64,
-    /// Absent entries.
-    pub(super) gaps: u64,
 }

@@ -92,8 +92,27 @@ pub(super) struct Expected {
     pub(super) room: u64,
 }
 
+/// What entries turned out to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Judged {
+    /// At least one is not as expected.
+    Unlike,
+    /// All are as expected.
+    Alike(Passed),
+}
+
+/// What there was among entries that are as expected.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Passed {
+    /// Leaves of the second kind.
+    pub(super) others: u64,
+    /// Absent entries.
+    pub(super) gaps: u64,
+}
+
 /// [`recode`], and whether all entries are as expected. None: not with these entries, or not on this processor, and nothing was written.
-pub(super) fn recode_expected(source: &[u64], expected: Expected, target: &mut [u64], slot: usize, form: Form<'_>) -> Option<(bool, u64, u64)> {
+#[inline]
+pub(super) fn recode_expected(source: &[u64], expected: Expected, target: &mut [u64], slot: usize, form: Form<'_>) -> Option<Judged> {
     #[cfg(all(target_arch = "x86_64", not(miri)))]
     if has_one_pass() {
         return wide::recode_expected(source, expected, target, slot, form);
@@ -104,7 +123,8 @@ pub(super) fn recode_expected(source: &[u64], expected: Expected, target: &mut [
 
 /// [`recode_expected`] of a whole table of a page, in a [sparse](Form::is_sparse) form: only lines that hold a leaf are written, and, with zeros, those that may
 /// have held one, whose bits are set in `written`, and set there now. None: as there.
-pub(super) fn recode_sparse(source: &[u64], expected: Expected, target: &mut [u64], written: &mut u64, form: Form<'_>) -> Option<(bool, u64, u64)> {
+#[inline]
+pub(super) fn recode_sparse(source: &[u64], expected: Expected, target: &mut [u64], written: &mut u64, form: Form<'_>) -> Option<Judged> {
     #[cfg(all(target_arch = "x86_64", not(miri)))]
     if has_one_pass()
         && let (Some(source), Some(target)) = (source.as_chunks::<8>().0.as_array::<64>(), target.as_chunks_mut::<8>().0.first_chunk_mut::<64>())

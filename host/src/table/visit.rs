@@ -4,7 +4,8 @@ use std::fmt;
 
 use crate::table::format::FaultKind;
 use crate::table::leaves::{Piece, Run};
-use crate::table::passage::{Passed, Receiver};
+use crate::table::passage::Receiver;
+use crate::table::recode::Passed;
 use crate::table::walk::WalkError;
 use crate::{Gpa, Span};
 

@@ -13,6 +13,7 @@ use crate::table::geometry::{AddressField, Geometry, Nonsense, Root};
 use crate::table::lanes::{Pattern, Scanned, all_in_place_within, all_within, repeated, run_length, scan};
 use crate::table::leaves::{Kinds, Piece, Run};
 use crate::table::passage::{ALL, FEWEST, FIRST, Misses, SECOND, START, Usual};
+use crate::table::recode::Judged;
 use crate::table::remember::{Judge, JudgeError, LevelPlan, Plan, Remembered};
 use crate::table::visit::{Cause, FaultAt, Step, Visitor};
 use crate::{Attributes, Gpa, Iova, Span};
@@ -308,7 +309,7 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
                 self.fault(Cause::Entry(FaultKind::AddressSize), rest, Some(place.table))?;
                 break;
             };
-            let count = ((PAGE - address % PAGE) / bytes).min(last - index + 1);
+            let count = ((PAGE - address % PAGE) >> bytes.trailing_zeros()).min(last - index + 1);
             let entries = &mut buffer.0[..count as usize];
             let here = Span {
                 first: span.first.max(place.base + (index << lsb)),
@@ -347,8 +348,9 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
     }
 
     /// Tells of entries as of those that are like the last, as far as they are, and the visitor can make use of that; how many these are.
+    #[inline(always)]
     fn pass(&mut self, place: Place, index: u64, entries: &[u64], span: Span) -> Result<usize, WalkError> {
-        let Some(usual) = self.usual.filter(|usual| (usual.level, usual.inherited) == (place.level, place.inherited)) else { return Ok(0) };
+        let Some(usual) = self.usual.as_ref().filter(|usual| (usual.level, usual.inherited) == (place.level, place.inherited)) else { return Ok(0) };
         let level = &self.plan.levels[usize::from(place.level)];
         let size_log2 = level.index_lsb;
         let first = place.base + (index << size_log2);
@@ -361,14 +363,18 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
         let mut told = 0;
         while told < entries.len() {
             run = Run { iova: Iova(first + ((told as u64) << size_log2)), entries: &entries[told..], ..run };
-            let Some(receiver) = self.visitor.receive(&run) else { break };
-            run.entries = &run.entries[..receiver.count.min(run.entries.len())];
-            let Some(passed) = receiver.pass(run.entries, &usual) else { break };
-            let count = run.entries.len();
-            if !passed.expected || passed.gaps == count as u64 {
-                self.misses.miss();
-                break;
-            }
+            let mut receiver = self.visitor.receive(&run);
+            let Some(receiver) = &mut receiver else { break };
+            let count = receiver.count.min(run.entries.len());
+            run.entries = &run.entries[..count];
+            let Some(judged) = receiver.pass(run.entries, usual) else { break };
+            let passed = match judged {
+                Judged::Alike(passed) if passed.gaps < count as u64 => passed,
+                _ => {
+                    self.misses.miss();
+                    break;
+                }
+            };
             self.misses = Misses::default();
             if !self.visitor.received(&run, passed)? {
                 break;
@@ -380,6 +386,7 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
         Ok(told)
     }
 
+    #[inline(always)]
     fn read(&mut self, address: u64, entries: &mut [u64]) -> Result<(), Cause> {
         let last = address.saturating_add(entries.len() as u64 * u64::from(self.layout.bytes) - 1);
         let Some(region) = self.map.region(address).filter(|region| region.span.last >= last || self.map.region(last).is_some()) else {
@@ -411,12 +418,18 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
     #[inline]
     fn tables_ahead(&self, entries: &[u64], below: u8, known: &Remembered, field: &AddressField) -> [Option<u64>; 2] {
         let table = |entry: u64| (entry & known.mask == known.pattern).then(|| field.extract(entry));
-        let bytes = self.plan.levels.get(usize::from(below)).map_or(PAGE, |below| below.entries() * u64::from(self.layout.bytes));
+        let bytes = self.table_bytes(below);
         match *entries {
             [next, second, ..] if second.wrapping_sub(next) != bytes => [table(next), table(second)],
             [next, ..] => [table(next), None],
             [] => [None; 2],
         }
+    }
+
+    /// The size of a table of this kind; of one that does not exist, a page.
+    #[inline]
+    fn table_bytes(&self, level: u8) -> u64 {
+        self.plan.levels.get(usize::from(level)).map_or(PAGE, |level| level.entries() * u64::from(self.layout.bytes))
     }
 
     /// Where an address stands, if it is near what was read last.
@@ -463,8 +476,7 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
                     count
                 }
                 Meaning::Leaf { size_log2, attributes } if size_log2 >= lsb && part == slot && known.meaning != Meaning::WholeEntry => {
-                    let whole = ((span.last - iova).saturating_add(1) >> lsb).max(1);
-                    let candidates = &entries[at..entries.len().min(at + whole as usize)];
+                    let candidates = whole_slots(&entries[at..], iova, lsb, span);
                     let first = Leaves { index: index + at as u64, iova, place, known: &known, attributes };
                     let count = match size_log2 == lsb {
                         true => self.leaves(first, candidates)?,
@@ -492,7 +504,17 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
                     let field = level.field(known.shape);
                     let ahead = self.tables_ahead(&entries[at + 1..], next.level, &known, field);
                     let below = Place { level: next.level, table: field.extract(entry), base: slot.first, inherited, ahead };
-                    match self.next_table(place, below, slot, part, (u64::from(next.first), last_index(next.last)))? {
+                    let exists = (u64::from(next.first), last_index(next.last));
+                    if part == slot && self.table_bytes(next.level) <= PAGE / 2 {
+                        let neighbours = whole_slots(&entries[at..], iova, lsb, span);
+                        let count = self.side_by_side(below, neighbours, &known, lsb, exists);
+                        let ahead = self.tables_ahead(&entries[at + count..], next.level, &known, field);
+                        if count > 1 && self.tables_together(Place { ahead, ..below }, count, exists)? {
+                            at += count;
+                            continue;
+                        }
+                    }
+                    match self.next_table(place, below, slot, part, exists)? {
                         Found::Told => 1,
                         Found::Nothing => {
                             // Neighbours that lead there as well are told of together.
@@ -593,6 +615,66 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
             self.visitor.absent(Span { first, last: part.last }, self.path)?;
         }
         Ok(Found::Told)
+    }
+
+    /// How many of `entries` lead to small tables that stand side by side in one page of memory, fill their slots of `2^slot_log2` bytes, and are probably like the
+    /// last; these are better read together. `first` is the first of them.
+    #[inline(never)]
+    fn side_by_side(&self, first: Place, entries: &[u64], known: &Remembered, slot_log2: u8, exists: (u64, u64)) -> usize {
+        let (above, below) = (self.path.last().map(|step| step.level), self.plan.levels.get(usize::from(first.level)));
+        let (Some(above), Some(below)) = (above, below) else { return 1 };
+        let bytes = self.table_bytes(first.level);
+        let room = (PAGE - first.table % PAGE) / bytes;
+        let usual = self.usual.as_ref().is_some_and(|usual| (usual.level, usual.inherited) == (first.level, first.inherited));
+        let fill = below.index_lsb + below.index_bits == slot_log2 && exists.0 == 0 && exists.1 >= below.entries() - 1;
+        if room < 2 || !usual || !fill || self.misses.are_skipped() || !first.table.is_multiple_of(u64::from(self.layout.bytes)) {
+            return 1;
+        }
+        let field = self.plan.levels[usize::from(above)].field(known.shape);
+        let most = room.min(self.budget.tables_left()) as usize;
+        let follows = |(index, entry): (usize, &u64)| {
+            let table = first.table + index as u64 * bytes;
+            let key = TableKey { level: first.level, table, inherited: first.inherited, exists };
+            *entry & known.mask == known.pattern && field.extract(*entry) == table && self.output.contains(table) && !self.empties.has(&key)
+        };
+        entries.iter().enumerate().take(most).take_while(|next| follows(*next)).count()
+    }
+
+    /// Walks `count` tables that stand [side by side](Self::side_by_side), which are read at once. False: they cannot be.
+    #[inline(never)]
+    fn tables_together(&mut self, first: Place, count: usize, exists: (u64, u64)) -> Result<bool, WalkError> {
+        let level = &self.plan.levels[usize::from(first.level)];
+        let (number, lsb, each) = (level.number, level.index_lsb, level.entries() as usize);
+        let mut buffer = self.buffers.pop().unwrap_or_else(|| Box::new(Buffer([0; BUFFER])));
+        let entries = &mut buffer.0[..each * count];
+        let (length, [next, second]) = (entries.len() as u64 * u64::from(self.layout.bytes), first.ahead);
+        self.expect((Some(first.table), next), length, FIRST..SECOND);
+        if self.read(first.table, entries).is_err() {
+            self.buffers.push(buffer);
+            return Ok(false);
+        }
+        (0..count).for_each(|_| self.visitor.table());
+        self.budget.charge_tables(count as u64)?;
+        self.expect((Some(first.table), next), length, SECOND..ALL);
+        let span = Span { first: first.base, last: first.base + (((entries.len() as u64) << lsb) - 1) };
+        let told = self.pass(first, 0, entries, span)?;
+        self.expect((next, second), length, 0..FIRST);
+        // What is not like the last is told of table by table.
+        for (index, entries) in entries.chunks_exact(each).enumerate().skip(told / each) {
+            let table = first.table + (index * each) as u64 * u64::from(self.layout.bytes);
+            let place = Place { table, base: first.base + (((index * each) as u64) << lsb), ..first };
+            let from = told.saturating_sub(index * each) as u64;
+            let span = Span { first: place.base + (from << lsb), last: place.base + (((each as u64) << lsb) - 1) };
+            let before = self.told;
+            self.path.push(Step { level: place.level, number, table: Gpa(table), index: from, entry: None, inherited: place.inherited });
+            self.entries(place, from, &entries[from as usize..], span)?;
+            self.path.pop();
+            if self.told == before && from == 0 {
+                self.empties.add(TableKey { level: place.level, table, inherited: place.inherited, exists });
+            }
+        }
+        self.buffers.push(buffer);
+        Ok(true)
     }
 
     /// Leaves as large as their slots: all of the first kind, and of one more, that stand side by side; how many entries these are.
@@ -721,6 +803,12 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
             _ => Ok(()),
         }
     }
+}
+
+/// The first of `entries`, with slots of `2^lsb` bytes from `iova` on, and those after it of which `span` has all.
+fn whole_slots(entries: &[u64], iova: u64, lsb: u8, span: Span) -> &[u64] {
+    let whole = ((span.last - iova).saturating_add(1) >> lsb).max(1);
+    &entries[..entries.len().min(whole as usize)]
 }
 
 /// A leaf that shows all of its bytes.

@@ -11,8 +11,8 @@ use crate::table::build::{BuildError, Builder, Leaf, low_bits, note, note_table}
 use crate::table::geometry::{AddressField, ByteOrder, Move};
 use crate::table::lanes;
 use crate::table::leaves::{Piece, Run};
-use crate::table::passage::{Merged, Passed, Receiver};
-use crate::table::recode::{self, Form, Group};
+use crate::table::passage::{Merged, Receiver};
+use crate::table::recode::{self, Form, Group, Passed};
 use crate::table::stage::is_staged;
 use crate::{Attributes, Iova, Span};
 
@@ -412,7 +412,7 @@ impl Builder<'_> {
             let merged = std::mem::take(&mut self.merged);
             let log2 = upcoming.page - run.size_log2;
             let pages = Run { size_log2: upcoming.page, entries: &merged, ..*run };
-            let result = self.take_passed(&pages, &prepared, upcoming, Passed { others: passed.others >> log2, gaps: passed.gaps >> log2, ..passed });
+            let result = self.take_passed(&pages, &prepared, upcoming, Passed { others: passed.others >> log2, gaps: passed.gaps >> log2 });
             self.merged = merged;
             result
         };

@@ -9,7 +9,7 @@ use std::arch::x86_64::{
     _mm512_xor_si512,
 };
 
-use super::{Expected, Form, Group, Kinds, halves};
+use super::{Expected, Form, Group, Judged, Kinds, Passed, halves};
 use crate::table::geometry::Move;
 use crate::table::lanes::Pattern;
 
@@ -48,7 +48,7 @@ fn lines<'a>(source: &'a [u64], target: &mut [u64], slot: usize, form: Form<'_>)
 pub(super) fn recode(source: &[u64], kinds: Kinds, target: &mut [u64], slot: usize, form: Form<'_>) -> (usize, u64, u64) {
     let Some(lines) = lines(source, target, slot, form) else { return (0, 0, 0) };
     let expected = Expected { pattern: Pattern { mask: 0, kinds, address: 0, moved: Move::default() }, first: 0, room: 0 };
-    let recode: unsafe fn(&Lines<'_>, Expected, Form<'_>) -> (bool, u64, u64) = match (kinds.has_gaps(), moves(expected, form)) {
+    let recode: unsafe fn(&Lines<'_>, Expected, Form<'_>) -> Judged = match (kinds.has_gaps(), moves(expected, form)) {
         (false, 0) => recode_lines::<false, false, 0>,
         (true, 0) => recode_lines::<false, true, 0>,
         (false, 1) => recode_lines::<false, false, 1>,
@@ -59,14 +59,15 @@ pub(super) fn recode(source: &[u64], kinds: Kinds, target: &mut [u64], slot: usi
         (true, _) => recode_lines::<false, true, MAX_MOVES>,
     };
     // SAFETY: the caller has asked the processor; the target has just the bytes for these entries, and begins at a line where they go past the cache.
-    let (_, others, gaps) = unsafe { recode(&lines, expected, form) };
+    let judged = unsafe { recode(&lines, expected, form) };
+    let Judged::Alike(Passed { others, gaps }) = judged else { return (0, 0, 0) }; // anything is as expected
     (lines.source.len(), others, gaps)
 }
 
 /// See [`recode_expected`](super::recode_expected).
-pub(super) fn recode_expected(source: &[u64], expected: Expected, target: &mut [u64], slot: usize, form: Form<'_>) -> Option<(bool, u64, u64)> {
+pub(super) fn recode_expected(source: &[u64], expected: Expected, target: &mut [u64], slot: usize, form: Form<'_>) -> Option<Judged> {
     let lines = lines(source, target, slot, form).filter(|lines| lines.source.len() == source.len())?;
-    let recode: unsafe fn(&Lines<'_>, Expected, Form<'_>) -> (bool, u64, u64) = match (expected.pattern.kinds.has_gaps(), moves(expected, form)) {
+    let recode: unsafe fn(&Lines<'_>, Expected, Form<'_>) -> Judged = match (expected.pattern.kinds.has_gaps(), moves(expected, form)) {
         (false, 0) => recode_lines::<true, false, 0>,
         (true, 0) => recode_lines::<true, true, 0>,
         (false, 1) => recode_lines::<true, false, 1>,
@@ -87,11 +88,11 @@ pub(super) fn recode_sparse(
     target: &mut [[u64; 8]; 64],
     written: &mut u64,
     form: Form<'_>,
-) -> Option<(bool, u64, u64)> {
+) -> Option<Judged> {
     if form.moves.len() > MAX_MOVES || form.past_cache && !target.as_ptr().addr().is_multiple_of(64) {
         return None;
     }
-    type Recode = unsafe fn(&[[u64; 8]; 64], Expected, &mut [[u64; 8]; 64], &mut u64, Form<'_>) -> (bool, u64, u64);
+    type Recode = unsafe fn(&[[u64; 8]; 64], Expected, &mut [[u64; 8]; 64], &mut u64, Form<'_>) -> Judged;
     let recode: Recode = match moves(expected, form) {
         0 => recode_some_lines::<0>,
         1 => recode_some_lines::<1>,
@@ -159,14 +160,14 @@ impl Found {
         Self { others: zero, present: zero, unexpected: zero, farthest: zero }
     }
 
-    /// Whether all of `entries` are as expected, how many leaves are of the second kind, and how many entries absent.
+    /// What so many entries are.
     #[target_feature(enable = "avx512f")]
     #[inline]
-    fn result<const GAPS: bool>(self, entries: usize, room: u64) -> (bool, u64, u64) {
+    fn result<const GAPS: bool>(self, entries: usize, room: u64) -> Judged {
         let sum = |counts| _mm512_reduce_add_epi64(counts).cast_unsigned();
         let gaps = if GAPS { entries as u64 - sum(self.present) } else { 0 };
         let as_expected = _mm512_reduce_or_epi64(self.unexpected) == 0 && _mm512_reduce_max_epu64(self.farthest) <= room;
-        (as_expected, sum(self.others), gaps)
+        if as_expected { Judged::Alike(Passed { others: sum(self.others), gaps }) } else { Judged::Unlike }
     }
 }
 
@@ -320,11 +321,7 @@ fn merge_lines<const GAPS: bool>(entries: &[u64], kinds: Kinds, group: &Group, f
 /// # Safety
 /// All entries that the source becomes may be written to the target, which is a multiple of 64 if they go past the cache.
 #[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn recode_lines<const JUDGE: bool, const GAPS: bool, const MOVES: usize>(
-    lines: &Lines<'_>,
-    expected: Expected,
-    form: Form<'_>,
-) -> (bool, u64, u64) {
+unsafe fn recode_lines<const JUDGE: bool, const GAPS: bool, const MOVES: usize>(lines: &Lines<'_>, expected: Expected, form: Form<'_>) -> Judged {
     let registers = Registers::<MOVES>::new(expected, form);
     let swap = back_to_front(form.narrow);
     let mut found = Found::nothing();
@@ -379,7 +376,7 @@ unsafe fn recode_some_lines<const MOVES: usize>(
     target: &mut [[u64; 8]; 64],
     written: &mut u64,
     form: Form<'_>,
-) -> (bool, u64, u64) {
+) -> Judged {
     let registers = Registers::<MOVES>::new(expected, form);
     let (swap, zero) = (back_to_front(form.narrow), _mm512_setzero_si512());
     let mut found = Found::nothing();
