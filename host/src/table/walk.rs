@@ -509,7 +509,7 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
                         let neighbours = whole_slots(&entries[at..], iova, lsb, span);
                         let count = self.side_by_side(below, neighbours, &known, lsb, exists);
                         let ahead = self.tables_ahead(&entries[at + count..], next.level, &known, field);
-                        if count > 1 && self.tables_together(Place { ahead, ..below }, count, exists)? {
+                        if count > 1 && self.tables_together(Place { ahead, ..below }, &neighbours[..count], exists)? {
                             at += count;
                             continue;
                         }
@@ -640,11 +640,12 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
         entries.iter().enumerate().take(most).take_while(|next| follows(*next)).count()
     }
 
-    /// Walks `count` tables that stand [side by side](Self::side_by_side), which are read at once. False: they cannot be.
+    /// Walks the tables that `pointers` lead to, which stand [side by side](Self::side_by_side) and are read at once. False: they cannot be.
     #[inline(never)]
-    fn tables_together(&mut self, first: Place, count: usize, exists: (u64, u64)) -> Result<bool, WalkError> {
+    fn tables_together(&mut self, first: Place, pointers: &[u64], exists: (u64, u64)) -> Result<bool, WalkError> {
         let level = &self.plan.levels[usize::from(first.level)];
-        let (number, lsb, each) = (level.number, level.index_lsb, level.entries() as usize);
+        let (number, lsb, each, count) = (level.number, level.index_lsb, level.entries() as usize, pointers.len());
+        let first_index = self.path.last().map_or(0, |step| step.index);
         let mut buffer = self.buffers.pop().unwrap_or_else(|| Box::new(Buffer([0; BUFFER])));
         let entries = &mut buffer.0[..each * count];
         let (length, [next, second]) = (entries.len() as u64 * u64::from(self.layout.bytes), first.ahead);
@@ -666,6 +667,7 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
             let from = told.saturating_sub(index * each) as u64;
             let span = Span { first: place.base + (from << lsb), last: place.base + (((each as u64) << lsb) - 1) };
             let before = self.told;
+            self.set_step(first_index + index as u64, Some(pointers[index]));
             self.path.push(Step { level: place.level, number, table: Gpa(table), index: from, entry: None, inherited: place.inherited });
             self.entries(place, from, &entries[from as usize..], span)?;
             self.path.pop();
