@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::cell::Cell;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::LazyLock;
 
 use stagecraft::memory::{Budget, EntryLayout, EntryMemory, Kind, Limits, MemoryMap, ReadError, Region, VmMemory};
@@ -259,7 +259,7 @@ struct Heard<'a, 'b> {
     /// Pages of tables at the end of a path.
     last: BTreeSet<u64>,
     /// Where entries are that lead to those.
-    pointers: BTreeSet<u64>,
+    pointers: BTreeMap<u64, u64>,
     entry_bytes: u64,
 }
 
@@ -289,7 +289,7 @@ impl Visitor for Heard<'_, '_> {
         }
         if let ([.., above, last], 0xfff) = (path, piece.iova.length_minus_one()) {
             self.last.insert(page(last.table.0));
-            self.pointers.insert(above.table.0 + above.index * self.entry_bytes);
+            self.pointers.insert(above.table.0 + above.index * self.entry_bytes, last.table.0);
         }
         // Which entries come in one run depends on what was seen before: of those, the path leads to the first.
         let tables: Vec<_> = path.iter().map(|step| (step.level, step.table)).collect();
@@ -337,7 +337,7 @@ fn tables_that_are_read_together_are_as_if_alone() {
                 let mut arena = Arena::new(TARGET, 256 << 20);
                 let mut builder = Builder::new(open(SIDES[5], &[]), &mut arena).unwrap();
                 let builder_here = builds.then_some(&mut builder);
-                let mut heard = Heard { builder: builder_here, said: Vec::new(), last: BTreeSet::new(), pointers: BTreeSet::new(), entry_bytes };
+                let mut heard = Heard { builder: builder_here, said: Vec::new(), last: BTreeSet::new(), pointers: BTreeMap::new(), entry_bytes };
                 let ended = table.walk(&memory, &map(), span, &budget, &mut heard).err().map(|error| error.to_string());
                 let (said, known) = (heard.said, (heard.last, heard.pointers));
                 let built = builder.finish().unwrap();
@@ -347,22 +347,29 @@ fn tables_that_are_read_together_are_as_if_alone() {
                 (told, known, memory.reads.get())
             };
             let (_, (small, pointers), _) = walk(Span::ALL, 1 << 16, &none, 0, false);
-            // Some are not in the order of memory, or two in a row are the same.
-            let pointers: Vec<u64> = pointers.into_iter().collect();
-            for pair in pointers.windows(2) {
-                let change = random.below(24);
-                if change > 2 {
-                    continue;
+            let pointers: Vec<(u64, u64)> = pointers.into_iter().collect();
+            let (table_bytes, mut leads) = (SMALL as u64 * entry_bytes, [0; 16]);
+            let (leads, is_pair) = (&mut leads[..2 * entry_bytes as usize], |pair: &&[(u64, u64)]| pair[1].0 == pair[0].0 + entry_bytes);
+            let pairs: Vec<&[(u64, u64)]> = pointers.windows(2).filter(is_pair).collect();
+            if round % 4 == 3 {
+                // Two neighbours in which there is nothing, and to which many others lead.
+                let nothing = pairs.iter().find(|pair| pair[1].1 == pair[0].1 + table_bytes && page(pair[0].1) == page(pair[1].1)).unwrap();
+                let absent: u64 = if entry_bytes == 8 { 0x400_u64.to_be() } else { 0 };
+                memory.write_slice(&vec![absent.to_ne_bytes(); (table_bytes / 4) as usize].concat(), GuestAddress(nothing[0].1)).unwrap();
+                memory.read_slice(leads, GuestAddress(nothing[0].0)).unwrap();
+                pairs.iter().skip(12).step_by(2).for_each(|pair| memory.write_slice(leads, GuestAddress(pair[0].0)).unwrap());
+            } else {
+                // Some are not in the order of memory, or two in a row are the same.
+                for pair in pairs {
+                    let (to, other) = (GuestAddress(pair[0].0), GuestAddress(pair[1].0));
+                    memory.read_slice(leads, to).unwrap();
+                    let (first, second) = leads.split_at(leads.len() / 2);
+                    match random.below(24) {
+                        0 => memory.write_slice(first, other).unwrap(),
+                        1 | 2 => memory.write_slice(&[second, first].concat(), to).unwrap(),
+                        _ => {}
+                    }
                 }
-                let mut entries = [0; 16];
-                let (entries, bytes) = (&mut entries[..2 * entry_bytes as usize], entry_bytes as usize);
-                let (first, second) = entries.split_at_mut(bytes);
-                memory.read_slice(first, GuestAddress(pair[0])).unwrap();
-                memory.read_slice(second, GuestAddress(pair[1])).unwrap();
-                if change > 0 {
-                    memory.write_slice(second, GuestAddress(pair[0])).unwrap();
-                }
-                memory.write_slice(first, GuestAddress(pair[1])).unwrap();
             }
             for trial in 0..6 {
                 // From anywhere to anywhere, in the middle of tables.
