@@ -118,6 +118,7 @@ const EXAMPLES: usize = 8;
 pub struct Losses([Count; Loss::ALL.len()]);
 
 impl Losses {
+    #[inline]
     pub(crate) fn add(&mut self, loss: Loss, example: impl FnOnce() -> Piece, pieces: u64, bytes: u128) {
         let count = &mut self.0[loss as usize];
         count.pieces += pieces;

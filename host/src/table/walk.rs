@@ -210,8 +210,11 @@ struct Place {
     base: u64,
     inherited: u64,
     /// The tables that are probably walked after this one.
-    ahead: [Option<u64>; 2],
+    ahead: [u64; 2],
 }
+
+/// Where no table is.
+const NOWHERE: u64 = u64::MAX;
 
 /// Where the last entries were read from.
 #[derive(Clone, Copy)]
@@ -266,7 +269,7 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
         let level = &self.plan.levels[usize::from(root.level)];
         let top = u32::from(level.index_lsb + level.index_bits);
         let base = root.first & u64::MAX.checked_shl(top).unwrap_or(0);
-        self.table(Place { level: root.level, table: root.address, base, inherited: root.inherited, ahead: [None; 2] }, span, (0, u64::MAX))
+        self.table(Place { level: root.level, table: root.address, base, inherited: root.inherited, ahead: [NOWHERE; 2] }, span, (0, u64::MAX))
     }
 
     /// Walks the part of a table that lies in `span`, of which the entries `exists` exist.
@@ -318,11 +321,11 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
             self.visitor.table();
             let more = index + count <= last;
             let length = count * bytes;
-            let [next, second] = if more { [Some(address.wrapping_add(length)), None] } else { place.ahead };
-            self.expect((Some(address), next), length, FIRST..SECOND);
+            let [next, second] = if more { [address.wrapping_add(length), NOWHERE] } else { place.ahead };
+            self.expect((address, next), length, FIRST..SECOND);
             match self.read(address, entries) {
                 Ok(()) => {
-                    self.expect((Some(address), next), length, SECOND..ALL);
+                    self.expect((address, next), length, SECOND..ALL);
                     let told = self.pass(place, index, entries, here)?;
                     self.expect((next, second), length, 0..FIRST);
                     if told < entries.len() {
@@ -403,9 +406,12 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
     /// asked for whole: the first part before the last page but one is done with, the second before the last is read, and the third before that is looked at. All at
     /// once would have to wait.
     #[inline]
-    fn expect(&self, (before, ahead): (Option<u64>, Option<u64>), length: u64, part: Range<u64>) {
-        let Some(ahead) = ahead else { return };
-        if before.is_none_or(|before| before.wrapping_add(length) != ahead) {
+    fn expect(&self, (before, ahead): (u64, u64), length: u64, part: Range<u64>) {
+        if ahead == NOWHERE {
+            return;
+        }
+        // No table begins where one would end that begins nowhere.
+        if before.wrapping_add(length) != ahead {
             let (first, next) = (length / ALL * part.start, length / ALL * part.end);
             self.near(ahead).expect_later(first, next - first);
         } else if part.end == ALL {
@@ -416,13 +422,13 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
     /// The tables of level kind `below` that `entries` point to first, as far as they are like the one before, `known`. The second counts only if it does not follow
     /// the first in memory.
     #[inline]
-    fn tables_ahead(&self, entries: &[u64], below: u8, known: &Remembered, field: &AddressField) -> [Option<u64>; 2] {
-        let table = |entry: u64| (entry & known.mask == known.pattern).then(|| field.extract(entry));
+    fn tables_ahead(&self, entries: &[u64], below: u8, known: &Remembered, field: &AddressField) -> [u64; 2] {
+        let table = |entry: u64| if entry & known.mask == known.pattern { field.extract(entry) } else { NOWHERE };
         let bytes = self.table_bytes(below);
         match *entries {
             [next, second, ..] if second.wrapping_sub(next) != bytes => [table(next), table(second)],
-            [next, ..] => [table(next), None],
-            [] => [None; 2],
+            [next, ..] => [table(next), NOWHERE],
+            [] => [NOWHERE; 2],
         }
     }
 
@@ -434,7 +440,7 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
 
     /// Where an address stands, if it is near what was read last.
     fn near(&self, address: u64) -> Nearby {
-        let last = self.last_read.filter(|last| last.region.contains(address));
+        let last = self.last_read.as_ref().filter(|last| last.region.contains(address));
         last.map_or(Nearby::UNKNOWN, |last| last.nearby.at(address.wrapping_sub(last.address)))
     }
 
@@ -514,7 +520,7 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
                             continue;
                         }
                     }
-                    match self.next_table(place, below, slot, part, exists)? {
+                    match self.next_table(place.level, below, slot, part, exists)? {
                         Found::Told => 1,
                         Found::Nothing => {
                             // Neighbours that lead there as well are told of together.
@@ -575,17 +581,17 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
         Ok(())
     }
 
-    /// Walks the table `next`, which an entry of the table `place` points to, unless there was nothing in it before.
-    fn next_table(&mut self, place: Place, next: Place, slot: Span, part: Span, exists: (u64, u64)) -> Result<Found, WalkError> {
+    /// Walks the table `next`, which an entry of a table of kind `above` points to, unless there was nothing in it before.
+    fn next_table(&mut self, above: u8, next: Place, slot: Span, part: Span, exists: (u64, u64)) -> Result<Found, WalkError> {
         let Some(below) = self.plan.levels.get(usize::from(next.level)) else {
-            return Err(Nonsense(format!("level kind {} is followed by level kind {}, which does not exist", place.level, next.level)).into());
+            return Err(Nonsense(format!("level kind {} is followed by level kind {}, which does not exist", above, next.level)).into());
         };
-        let this = &self.plan.levels[usize::from(place.level)];
+        let this = &self.plan.levels[usize::from(above)];
         let top = below.index_lsb + below.index_bits;
         if top > this.index_lsb || below.index_bits > crate::table::geometry::MAX_INDEX_BITS {
             return Err(Nonsense(format!(
                 "level kind {} (entries of 2^{} bytes) is followed by level kind {} of 2^{top} bytes",
-                place.level, this.index_lsb, next.level
+                above, this.index_lsb, next.level
             ))
             .into());
         }
@@ -649,14 +655,14 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
         let mut buffer = self.buffers.pop().unwrap_or_else(|| Box::new(Buffer([0; BUFFER])));
         let entries = &mut buffer.0[..each * count];
         let (length, [next, second]) = (entries.len() as u64 * u64::from(self.layout.bytes), first.ahead);
-        self.expect((Some(first.table), next), length, FIRST..SECOND);
+        self.expect((first.table, next), length, FIRST..SECOND);
         if self.read(first.table, entries).is_err() {
             self.buffers.push(buffer);
             return Ok(false);
         }
         (0..count).for_each(|_| self.visitor.table());
         self.budget.charge_tables(count as u64)?;
-        self.expect((Some(first.table), next), length, SECOND..ALL);
+        self.expect((first.table, next), length, SECOND..ALL);
         let span = Span { first: first.base, last: first.base + (((entries.len() as u64) << lsb) - 1) };
         let told = self.pass(first, 0, entries, span)?;
         self.expect((next, second), length, 0..FIRST);
