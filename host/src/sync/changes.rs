@@ -114,32 +114,55 @@ impl Changes {
 
     #[inline]
     pub(super) fn map(&mut self, piece: Piece) {
+        if !self.holes.is_empty() {
+            return self.map_outside(piece);
+        }
+        self.add(piece);
+    }
+
+    #[inline(never)]
+    fn map_outside(&mut self, piece: Piece) {
         if self.has_hole(piece.iova) {
             return self.outside(piece.iova).into_iter().for_each(|part| self.add(piece.part(part)));
         }
         self.add(piece);
     }
 
-    #[inline]
+    #[inline(always)]
     fn add(&mut self, piece: Piece) {
-        if let Some(places) = &mut self.places {
-            places.insert(piece.iova.first, self.maps.len());
+        if self.places.is_some() {
+            self.note_place(piece.iova.first);
         }
         self.mixed.1 |= piece.iova.first < self.highest;
         self.highest = self.highest.max(piece.iova.first);
         self.maps.push(Change::Map(piece));
     }
 
+    #[inline(never)]
+    fn note_place(&mut self, first: u64) {
+        if let Some(places) = &mut self.places {
+            places.insert(first, self.maps.len());
+        }
+    }
+
     /// A piece that was mapped is gone. If this batch mapped it (a guest that writes while it is being read), the two are nothing.
     #[inline]
     pub(super) fn unmap(&mut self, span: Span) {
+        if !self.holes.is_empty() {
+            return self.unmap_outside(span);
+        }
+        self.take(span);
+    }
+
+    #[inline(never)]
+    fn unmap_outside(&mut self, span: Span) {
         if self.has_hole(span) {
             return self.outside(span).into_iter().for_each(|part| self.take(part));
         }
         self.take(span);
     }
 
-    #[inline]
+    #[inline(always)]
     fn take(&mut self, span: Span) {
         if self.maps.is_empty() || self.highest < span.first || !self.unmap_again(span.first) {
             self.mixed.0 |= self.unmaps.last().is_some_and(|last| last.span().first > span.first);

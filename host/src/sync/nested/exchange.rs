@@ -22,11 +22,51 @@ impl<M: TableMemory> Writer<'_, M> {
     /// Makes the next few changes of a table, as long as they are such.
     #[inline]
     pub(super) fn exchange(&mut self, table: &mut HostTable, slots: &mut Slots<'_, '_>) {
+        self.take(table, slots);
+        self.give(table, slots);
         while let Some(one) = slots.peek() {
             if !self.put(table, one) {
                 return;
             }
             slots.made(&one);
+        }
+    }
+
+    /// Pages that go, where nothing comes: most batches are of one kind.
+    #[inline]
+    fn take(&mut self, table: &mut HostTable, slots: &mut Slots<'_, '_>) {
+        let (lsb, absent, base) = (self.chain.rungs[self.depth].lsb, self.chain.rungs[self.depth].absent, slots.place.base);
+        while let Some(span) = slots.only_unmap() {
+            let index = (span.first - base) >> lsb;
+            match table.slots.get_mut(index as usize) {
+                Some(slot @ Slot::Leaf(_)) if is_slot(span, lsb) => *slot = Slot::Absent,
+                _ => return,
+            }
+            self.memory.store(table.address, self.layout, index, absent);
+            table.live -= 1;
+            slots.made_unmap();
+        }
+    }
+
+    /// Pages that come, where nothing goes, and of which nothing is lost.
+    #[inline]
+    fn give(&mut self, table: &mut HostTable, slots: &mut Slots<'_, '_>) {
+        let (lsb, base) = (self.chain.rungs[self.depth].lsb, slots.place.base);
+        let Some(attributes) = slots.only_map().map(|piece| piece.attributes) else { return };
+        let leaves = self.leaves.of(self.chain, self.number, attributes);
+        let Some((leaf, tracks)) = leaves.and_then(|leaves| leaves.get(self.depth)?.as_ref()).filter(|(leaf, _)| leaf.narrowed.is_empty()) else {
+            return;
+        };
+        while let Some(piece) = slots.only_map().filter(|piece| piece.attributes == attributes) {
+            let index = (piece.iova.first - base) >> lsb;
+            let Some(slot @ Slot::Absent) = table.slots.get_mut(index as usize) else { return };
+            let Some(entry) = leaf.entry(piece.address, lsb).filter(|_| is_slot(piece.iova, lsb) && piece.address & low_bits(lsb) == 0) else {
+                return;
+            };
+            self.memory.store(table.address, self.layout, index, entry);
+            *slot = Slot::Leaf(*tracks);
+            table.live += 1;
+            slots.made_map();
         }
     }
 
@@ -50,6 +90,12 @@ impl<M: TableMemory> Writer<'_, M> {
         table.live = table.live + u64::from(map.is_some()) - u64::from(was_leaf);
         true
     }
+}
+
+/// Whether a span is a slot of `2^lsb` bytes.
+#[inline]
+const fn is_slot(span: Span, lsb: u8) -> bool {
+    span.first & low_bits(lsb) == 0 && span.last == span.first | low_bits(lsb)
 }
 
 /// The entry of a leaf that fills a slot, if the piece has one there.

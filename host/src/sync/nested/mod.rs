@@ -230,7 +230,7 @@ impl<M: TableMemory> NestedTable<M> {
     ///
     /// IOVAs that units do not look up ([`Geometry::untranslated`]) are left out: the table may be for requests without PASID, now or later.
     pub fn apply(&mut self, batch: &[Change]) -> &Needed {
-        if batch.iter().any(|change| self.geometry().leaves_out(change.span())) {
+        if self.geometry().leaves_out(Span::ALL) && batch.iter().any(|change| self.geometry().leaves_out(change.span())) {
             let batch = self.looked_up(batch);
             return self.apply_all(&batch);
         }

@@ -7,6 +7,7 @@ use crate::sync::shadow::kind::alike;
 use crate::sync::shadow::node::{Node, NodeId, Pages, State, What};
 use crate::sync::shadow::pass::{Mode, Pass};
 use crate::sync::shadow::replay::parts;
+use crate::sync::shadow::words::Swap;
 use crate::sync::wanted::Wanted;
 use crate::table::{LeafMarks, Meaning, Next, Piece, low_bits};
 use crate::{Attributes, Gpa, Span};
@@ -72,18 +73,24 @@ impl<M: EntryMemory + ?Sized> Pass<'_, M> {
     /// A page comes or goes, as most entries that change are; false: it is not as easy as that, and nothing was done.
     #[inline(always)]
     pub(super) fn exchange(&mut self, node: &mut Node, at: usize, entry: u64) -> bool {
-        let known = node.entries[at];
-        let Some([old, new]) = self.shadow.words.find(node.level, node.inherited, [known, entry]) else { return false };
-        let (was_leaf, is_leaf) = (old.state != State::NOTHING, new.state != State::NOTHING);
+        let Some([old, new]) = self.shadow.words.find(node.level, node.inherited, [node.entries[at], entry]) else { return false };
+        let swap = Swap::new(old, new, node.entries[at], entry);
+        self.swap(node, at, entry, swap)
+    }
+
+    /// The same where it is known what the old entry and the new one stand for.
+    #[inline(always)]
+    pub(super) fn swap(&mut self, node: &mut Node, at: usize, entry: u64, swap: Swap) -> bool {
+        let Swap { old, new, waits, page, attributes } = swap;
+        let (was_leaf, is_leaf) = (old != State::NOTHING, new != State::NOTHING);
         // What was told of a blocked entry is something else.
-        if old.state != node.states[at] || was_leaf && is_leaf || is_leaf && self.shadow.leaves >= self.shadow.limits.leaves {
+        if old != node.states[at] || was_leaf && is_leaf || is_leaf && self.shadow.leaves >= self.shadow.limits.leaves {
             return false;
         }
-        if new.waits && !self.memory.can_mark(self.address(node, at)) {
+        if waits && !self.memory.can_mark(self.address(node, at)) {
             return false;
         }
         let (slot, below) = (self.shadow.slot(node, at), low_bits(self.shadow.plan.levels[usize::from(node.level)].index_lsb));
-        let (page, state, attributes) = (if is_leaf { new.page(entry) } else { old.page(known) }, new.state, new.attributes);
         if let Some(address) = page {
             if slot.last - slot.first != below || !self.shadow.is_target(address, below) {
                 return false;
@@ -94,7 +101,7 @@ impl<M: EntryMemory + ?Sized> Pass<'_, M> {
             }
         }
         self.shadow.leaves = self.shadow.leaves + u64::from(is_leaf) - u64::from(was_leaf);
-        (node.entries[at], node.states[at]) = (entry, state);
+        (node.entries[at], node.states[at]) = (entry, new);
         true
     }
 

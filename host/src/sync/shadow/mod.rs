@@ -284,13 +284,18 @@ impl Shadow {
     }
 
     /// Whether leaves may point to all of `first..=first + beyond`, in one of the map's targets.
-    #[inline]
+    #[inline(always)]
     fn is_target(&mut self, first: u64, beyond: u64) -> bool {
         let has = |target: &Span| target.contains(first) && target.last - first >= beyond;
-        if !self.target.as_ref().is_some_and(has) {
-            self.target = self.map.target(first);
+        self.target.as_ref().is_some_and(has) || {
+            self.target = self.find_target(first);
+            self.target.as_ref().is_some_and(has)
         }
-        self.target.as_ref().is_some_and(has)
+    }
+
+    #[inline(never)]
+    fn find_target(&self, first: u64) -> Option<Span> {
+        self.map.target(first)
     }
 
     #[inline]

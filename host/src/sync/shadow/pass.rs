@@ -10,6 +10,7 @@ use crate::sync::changes::Changes;
 use crate::sync::shadow::Shadow;
 use crate::sync::shadow::entry::Below;
 use crate::sync::shadow::node::{Node, NodeId, State, What};
+use crate::sync::shadow::words::{Swap, Word};
 use crate::sync::wanted::{Wanted, extent, within};
 use crate::{Gpa, Span};
 
@@ -283,7 +284,7 @@ impl<'a, M: EntryMemory + ?Sized> Pass<'a, M> {
         let (from, to) = (from.max(unread.start), to.min(unread.end - 1));
         let mut buffer = self.buffer();
         let changed = self.read(node, from, &mut buffer.0[..to + 1 - from]);
-        let mut rest = run;
+        let (mut rest, mut alike) = (run, None);
         while let [first, ..] = rest {
             let at = self.shadow.place(node, first.span.first.max(node.span.first));
             let last = self.shadow.slot(node, at).last;
@@ -295,8 +296,17 @@ impl<'a, M: EntryMemory + ?Sized> Pass<'a, M> {
             };
             let is_new = changed >> ((at - from) / LINE) & 1 != 0;
             let entry = if is_new { buffer.0[at - from] } else { node.entries[at] };
-            if is_new && mode == Mode::Compare && self.exchange(node, at, entry) {
-                continue;
+            if is_new && mode == Mode::Compare {
+                // Most become what the last one became.
+                let known = node.entries[at];
+                if !alike.as_ref().is_some_and(|[old, new]: &[Word; 2]| old.is(node.inherited, known) && new.is(node.inherited, entry)) {
+                    alike = self.shadow.words.find(node.level, node.inherited, [known, entry]).map(|[old, new]| [*old, *new]);
+                }
+                if let Some([old, new]) = &alike
+                    && self.swap(node, at, entry, Swap::new(old, new, known, entry))
+                {
+                    continue;
+                }
             }
             match node.states[at].what() {
                 What::Table(child) if mode == Mode::Compare && here.iter().all(|one| one.leaf_only) => self.visit(child, here, mode),

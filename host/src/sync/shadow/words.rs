@@ -15,7 +15,7 @@ pub(super) struct Word {
     mask: u64,
     pattern: u64,
     inherited: u64,
-    pub(super) state: State,
+    state: State,
     /// A leaf that shows a page, as large as its slot, if its address can be. Otherwise nothing is shown.
     is_page: bool,
     /// Where its address is: bits that stand in place, and those that move.
@@ -24,8 +24,8 @@ pub(super) struct Word {
     /// Address bits that no page has: below its size, and beyond all outputs.
     never: u64,
     /// A leaf that hardware has to mark.
-    pub(super) waits: bool,
-    pub(super) attributes: Attributes,
+    waits: bool,
+    attributes: Attributes,
 }
 
 /// No entry is this.
@@ -43,11 +43,38 @@ const NONE: Word = Word {
 };
 
 impl Word {
+    /// Whether an entry of a table with this word is one of these.
+    #[inline]
+    pub(super) const fn is(&self, inherited: u64, entry: u64) -> bool {
+        entry & self.mask == self.pattern && self.inherited == inherited
+    }
+
     /// Where the page goes that an entry shows, if it shows one.
     #[inline]
-    pub(super) const fn page(&self, entry: u64) -> Option<u64> {
+    const fn page(&self, entry: u64) -> Option<u64> {
         let address = entry & self.in_place | self.moved.apply(entry);
         if self.is_page && address & self.never == 0 { Some(address) } else { None }
+    }
+}
+
+/// One entry instead of another.
+#[derive(Clone, Copy)]
+pub(super) struct Swap {
+    /// What the old one stands for, and the new one.
+    pub(super) old: State,
+    pub(super) new: State,
+    /// The new one is a leaf that hardware has to mark.
+    pub(super) waits: bool,
+    /// Where the page goes that is shown: by the new one, or else by the old one.
+    pub(super) page: Option<u64>,
+    pub(super) attributes: Attributes,
+}
+
+impl Swap {
+    #[inline(always)]
+    pub(super) fn new(old: &Word, new: &Word, known: u64, entry: u64) -> Self {
+        let page = if new.state == State::NOTHING { old.page(known) } else { new.page(entry) };
+        Self { old: old.state, new: new.state, waits: new.waits, page, attributes: new.attributes }
     }
 }
 
@@ -65,7 +92,7 @@ impl Words {
     #[inline]
     pub(super) fn find(&self, level: u8, inherited: u64, entries: [u64; 2]) -> Option<[&Word; 2]> {
         let words = self.0.get(usize::from(level))?;
-        let find = |entry: u64| words.iter().find(|word| entry & word.mask == word.pattern && word.inherited == inherited);
+        let find = |entry: u64| words.iter().find(|word| word.is(inherited, entry));
         Some([find(entries[0])?, find(entries[1])?])
     }
 
