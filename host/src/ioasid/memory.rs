@@ -78,6 +78,10 @@ impl<M: vm_memory::GuestMemory> EntryMemory for Shared<M> {
         VmMemory(&self.0).read_entry(address, layout)
     }
 
+    fn first_changed(&self, layout: EntryLayout, entries: &[(Gpa, u64)]) -> Option<(usize, Option<u64>)> {
+        VmMemory(&self.0).first_changed(layout, entries)
+    }
+
     fn read_changed(&self, address: Gpa, layout: EntryLayout, known: &[u64], fresh: &mut [u64]) -> Result<u128, ReadError> {
         VmMemory(&self.0).read_changed(address, layout, known, fresh)
     }

@@ -9,8 +9,8 @@
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
+use vm_memory::{GuestMemoryRegion, MemoryRegionAddress, VolatileSlice};
 
 use crate::memory::EntryLayout;
 #[cfg(all(target_arch = "x86_64", not(miri)))]
@@ -90,6 +90,12 @@ pub(super) fn load_one<B: BitmapSlice>(slice: &VolatileSlice<'_, B>, bytes: usiz
         (_, word) if bytes == 4 && word.is_aligned() => Some(unsafe { &*word }.load(Ordering::Relaxed).into()),
         _ => None,
     }
+}
+
+/// Loads the word of 4 or 8 bytes at `offset` into a region, once and atomically; none if it is not all there or not aligned.
+#[inline]
+pub(super) fn load_in<R: GuestMemoryRegion + ?Sized>(region: &R, offset: u64, bytes: usize) -> Option<u64> {
+    load_one(&region.get_slice(MemoryRegionAddress(offset), bytes).ok()?, bytes)
 }
 
 /// Bytes of a cache line.

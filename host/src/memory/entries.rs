@@ -66,6 +66,15 @@ pub trait EntryMemory {
         self.read_entries(address, layout, &mut entry).map(|()| entry[0])
     }
 
+    /// The first of some entries, each with its address, that is not what it was known to be: its place among them, and what it is; none of that if it is not
+    /// there. None: all are as they were. Each is read at most once, atomically.
+    fn first_changed(&self, layout: EntryLayout, entries: &[(Gpa, u64)]) -> Option<(usize, Option<u64>)> {
+        entries.iter().enumerate().find_map(|(place, (address, known))| {
+            let entry = self.read_entry(*address, layout).ok();
+            (entry != Some(*known)).then_some((place, entry))
+        })
+    }
+
     /// Whether hardware could set a mark in the entry at `address`: memory that another stage maps may be there to be read alone.
     #[inline]
     fn can_mark(&self, address: Gpa) -> bool {
@@ -145,6 +154,26 @@ impl<M: GuestMemory + ?Sized> EntryMemory for VmMemory<'_, M> {
             None => self.0.get_slices(at, bytes, Permissions::Read).ok().and_then(|mut slices| atomic::load_one(&slices.next()?.ok()?, bytes)),
         };
         word.map(|word| layout.word(word)).ok_or(ReadError(address))
+    }
+
+    #[inline]
+    fn first_changed(&self, layout: EntryLayout, entries: &[(Gpa, u64)]) -> Option<(usize, Option<u64>)> {
+        let Some(memory) = self.0.physical_memory() else {
+            return entries.iter().enumerate().find_map(|(place, (address, known))| {
+                let entry = self.read_entry(*address, layout).ok();
+                (entry != Some(*known)).then_some((place, entry))
+            });
+        };
+        // Tables are often in one region.
+        let mut last: Option<(&<M::PhysicalMemory as GuestMemoryBackend>::R, u64, u64)> = None;
+        entries.iter().enumerate().find_map(|(place, (address, known))| {
+            if !last.is_some_and(|(_, start, length)| address.0.wrapping_sub(start) < length) {
+                last = memory.find_region(GuestAddress(address.0)).map(|region| (region, region.start_addr().0, region.len()));
+            }
+            let entry =
+                last.and_then(|(region, start, _)| atomic::load_in(region, address.0 - start, layout.bytes.into())).map(|word| layout.word(word));
+            (entry != Some(*known)).then_some((place, entry))
+        })
     }
 
     fn read_changed(&self, address: Gpa, layout: EntryLayout, known: &[u64], fresh: &mut [u64]) -> Result<u128, ReadError> {

@@ -36,12 +36,10 @@ impl<M: TableMemory> Writer<'_, M> {
     #[inline]
     fn take(&mut self, table: &mut HostTable, slots: &mut Slots<'_, '_>) {
         let (lsb, absent, base) = (self.chain.rungs[self.depth].lsb, self.chain.rungs[self.depth].absent, slots.place.base);
-        while let Some(span) = slots.only_unmap() {
+        while let Some(span) = slots.only_unmap().filter(|span| is_slot(*span, lsb)) {
             let index = (span.first - base) >> lsb;
-            match table.slots.get_mut(index as usize) {
-                Some(slot @ Slot::Leaf(_)) if is_slot(span, lsb) => *slot = Slot::Absent,
-                _ => return,
-            }
+            let Some(slot @ Slot::Leaf(_)) = table.slots.get_mut(index as usize) else { return };
+            *slot = Slot::Absent;
             self.memory.store(table.address, self.layout, index, absent);
             table.live -= 1;
             slots.made_unmap();
@@ -57,12 +55,11 @@ impl<M: TableMemory> Writer<'_, M> {
         let Some((leaf, tracks)) = leaves.and_then(|leaves| leaves.get(self.depth)?.as_ref()).filter(|(leaf, _)| leaf.narrowed.is_empty()) else {
             return;
         };
-        while let Some(piece) = slots.only_map().filter(|piece| piece.attributes == attributes) {
+        let alike = |piece: &&Piece| piece.attributes == attributes && is_slot(piece.iova, lsb) && piece.address & low_bits(lsb) == 0;
+        while let Some(piece) = slots.only_map().filter(alike) {
             let index = (piece.iova.first - base) >> lsb;
             let Some(slot @ Slot::Absent) = table.slots.get_mut(index as usize) else { return };
-            let Some(entry) = leaf.entry(piece.address, lsb).filter(|_| is_slot(piece.iova, lsb) && piece.address & low_bits(lsb) == 0) else {
-                return;
-            };
+            let Some(entry) = leaf.entry(piece.address, lsb) else { return };
             self.memory.store(table.address, self.layout, index, entry);
             *slot = Slot::Leaf(*tracks);
             table.live += 1;

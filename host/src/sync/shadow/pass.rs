@@ -20,6 +20,9 @@ const BUFFER: usize = (PAGE / 4) as usize;
 /// Entries of one page that are wanted, from which on all between them are read as well: at once, instead of one by one.
 const MANY: usize = 4;
 
+/// Entries on the way down that are read at once: no table of a guest is deeper.
+const DEEPEST: usize = 6;
+
 /// Begins at a cache line, for wide registers.
 #[repr(align(64))]
 pub(super) struct Buffer(pub(super) [u64; BUFFER]);
@@ -33,6 +36,8 @@ pub(super) struct Scratch {
     pub(super) canonical: Vec<Wanted>,
     /// The table that was looked at last by itself. It may be gone, and its number another's: whoever goes there looks what it serves.
     near: Option<NodeId>,
+    /// The entries of tables that led from a root to a table that was looked at by itself, perhaps that one. Any of it may be another's, too.
+    way: Vec<(NodeId, usize)>,
 }
 
 /// How a node is looked at.
@@ -143,18 +148,63 @@ impl<'a, M: EntryMemory + ?Sized> Pass<'a, M> {
         self.shadow.nodes.put(id, node);
     }
 
-    /// Looks at what is wanted, if tables on the way are not looked at and the table that was looked at last serves all of it; false: nothing was done.
+    /// Looks at what is wanted, if tables on the way are not looked at, or are the same, and the table that was looked at last serves all of it; false: nothing was done.
     #[inline]
     pub(super) fn near(&mut self, wanted: &[Wanted]) -> bool {
         // One table at each level serves an IOVA, so that this one is on the way from a root.
         let Some((id, all)) = self.shadow.scratch.near.zip(extent(wanted)) else { return false };
         let is_here = |node: &Node| node.shared.is_none() && node.span.first <= all.first && all.last <= node.span.last;
         let serves = self.shadow.nodes.get(id).is_some_and(is_here);
-        let near = serves && wanted.iter().all(|one| one.leaf_only);
+        let near = serves && (wanted.iter().all(|one| one.leaf_only) || self.way_is_same(id));
         if near {
-            self.visit(id, wanted, Mode::Compare);
+            match self.only_place(id, all) {
+                Some(at) => self.only_entry(id, at, wanted),
+                None => self.visit(id, wanted, Mode::Compare),
+            }
         }
         near
+    }
+
+    /// The place of an entry of a table that serves all of a span by itself, and is no table.
+    #[inline]
+    fn only_place(&self, id: NodeId, all: Span) -> Option<usize> {
+        let node = self.shadow.nodes.get(id)?;
+        let at = self.shadow.place(node, all.first);
+        (at == self.shadow.place(node, all.last) && !matches!(node.states[at].what(), What::Table(_))).then_some(at)
+    }
+
+    #[inline]
+    fn only_entry(&mut self, id: NodeId, at: usize, wanted: &[Wanted]) {
+        let Some(mut node) = self.shadow.nodes.take(id) else { return };
+        match self.read_one(&node, at) {
+            Some(entry) => self.entry(&mut node, at, entry, wanted, Mode::Compare, true),
+            None => self.unreadable(&mut node, at),
+        }
+        self.shadow.nodes.put(id, node);
+    }
+
+    /// Whether the entries on the way that was gone last lead from a root to this table, and are what they were.
+    #[inline]
+    fn way_is_same(&self, to: NodeId) -> bool {
+        let (way, entry_bytes) = (self.shadow.scratch.way.as_slice(), u64::from(self.shadow.plan.geometry.entry_bytes));
+        let mut known = [(Gpa(0), 0); DEEPEST];
+        if !way.first().is_some_and(|(root, _)| self.shadow.roots.contains(&Some(*root))) {
+            return false;
+        }
+        // Where they are not all in one part of memory, the longer way is gone.
+        let part = way.first().and_then(|(root, _)| self.shadow.map.region(self.shadow.nodes.get(*root)?.table));
+        let Some(Span { first, last }) = part.map(|part| part.span) else { return false };
+        // What is known of each is looked up by itself, not one after the other.
+        for (index, ((id, at), known)) in way.iter().zip(&mut known).enumerate() {
+            let next = way.get(index + 1).map_or(to, |(next, _)| *next);
+            let Some(node) = self.shadow.nodes.get(*id) else { return false };
+            let address = node.table + (node.first + *at as u64) * entry_bytes;
+            if node.states.get(*at) != Some(&State::table(next)) || address < first || address + (entry_bytes - 1) > last {
+                return false;
+            }
+            *known = (Gpa(address), node.entries[*at]);
+        }
+        self.memory.first_changed(self.shadow.layout(), &known[..way.len()]).is_none()
     }
 
     /// Looks at what is wanted of a table, and of what is below it.
@@ -187,9 +237,13 @@ impl<'a, M: EntryMemory + ?Sized> Pass<'a, M> {
 
     /// The lowest table below one of which all other entries play no part in what is wanted, as long as the entries on the way are as they were.
     #[inline]
-    fn lowest(&mut self, mut id: NodeId, wanted: &[Wanted]) -> (NodeId, Lowest) {
+    fn lowest(&mut self, from: NodeId, wanted: &[Wanted]) -> (NodeId, Lowest) {
+        let mut id = from;
         let leaf_only = wanted.iter().all(|one| one.leaf_only);
         let Some(all) = extent(wanted) else { return (id, Lowest::Entries) };
+        let (entry_bytes, mut lowest) = (u64::from(self.shadow.plan.geometry.entry_bytes), Lowest::Entries);
+        // What is read on the way: whose entries, and which.
+        let (mut way, mut known, mut count) = ([(id, 0); DEEPEST], [(Gpa(0), 0); DEEPEST], 0);
         while let Some(node) = self.shadow.nodes.get(id) {
             let Some(part) = node.span.intersection(all) else { break };
             let at = self.shadow.place(node, part.first);
@@ -197,19 +251,33 @@ impl<'a, M: EntryMemory + ?Sized> Pass<'a, M> {
                 break;
             }
             let What::Table(child) = node.states[at].what() else {
-                self.shadow.scratch.near = Some(id);
-                return (id, Lowest::One(at));
+                lowest = Lowest::One(at);
+                break;
             };
             if !leaf_only {
-                let entry = self.read_one(node, at);
-                if entry != Some(node.entries[at]) {
-                    return (id, Lowest::Other(at, entry));
+                let address = node.table + (node.first + at as u64) * entry_bytes;
+                // What does not exist any more, or is too deep, is looked at by itself.
+                if count == DEEPEST || !self.shadow.map.has_both(address, address + (entry_bytes - 1)) {
+                    lowest = Lowest::One(at);
+                    break;
                 }
+                (way[count], known[count]) = ((id, at), (Gpa(address), node.entries[at]));
+                count += 1;
             }
             id = child;
         }
+        if count > 0
+            && let Some((place, entry)) = self.memory.first_changed(self.shadow.layout(), &known[..count])
+        {
+            let (id, at) = way[place];
+            return (id, Lowest::Other(at, entry));
+        }
         self.shadow.scratch.near = Some(id);
-        (id, Lowest::Entries)
+        if count > 0 && self.shadow.roots.contains(&Some(from)) {
+            self.shadow.scratch.way.clear();
+            self.shadow.scratch.way.extend_from_slice(&way[..count]);
+        }
+        (id, lowest)
     }
 
     /// Looks at the entries of a table for what is wanted of it, each once; at the tables below that did not move only if `deep`.
