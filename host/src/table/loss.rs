@@ -128,6 +128,11 @@ impl Losses {
         }
     }
 
+    /// Whether further examples of a loss would not be kept.
+    pub(crate) fn has_examples(&self, loss: Loss) -> bool {
+        self.0[loss as usize].examples.len() >= EXAMPLES
+    }
+
     /// Adds what was counted elsewhere.
     pub(crate) fn add_count(&mut self, loss: Loss, other: &Count) {
         let count = &mut self.0[loss as usize];

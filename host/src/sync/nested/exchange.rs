@@ -4,7 +4,7 @@ use crate::memory::EntryLayout;
 use crate::sync::nested::plan::{Chain, Leaves};
 use crate::sync::nested::slots::{One, Place, Slots};
 use crate::sync::nested::{HostTable, Slot, TableMemory};
-use crate::table::{Loss, Losses, Piece, low_bits};
+use crate::table::{Leaf, Loss, Losses, Piece, low_bits};
 use crate::{Attributes, Span};
 
 /// What is needed to write leaves into a table.
@@ -46,25 +46,29 @@ impl<M: TableMemory> Writer<'_, M> {
         }
     }
 
-    /// Pages that come, where nothing goes, and of which nothing is lost.
+    /// Pages that come, where nothing goes, and of whose losses there are examples enough.
     #[inline]
     fn give(&mut self, table: &mut HostTable, slots: &mut Slots<'_, '_>) {
         let (lsb, base) = (self.chain.rungs[self.depth].lsb, slots.place.base);
-        let Some(attributes) = slots.only_map().map(|piece| piece.attributes) else { return };
-        let leaves = self.leaves.of(self.chain, self.number, attributes);
-        let Some((leaf, tracks)) = leaves.and_then(|leaves| leaves.get(self.depth)?.as_ref()).filter(|(leaf, _)| leaf.narrowed.is_empty()) else {
+        let Some(first) = slots.only_map() else { return };
+        let leaves = self.leaves.of(self.chain, self.number, first.attributes);
+        let Some((leaf, tracks)) = leaves.and_then(|leaves| leaves.get(self.depth)?.as_ref()) else { return };
+        if !narrowed(leaf, first.attributes).all(|loss| self.losses.has_examples(*loss)) {
             return;
-        };
-        let alike = |piece: &&Piece| piece.attributes == attributes && is_slot(piece.iova, lsb) && piece.address & low_bits(lsb) == 0;
+        }
+        let alike = |piece: &&Piece| piece.attributes == first.attributes && is_slot(piece.iova, lsb) && piece.address & low_bits(lsb) == 0;
+        let mut count = 0_u64;
         while let Some(piece) = slots.only_map().filter(alike) {
             let index = (piece.iova.first - base) >> lsb;
-            let Some(slot @ Slot::Absent) = table.slots.get_mut(index as usize) else { return };
-            let Some(entry) = leaf.entry(piece.address, lsb) else { return };
+            let (Some(slot @ Slot::Absent), Some(entry)) = (table.slots.get_mut(index as usize), leaf.entry(piece.address, lsb)) else { break };
             self.memory.store(table.address, self.layout, index, entry);
             *slot = Slot::Leaf(*tracks);
-            table.live += 1;
+            count += 1;
             slots.made_map();
         }
+        table.live += count;
+        narrowed(leaf, first.attributes)
+            .for_each(|loss| self.losses.add(*loss, || *first, count, (u128::from(low_bits(lsb)) + 1) * u128::from(count)));
     }
 
     /// Makes a change of one slot; false: it is another kind of change, and nothing was done.
@@ -87,6 +91,13 @@ impl<M: TableMemory> Writer<'_, M> {
         table.live = table.live + u64::from(map.is_some()) - u64::from(was_leaf);
         true
     }
+}
+
+/// What a leaf loses of these attributes.
+#[inline]
+fn narrowed(leaf: &Leaf, attributes: Attributes) -> impl Iterator<Item = &Loss> {
+    let marks = attributes.contains(Attributes::WRITABLE_WHEN_DIRTY);
+    leaf.narrowed.iter().filter(move |loss| **loss != Loss::DirtyTracking || marks)
 }
 
 /// Whether a span is a slot of `2^lsb` bytes.
@@ -120,12 +131,9 @@ fn page(
     }
     let (leaf, tracks) = leaves.of(chain, number, piece.attributes)?.get(depth)?.as_ref()?;
     let entry = leaf.entry(address, size)?;
-    if !leaf.narrowed.is_empty() {
-        let wanted = |loss: &&Loss| **loss != Loss::DirtyTracking || piece.attributes.contains(Attributes::WRITABLE_WHEN_DIRTY);
-        for loss in leaf.narrowed.iter().filter(wanted) {
-            let iova = Span::of_log2((piece.iova.first + (address - piece.address)) >> size << size, size);
-            losses.add(*loss, || Piece { iova, address, attributes: piece.attributes }, 1, u128::from(low_bits(size)) + 1);
-        }
+    for loss in narrowed(leaf, piece.attributes) {
+        let iova = Span::of_log2((piece.iova.first + (address - piece.address)) >> size << size, size);
+        losses.add(*loss, || Piece { iova, address, attributes: piece.attributes }, 1, u128::from(low_bits(size)) + 1);
     }
     Some((Slot::Leaf(*tracks), entry))
 }
