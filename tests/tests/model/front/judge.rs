@@ -97,6 +97,7 @@ impl Front<'_> {
         if let Some(StreamState::Refused(reason)) = state
             && !self.is_broken
         {
+            if reason.starts_with("PASID: device") { return Err(format!("DEBUG device {device} {pasid:?}: {reason} {:?} {:?}", self.structures.settings, self.viommu.streams().collect::<Vec<_>>())); }
             // Areas for two units can lie where one of them must not translate: it has nothing then.
             self.coverage.add(format!("vIOMMU: refused on {host}: {}", reason.chars().take(400).collect::<String>()));
             gets = vec![Gets::Nothing];
