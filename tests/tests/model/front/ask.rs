@@ -1,7 +1,7 @@
 //! Devices that ask for pages: from DMA that waits to the guest's record of it, and from the guest's command to the device.
 
-use super::structures::id;
 use super::Front;
+use super::structures::id;
 use crate::guests::Arch;
 use crate::session::Outcomes;
 
@@ -80,7 +80,12 @@ impl Front<'_> {
     }
 
     /// DMA, and a driver that answers what it causes.
-    fn wait_for(&mut self, (device, pasid): (usize, Option<u32>), (iova, write): (u64, bool), (root, maps): (usize, bool)) -> Result<Option<u64>, String> {
+    fn wait_for(
+        &mut self,
+        (device, pasid): (usize, Option<u32>),
+        (iova, write): (u64, bool),
+        (root, maps): (usize, bool),
+    ) -> Result<Option<u64>, String> {
         let arch = self.structures.arch;
         let Self { machine, viommu, guests, coverage, rng, .. } = self;
         let Some(guest) = &mut guests[0] else { return Ok(None) };

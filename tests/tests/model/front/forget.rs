@@ -122,7 +122,8 @@ impl Structures {
             }
             // And the PASIDs of its domains, or all.
             Arch::Vtd => {
-                let pasids = if number.is_multiple_of(2) { vec![[7 | 3 << 4, 0]] } else { domains.iter().map(|domain| [7 | domain << 16, 0]).collect() };
+                let pasids =
+                    if number.is_multiple_of(2) { vec![[7 | 3 << 4, 0]] } else { domains.iter().map(|domain| [7 | domain << 16, 0]).collect() };
                 [[1 | 3 << 4 | id << 32, 0]].into_iter().chain(pasids).map(|command| words(&command)).collect()
             }
             Arch::Amd => one([2 << 60 | id, 0]),

@@ -3,10 +3,10 @@
 use std::collections::BTreeSet;
 
 use stagecraft::viommu::StreamState;
+use stagecraft_tests::reference::Problem;
 use stagecraft_tests::reference::detect::{self, Resolution};
 use stagecraft_tests::reference::tables::TableConfig;
 use stagecraft_tests::reference::walk::Walker;
-use stagecraft_tests::reference::Problem;
 
 use super::structures::id;
 use super::{Front, requester};
@@ -97,7 +97,6 @@ impl Front<'_> {
         if let Some(StreamState::Refused(reason)) = state
             && !self.is_broken
         {
-            if reason.starts_with("PASID: device") { return Err(format!("DEBUG device {device} {pasid:?}: {reason} {:?} {:?}", self.structures.settings, self.viommu.streams().collect::<Vec<_>>())); }
             // Areas for two units can lie where one of them must not translate: it has nothing then.
             self.coverage.add(format!("vIOMMU: refused on {host}: {}", reason.chars().take(400).collect::<String>()));
             gets = vec![Gets::Nothing];

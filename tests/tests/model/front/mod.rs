@@ -128,7 +128,7 @@ impl<'a> Front<'a> {
         // AMD's units have no device that waits.
         let can_wait = hardware.nesting && !hardware.hosts().contains(&HOSTS[2]) && setup.how != How::Areas;
         // Nor have units of two kinds that share an address space.
-        let requests = setup.requests && can_wait && hardware.units.1.is_none_or(|second| second == hardware.units.0);
+        let requests = (setup.requests || rng.percent(40)) && can_wait && hardware.units.1.is_none_or(|second| second == hardware.units.0);
         // Where PASIDs belong to the owner of a table, they have areas; and nobody waits for areas.
         let has_pasids = rng.percent(70) && !(requests && units.0 != 0);
         let mut structures = Structures::new(arch, machine.memory.clone(), hardware.devices, (has_pasids, requests), &mut rng);
@@ -292,12 +292,17 @@ impl<'a> Front<'a> {
         // What cannot be had is asked for again and again.
         let refused = self.refused();
         let (pending, leaving) = (self.viommu.figures().pending, self.viommu.host().context().memory_leaving().len());
-        if (pending, leaving) == (refused, 0) { Ok(()) } else { Err(format!("{pending} are pending, {refused} refused, {leaving} regions are leaving")) }
+        if (pending, leaving) == (refused, 0) {
+            Ok(())
+        } else {
+            Err(format!("{pending} are pending, {refused} refused, {leaving} regions are leaving"))
+        }
     }
 
     /// Streams that cannot have what they are to have, whether anything fails or not.
     fn refused(&self) -> u64 {
-        let is_refused = |state: &StreamState| matches!(state, StreamState::Refused(reason) if reason.starts_with("strategy") || reason.starts_with("PASID"));
+        let is_refused =
+            |state: &StreamState| matches!(state, StreamState::Refused(reason) if reason.starts_with("strategy") || reason.starts_with("PASID"));
         self.viommu.streams().filter(|(_, state)| is_refused(state)).count() as u64
     }
 
@@ -510,10 +515,14 @@ impl<'a> Front<'a> {
             extents.collect()
         };
         let mut commands = Vec::new();
-        let mut names: Vec<_> = self.users(stage, root).into_iter().map(|(device, pasid)| {
-            let behind = self.structures.settings[device].roots(pasid)[1 - stage].is_some();
-            (self.structures.name_for(device, pasid), behind)
-        }).collect();
+        let mut names: Vec<_> = self
+            .users(stage, root)
+            .into_iter()
+            .map(|(device, pasid)| {
+                let behind = self.structures.settings[device].roots(pasid)[1 - stage].is_some();
+                (self.structures.name_for(device, pasid), behind)
+            })
+            .collect();
         names.sort_unstable();
         names.dedup();
         for (name, behind) in names {

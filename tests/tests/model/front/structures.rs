@@ -218,7 +218,9 @@ impl Structures {
     /// The word that makes it valid comes last.
     fn store(&mut self, address: u64, words: &[u64]) {
         for (index, word) in words.iter().enumerate().rev() {
-            self.memory.store(*word, GuestAddress(address + index as u64 * 8), std::sync::atomic::Ordering::Release).expect("structures are in memory");
+            self.memory
+                .store(*word, GuestAddress(address + index as u64 * 8), std::sync::atomic::Ordering::Release)
+                .expect("structures are in memory");
         }
         self.written.push((address, words.len() as u64 * 8));
     }
