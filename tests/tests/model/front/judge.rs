@@ -164,7 +164,7 @@ impl Front<'_> {
 
     /// What a device found that asked for a page.
     pub(super) fn is_served(&self, (device, pasid): (usize, Option<u32>), (iova, write): (u64, bool), found: Option<u64>) -> Outcomes {
-        if self.is_mixed(device, pasid) && found.is_some() {
+        if self.is_mixed(device, pasid) {
             return Ok(());
         }
         let (since, now) = (self.since(device, pasid), self.moments.len() - 1);

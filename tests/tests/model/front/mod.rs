@@ -301,8 +301,8 @@ impl<'a> Front<'a> {
 
     /// Streams that cannot have what they are to have, whether anything fails or not.
     fn refused(&self) -> u64 {
-        let is_refused =
-            |state: &StreamState| matches!(state, StreamState::Refused(reason) if reason.starts_with("strategy") || reason.starts_with("PASID"));
+        let fails = |reason: &str| ["EIO", "ENOMEM"].iter().any(|errno| reason.contains(errno));
+        let is_refused = |state: &StreamState| matches!(state, StreamState::Refused(reason) if reason.starts_with("strategy") && !fails(reason));
         self.viommu.streams().filter(|(_, state)| is_refused(state)).count() as u64
     }
 
