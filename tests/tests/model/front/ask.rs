@@ -55,10 +55,12 @@ impl Front<'_> {
         let known = |pasid: &&Option<u32>| self.ioasid(device, **pasid).is_some_and(|ioasid| ioasid.request().page_requests);
         let known: Vec<Option<u32>> = requesters.iter().filter(known).copied().collect();
         let Some(pasid) = known.get(place as usize % known.len().max(1)).copied() else { return Ok(false) };
+        // The first stage that it has: whoever maps a page there is asked.
         let roots = self.structures.settings[device].roots(pasid);
-        let Some(root) = roots[0] else { return Ok(false) };
+        let stage = usize::from(roots[0].is_none());
+        let Some(root) = roots[stage] else { return Ok(false) };
         // Rather what nobody was told of.
-        let stale: Vec<(u64, u64)> = self.roots[0][root].stale.iter().map(|stale| stale.iova).collect();
+        let stale: Vec<(u64, u64)> = self.roots[stage][root].stale.iter().map(|stale| stale.iova).collect();
         let number = place as usize / 8;
         let iova = match (stale.len(), self.touched.len()) {
             (0, 0) => return Ok(false),
@@ -73,8 +75,8 @@ impl Front<'_> {
             return Ok(false);
         }
         let maps = self.rng.percent(70);
-        let found = self.wait_for((device, pasid), (iova, write), (root, maps))?;
-        self.note(0)?;
+        let found = self.wait_for((device, pasid), (iova, write), (stage, root, maps))?;
+        self.note(stage)?;
         self.is_served((device, pasid), (iova, write), found)?;
         Ok(true)
     }
@@ -84,11 +86,11 @@ impl Front<'_> {
         &mut self,
         (device, pasid): (usize, Option<u32>),
         (iova, write): (u64, bool),
-        (root, maps): (usize, bool),
+        (stage, root, maps): (usize, usize, bool),
     ) -> Result<Option<u64>, String> {
         let arch = self.structures.arch;
         let Self { machine, viommu, guests, coverage, rng, .. } = self;
-        let Some(guest) = &mut guests[0] else { return Ok(None) };
+        let Some(guest) = &mut guests[stage] else { return Ok(None) };
         machine.sim.set_patience(1000);
         let machine = &*machine;
         let mut failed = None;

@@ -295,14 +295,16 @@ impl<'a> Front<'a> {
         if (pending, leaving) == (refused, 0) {
             Ok(())
         } else {
-            Err(format!("{pending} are pending, {refused} refused, {leaving} regions are leaving"))
+            Err(format!("{pending} are pending, {refused} refused, {leaving} regions are leaving: {:?}", self.viommu.streams().collect::<Vec<_>>()))
         }
     }
 
     /// Streams that cannot have what they are to have, whether anything fails or not.
     fn refused(&self) -> u64 {
         let fails = |reason: &str| ["EIO", "ENOMEM"].iter().any(|errno| reason.contains(errno));
-        let is_refused = |state: &StreamState| matches!(state, StreamState::Refused(reason) if reason.starts_with("strategy") && !fails(reason));
+        // The kernel has no PASID 0 beside a device's own requests; a guest may.
+        let is_permanent = |reason: &str| reason.starts_with("strategy") || reason.starts_with("PASID");
+        let is_refused = |state: &StreamState| matches!(state, StreamState::Refused(reason) if is_permanent(reason) && !fails(reason));
         self.viommu.streams().filter(|(_, state)| is_refused(state)).count() as u64
     }
 

@@ -175,7 +175,10 @@ impl Structures {
                 // TTM 1.
                 set("RTADDR", 1 << 10);
             }
-            Arch::Vtd => set("CAP", 6),
+            Arch::Vtd => {
+                set("CAP", 6);
+                set("ECAP", u64::from(self.requests) << 29);
+            }
             // GTEn.
             Arch::Amd => set("CONTROL", 1 << 16),
             // PD8, PD17, PD20; ATS.
