@@ -1,11 +1,16 @@
 //! A guest that sets its devices up in another way: stages, contexts of PASIDs, and where these are.
 
+use stagecraft_tests::reference::detect;
+use stagecraft_tests::reference::generate::Rng;
+
 use super::structures::{Context, Name, Setting, Stages, id};
 use super::{Extent, Front, snapshot};
 use crate::guests::Arch;
 use crate::operation::Operation;
 use crate::session::Outcomes;
-use stagecraft_tests::reference::detect;
+
+/// A requester, what caches know it by, and which stages it has.
+type Known = (Option<u32>, Name, [bool; 2]);
 
 impl Front<'_> {
     pub(super) fn rearrange(&mut self, operation: Operation) -> Result<bool, String> {
@@ -129,7 +134,7 @@ impl Front<'_> {
     }
 
     /// What a device's requests are known by.
-    fn names(&self, device: usize) -> Vec<(Option<u32>, Name, [bool; 2])> {
+    fn names(&self, device: usize) -> Vec<Known> {
         let requesters = self.structures.requesters().into_iter();
         let setting = &self.structures.settings[device];
         let known = requesters.map(|pasid| (pasid, self.structures.name_for(device, pasid), setting.roots(pasid).map(|root| root.is_some())));
@@ -140,60 +145,71 @@ impl Front<'_> {
     fn set(&mut self, device: usize, setting: Setting, (moved, context): (bool, Option<u32>), before: Option<Context>) -> Outcomes {
         self.tell_all()?;
         let names = self.names(device);
-        let own_name = |front: &Self, pasid: u32| front.structures.name_for(device, Some(pasid).filter(|pasid| *pasid != 0));
-        let old_name = context.map(|pasid| own_name(self, pasid));
+        let old_name = context.filter(|_| before.is_some()).map(|pasid| self.own_name(device, pasid));
         self.structures.set(device, setting, moved);
-        let written = self.structures.take_written();
-        let last = self.moments.len() - 1;
-        self.moments.push(snapshot(&self.structures, &self.guests));
-        // Tables stay as they are.
-        self.roots.iter_mut().flatten().for_each(|root| root.since += 1);
-        (0..self.since.len()).filter(|other| *other != device).for_each(|other| self.since[other] += 1);
-        self.since[device] = last;
-        let is_watched = self.report(&written)?;
-        if is_watched {
-            self.since[device] += 1;
-        }
+        let is_watched = self.structures_written(device)?;
         if self.rng.percent(50) {
             self.compare().map_err(|error| format!("before the caches forget: {error}"))?;
         }
         let number = self.rng.number();
         // What was not valid is in no cache, and whoever watches has seen it.
-        let is_left_out = is_watched && context.is_some() && before.is_none() && number.is_multiple_of(2);
-        if is_left_out {
+        if is_watched && context.is_some() && before.is_none() && number.is_multiple_of(2) {
             self.coverage.add("vIOMMU: command left out".to_owned());
         } else {
-            let structures = match context.filter(|_| self.structures.pasids) {
-                Some(pasid) => {
-                    // What was there is known by its own numbers; what was not, by the new ones.
-                    let name = old_name.filter(|_| before.is_some()).unwrap_or_else(|| own_name(self, pasid));
-                    vec![self.structures.forget_context(device, pasid, name, number >> 8)]
-                }
-                None => {
-                    let mut domains: Vec<u64> = names.iter().map(|(_, (domain, _), _)| *domain).collect();
-                    domains.dedup();
-                    self.structures.forget_device(device, &domains, number >> 8)
-                }
-            };
-            let is_meant = |pasid: &Option<u32>| context.is_none_or(|context| pasid.unwrap_or(0) == context);
-            let translations = names.iter().filter(|(pasid, ..)| is_meant(pasid)).flat_map(|(_, name, [first, second])| match (first, second) {
-                (true, second) => vec![self.structures.forget_first(*name, *second, Extent::All)],
-                (false, _) => self.structures.forget_second(name.0, false, Extent::All),
-            });
-            let commands: Vec<Vec<u8>> = structures.into_iter().chain(translations).collect();
-            let mut rng = stagecraft_tests::reference::generate::Rng::new(number);
-            self.batches(&commands, &mut rng)?;
+            // What was there is known by its own numbers; what was not, by the new ones.
+            let context = context.map(|pasid| (pasid, old_name.unwrap_or_else(|| self.own_name(device, pasid))));
+            let commands = self.forget_setting(device, &names, context, number >> 8);
+            self.batches(&commands, &mut Rng::new(number))?;
         }
         self.since[device] = self.moments.len() - 1;
         self.structures.settled();
         let written = self.structures.take_written();
-        if !written.is_empty() {
+        if let (Some(last), false) = (self.moments.last_mut(), written.is_empty()) {
             // Pages that hold nothing any more are written, and lead nowhere.
-            *self.moments.last_mut().expect("a moment") = snapshot(&self.structures, &self.guests);
+            *last = snapshot(&self.structures, &self.guests);
             self.report(&written)?;
         }
         self.forget_moments();
         Ok(())
+    }
+
+    /// What caches know a context by.
+    fn own_name(&self, device: usize, pasid: u32) -> Name {
+        self.structures.name_for(device, Some(pasid).filter(|pasid| *pasid != 0))
+    }
+
+    /// Structures of a device are at a new moment, which its DMA may see from now on; whether that was told.
+    fn structures_written(&mut self, device: usize) -> Result<bool, String> {
+        let written = self.structures.take_written();
+        let last = self.moments.len() - 1;
+        self.moments.push(snapshot(&self.structures, &self.guests));
+        // Tables stay as they are, and so do others' structures.
+        self.roots.iter_mut().flatten().for_each(|root| root.since += 1);
+        self.since.iter_mut().for_each(|since| *since += 1);
+        self.since[device] = last;
+        let is_watched = self.report(&written)?;
+        if is_watched {
+            self.since[device] += 1;
+        }
+        Ok(is_watched)
+    }
+
+    /// Commands for structures that were written, of one context by its name or of the device, and for what was translated by them.
+    fn forget_setting(&self, device: usize, names: &[Known], context: Option<(u32, Name)>, number: u64) -> Vec<Vec<u8>> {
+        let structures = match context.filter(|_| self.structures.pasids) {
+            Some((pasid, name)) => vec![self.structures.forget_context(device, pasid, name, number)],
+            None => {
+                let mut domains: Vec<u64> = names.iter().map(|(_, (domain, _), _)| *domain).collect();
+                domains.dedup();
+                self.structures.forget_device(device, &domains, number)
+            }
+        };
+        let is_meant = |pasid: &Option<u32>| context.is_none_or(|(context, _)| pasid.unwrap_or(0) == context);
+        let translations = names.iter().filter(|(pasid, ..)| is_meant(pasid)).flat_map(|(_, name, [first, second])| match (first, second) {
+            (true, second) => vec![self.structures.forget_first(*name, *second, Extent::All)],
+            (false, _) => self.structures.forget_second(name.0, false, Extent::All),
+        });
+        structures.into_iter().chain(translations).collect()
     }
 
     /// Whether structures of a device say something else than they did at a moment, because the second stage puts something else there.
