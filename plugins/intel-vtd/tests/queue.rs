@@ -18,7 +18,7 @@ fn decode(descriptors: &[[u64; 2]]) -> Vec<Command> {
 fn scalable(descriptor: [u64; 2]) -> Effect {
     let bytes: Vec<u8> = descriptor.iter().flat_map(|word| word.to_le_bytes()).collect();
     // TTM 1.
-    IntelVtd::decode_commands(&registers(&[("IQA", 0x1000), ("RTADDR", 0x1400)]), &bytes).unwrap()[0].effect.clone()
+    IntelVtd::decode_commands(&registers(&[("IQA", 0x1000), ("RTADDR", 0x1400)]), &bytes).unwrap()[0].effect
 }
 
 fn effect(descriptor: [u64; 2]) -> Effect {

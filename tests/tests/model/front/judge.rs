@@ -11,6 +11,7 @@ use stagecraft_tests::reference::walk::Walker;
 use super::structures::id;
 use super::{Front, requester};
 use crate::compare::{KEPT, Limits, limits, loss, when};
+use crate::guest::Guest;
 use crate::session::Outcomes;
 
 /// What a requester gets at a moment.
@@ -25,7 +26,7 @@ impl Front<'_> {
         let mut samples: BTreeSet<u64> = self.recent.iter().copied().take(32).collect();
         let all: Vec<u64> = self.touched.iter().copied().collect();
         samples.extend((0..60.min(all.len())).map(|_| self.rng.pick(&all)));
-        for window in self.guests.iter().flatten().flat_map(|guest| guest.windows()) {
+        for window in self.guests.iter().flatten().flat_map(Guest::windows) {
             samples.extend([window.first, window.last, window.last.wrapping_add(1)]);
         }
         samples.extend([0, u64::MAX, self.rng.below(1 << 40)]);
