@@ -12,13 +12,14 @@ use super::{Error, Property, Refusal};
 use crate::sync::Report;
 
 impl Space {
-    /// A PASID of a device is to be attached, and the device's own table is one that its PASIDs belong to: makes it anew as one that leaves them alone. False: that is not
-    /// what stands in the way.
+    /// A device is to be attached beside PASIDs of it, and the table that it has or is to share is one that its PASIDs belong to: makes that anew as one that leaves them
+    /// alone, for all who use it. False: that is not what stands in the way.
     pub(super) fn make_room_for_pasids(self: &Arc<Self>, device: &Arc<Connected>) -> Result<bool, Error> {
         let _memory = self.context().hold_memory();
         let mut dropped = Dropped::new();
         let mut state = self.lock();
-        let Some(place) = state.parts.iter().position(|part| part.is_used_by(device) && !part.has_pasids()) else { return Ok(false) };
+        let stands_in_the_way = |part: &Part| part.can_make_room_for(device) && !part.has_pasids();
+        let Some(place) = state.parts.iter().position(stands_in_the_way) else { return Ok(false) };
         let why = format!("because device {} uses PASIDs, which belong to such a table's owner on this unit", device.label());
         let groups = groups(&state, place, None, Some(device), &mut dropped);
         match self.put_elsewhere(&mut state, groups, &mut dropped, &why) {

@@ -72,18 +72,19 @@ impl Ioasid {
 }
 
 impl Space {
-    /// [`Space::join`]; where a device's own table stands in the way of its PASIDs, that one is made anew so that it does not.
+    /// [`Space::join`]; where a table stands in the way of a device's PASIDs, its own or one of others that it would share, that one is made anew so that it does not.
     fn join_with_company(self: &Arc<Self>, device: &Arc<Connected>, pasid: Option<Pasid>, replace: bool) -> Result<Report, Error> {
         let error = match self.join(device, pasid, replace) {
-            Err(Error::Refused(refusal)) if pasid.is_some() && refusal.property == Property::Pasid => refusal,
+            Err(Error::Refused(refusal)) if refusal.property == Property::Pasid => refusal,
             joined => return joined,
         };
         let own = device.slots().get(&None).map(|slot| Arc::clone(&slot.space));
-        let Some(own) = own else { return Err(error.into()) };
-        if !own.make_room_for_pasids(device)? {
-            return Err(error.into());
+        let own = own.filter(|own| pasid.is_some() && !Arc::ptr_eq(own, self));
+        let mut is_made = self.make_room_for_pasids(device)?;
+        if let Some(own) = own {
+            is_made |= own.make_room_for_pasids(device)?;
         }
-        self.join(device, pasid, replace)
+        if is_made { self.join(device, pasid, replace) } else { Err(error.into()) }
     }
 
     /// What can be said of a device without looking at strategies.

@@ -60,6 +60,10 @@ fn not_reached(device: &Connected, span: Span) -> Refusal {
     Refusal::new(Property::Iova, format!("guest memory at {span} lies where device {} must not translate", device.label()))
 }
 
+fn owners_pasids(device: &Connected) -> Refusal {
+    Refusal::new(Property::Pasid, format!("device {}: {OWNERS_PASIDS}", device.label()))
+}
+
 impl Space {
     /// What is chosen when a device, or a PASID of it, is attached now. Refused: by something else than strategies.
     fn outlook(&self, device: &Arc<Connected>, pasid: Option<Pasid>) -> Result<Explanation, Error> {
@@ -92,9 +96,12 @@ impl Space {
                 let outside = part.recorder().and_then(|_| self.memory_outside(device));
                 return Ok(Outlook { explanation: part.explain(), takes_faults: part.takes_faults(is_managed), outside });
             }
-            // It is made anew, so that the PASID gets in.
-            Some(part) if pasid.is_some() && part.is_used_by(device) => {}
-            Some(_) => return Err(Refusal::new(Property::Pasid, format!("device {}: {OWNERS_PASIDS}", device.label())).into()),
+            // It is made anew, so that PASIDs get in.
+            Some(part) if part.can_make_room_for(device) => {
+                let anew = self.chosen_anew(state, device, company)?;
+                return if anew.explanation.chosen.is_some() { Ok(anew) } else { Err(owners_pasids(device).into()) };
+            }
+            Some(_) => return Err(owners_pasids(device).into()),
             None => self.check_unit(state, device, company)?,
         }
         self.chosen_anew(state, device, company)
@@ -212,13 +219,15 @@ impl Part {
         }
     }
 
+    /// Made anew, it could be one that leaves a device's PASIDs alone: the device itself has it, or others behind the device's unit do.
+    pub(super) fn can_make_room_for(&self, device: &Arc<Connected>) -> bool {
+        let is_itself =
+            |(user, pasid): &(std::sync::Weak<Connected>, Option<Pasid>)| pasid.is_none() && std::ptr::eq(user.as_ptr(), Arc::as_ptr(device));
+        self.users.iter().any(is_itself) || self.unit == device.unit() && !self.is_unused()
+    }
+
     /// Areas are for all units: the kernel keeps a table for each of them.
     pub(super) const fn is_for_all_units(&self) -> bool {
         matches!(self.host, Host::Areas(_))
-    }
-
-    /// The device itself is attached to it.
-    pub(super) fn is_used_by(&self, device: &Arc<Connected>) -> bool {
-        self.users.iter().any(|(user, pasid)| pasid.is_none() && std::ptr::eq(user.as_ptr(), Arc::as_ptr(device)))
     }
 }

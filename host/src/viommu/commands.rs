@@ -169,18 +169,18 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
         found
     }
 
-    /// The streams whose structures a scope means; its space is a PASID. Requests without one may use any.
+    /// The streams whose structures a scope means; its space is a PASID. Requests without one may use any. A PASID that is new may be of any domain, whatever those of its
+    /// device are that are known.
     fn plan_structures(&self, scope: &Scope, plan: &mut Plan) {
-        let by_id = Scope { space: None, ..*scope };
+        let (by_domain, by_id) = (Scope { space: None, ..*scope }, Scope { space: None, domain: None, ..*scope });
         let mut add = |requester: Requester| {
             let Some(stream) = self.streams.get(&requester) else { return };
-            if by_id.includes(stream.tag, requester.id) {
-                if self.devices.contains_key(&requester.id) {
-                    plan.devices.insert(requester.id);
-                }
-                if requester.pasid.is_none() || scope.space.is_none() || requester.pasid == scope.space {
-                    plan.streams.insert(requester);
-                }
+            if self.devices.contains_key(&requester.id) && by_id.includes(stream.tag, requester.id) {
+                plan.devices.insert(requester.id);
+            }
+            let is_meant = requester.pasid.is_none() || scope.space.is_none() || requester.pasid == scope.space;
+            if is_meant && by_domain.includes(stream.tag, requester.id) {
+                plan.streams.insert(requester);
             }
         };
         match scope.id {

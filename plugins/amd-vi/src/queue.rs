@@ -2,7 +2,8 @@
 //! peripheral page request (PPR) log.
 //!
 //! Where more is forgotten than a command asks for: pages of a guest-physical range mean all IOVAs of a nested address space, reserved bits are not judged,
-//! and `INVALIDATE_IOMMU_ALL` counts as legal whether or not the unit says that it has it.
+//! and `INVALIDATE_IOMMU_ALL` counts as legal whether or not the unit says that it has it. All pages of a PASID mean its guest CR3 table entry as well: that is what
+//! drivers write who changed it, and there is no other command for these tables alone.
 
 use stagecraft_sdk::bits::Field;
 use stagecraft_sdk::queue::{Access, decode_each};
@@ -73,6 +74,9 @@ pub(crate) fn decode(commands: &[u8]) -> Result<Vec<Command>, Error> {
             3 => {
                 let domain = Scope::ALL.domain(low::DOMAIN.of(low));
                 let scope = if guest { domain.space(low::PASID.of(low)) } else { domain.second_stage() };
+                if guest && size_log2(high) >= 64 {
+                    push(Effect::Structures(scope));
+                }
                 push(Effect::Range(sized(scope, high).leaf(high::PDE.of(high) == 0)));
             }
             4 => {
@@ -91,10 +95,15 @@ pub(crate) fn decode(commands: &[u8]) -> Result<Vec<Command>, Error> {
 
 /// Section 2.4.3: a page, or with S as many as the ones at the address's lower end say: the first zero is half the size.
 fn sized(scope: Scope, high: u64) -> Scope {
-    let address = high::ADDRESS.in_place(high);
-    let size_log2 = if high::S.of(high) == 1 { 13 + (address >> 12).trailing_ones() } else { 12 };
-    // All ones up to bit 62 is the whole address space, whatever bit 63 says.
-    if size_log2 >= 64 { scope } else { scope.around(address, size_log2) }
+    match size_log2(high) {
+        64.. => scope,
+        size_log2 => scope.around(high::ADDRESS.in_place(high), size_log2),
+    }
+}
+
+/// All ones up to bit 62 is the whole address space, whatever bit 63 says.
+const fn size_log2(high: u64) -> u32 {
+    if high::S.of(high) == 1 { 13 + (high >> 12).trailing_ones() } else { 12 }
 }
 
 /// Flags of events, word 0.

@@ -30,7 +30,16 @@ fn pages_and_sizes() {
     assert_eq!(pages(0xffff_ffff_ffff_f003), Effect::Range(host));
     let guest = domain.space(0xa_bcde);
     assert_eq!(effect([0x3000_1234_000a_bcde, 0xffff_8000_0000_0006]), Effect::Range(guest.range(0xffff_8000_0000_0000, 0xffff_8000_0000_0fff)));
-    assert_eq!(effect([0x3000_1234_000a_bcde, 0x7fff_ffff_ffff_f007]), Effect::Range(guest));
+}
+
+/// Who changes a guest CR3 table entry says that all pages of the PASID are to be forgotten, and nothing else.
+#[test]
+fn all_pages_of_a_pasid_are_what_leads_to_them_as_well() {
+    let guest = Scope::ALL.domain(0x1234).space(0xa_bcde);
+    let expected = [Effect::Structures(guest), Effect::Range(guest)].map(|effect| Command { index: 0, effect });
+    assert_eq!(decode(&[[0x3000_1234_000a_bcde, 0x7fff_ffff_ffff_f007]]), expected);
+    let leaves = [Effect::Structures(guest), Effect::Range(guest.leaf(true))].map(|effect| Command { index: 0, effect });
+    assert_eq!(decode(&[[0x3000_1234_000a_bcde, 0x7fff_ffff_ffff_f005]]), leaves);
 }
 
 #[test]

@@ -63,9 +63,10 @@ const INVALIDATION_QUEUE_ERROR: u32 = 1 << 4;
 
 /// What a batch of descriptors asks for.
 pub(crate) fn decode(registers: &Registers, descriptors: &[u8]) -> Result<Vec<Command>, Error> {
+    let is_legacy = rtaddr::TTM.of(registers.get("RTADDR").unwrap_or(0)) == rtaddr::LEGACY;
     let effect = |bytes: &[u8]| {
         let words = stagecraft_sdk::bits::words(bytes);
-        effect(words[0], words[1]).unwrap_or(Effect::Illegal(INVALIDATION_QUEUE_ERROR))
+        effect(words[0], words[1], is_legacy).unwrap_or(Effect::Illegal(INVALIDATION_QUEUE_ERROR))
     };
     if iqa::DW.of(registers.need("IQA")?) == 1 {
         decode_each::<32>(descriptors, DESCRIPTORS, |entry, push| push(effect(entry)))
@@ -75,17 +76,18 @@ pub(crate) fn decode(registers: &Registers, descriptors: &[u8]) -> Result<Vec<Co
 }
 
 /// Nothing for a descriptor that is illegal.
-fn effect(low: u64, high: u64) -> Option<Effect> {
+fn effect(low: u64, high: u64, is_legacy: bool) -> Option<Effect> {
     let domain = Scope::ALL.domain(low::DID.of(low));
     let space = domain.space(low::PASID.of(low));
     let pages = |scope: Scope| scope.around(high::ADDRESS.in_place(high), 12 + high::AM.of(high) as u32).leaf(high::IH.of(high) == 1);
     match (low::TYPE.of(low) | low::TYPE_HIGH.of(low) << 4, low::G.of(low)) {
-        // Context cache: global, domain, device.
+        // Context cache: global, domain, device. Entries of scalable mode have no domain, and which one the descriptor names plays no part: drivers name 0.
         (1, 1) => Some(Effect::Structures(Scope::ALL)),
-        (1, 2) => Some(Effect::Structures(domain)),
+        (1, 2) => Some(Effect::Structures(if is_legacy { domain } else { Scope::ALL })),
         (1, 3) => {
             let ignored = [0, 0b100, 0b110, 0b111][low::FM.of(low) as usize];
-            Some(Effect::Structures(domain.id(low::SID.of(low)).ignoring(ignored)))
+            let whose = if is_legacy { domain } else { Scope::ALL };
+            Some(Effect::Structures(whose.id(low::SID.of(low)).ignoring(ignored)))
         }
         // IOTLB: global, domain, pages.
         (2, 1) => Some(Effect::Everything),

@@ -15,6 +15,12 @@ fn decode(descriptors: &[[u64; 2]]) -> Vec<Command> {
     IntelVtd::decode_commands(&registers(&[("IQA", 0x1000)]), &bytes).unwrap()
 }
 
+fn scalable(descriptor: [u64; 2]) -> Effect {
+    let bytes: Vec<u8> = descriptor.iter().flat_map(|word| word.to_le_bytes()).collect();
+    // TTM 1.
+    IntelVtd::decode_commands(&registers(&[("IQA", 0x1000), ("RTADDR", 0x1400)]), &bytes).unwrap()[0].effect
+}
+
 fn effect(descriptor: [u64; 2]) -> Effect {
     let [Command { index: 0, effect }] = decode(&[descriptor])[..] else { panic!("one effect") };
     effect
@@ -32,6 +38,10 @@ fn context_and_pasid_caches() {
     for (mask, ignored) in [(1, 4), (2, 6), (3, 7)] {
         assert_eq!(effect([mask << 48 | 0xabcd_1234_0031, 0]), Effect::Structures(device.ignoring(ignored)));
     }
+    // Context entries of scalable mode have no domain.
+    assert_eq!(scalable([0x1234_0021, 0]), Effect::Structures(all));
+    assert_eq!(scalable([0xabcd_0000_0031, 0]), Effect::Structures(all.id(0xabcd)));
+    assert_eq!(scalable([0x1234_0007, 0]), Effect::Structures(all.domain(0x1234)));
     assert_eq!(effect([0x1234_0007, 0]), Effect::Structures(all.domain(0x1234)));
     assert_eq!(effect([0xa_bcde_1234_0017, 0]), Effect::Structures(all.domain(0x1234).space(0xa_bcde)));
     assert_eq!(effect([0x37, 0]), Effect::Structures(all));

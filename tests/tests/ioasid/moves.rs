@@ -143,6 +143,38 @@ fn pasids_have_address_spaces_of_their_own() {
     }
 }
 
+/// A device with PASIDs comes to a table that others have, or one of its PASIDs does: where PASIDs belong to such a table's owner, all of them have areas then.
+#[test]
+fn a_table_that_others_have_is_made_anew_for_who_has_pasids() {
+    for host in Arch::ALL {
+        for comes in [None, Some(Pasid(6))] {
+            let rig = Rig::new(&[unit(host)], &[("nic", &[0]), ("disk", &[0])]);
+            {
+                let guests = [ROOT_ONE, ROOT_TWO].map(|root| Guest::at(Arch::Riscv, &rig.memory, root));
+                guests.iter().zip(1..).for_each(|(guest, n)| guest.put(0x1000, DATA + (n << 12), true));
+                let context = rig.context();
+                let (nic, disk) = (context.connect("nic").unwrap(), context.connect("disk").unwrap());
+                let strategies = [Strategy::Nested, Strategy::Areas];
+                let [shared, other] =
+                    guests.each_ref().map(|guest| context.allocate(Request::guest(guest.view()).with_strategies(&strategies)).unwrap());
+                shared.attach(&nic, None).unwrap();
+                assert_eq!(shared.strategies(), [Strategy::Nested], "{host:?}");
+                other.attach(&disk, Some(Pasid(5))).unwrap();
+                let outlook = shared.explain_for(&disk, comes).unwrap();
+                shared.attach(&disk, comes).unwrap();
+                let expected = if host == Arch::Vtd { Strategy::Nested } else { Strategy::Areas };
+                assert_eq!((shared.strategies(), outlook.chosen.unwrap().strategy), (vec![expected], expected), "{host:?} {comes:?}");
+                let found = [rig.dma("nic", 0x1000), rig.dma_of("disk", comes, 0x1000), rig.dma_of("disk", Some(Pasid(5)), 0x1000)];
+                assert_eq!(found, [Some(DATA + 0x1000), Some(DATA + 0x1000), Some(DATA + 0x2000)], "{host:?} {comes:?}");
+                guests[0].unmap(0x1000);
+                shared.invalidate(&[page(0x1000)]).unwrap();
+                assert_eq!((rig.dma("nic", 0x1000), rig.dma_of("disk", comes, 0x1000)), (None, None), "{host:?} {comes:?}");
+            }
+            rig.assert_clean();
+        }
+    }
+}
+
 /// A device's own table and its PASIDs: where PASIDs belong to the owner of a nested table, the kernel can have them only while it keeps the device's own table too. So the
 /// strategy is chosen again when the first comes and when the last one goes, and DMA does not notice.
 #[test]

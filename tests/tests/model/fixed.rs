@@ -139,12 +139,13 @@ fn pasids_of_tables_that_cannot_be_bound_as_they_are_are_converted() {
     run(TableConfig::RiscvFirst(RiscvFirst { root: 0, levels: 2, entries }), &[0, 1, 2, 3], &[attach, map(0, 0, 8), TELL]);
 }
 
-/// Devices behind two units share areas, because one of them was to have a PASID; then each unit has a table again.
+/// Devices behind two units share areas, because one of them has a PASID; when that is gone each unit has a table again.
 #[test]
 fn areas_of_two_units_become_a_table_for_each() {
     let dart = Dart { packing: Packing::Dart2, granule: 16384, levels: 2, input_bits: 32, output_bits: 34, roots: [Some(0), None, None, None] };
     let attach = |device, pasid, space| Operation::Attach { device, pasid, space };
-    let operations = [map(0, 0, 8), TELL, attach(1, 1, 0), attach(2, 0, 1), Operation::Reconsider { space: 1 }];
+    let gone = Operation::Detach { device: 1, pasid: 1 };
+    let operations = [map(0, 0, 8), TELL, attach(1, 1, 0), attach(2, 0, 1), gone, Operation::Reconsider { space: 1 }];
     // PASIDs go with a table of VT-d's.
     for (host, second) in (1..4).flat_map(|host| (0..4).map(move |second| (host, second))) {
         let setup = Setup { second: Some(second), devices: 3, spaces: 2, ..Setup::simple(host, How::Best) };

@@ -512,6 +512,27 @@ impl Guest {
         }
     }
 
+    /// Maps the smallest page that has an IOVA, where nothing is: whoever is asked for it.
+    pub fn serve(&mut self, root: u8, iova: u64, target: u16) -> bool {
+        let Some(window) = self.windows.iter().find(|window| (window.first..=window.last).contains(&iova)).copied() else { return false };
+        let size = self.pen.leaf_sizes(window.tree)[0];
+        let position = (window.position + (iova - window.first)) & !((1 << size) - 1);
+        let height = self.pen.leaf_height(window.tree, size);
+        let Some((at, is_new)) = self.descend(root, (window.tree, position), height, false, false) else { return false };
+        let shift = self.pen.shift(window.tree, height);
+        let (first, count) = ((position >> shift) % self.pen.entries(window.tree, height), 1 << (size - shift));
+        let slots = first..first + count;
+        let mut leaves = self.nodes[&at].leaves.values();
+        if leaves.any(|leaf| leaf.first < slots.end && slots.start < leaf.first + leaf.count) {
+            return false;
+        }
+        let run = Run { iova: 0, address: Self::target(target & !7, 1 << size), size: 1 << size, access: self.pen.accesses()[0] };
+        self.write_leaf(at, Leaf { first, count, run });
+        let bounds = self.slots(at, first, count);
+        self.changed(at, bounds, !is_new);
+        true
+    }
+
     /// Whether pages may be in these slots of a table, wherever that is linked.
     fn allows(&self, at: usize, (first, last): Bounds) -> bool {
         let tree = self.nodes[&at].tree;

@@ -387,7 +387,7 @@ impl<'a> Session<'a> {
 }
 
 /// A second stage that has where the first one's tables are, and some of what they lead to.
-fn second_stage(config: tables::TableConfig, leaves: usize, machine: &Machine, rng: &mut Rng) -> Guest {
+pub fn second_stage(config: tables::TableConfig, leaves: usize, machine: &Machine, rng: &mut Rng) -> Guest {
     // Places behind those of the ends: tables, and targets.
     let near = [TABLES.0, DATA, SLOT, BALLOON, TABLES.0 + 0x20_0000];
     let mut second = Guest::new(config, machine.memory.clone(), SECOND_ROOTS, Rng::new(rng.number()), SECOND_TABLES, &near);

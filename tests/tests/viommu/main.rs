@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod behaviour;
+mod contexts;
 mod failures;
 mod guests;
 mod host;
