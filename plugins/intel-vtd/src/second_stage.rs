@@ -142,7 +142,7 @@ impl Format for SecondStage {
                 absent: 0,
                 accessed: mark(A),
                 dirty: mark(D),
-                table_accessed: Mark::default(),
+                table_accessed: mark(A),
             }
         };
         (0..self.levels).map(level).collect()
@@ -343,6 +343,7 @@ mod tests {
         assert_eq!(attributes(R | W | A | D), (true, true, false));
         assert_eq!(attributes(R), (false, false, false));
         assert_eq!((flags.levels()[0].accessed.mask, flags.levels()[0].dirty.mask, open(&[]).levels()[0].dirty.mask), (A, D, 0));
+        assert_eq!((flags.levels()[1].table_accessed.mask, open(&[]).levels()[1].table_accessed.mask), (A, 0), "in pointers too");
     }
 
     #[test]
