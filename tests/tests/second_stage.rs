@@ -57,7 +57,16 @@ fn stage2(protected_walk: bool) -> TableConfig {
 }
 
 fn firsts() -> Vec<First> {
-    let vtd_second = VtdSecond { root: 0, levels: 4, input_bits: 48, output_bits: 52, large_2m: true, large_1g: true, snoop_control: false };
+    let vtd_second = VtdSecond {
+        root: 0,
+        levels: 4,
+        input_bits: 48,
+        output_bits: 52,
+        large_2m: true,
+        large_1g: true,
+        snoop_control: false,
+        accessed_dirty: false,
+    };
     let x86 = |name, config, second, marks| First {
         name,
         config,
@@ -82,7 +91,7 @@ fn firsts() -> Vec<First> {
         update_accessed: true,
         update_dirty: true,
     };
-    let host = TableConfig::AmdV1(AmdV1 { root: 0, levels: 4, output_bits: 52, granted: Access::RW });
+    let host = TableConfig::AmdV1(AmdV1 { root: 0, levels: 4, output_bits: 52, granted: Access::RW, update_accessed: false, update_dirty: false });
     let unmarked = AmdV2 { update_accessed: false, update_dirty: false, ..amd };
     let vmsa = |name, marks| First {
         name,
@@ -101,7 +110,14 @@ fn firsts() -> Vec<First> {
     vec![
         x86(
             "VT-d, D51397 section 9.7",
-            TableConfig::VtdFirst(VtdFirst { root: TABLES[0], levels: 4, output_bits: 52, large_1g: true, execute_disable: true }),
+            TableConfig::VtdFirst(VtdFirst {
+                root: TABLES[0],
+                levels: 4,
+                output_bits: 52,
+                large_1g: true,
+                execute_disable: true,
+                extended_access: false,
+            }),
             TableConfig::VtdSecond(vtd_second),
             true,
         ),

@@ -140,7 +140,7 @@ pub fn amd_nested(seed: u64) -> (Snapshot, Request, Nested) {
             memory.write(at, entry | (entry & 1) << 5, false);
         }
     }
-    let host = AmdV1 { root: 0, levels: rng.pick(&[5, 6]), output_bits: 52, granted };
+    let host = AmdV1 { root: 0, levels: rng.pick(&[5, 6]), output_bits: 52, granted, update_accessed: false, update_dirty: false };
     let nested = nest(first, TableConfig::AmdV1(host), &guest, seed);
     let TableConfig::AmdV1(host) = nested.second.config else { unreachable!() };
     let mut memory = nested.memory.clone();
