@@ -8,12 +8,13 @@ use stagecraft::memory::{Budget, EntryLayout, EntryMemory, Limits, MarkMemory, M
 use stagecraft::sync::{Changes, Marked, MarksWritten, ShadowLimits, Space, Unwatched, Way};
 use stagecraft::{Gpa, Span};
 use stagecraft_models::judge::{interesting, seeds};
+use stagecraft_models::known::{self, KnownError};
 use stagecraft_models::production::Production;
 use stagecraft_models::spaces::{Contents, vtd};
 use stagecraft_models::vtd::{Mode, Vtd};
 use stagecraft_models::{Board, Memory, Model, Outcome, Probe, Tables, available};
 use stagecraft_tests::reference::generate::Rng;
-use stagecraft_tests::reference::walk::Walker;
+use stagecraft_tests::reference::walk::{self, Walker};
 
 /// A copy of the machine's tables, little-endian words.
 struct Copy(RefCell<Memory>);
@@ -38,6 +39,17 @@ impl MarkMemory for Copy {
     }
 }
 
+/// A and D of a first-stage entry.
+const A: u64 = 1 << 5;
+const D: u64 = 1 << 6;
+
+/// Which error of the model concerns what a request leaves in an entry.
+fn excuse(marked: &walk::Marked, write: bool) -> Option<KnownError> {
+    // A write that does not set both is one of a leaf that has one, or passes a pointer.
+    let is_leaf = marked.old & D != marked.new & D || marked.old & D != 0;
+    (write && is_leaf && marked.old ^ marked.new != A | D).then_some(known::VTD_ONE_MARK)
+}
+
 /// Words that differ: where, and what stands there.
 fn differences(one: &Memory, other: &Memory) -> Vec<(u64, u64, u64)> {
     let words = one.pages.keys().flat_map(|page| (0..512).map(move |index| page + index * 8));
@@ -52,7 +64,7 @@ fn first_stage_entries_are_marked_as_the_model_marks_them() {
     }
     let mut model = Vtd::start(Mode::ScalableFirst, 48).unwrap();
     let production = Production::new().unwrap();
-    let mut marked = [0; 2];
+    let (mut marked, mut excused) = ([0; 2], 0);
     for seed in seeds(8) {
         let mut rng = Rng::new(seed);
         let space = vtd::space(Mode::ScalableFirst, 48, Contents { variety: true }, &mut rng);
@@ -60,15 +72,24 @@ fn first_stage_entries_are_marked_as_the_model_marks_them() {
         model.write_memory(&space.memory).unwrap();
         model.set_table(space.tables).unwrap();
 
-        // Requests that go through, wherever they lead to memory that DMA may touch.
-        let mut probes = Vec::new();
-        for iova in interesting(&space.truth, &mut rng, 60) {
-            let write = rng.percent(40);
+        // Requests that go through, wherever they lead to memory that DMA may touch; and what the reference says that they leave behind.
+        let (mut probes, mut by_reference) = (Vec::new(), space.memory.clone());
+        for iova in interesting(&space.truth, &mut rng, 90) {
+            let write = rng.percent(50);
             let expected = space.lookup(iova, write).filter(|address| model.machine().is_target(*address));
-            if let Some(address) = expected {
-                model.tag_page(address).unwrap();
-                probes.push(Probe { iova, write, expected });
+            let Some(address) = expected else { continue };
+            let marks = Walker::new(&by_reference, &[config]).unwrap().marks(iova, write).unwrap();
+            if marks.iter().any(|one| excuse(one, write).is_some()) {
+                excused += 1;
+                continue;
             }
+            for one in marks {
+                by_reference.write(one.address, one.new, false);
+                // A pointer's entry gets A alone, and so does a leaf's that is read.
+                marked[usize::from(one.old ^ one.new != A)] += 1;
+            }
+            model.tag_page(address).unwrap();
+            probes.push(Probe { iova, write, expected });
         }
         let outcomes = model.dma_many(&probes).unwrap();
         let reached: Vec<Outcome> = probes.iter().map(|probe| Outcome::Reached(probe.expected.unwrap())).collect();
@@ -79,14 +100,6 @@ fn first_stage_entries_are_marked_as_the_model_marks_them() {
             by_model.pages.insert(*page, bytes.try_into().unwrap());
         }
 
-        let mut by_reference = space.memory.clone();
-        for probe in &probes {
-            for one in Walker::new(&by_reference, &[config]).unwrap().marks(probe.iova, probe.write).unwrap() {
-                by_reference.write(one.address, one.new, false);
-                // A pointer's entry gets A alone, and so does a leaf's that is read.
-                marked[usize::from(one.old ^ one.new != 1 << 5)] += 1;
-            }
-        }
         assert_eq!(differences(&by_model, &by_reference), [], "seed {seed}: the model and the reference");
 
         let copy = Copy(RefCell::new(space.memory.clone()));
@@ -105,5 +118,5 @@ fn first_stage_entries_are_marked_as_the_model_marks_them() {
         assert_eq!(differences(&by_model, &copy.0.into_inner()), [], "seed {seed}: the model and the engine");
         assert!(written.tables > 0 && written.skipped == 0, "seed {seed}: {written:?}");
     }
-    assert!(marked.iter().all(|count| *count > 20), "{marked:?}");
+    assert!(marked.iter().all(|count| *count > 20), "{marked:?}, {excused} excused");
 }
