@@ -8,6 +8,7 @@
 //! * The highest level's entries cover more than an address can say and are never leaves.
 //! * Accesses snoop the processors' caches unless the request itself asks not to, so every leaf is coherent; FC, which is set for leaves that are to be
 //!   coherent, also overrules such requests. Execution, privilege and memory types cannot be said.
+//! * With `update-accessed` (HAD) hardware sets A in every entry that it uses, pointers too; with `update-dirty` D in leaves.
 //! * U is for devices with a TLB of their own, and has no effect on the requests that reach the unit untranslated.
 //! * Pages of 512 GiB are understood but not made: units are known on which they do not work.
 //!

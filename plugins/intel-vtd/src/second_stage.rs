@@ -4,6 +4,7 @@
 //! * Reads and writes must be allowed by every entry on the way. With `io-permissions` (SSIRWE) bits 61 and 62 say so and 0 and 1 mean nothing.
 //! * Accesses snoop the processors' caches unless the request itself asks not to, so every leaf is coherent; SNP, where the unit has
 //!   `snoop-control`, also overrules such requests. Execution, privilege and memory types cannot be said.
+//! * With `accessed-dirty` (SSADE) hardware sets A in every entry that it uses, pointers too, and D in leaves.
 //! * Input addresses end where the tables or the unit (MGAW, `input-bits`) end.
 //! * Requests without PASID to 0xfee0_0000..=0xfeef_ffff are interrupts and never walk: [`Format::untranslated`] says so of tables that are made, and `unit`
 //!   of those that are read. Leaves that point there (fault LGN.4 or SGN.8) are not refused here: the memory map does.
