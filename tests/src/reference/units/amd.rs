@@ -55,6 +55,7 @@ pub fn amd_host(seed: u64) -> (Snapshot, Request, Generated) {
     let generated = tables(Format::AmdV1, rng, |config| {
         let TableConfig::AmdV1(config) = config else { unreachable!() };
         config.output_bits = 52;
+        (config.update_accessed, config.update_dirty) = (false, false);
     });
     let TableConfig::AmdV1(config) = generated.config else { unreachable!() };
     let id = rng.below(1 << 16);
