@@ -57,7 +57,16 @@ fn stage2(protected_walk: bool) -> TableConfig {
 }
 
 fn firsts() -> Vec<First> {
-    let vtd_second = VtdSecond { root: 0, levels: 4, input_bits: 48, output_bits: 52, large_2m: true, large_1g: true, snoop_control: false };
+    let vtd_second = VtdSecond {
+        root: 0,
+        levels: 4,
+        input_bits: 48,
+        output_bits: 52,
+        large_2m: true,
+        large_1g: true,
+        snoop_control: false,
+        accessed_dirty: false,
+    };
     let x86 = |name, config, second, marks| First {
         name,
         config,
@@ -71,6 +80,7 @@ fn firsts() -> Vec<First> {
         clean: |page| page & !(1 << 6),
         marks,
     };
+    let vtd = VtdFirst { root: TABLES[0], levels: 4, output_bits: 52, large_1g: true, execute_disable: true, extended_access: false };
     let amd = AmdV2 {
         root: TABLES[0],
         levels: 4,
@@ -82,7 +92,7 @@ fn firsts() -> Vec<First> {
         update_accessed: true,
         update_dirty: true,
     };
-    let host = TableConfig::AmdV1(AmdV1 { root: 0, levels: 4, output_bits: 52, granted: Access::RW });
+    let host = TableConfig::AmdV1(AmdV1 { root: 0, levels: 4, output_bits: 52, granted: Access::RW, update_accessed: false, update_dirty: false });
     let unmarked = AmdV2 { update_accessed: false, update_dirty: false, ..amd };
     let vmsa = |name, marks| First {
         name,
@@ -99,12 +109,20 @@ fn firsts() -> Vec<First> {
         marks,
     };
     vec![
-        x86(
-            "VT-d, D51397 section 9.7",
-            TableConfig::VtdFirst(VtdFirst { root: TABLES[0], levels: 4, output_bits: 52, large_1g: true, execute_disable: true }),
-            TableConfig::VtdSecond(vtd_second),
-            true,
-        ),
+        x86("VT-d, D51397 section 9.7", TableConfig::VtdFirst(vtd), TableConfig::VtdSecond(vtd_second), true),
+        First {
+            pointer: |address| address | 0x427,
+            page: |address| address | 0x467,
+            // EA alone.
+            pointer_accessed: Some(1 << 10),
+            page_accessed: 1 << 10,
+            ..x86(
+                "VT-d with EAFE, D51397 section 9.7",
+                TableConfig::VtdFirst(VtdFirst { extended_access: true, ..vtd }),
+                TableConfig::VtdSecond(vtd_second),
+                true,
+            )
+        },
         x86("AMD-Vi, 48882 section 2.2.6", TableConfig::AmdV2(amd), host, true),
         x86("AMD-Vi that is told to set no marks", TableConfig::AmdV2(unmarked), host, false),
         vmsa("SMMUv3 with HA and HD, IHI 0070 section 3.13.5", true),
@@ -219,8 +237,8 @@ fn entries_that_lack_a_mark_need_a_page_that_can_be_written() {
             }
         }
     }
-    // Three pointers of two formats, four pages not accessed by reads and writes, and not written by writes.
-    assert_eq!(faults, 2 * 3 * 2 + 4 * 2 + 4);
+    // Three pointers of two formats, one of them with another mark as well; five pages not accessed by reads and writes, and not written by writes.
+    assert_eq!(faults, 3 * 3 * 2 + 5 * 2 + 5);
 }
 
 /// Makes the stage 2 page for `address`, the output, device memory or write-back: MemAttr, bits 5:2 of its descriptor.

@@ -24,17 +24,14 @@ const CHUNK: usize = 4096;
 
 impl Ioasid {
     /// Looks which leaves for IOVAs of `span` the hosts' hardware marked, and marks the guest's entries, as accessed and as dirty, where the guest's configuration
-    /// promises that hardware does. Where a host does not tell, as areas of the kernel, all of them count as marked. Where the unit walks the guest's own table it
+    /// promises that hardware does; those that lead to a leaf before that leaf. Where a host does not tell, as areas of the kernel, all of them count as marked. Where the unit walks the guest's own table it
     /// sets the marks by itself.
     pub fn write_marks(&self, span: Span) -> MarksWritten {
         let mut state = self.0.lock();
         let memory = self.0.context().memory();
         let mut all = MarksWritten::default();
         for part in &mut state.parts {
-            let written = part.write_marks(&memory, span);
-            all.accessed += written.accessed;
-            all.dirty += written.dirty;
-            all.skipped += written.skipped;
+            all.add(part.write_marks(&memory, span));
         }
         all
     }

@@ -26,12 +26,24 @@ pub struct Marked {
 /// What was written into a guest's tables.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MarksWritten {
-    /// Entries that were marked as accessed.
+    /// Leaves that were marked as accessed.
     pub accessed: u64,
-    /// Entries that were marked as dirty.
+    /// Leaves that were marked as dirty.
     pub dirty: u64,
+    /// Entries that point to tables and were marked as accessed.
+    pub tables: u64,
     /// Entries that were left alone, because the guest has changed them and they have not been looked at since, or because they cannot be written.
     pub skipped: u64,
+}
+
+impl MarksWritten {
+    /// Adds what was written elsewhere.
+    pub(crate) const fn add(&mut self, other: Self) {
+        self.accessed += other.accessed;
+        self.dirty += other.dirty;
+        self.tables += other.tables;
+        self.skipped += other.skipped;
+    }
 }
 
 /// A log of writes cannot be had.
@@ -56,8 +68,11 @@ const CHUNK: usize = 4096;
 
 impl<S: Sink> Live<S> {
     /// Looks which leaves for IOVAs of `span` hardware marked, and marks the guest's entries: as accessed and as dirty, each where the guest's configuration
-    /// promises that hardware does, and dirty only where the entry is clean and waits for it. Each entry is changed as hardware changes it, with one compare-exchange;
-    /// one that the guest has changed meanwhile is left alone. Marks of entries that point to tables are not written.
+    /// promises that hardware does, and dirty only where the entry is clean and waits for it. Before a leaf, the entries that lead to it are marked as accessed, where
+    /// hardware marks those as well. Each entry is changed as hardware changes it, with one compare-exchange; one that the guest has changed meanwhile is left alone.
+    ///
+    /// Where the guest takes the mark of an entry back that points to a table, and not those of the leaves below, the next call sets it again, whether any of these was
+    /// used since or not.
     pub fn write_marks<M: MarkMemory + ?Sized>(&mut self, memory: &M, span: Span) -> MarksWritten {
         let budget = Budget::new(Limits { questions: self.questions, ..Limits::default() });
         let (space, mut written) = (&mut self.space, MarksWritten::default());

@@ -17,8 +17,8 @@
 //!
 //! # What is missing
 //!
-//! Entries that are blocked are judged again only when they are read; nobody reads them because a limit is not reached any longer. Marks are not written into
-//! entries that point to tables, and not at the moment of the access but when [`Live::write_marks`] is called.
+//! Entries that are blocked are judged again only when they are read; nobody reads them because a limit is not reached any longer. Marks are not written at the
+//! moment of the access but when [`Live::write_marks`] is called.
 
 mod areas;
 mod changes;

@@ -8,6 +8,7 @@
 //! * The highest level's entries cover more than an address can say and are never leaves.
 //! * Accesses snoop the processors' caches unless the request itself asks not to, so every leaf is coherent; FC, which is set for leaves that are to be
 //!   coherent, also overrules such requests. Execution, privilege and memory types cannot be said.
+//! * With `update-accessed` (HAD) hardware sets A in every entry that it uses, pointers too; with `update-dirty` D in leaves.
 //! * U is for devices with a TLB of their own, and has no effect on the requests that reach the unit untranslated.
 //! * Pages of 512 GiB are understood but not made: units are known on which they do not work.
 //!
@@ -109,7 +110,7 @@ impl Format for V1 {
                 absent: 0,
                 accessed: mark(self.update_accessed, A),
                 dirty: mark(self.update_dirty, D),
-                table_accessed: Mark::default(),
+                table_accessed: mark(self.update_accessed, A),
             }
         };
         (0..self.levels).map(level).collect()
@@ -409,6 +410,7 @@ mod tests {
         assert_eq!(attributes(&both[..1], PR | IR | IW | A | D), (true, false, false));
         let level = &open(&both).levels()[0];
         assert_eq!((level.accessed.mask, level.dirty.mask, open(&[]).levels()[0].dirty.mask), (A, D, 0));
+        assert_eq!((open(&both).levels()[1].table_accessed.mask, open(&[]).levels()[1].table_accessed.mask), (A, 0), "in pointers too");
         let waiting = Attributes { writable_when_dirty: true, ..plain(true, true) };
         assert_eq!(open(&both).encode_leaf(0, 12, waiting).unwrap().pattern, PR | A | FC | IR | IW);
         assert_eq!(open(&both).encode_leaf(0, 12, plain(true, true)).unwrap().pattern, PR | A | D | FC | IR | IW);

@@ -5,7 +5,8 @@
 //! * Nothing is said about execution: bit 63 is ignored and units refuse execute requests before they walk, so no leaf grants it.
 //! * A page without U/S is for requests with supervisor privilege. Without `supervisor` (SRE) the unit refuses those too, so such a page grants
 //!   nothing. Without `write-protect` (WPE) they may also write where R/W is 0, which shows as a writable leaf only where nobody else passes.
-//! * Hardware sets A and D itself: a clear A is not a fault, and a writable leaf with a clear D is `writable_when_dirty`.
+//! * Hardware sets A and D itself, A in entries that point to tables as well: a clear A is not a fault, and a writable leaf with a clear D is `writable_when_dirty`. With
+//!   `extended-access` (EAFE) it sets EA wherever it sets A, so that an entry counts as accessed when it has both.
 //! * Memory types are for devices that are part of the processors' coherency domain; all others ignore PAT, PCD and PWT. So they count only when
 //!   `memory-type` is set, with the page attribute table as it is after power-on.
 //!
@@ -54,6 +55,11 @@ impl FirstStage {
     /// Size of an entry's slot.
     const fn slot_log2(level: u8) -> u8 {
         12 + 9 * level
+    }
+
+    /// What hardware sets in every entry that it uses (section 3.6.2).
+    const fn accessed(&self) -> u64 {
+        if self.extended_access { A | EA } else { A }
     }
 
     /// Power-on page attribute table: 0 and 4 write-back, 1 and 5 write-through, 2 and 6 uncached unless MTRRs say otherwise, 3 and 7 uncached.
@@ -113,6 +119,7 @@ impl Format for FirstStage {
 
     fn levels(&self) -> Vec<Level> {
         let address = |low| vec![Segment::in_place(51, low)];
+        let accessed = Mark { mask: self.accessed(), value: self.accessed() };
         let level = |level: u8| {
             let slot = Self::slot_log2(level);
             let shapes = if self.large(level) {
@@ -127,9 +134,9 @@ impl Format for FirstStage {
                 shapes,
                 leaf_sizes: if level == PAGE_TABLE || self.large(level) { 1 << slot } else { 0 },
                 absent: 0,
-                accessed: Mark { mask: A, value: A },
+                accessed,
                 dirty: Mark { mask: D, value: D },
-                table_accessed: Mark { mask: A, value: A },
+                table_accessed: accessed,
             }
         };
         (0..self.levels).map(level).collect()
@@ -216,7 +223,7 @@ impl Format for FirstStage {
             privileged_only: supervisor_page && passes,
             memory_type,
             coherent: memory_type == MemoryType::WriteBack,
-            accessed: pattern & A != 0,
+            accessed: pattern & self.accessed() == self.accessed(),
             dirty: pattern & D != 0,
             writable_when_dirty: write && pattern & D == 0,
         }
@@ -231,12 +238,11 @@ impl Format for FirstStage {
             return None;
         }
         // A is set beforehand, and D unless somebody waits for it: a unit whose walks do not snoop cannot set them (section 3.10).
-        let mut pattern = P | A;
+        let mut pattern = P | self.accessed();
         let mut set = |condition, bits| pattern |= if condition { bits } else { 0 };
         set(attributes.write, RW);
         set(attributes.write && !attributes.writable_when_dirty, D);
         set(!attributes.privileged_only, US);
-        set(self.extended_access, EA);
         set(level != PAGE_TABLE, PS);
         set(self.memory_type && attributes.memory_type != MemoryType::WriteBack, PCD);
         set(self.memory_type && attributes.memory_type == MemoryType::Device, PWT);
@@ -244,8 +250,7 @@ impl Format for FirstStage {
     }
 
     fn encode_table(&self, level: u8, next: u8) -> Option<u64> {
-        let extended_access = if self.extended_access { EA } else { 0 };
-        (level < self.levels && level.checked_sub(1) == Some(next)).then_some(P | RW | US | A | extended_access)
+        (level < self.levels && level.checked_sub(1) == Some(next)).then_some(P | RW | US | self.accessed())
     }
 }
 
@@ -392,6 +397,20 @@ mod tests {
             match FirstStage::open(&[(name.to_owned(), value)].into_iter().collect()) {
                 Err(Error::Invalid(invalid)) => assert_eq!((invalid.field.as_str(), invalid.value), (name, value)),
                 other => panic!("{name}: {other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn whatever_is_used_is_marked_pointers_too() {
+        for (settings, mark) in [(&[][..], A), (&[("extended-access", 1)], A | EA)] {
+            let format = open(settings);
+            for level in format.levels() {
+                assert_eq!([level.accessed, level.table_accessed, level.dirty], [mark, mark, D].map(|bit| Mark { mask: bit, value: bit }));
+            }
+            for marks in [0, A, EA, A | EA] {
+                let Meaning::Leaf { attributes, .. } = format.decode(0, 0, P | RW | US | marks) else { unreachable!() };
+                assert_eq!(attributes.accessed, marks & mark == mark, "{marks:#x} of {mark:#x}");
             }
         }
     }

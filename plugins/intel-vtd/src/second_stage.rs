@@ -4,6 +4,7 @@
 //! * Reads and writes must be allowed by every entry on the way. With `io-permissions` (SSIRWE) bits 61 and 62 say so and 0 and 1 mean nothing.
 //! * Accesses snoop the processors' caches unless the request itself asks not to, so every leaf is coherent; SNP, where the unit has
 //!   `snoop-control`, also overrules such requests. Execution, privilege and memory types cannot be said.
+//! * With `accessed-dirty` (SSADE) hardware sets A in every entry that it uses, pointers too, and D in leaves.
 //! * Input addresses end where the tables or the unit (MGAW, `input-bits`) end.
 //! * Requests without PASID to 0xfee0_0000..=0xfeef_ffff are interrupts and never walk: [`Format::untranslated`] says so of tables that are made, and `unit`
 //!   of those that are read. Leaves that point there (fault LGN.4 or SGN.8) are not refused here: the memory map does.
@@ -142,7 +143,7 @@ impl Format for SecondStage {
                 absent: 0,
                 accessed: mark(A),
                 dirty: mark(D),
-                table_accessed: Mark::default(),
+                table_accessed: mark(A),
             }
         };
         (0..self.levels).map(level).collect()
@@ -343,6 +344,7 @@ mod tests {
         assert_eq!(attributes(R | W | A | D), (true, true, false));
         assert_eq!(attributes(R), (false, false, false));
         assert_eq!((flags.levels()[0].accessed.mask, flags.levels()[0].dirty.mask, open(&[]).levels()[0].dirty.mask), (A, D, 0));
+        assert_eq!((flags.levels()[1].table_accessed.mask, open(&[]).levels()[1].table_accessed.mask), (A, 0), "in pointers too");
     }
 
     #[test]

@@ -261,9 +261,14 @@ fn for_model(config: &TableConfig) -> Result<Tables> {
     };
     let levels = or("levels", 4) as u32;
     Ok(match config.format.as_str() {
-        "intel-vtd/first-stage" => {
-            Tables::Vtd(reference::TableConfig::VtdFirst(VtdFirst { root, levels, output_bits, large_1g: true, execute_disable: true }))
-        }
+        "intel-vtd/first-stage" => Tables::Vtd(reference::TableConfig::VtdFirst(VtdFirst {
+            root,
+            levels,
+            output_bits,
+            large_1g: true,
+            execute_disable: true,
+            extended_access: false,
+        })),
         "intel-vtd/second-stage" => Tables::Vtd(reference::TableConfig::VtdSecond(VtdSecond {
             root,
             levels,
@@ -272,6 +277,7 @@ fn for_model(config: &TableConfig) -> Result<Tables> {
             large_2m: true,
             large_1g: true,
             snoop_control: false,
+            accessed_dirty: false,
         })),
         "amd-vi/v1" => Tables::Amd(AmdTable { root, mode: levels, access: Access::RW }),
         "arm-smmuv3/stage1" => {

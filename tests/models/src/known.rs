@@ -32,6 +32,9 @@ pub const VTD_INTERRUPT_PAGES: KnownError = error(
 pub const VTD_SNOOP: KnownError =
     error("intel-iommu", "in scalable mode SNP is accepted in leaves of the second stage although ECAP.SC is 0, which makes it reserved");
 
+/// Leaves of the first stage that have one of two marks.
+pub const VTD_ONE_MARK: KnownError = error("intel-iommu", "a write through a leaf of the first stage that has one of A and D does not set the other");
+
 /// Concatenated start tables of stage 2.
 pub const SMMU_CONCATENATED: KnownError = error("SMMUv3", "of concatenated start tables of stage 2 it always walks the first");
 
@@ -125,6 +128,7 @@ pub const ALL: &[KnownError] = &[
     VTD_NESTED,
     VTD_INTERRUPT_PAGES,
     VTD_SNOOP,
+    VTD_ONE_MARK,
     SMMU_CONCATENATED,
     SMMU_PRIVILEGED,
     SMMU_TBI1,

@@ -8,6 +8,7 @@
 //! | `vtd`, `smmu`, `riscv`, `amd` | random address spaces of independent builders ([`spaces`]): the [`production`] engine finds them from the model's registers and memory, and says the same as the model of every request |
 //! | `conversions` | every format into every other: the same request has the same outcome on the source's model and, converted, on the target's |
 //! | `entries` | every bit of every kind of entry at every level, and random ones ([`entries`]), of one stage and of each of two: where the model faults the engine faults, where it translates the engine has the same address |
+//! | `marks` | accessed and dirty marks in entries of all levels, after the same DMA: the model's memory, the engine's and the reference's are the same |
 //! | `known` | the errors of the models that the other tests stay away from are still there, every one of them |
 //! | `install` | `install-qemu` on machines that are made up |
 //!

@@ -11,10 +11,10 @@ use stagecraft_models::smmu::{Smmu, SmmuTables, Stages, context_descriptor};
 use stagecraft_models::tables::amd::{self, AmdTable};
 use stagecraft_models::tables::riscv::{self, RiscvTable};
 use stagecraft_models::vtd::{Mode, Vtd};
-use stagecraft_models::{Access, Board, Memory, Model, Outcome, Tables, available};
+use stagecraft_models::{Access, Board, Memory, Model, Outcome, Probe, Tables, available};
 use stagecraft_tests::reference::Run;
 use stagecraft_tests::reference::generate::{Generated, Options, Rng, build};
-use stagecraft_tests::reference::tables::{ArmHalf, ArmStage1, ArmStage2, TableConfig, VtdSecond};
+use stagecraft_tests::reference::tables::{ArmHalf, ArmStage1, ArmStage2, TableConfig, VtdFirst, VtdSecond};
 
 const PLAIN: Options = Options { clusters: 0, restrictions: false, decoys: false, noise: false };
 
@@ -122,7 +122,16 @@ fn a_wrong_truth_is_noticed() {
 }
 
 fn vtd_second() -> TableConfig {
-    TableConfig::VtdSecond(VtdSecond { root: 0, levels: 4, input_bits: 48, output_bits: 39, large_2m: true, large_1g: true, snoop_control: false })
+    TableConfig::VtdSecond(VtdSecond {
+        root: 0,
+        levels: 4,
+        input_bits: 48,
+        output_bits: 39,
+        large_2m: true,
+        large_1g: true,
+        snoop_control: false,
+        accessed_dirty: false,
+    })
 }
 
 #[test]
@@ -147,6 +156,35 @@ fn vtd() {
     model.set_table(Tables::Vtd(generated.config)).unwrap();
     model.tag_page(TARGET).unwrap();
     assert_wrong(known::VTD_SNOOP, None, model.dma(0x5000, false).unwrap());
+}
+
+#[test]
+fn marks_of_vtd() {
+    if !available(Board::Q35) {
+        return;
+    }
+    let mut model = Vtd::start(Mode::ScalableFirst, 48).unwrap();
+    let config = VtdFirst { root: 0, levels: 4, output_bits: 39, large_1g: true, execute_disable: true, extended_access: false };
+    let generated = build(TableConfig::VtdFirst(config), &[page(0x5000, TARGET, Access::RW)], &mut Rng::new(1), PLAIN);
+    // A is bit 5, D is bit 6.
+    for (stands, wrong) in [(0, false), (1 << 5, true), (1 << 6, true), (3 << 5, false)] {
+        let (mut memory, mut leaf) = (generated.snapshot.memory.clone(), 0);
+        change(&mut memory, |entry| if entry & 0xf_ffff_ffff_f000 == TARGET { entry & !(3 << 5) | stands } else { entry });
+        for slot in memory.pages.keys().flat_map(|page| (*page..*page + 4096).step_by(8)) {
+            leaf = if memory.read(slot, false).unwrap() & 0xf_ffff_ffff_f000 == TARGET { slot } else { leaf };
+        }
+        model.write_memory(&memory).unwrap();
+        model.set_table(Tables::Vtd(generated.config)).unwrap();
+        model.tag_page(TARGET).unwrap();
+        let probe = Probe { iova: 0x5000, write: true, expected: Some(TARGET) };
+        assert_eq!(model.dma_many(&[probe]).unwrap(), [Outcome::Reached(TARGET)]);
+        let marks = model.machine().qtest.read8(leaf).unwrap() & 3 << 5;
+        if wrong {
+            assert_there(known::VTD_ONE_MARK, marks == stands, &format!("{stands:#x} became {marks:#x}"));
+        } else {
+            assert_eq!(marks, 3 << 5, "{stands:#x}");
+        }
+    }
 }
 
 /// A register of a model, by its architectural name.

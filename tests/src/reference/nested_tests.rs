@@ -120,6 +120,7 @@ fn vtd_legacy_context_entries() {
             large_2m: true,
             large_1g: true,
             snoop_control: false,
+            accessed_dirty: false,
         })])
     };
     assert_eq!(resolve(&snapshot, 0x200), Ok(tables(3)));

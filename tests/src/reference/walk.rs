@@ -1,9 +1,9 @@
 //! Following the entries: all mappings by visiting every entry, and one address by a walk of its own.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use super::snapshot::{Memory, PAGE};
-use super::tables::{Entry, Marks, Region, TableConfig, beyond};
+use super::tables::{Entry, Marks, Region, Step, TableConfig, beyond};
 use super::{Access, Problem, Run, append, bits, merge};
 
 /// How many entries [`Walker::mappings`] looks at before it gives up.
@@ -33,6 +33,31 @@ enum Purpose {
     /// An entry of another stage's table, or a structure, is read.
     Fetch,
 }
+
+/// What a request leaves in an entry that it used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Marked {
+    /// The stage whose entry it is, from 0.
+    pub stage: usize,
+    /// Where the entry stands in memory.
+    pub address: u64,
+    /// The entry before.
+    pub old: u64,
+    /// The entry afterwards.
+    pub new: u64,
+}
+
+/// An entry that a walk used.
+struct Used {
+    stage: usize,
+    address: u64,
+    step: Step,
+    entry: u64,
+    write: bool,
+}
+
+/// The entries that a walk used, in their order, if somebody wants to know.
+type Trace = Option<Vec<Used>>;
 
 /// A table on the way.
 #[derive(Clone, Copy)]
@@ -127,11 +152,36 @@ impl<'a> Walker<'a> {
     /// # Errors
     /// [`Fault`] if it does not go through, for whatever reason.
     pub fn translate(&self, iova: u64, write: bool) -> Result<u64, Fault> {
+        self.request(iova, write, &mut None)
+    }
+
+    fn request(&self, iova: u64, write: bool, trace: &mut Trace) -> Result<u64, Fault> {
         let mut address = iova;
         for stage in 0..self.stages.len() {
-            address = self.through(stage, address, if write { Purpose::Write } else { Purpose::Read }).map_err(|_| Fault)?;
+            address = self.through(stage, address, if write { Purpose::Write } else { Purpose::Read }, trace).map_err(|_| Fault)?;
         }
         Ok(address)
+    }
+
+    /// What hardware writes into entries when a read or a write at this IOVA goes through, from the root down: an entry before what it leads to. Where another stage
+    /// translates a stage's tables, an entry there is used by every read of an entry, and by a mark as by a write.
+    ///
+    /// # Errors
+    /// [`Fault`] if it does not go through. What that leaves behind is not said.
+    pub fn marks(&self, iova: u64, write: bool) -> Result<Vec<Marked>, Fault> {
+        let mut trace = Some(Vec::new());
+        self.request(iova, write, &mut trace)?;
+        let mut now: BTreeMap<u64, u64> = BTreeMap::new();
+        let mut marked = Vec::new();
+        for used in trace.into_iter().flatten() {
+            let old = *now.get(&used.address).unwrap_or(&used.entry);
+            let new = self.stages[used.stage].0.marked(used.step, old, used.write);
+            if new != old {
+                marked.push(Marked { stage: used.stage, address: used.address, old, new });
+            }
+            now.insert(used.address, new);
+        }
+        Ok(marked)
     }
 
     /// Where the only stage has a structure that is read through it.
@@ -139,11 +189,11 @@ impl<'a> Walker<'a> {
     /// # Errors
     /// [`Fault`] if it cannot be read there.
     pub fn fetch(&self, address: u64) -> Result<u64, Fault> {
-        self.through(0, address, Purpose::Fetch).map_err(|_| Fault)
+        self.through(0, address, Purpose::Fetch, &mut None).map_err(|_| Fault)
     }
 
     /// One stage's answer for one address.
-    fn through(&self, stage: usize, input: u64, purpose: Purpose) -> Result<u64, NoEntry> {
+    fn through(&self, stage: usize, input: u64, purpose: Purpose, trace: &mut Trace) -> Result<u64, NoEntry> {
         let (config, regions) = &self.stages[stage];
         let input = config.effective(input);
         for region in regions {
@@ -159,6 +209,7 @@ impl<'a> Walker<'a> {
                 0,
                 Table { address: region.root, half: region.half, exists: None },
                 config.granted(),
+                trace,
             );
         }
         Err(NoEntry::Fault)
@@ -175,6 +226,7 @@ impl<'a> Walker<'a> {
         depth: usize,
         table: Table,
         allowed: Access,
+        trace: &mut Trace,
     ) -> Result<u64, NoEntry> {
         let (config, step) = (&self.stages[stage].0, region.steps[depth]);
         let index = (position >> step.shift) % step.entries;
@@ -182,12 +234,15 @@ impl<'a> Walker<'a> {
             return Err(NoEntry::Fault);
         }
         let at = table.address + index * config.entry_bytes();
-        let entry = self.read(stage, at)?;
+        let (physical, entry) = self.read(stage, at, trace)?;
         let decoded = config.decode(table.half, step, entry);
         let marks = config.missing_marks(step, entry);
         let marked = marks == Marks::Any || marks == Marks::ByWrites && purpose == Purpose::Write;
-        if decoded != Entry::Fault && marked && !self.can_mark(stage, at) {
+        if decoded != Entry::Fault && marked && !self.can_mark(stage, at, trace) {
             return Err(NoEntry::Fault);
+        }
+        if let Some(used) = trace {
+            used.push(Used { stage, address: physical, step, entry, write: purpose == Purpose::Write });
         }
         match decoded {
             Entry::Fault => Err(NoEntry::Fault),
@@ -197,7 +252,7 @@ impl<'a> Walker<'a> {
                 if bits(position, step.shift - 1, 0) >> next.shift >= next.entries {
                     return Err(NoEntry::Fault);
                 }
-                self.descend(stage, region, position, purpose, depth + 1 + skip, Table { address, half, exists }, allowed.and(limit))
+                self.descend(stage, region, position, purpose, depth + 1 + skip, Table { address, half, exists }, allowed.and(limit), trace)
             }
             Entry::Leaf { address, access, size, reach } => {
                 let offset = bits(position, size.unwrap_or(step.shift) - 1, 0);
@@ -213,20 +268,20 @@ impl<'a> Walker<'a> {
         }
     }
 
-    /// An entry of a stage's table. If another stage follows, it translates the table's address.
-    fn read(&self, stage: usize, address: u64) -> Result<u64, NoEntry> {
-        let physical = if stage + 1 < self.stages.len() { self.through(stage + 1, address, Purpose::Fetch)? } else { address };
+    /// An entry of a stage's table, and where it stands in memory. If another stage follows, it translates the table's address.
+    fn read(&self, stage: usize, address: u64, trace: &mut Trace) -> Result<(u64, u64), NoEntry> {
+        let physical = if stage + 1 < self.stages.len() { self.through(stage + 1, address, Purpose::Fetch, trace)? } else { address };
         let config = &self.stages[stage].0;
         let entry = match config.entry_bytes() {
             4 => self.memory.read4(physical, config.big_endian()),
             _ => self.memory.read(physical, config.big_endian()),
         };
-        entry.map_err(|_| NoEntry::Unreadable(physical - physical % PAGE))
+        entry.map(|entry| (physical, entry)).map_err(|_| NoEntry::Unreadable(physical - physical % PAGE))
     }
 
     /// Whether the entry at an address of this stage's tables can be written.
-    fn can_mark(&self, stage: usize, address: u64) -> bool {
-        stage + 1 == self.stages.len() || self.through(stage + 1, address, Purpose::Write).is_ok()
+    fn can_mark(&self, stage: usize, address: u64, trace: &mut Trace) -> bool {
+        stage + 1 == self.stages.len() || self.through(stage + 1, address, Purpose::Write, trace).is_ok()
     }
 
     fn walk_stage(&self, stage: usize, budget: &mut u64) -> Walk {
@@ -265,8 +320,8 @@ impl<'a> Walker<'a> {
             }
             visit.budget -= 1;
             let at = table.address + index * config.entry_bytes();
-            let entry = match self.read(stage, at) {
-                Ok(entry) => entry,
+            let entry = match self.read(stage, at, &mut None) {
+                Ok((_, entry)) => entry,
                 Err(NoEntry::Fault) => continue,
                 Err(NoEntry::Unreadable(page)) => {
                     visit.walk.unreadable.insert(page);
@@ -277,7 +332,7 @@ impl<'a> Walker<'a> {
             let decoded = config.decode(table.half, step, entry);
             // Most entries lack no mark, and need no second stage for it.
             let marks = if decoded == Entry::Fault { Marks::None } else { config.missing_marks(step, entry) };
-            let refused = marks != Marks::None && !self.can_mark(stage, at);
+            let refused = marks != Marks::None && !self.can_mark(stage, at, &mut None);
             match decoded {
                 Entry::Fault => {}
                 _ if refused && marks == Marks::Any => {}

@@ -80,6 +80,7 @@ pub fn plugin_config(config: &tables::TableConfig) -> TableConfig {
             set("root", config.root);
             set("output-bits", config.output_bits.into());
             set("page-1g", config.large_1g.into());
+            set("extended-access", config.extended_access.into());
         }
         tables::TableConfig::VtdSecond(config) => {
             set("levels", config.levels.into());
@@ -89,6 +90,7 @@ pub fn plugin_config(config: &tables::TableConfig) -> TableConfig {
             set("page-2m", config.large_2m.into());
             set("page-1g", config.large_1g.into());
             set("snoop-control", config.snoop_control.into());
+            set("accessed-dirty", config.accessed_dirty.into());
         }
         // The reference has the plugins' own words for the other formats.
         _ => config.settings().into_iter().for_each(|(name, value)| table.settings.set(&name, value)),
@@ -167,6 +169,7 @@ pub fn reference_config(table: &TableConfig) -> Option<tables::TableConfig> {
                 output_bits: get("output-bits", 48) as u32,
                 large_1g: get("page-1g", 1) != 0,
                 execute_disable: true,
+                extended_access: flag("extended-access"),
             })
         }
         "intel-vtd/second-stage" => {
@@ -182,6 +185,7 @@ pub fn reference_config(table: &TableConfig) -> Option<tables::TableConfig> {
                 large_2m: get("page-2m", 1) != 0,
                 large_1g: get("page-1g", 1) != 0,
                 snoop_control: flag("snoop-control"),
+                accessed_dirty: flag("accessed-dirty"),
             })
         }
         format => {

@@ -114,7 +114,14 @@ impl Guest {
 
     /// Its tables, for the reference.
     pub fn reference(&self) -> tables::TableConfig {
-        tables::TableConfig::VtdFirst(VtdFirst { root: self.root(), levels: 4, output_bits: 48, large_1g: true, execute_disable: true })
+        tables::TableConfig::VtdFirst(VtdFirst {
+            root: self.root(),
+            levels: 4,
+            output_bits: 48,
+            large_1g: true,
+            execute_disable: true,
+            extended_access: false,
+        })
     }
 
     /// A new table of 512 pages that say what the large page at `iova` says.

@@ -10,6 +10,7 @@ mod equality;
 mod guest;
 mod hardware;
 mod holes;
+mod marking;
 mod marks;
 #[path = "../hostile/mutate.rs"]
 #[allow(dead_code)]

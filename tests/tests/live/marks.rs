@@ -8,6 +8,7 @@ use stagecraft::plugin::{TableConfig, Tag};
 use stagecraft::sync::{DirtyError, Live, MarksWritten, Nested, NestedTable, RegionTables, Shadow, ShadowLimits, Unwatched};
 use stagecraft::{Gpa, Iova, Span};
 use stagecraft_tests::reference::generate::Rng;
+use stagecraft_tests::reference::walk::Walker;
 use vm_memory::MmapRegion;
 
 use super::behaviour::range;
@@ -20,7 +21,7 @@ const A: u64 = 1 << 5;
 const D: u64 = 1 << 6;
 
 fn written(accessed: u64, dirty: u64) -> MarksWritten {
-    MarksWritten { accessed, dirty, skipped: 0 }
+    MarksWritten { accessed, dirty, ..MarksWritten::default() }
 }
 
 fn uses(rig: &Rig, iova: u64, access: DmaAccess) {
@@ -69,12 +70,56 @@ fn what_a_device_does_is_marked_in_the_guests_entries() {
         // What the guest changed meanwhile is never overwritten.
         uses(&rig, 0x3000, DmaAccess::Write);
         rig.guest.put(0x3000, 0, 0);
-        assert_eq!(rig.live.write_marks(&rig.guest.view(), Span::ALL), MarksWritten { accessed: 0, dirty: 0, skipped: 1 }, "{arch:?}");
+        assert_eq!(rig.live.write_marks(&rig.guest.view(), Span::ALL), MarksWritten { skipped: 1, ..MarksWritten::default() }, "{arch:?}");
         assert_eq!(rig.guest.load(rig.guest.slot(0x3000, 0).0), 0);
     }
 }
 
 /// A host whose hardware marks nothing, and one whose leaves are made accessed.
+/// Requests through the host's table leave in the guest's tables what they would leave there if the guest's were walked.
+#[test]
+fn what_a_device_does_is_marked_on_the_way_as_well() {
+    for arch in [Arch::Vtd, Arch::Smmu] {
+        for seed in 0..4 {
+            let (mut rig, mut rng) = (Rig::with(arch, Forgotten::Nothing, true), Rng::new(seed));
+            let iovas: Vec<u64> = (0..12).map(|_| rng.below(2) << 39 | rng.below(2) << 30 | rng.below(3) << 21 | rng.below(4) << 12).collect();
+            for iova in &iovas {
+                let marks = rng.pick(&[0, A, A | D]);
+                rig.guest.put(*iova, 0, (DATA + (rng.below(64) << 12)) | (RW & !A & !D) | marks);
+                for height in 1..4 {
+                    let slot = rig.guest.slot(*iova, height).0;
+                    rig.guest.store(slot, rig.guest.load(slot) & !A | if rng.percent(40) { A } else { 0 });
+                }
+            }
+            rig.live.synchronise(&rig.guest.view()).unwrap();
+            // Leaves that were marked before count as used.
+            let mut expected = rig.guest.snapshot();
+            let config = rig.guest.reference();
+            let apply = |expected: &mut stagecraft_tests::reference::snapshot::Memory, iova: u64, write: bool| {
+                let marks = Walker::new(expected, &[config]).unwrap().marks(iova, write).unwrap();
+                marks.iter().for_each(|marked| expected.write(marked.address, marked.new, false));
+                marks.len()
+            };
+            for iova in &iovas {
+                if rig.guest.load(rig.guest.slot(*iova, 0).0) & A != 0 {
+                    apply(&mut expected, *iova, false);
+                }
+            }
+            rig.live.write_marks(&rig.guest.view(), Span::ALL);
+            assert!(rig.guest.snapshot() == expected, "{arch:?} seed {seed}: before any use");
+            let mut marks = 0;
+            for _ in 0..6 {
+                let (iova, write) = (rng.pick(&iovas), rng.percent(50));
+                uses(&rig, iova, if write { DmaAccess::Write } else { DmaAccess::Read });
+                marks += apply(&mut expected, iova, write);
+            }
+            let written = rig.live.write_marks(&rig.guest.view(), Span::ALL);
+            assert!(rig.guest.snapshot() == expected, "{arch:?} seed {seed}");
+            assert_eq!((written.skipped, marks > 0), (0, true), "{arch:?} seed {seed}: {written:?}");
+        }
+    }
+}
+
 #[test]
 fn what_hardware_does_not_mark_counts_as_marked() {
     let guest = Guest::new();

@@ -89,7 +89,7 @@ impl<'a> Second<'a> {
     }
 }
 
-fn live(guest: &Guest, way: Way, limits: ShadowLimits, watcher: Box<dyn Watcher>) -> Live<Heard> {
+pub fn live(guest: &Guest, way: Way, limits: ShadowLimits, watcher: Box<dyn Watcher>) -> Live<Heard> {
     let space = Space::open(way, Guest::map(), limits, watcher).unwrap();
     let mut live = Live::new(space, Heard::default(), Tag::default(), 0, 1 << 10);
     live.synchronise(&guest.view()).unwrap();

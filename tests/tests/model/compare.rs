@@ -209,7 +209,7 @@ impl Session<'_> {
     }
 
     /// Something had no room. What was blocked in a call that failed is not told.
-    fn is_short(&self, space: &Space) -> bool {
+    pub fn is_short(&self, space: &Space) -> bool {
         let some = || {
             let stats = space.ioasid.stats();
             stats.without_memory > 0 || stats.blocked_entries > 0

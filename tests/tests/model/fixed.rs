@@ -68,6 +68,7 @@ fn iovas_up_to_the_last_one_are_reached_without_an_upper_half() {
         large_2m: true,
         large_1g: true,
         snoop_control: false,
+        accessed_dirty: false,
     });
     run(config, &[2], &[map(1, 0, 8), TELL]);
 }

@@ -3,6 +3,8 @@
 //! point simulated DMA, whose caches forget nothing by themselves, gets what an independent reader finds in the guest's tables; between two of them nothing that the
 //! tables did not say at some moment since the last one. After a failure nobody gets more than that, and when it is over all get it again.
 //!
+//! Marks of what devices did get into the guest's tables, into entries that point to tables as well: none is missing there, and nothing else has changed.
+//!
 //! The same guests have a vIOMMU in a second test: they write structures and commands, and nobody calls an IOASID. Their devices have PASIDs, a first stage, a second one or
 //! both, and wait for pages; what each is to get is found in structures and tables alone.
 //!
@@ -24,6 +26,7 @@ mod guest;
 mod guests;
 mod machine;
 mod manage;
+mod marking;
 mod operation;
 mod session;
 mod tell;
@@ -209,6 +212,7 @@ fn assert_exercised(coverage: &Coverage, seeds: u64) {
     // PASIDs need a unit that gives some away beside a user's table, or areas.
     HOSTS.iter().for_each(|host| often(format!("PASIDs on {host}"), seeds / 2));
     often("recovered".to_owned(), 10 * seeds);
+    ["leaves marked", "pointers marked"].iter().for_each(|what| often((*what).to_owned(), seeds));
     ["moved to another host", "memory with tables went", "page requests served", "for want of room", "entries blocked"]
         .iter()
         .for_each(|what| often((*what).to_owned(), seeds / 2));

@@ -10,7 +10,7 @@ use crate::sync::shadow::replay::parts;
 use crate::sync::shadow::words::Swap;
 use crate::sync::wanted::Wanted;
 use crate::table::{LeafMarks, Meaning, Next, Piece, low_bits};
-use crate::{Attributes, Gpa, Span};
+use crate::{Attributes, Span};
 
 /// What an entry stands for that was just judged.
 pub(super) enum Judged {
@@ -87,7 +87,7 @@ impl<M: EntryMemory + ?Sized> Pass<'_, M> {
         if old != node.states[at] || was_leaf && is_leaf || is_leaf && self.shadow.leaves >= self.shadow.limits.leaves {
             return false;
         }
-        if waits && !self.memory.can_mark(self.address(node, at)) {
+        if waits && !self.memory.can_mark(self.shadow.address(node, at)) {
             return false;
         }
         let (slot, below) = (self.shadow.slot(node, at), low_bits(self.shadow.plan.levels[usize::from(node.level)].index_lsb));
@@ -315,7 +315,7 @@ impl<M: EntryMemory + ?Sized> Pass<'_, M> {
             }
             _ => return None,
         };
-        if !lacks || self.memory.can_mark(self.address(node, at)) {
+        if !lacks || self.memory.can_mark(self.shadow.address(node, at)) {
             return None;
         }
         Some(attributes.map(|attributes| match meaning {
@@ -323,12 +323,6 @@ impl<M: EntryMemory + ?Sized> Pass<'_, M> {
             Meaning::Part { size_log2, missing, .. } => Meaning::Part { size_log2, attributes, missing },
             other => other,
         }))
-    }
-
-    /// Where an entry stands.
-    #[inline]
-    fn address(&self, node: &Node, at: usize) -> Gpa {
-        Gpa(node.table + (node.first + at as u64) * u64::from(self.shadow.plan.geometry.entry_bytes))
     }
 
     /// The table that an entry points to, if it can be there.

@@ -1,67 +1,154 @@
-//! Marking the guest's entries as hardware would.
+//! Marking the guest's entries as hardware would: those that point to tables as it passes them, from the root down, and then the leaf.
+//!
+//! Each entry is changed as it was read, with one compare-exchange. That somebody else has marked it meanwhile is no change by the guest: another address space may
+//! follow the same table, or the same table stand in two places.
 
-use crate::memory::{Budget, MarkMemory};
+use crate::memory::{Budget, EntryLayout, MarkMemory};
 use crate::sync::marks::{Marked, MarksWritten};
 use crate::sync::shadow::Shadow;
 use crate::sync::shadow::node::{Node, NodeId, State, What};
-use crate::{Attributes, Gpa};
+use crate::table::Mark;
+use crate::{Attributes, Gpa, Span};
+
+/// Hears where entries are that hardware reads on its way to a leaf, that leaf's among them, each before it is marked.
+pub(in crate::sync) type Read<'a> = &'a mut dyn FnMut(Gpa);
+
+/// What is to be marked, and where that is counted.
+struct Marking<'a, M: ?Sized> {
+    memory: &'a M,
+    layout: EntryLayout,
+    marked: Marked,
+    budget: &'a Budget,
+    written: &'a mut MarksWritten,
+    read: Option<Read<'a>>,
+}
+
+impl<M: MarkMemory + ?Sized> Marking<'_, M> {
+    fn reads(&mut self, address: Gpa) {
+        if let Some(read) = &mut self.read {
+            read(address);
+        }
+    }
+
+    /// Sets `wanted` in the entry at `address` that was read as `entry`, and in which others may have set `marks`. Tells what stood there and what stands there now;
+    /// none: the guest has changed it, or it cannot be written.
+    fn set(&mut self, address: Gpa, entry: u64, marks: [Mark; 2], wanted: &[Mark]) -> Option<(u64, u64)> {
+        let [one, other] = marks;
+        let may_stand = [entry, one.set(entry), other.set(entry), other.set(one.set(entry))];
+        for (index, stood) in may_stand.iter().enumerate() {
+            if may_stand[..index].contains(stood) {
+                continue;
+            }
+            let new = wanted.iter().fold(*stood, |entry, mark| mark.set(entry));
+            match self.memory.compare_exchange_entry(address, self.layout, *stood, new) {
+                Ok(true) => return Some((*stood, new)),
+                Ok(false) => {}
+                Err(_) => break,
+            }
+        }
+        self.written.skipped += 1;
+        None
+    }
+}
 
 impl Shadow {
-    /// Marks the guest's leaves for the IOVAs of `marked` that are not marked yet, where the format says that hardware does, and adds what was done to `written`. The
-    /// copies are marked as well, so that nobody takes this for a change by the guest. The budget is charged for questions to the format.
+    /// Marks the guest's leaves for the IOVAs of `marked` that are not marked yet, and before them the entries on the way there, where the format says that hardware does;
+    /// adds what was done to `written`. The copies are marked as well, so that nobody takes this for a change by the guest. The budget is charged for questions to the
+    /// format.
     pub fn mark<M: MarkMemory + ?Sized>(&mut self, memory: &M, marked: Marked, budget: &Budget, written: &mut MarksWritten) {
+        self.mark_reading(memory, marked, budget, written, None);
+    }
+
+    /// The same; `read` hears which entries hardware read for it.
+    pub(in crate::sync) fn mark_reading<'a, M: MarkMemory + ?Sized>(
+        &mut self,
+        memory: &'a M,
+        marked: Marked,
+        budget: &'a Budget,
+        written: &'a mut MarksWritten,
+        read: Option<Read<'a>>,
+    ) {
+        if !marked.accessed && !marked.dirty {
+            return;
+        }
+        let mut marking = Marking { memory, layout: self.layout(), marked, budget, written, read };
         for index in 0..self.roots.len() {
             if let (Some(root), Some(iova)) = (self.roots[index], self.part_of_root(index, marked.iova)) {
-                self.mark_below(memory, root, Marked { iova, ..marked }, budget, written);
+                self.mark_below(root, iova, &mut marking);
             }
         }
     }
 
-    fn mark_below<M: MarkMemory + ?Sized>(&mut self, memory: &M, id: NodeId, marked: Marked, budget: &Budget, written: &mut MarksWritten) {
+    fn mark_below<M: MarkMemory + ?Sized>(&mut self, id: NodeId, iova: Span, marking: &mut Marking<'_, M>) {
         let Some(mut node) = self.nodes.take(id) else { return };
-        if let Some(part) = node.span.intersection(marked.iova) {
+        if let Some(part) = node.span.intersection(iova) {
             for at in self.places(&node, part) {
                 match node.states[at].what() {
                     What::Nothing | What::Unknown | What::Empty(_) => {}
-                    What::Table(below) => self.mark_below(memory, below, marked, budget, written),
-                    What::Leaf(kind) => self.mark_leaf(memory, &mut node, at, kind, marked, budget, written),
+                    What::Table(below) => {
+                        self.mark_table(&mut node, at, below, iova, marking);
+                        self.mark_below(below, iova, marking);
+                    }
+                    What::Leaf(kind) if self.is_usable(kind) => self.mark_leaf(&mut node, at, kind, marking),
+                    What::Leaf(_) => {}
                 }
             }
         }
         self.nodes.put(id, node);
     }
 
-    #[allow(clippy::too_many_arguments)]
-    fn mark_leaf<M: MarkMemory + ?Sized>(
-        &mut self,
-        memory: &M,
-        node: &mut Node,
-        at: usize,
-        kind: u32,
-        marked: Marked,
-        budget: &Budget,
-        written: &mut MarksWritten,
-    ) {
+    /// Requests pass a leaf of this kind.
+    fn is_usable(&self, kind: u32) -> bool {
+        self.kinds.get(kind).is_some_and(|kind| !kind.attributes.grants_nothing())
+    }
+
+    /// Whether a table leads to a leaf that requests pass: nobody is said to have used the others.
+    fn leads_to_leaf(&self, id: NodeId, iova: Span) -> bool {
+        let Some((node, part)) = self.nodes.get(id).and_then(|node| Some((node, node.span.intersection(iova)?))) else { return false };
+        self.places(node, part).any(|at| match node.states[at].what() {
+            What::Nothing | What::Unknown | What::Empty(_) => false,
+            What::Table(below) => self.leads_to_leaf(below, iova),
+            What::Leaf(kind) => self.is_usable(kind),
+        })
+    }
+
+    /// What a guest finds in a leaf it finds in all entries above it, so that these come first.
+    fn mark_table<M: MarkMemory + ?Sized>(&self, node: &mut Node, at: usize, below: NodeId, iova: Span, marking: &mut Marking<'_, M>) {
+        let (entry, mark) = (node.entries[at], self.plan.geometry.levels[usize::from(node.level)].table_accessed);
+        let lacks = mark.is_missing(entry);
+        if !lacks && marking.read.is_none() || !self.leads_to_leaf(below, iova) {
+            return;
+        }
+        let address = self.address(node, at);
+        marking.reads(address);
+        // If the guest has changed this entry, hardware may still use what it has cached of it: what is below is marked.
+        if lacks && let Some((stood, new)) = marking.set(address, entry, [mark, Mark::default()], &[mark]) {
+            marking.written.tables += u64::from(stood != new);
+            node.entries[at] = new;
+        }
+    }
+
+    fn mark_leaf<M: MarkMemory + ?Sized>(&mut self, node: &mut Node, at: usize, kind: u32, marking: &mut Marking<'_, M>) {
         let level = &self.plan.geometry.levels[usize::from(node.level)];
+        let (entry, address, marked) = (node.entries[at], self.address(node, at), marking.marked);
+        marking.reads(address);
         let waits = self.kinds.get(kind).is_some_and(|kind| kind.attributes.contains(Attributes::WRITABLE_WHEN_DIRTY));
-        let entry = node.entries[at];
-        let dirty = marked.dirty && waits && level.dirty.exists() && !level.dirty.is_set(entry);
-        let accessed = (marked.accessed || dirty) && level.accessed.exists() && !level.accessed.is_set(entry);
-        let mut new = if dirty { level.dirty.set(entry) } else { entry };
-        new = if accessed { level.accessed.set(new) } else { new };
-        if new == entry {
-            return;
-        }
-        let address = Gpa(node.table + (node.first + at as u64) * u64::from(self.plan.geometry.entry_bytes));
-        if memory.compare_exchange_entry(address, self.layout(), entry, new) != Ok(true) {
-            written.skipped += 1;
-            return;
-        }
-        written.accessed += u64::from(accessed);
-        written.dirty += u64::from(dirty);
+        let dirty = marked.dirty && waits && level.dirty.is_missing(entry);
+        let accessed = (marked.accessed || dirty) && level.accessed.is_missing(entry);
+        let wanted: &[Mark] = match (accessed, dirty) {
+            (false, false) => return,
+            (true, false) => &[level.accessed],
+            (false, true) => &[level.dirty],
+            (true, true) => &[level.accessed, level.dirty],
+        };
+        // Of a leaf that waits for no write, the mark of one may be a permission.
+        let marks = [level.accessed, if waits { level.dirty } else { Mark::default() }];
+        let Some((stood, new)) = marking.set(address, entry, marks, wanted) else { return };
+        marking.written.accessed += u64::from(accessed && level.accessed.is_missing(stood));
+        marking.written.dirty += u64::from(dirty && level.dirty.is_missing(stood));
         node.entries[at] = new;
         // Should the format see something else in it than a marked leaf, what was told stays told until the entry changes.
-        let judged = self.meaning(node.level, node.inherited, new, budget).ok();
+        let judged = self.meaning(node.level, node.inherited, new, marking.budget).ok();
         let other = judged.and_then(|judged| self.leaf(judged));
         if let Some(other) = other.filter(|other| self.piece_of_kind(node, at, *other) == self.piece_of_kind(node, at, kind)) {
             node.set(at, State::leaf(other));
@@ -69,7 +156,7 @@ impl Shadow {
     }
 
     /// IOVAs and address of an entry, were it of a kind.
-    fn piece_of_kind(&self, node: &Node, at: usize, kind: u32) -> Option<(crate::Span, u64)> {
+    fn piece_of_kind(&self, node: &Node, at: usize, kind: u32) -> Option<(Span, u64)> {
         self.piece(node.level, self.slot(node, at), node.entries[at], kind).map(|piece| (piece.iova, piece.address))
     }
 }

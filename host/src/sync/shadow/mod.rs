@@ -298,6 +298,12 @@ impl Shadow {
         self.map.target(first)
     }
 
+    /// Where an entry stands.
+    #[inline]
+    fn address(&self, node: &Node, at: usize) -> Gpa {
+        Gpa(node.table + (node.first + at as u64) * u64::from(self.plan.geometry.entry_bytes))
+    }
+
     #[inline]
     fn layout(&self) -> EntryLayout {
         EntryLayout { bytes: self.plan.geometry.entry_bytes, order: self.plan.geometry.order }

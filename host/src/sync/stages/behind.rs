@@ -47,7 +47,7 @@ pub(super) struct Behind {
     closed: u8,
 }
 
-const fn page_span(page: u64) -> Span {
+pub(super) const fn page_span(page: u64) -> Span {
     Span::of_log2(page * PAGE, PAGE.trailing_zeros() as u8)
 }
 

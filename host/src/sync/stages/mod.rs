@@ -205,8 +205,9 @@ impl Space {
         });
     }
 
-    /// Marks the guest's leaves for the IOVAs of `marked` that are not marked yet, of all tables, where a format says that hardware does, and adds what was done
-    /// to `written`. Of two stages, entries of the first are written with the second one's permission, and the second's leaves for them are marked as well.
+    /// Marks the guest's leaves for the IOVAs of `marked` that are not marked yet, of all tables, and before them the entries on the way there, where a format says that
+    /// hardware does; adds what was done to `written`. Of two stages, entries of the first are read and written through the second, whose entries for them are marked as
+    /// well.
     pub fn mark<M: MarkMemory + ?Sized>(&mut self, memory: &M, marked: Marked, budget: &Budget, written: &mut MarksWritten) {
         match &mut self.kind {
             Kind::Blocked | Kind::Direct(_) => {}

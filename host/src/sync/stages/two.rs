@@ -22,7 +22,7 @@ use crate::sync::changes::{Changes, Reason};
 use crate::sync::marks::{Marked, MarksWritten};
 use crate::sync::shadow::{Prepared, Shadow, ShadowFigures, ShadowLimits};
 use crate::sync::stages::Ground;
-use crate::sync::stages::behind::{Behind, Marks, Moved, TablePages, Through};
+use crate::sync::stages::behind::{Behind, Marks, Moved, TablePages, Through, page_span};
 use crate::sync::stages::look::{Look, Rules};
 use crate::sync::stages::passing::{Passing, outputs, part};
 use crate::sync::stages::watch::lock;
@@ -166,10 +166,19 @@ impl Two {
         self.read_again(look, &pages);
     }
 
-    /// Marks leaves of the first stage, of the second for what passes through them, and of the second for the first one's tables that are marked by this.
+    /// Marks the first stage, the second for what passes through it, and the second for the first one's tables, which hardware reads, and writes where it marks them.
     pub(super) fn mark<M: MarkMemory + ?Sized>(&mut self, memory: &M, marked: Marked, budget: &Budget, written: &mut MarksWritten) {
         let through = Marks { behind: &self.behind, memory, tables: RefCell::default() };
-        self.first.mark(&through, marked, budget, written);
+        let (second, mut outer, mut seen) = (&mut self.second, MarksWritten::default(), BTreeSet::new());
+        let marks = second.geometry().levels.iter().any(|level| level.accessed.exists() || level.table_accessed.exists());
+        let mut read = |entry: Gpa| {
+            let page = entry.0 / PAGE;
+            if seen.insert(page) {
+                second.mark(memory, Marked { iova: page_span(page), accessed: true, dirty: false }, budget, &mut outer);
+            }
+        };
+        self.first.mark_reading(&through, marked, budget, written, if marks { Some(&mut read) } else { None });
+        written.add(outer);
         for table in through.tables.into_inner() {
             self.second.mark(memory, Marked { iova: table, accessed: true, dirty: true }, budget, written);
         }

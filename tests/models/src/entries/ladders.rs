@@ -74,10 +74,19 @@ impl Ladder for VtdLadder {
     fn tables(&self, root: u64) -> Tables {
         let (levels, output_bits) = (self.levels, 48);
         Tables::Vtd(if self.first_stage {
-            TableConfig::VtdFirst(VtdFirst { root, levels, output_bits, large_1g: true, execute_disable: true })
+            TableConfig::VtdFirst(VtdFirst { root, levels, output_bits, large_1g: true, execute_disable: true, extended_access: false })
         } else {
             let input_bits = 12 + 9 * levels;
-            TableConfig::VtdSecond(VtdSecond { root, levels, input_bits, output_bits, large_2m: true, large_1g: true, snoop_control: false })
+            TableConfig::VtdSecond(VtdSecond {
+                root,
+                levels,
+                input_bits,
+                output_bits,
+                large_2m: true,
+                large_1g: true,
+                snoop_control: false,
+                accessed_dirty: false,
+            })
         })
     }
 

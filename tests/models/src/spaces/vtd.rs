@@ -14,11 +14,22 @@ pub fn space(mode: Mode, address_bits: u32, contents: Contents, rng: &mut Rng) -
     // RAM goes a bit beyond 39 bits.
     let output_bits = if address_bits == 39 { 39 } else { rng.pick(&[36, 39, 40]) };
     let config = match mode {
-        Mode::ScalableFirst => TableConfig::VtdFirst(VtdFirst { root: 0, levels: 4, output_bits, large_1g: true, execute_disable: true }),
+        Mode::ScalableFirst => {
+            TableConfig::VtdFirst(VtdFirst { root: 0, levels: 4, output_bits, large_1g: true, execute_disable: true, extended_access: false })
+        }
         _ => {
             let levels = if address_bits == 39 { 3 } else { rng.pick(&[3, 4, 4]) };
             let input_bits = 12 + 9 * levels;
-            TableConfig::VtdSecond(VtdSecond { root: 0, levels, input_bits, output_bits, large_2m: true, large_1g: true, snoop_control: false })
+            TableConfig::VtdSecond(VtdSecond {
+                root: 0,
+                levels,
+                input_bits,
+                output_bits,
+                large_2m: true,
+                large_1g: true,
+                snoop_control: false,
+                accessed_dirty: false,
+            })
         }
     };
     let options = Options { restrictions: contents.variety, noise: contents.variety, ..Options::default() };

@@ -43,7 +43,15 @@ fn host_table(unit: &Unit, entry: &[u64; 4]) -> Result<Option<AmdV1>, &'static s
     match mode {
         0 => Ok(None),
         7 => Err("Mode 7"),
-        _ => Ok(Some(AmdV1 { root: bits(entry[0], 51, 12) << 12, levels: mode, output_bits: 52, granted: granted(entry) })),
+        _ => Ok(Some(AmdV1 {
+            root: bits(entry[0], 51, 12) << 12,
+            levels: mode,
+            output_bits: 52,
+            granted: granted(entry),
+            // HAD, 8:7.
+            update_accessed: bit(entry[0], 7),
+            update_dirty: bit(entry[0], 8),
+        })),
     }
 }
 

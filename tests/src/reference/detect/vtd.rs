@@ -12,7 +12,7 @@ fn vtd_levels(code: u64, cap: u64) -> Option<u32> {
     if (1..=3).contains(&code) && bit(cap, 8 + code as u32) { Some(code as u32 + 2) } else { None }
 }
 
-fn vtd_second(cap: u64, ecap: u64, root: u64, levels: u32) -> TableConfig {
+fn vtd_second(cap: u64, ecap: u64, root: u64, levels: u32, accessed_dirty: bool) -> TableConfig {
     // CAP.MGAW 21:16 is one less than the width of an IOVA; CAP.SLLPS 37:34 has 2M in bit 34 and 1G in bit 35.
     let guest_width = bits(cap, 21, 16) as u32 + 1;
     TableConfig::VtdSecond(VtdSecond {
@@ -24,6 +24,7 @@ fn vtd_second(cap: u64, ecap: u64, root: u64, levels: u32) -> TableConfig {
         large_1g: bit(cap, 35),
         // ECAP.SC.
         snoop_control: bit(ecap, 7),
+        accessed_dirty,
     })
 }
 
@@ -86,8 +87,8 @@ pub(super) fn vtd(snapshot: &Snapshot, id: u64, pasid: Option<u64>) -> Result<Re
             let Some(levels) = vtd_levels(bits(high, 2, 0), cap) else { return blocked("context entry's AW") };
             // TT 1 is for units with device TLBs (ECAP.DT, 2), TT 2 with pass-through (ECAP.PT, 6).
             match bits(low, 3, 2) {
-                0 => Ok(Resolution::Tables(vec![vtd_second(cap, ecap, page_pointer(low), levels)])),
-                1 if bit(ecap, 2) => Ok(Resolution::Tables(vec![vtd_second(cap, ecap, page_pointer(low), levels)])),
+                0 => Ok(Resolution::Tables(vec![vtd_second(cap, ecap, page_pointer(low), levels, false)])),
+                1 if bit(ecap, 2) => Ok(Resolution::Tables(vec![vtd_second(cap, ecap, page_pointer(low), levels, false)])),
                 2 if bit(ecap, 6) => Ok(Resolution::Bypass),
                 _ => blocked("context entry's TT"),
             }
@@ -179,7 +180,7 @@ fn vtd_scalable(memory: &Memory, cap: u64, ecap: u64, root_entry: u64, function:
     if reserved || vtd_domain_illegal(cap, bits(words[1], 15, 0)) {
         return blocked("reserved bits of the PASID entry");
     }
-    let second_stage = || vtd_levels(bits(first, 4, 2), cap).map(|levels| vtd_second(cap, ecap, page_pointer(first), levels));
+    let second_stage = || vtd_levels(bits(first, 4, 2), cap).map(|levels| vtd_second(cap, ecap, page_pointer(first), levels, bit(first, 9)));
     let first_stage = || {
         // CAP.FS5LP, bit 60; CAP.FS1GP, bit 56.
         let levels = match bits(third, 3, 2) {
@@ -189,7 +190,14 @@ fn vtd_scalable(memory: &Memory, cap: u64, ecap: u64, root_entry: u64, function:
         };
         // Bit 133 was NXE, and without it bit 63 of an entry was reserved. Both are ignored since requests to execute are no longer part of the architecture.
         let large_1g = bit(cap, 56);
-        Some(TableConfig::VtdFirst(VtdFirst { root: page_pointer(third), levels, output_bits: 52, large_1g, execute_disable: true }))
+        Some(TableConfig::VtdFirst(VtdFirst {
+            root: page_pointer(third),
+            levels,
+            output_bits: 52,
+            large_1g,
+            execute_disable: true,
+            extended_access: bit(third, 7),
+        }))
     };
     // ECAP.FSTS 47, SSTS 46, NEST 26, PT 6. Fields of a stage that is not used do not matter.
     let (kind, capability) = match bits(first, 8, 6) {

@@ -10,7 +10,9 @@ const SIZED: u64 = 7 << 9;
 
 pub(super) fn random_v1(rng: &mut Rng) -> AmdV1 {
     let granted = rng.pick(&[Access::RW, Access::RW, Access::RW, Access::RW, Access::R, Access::W]);
-    AmdV1 { root: 0, levels: 1 + rng.below(6) as u32, output_bits: rng.pick(&[52, 52, 48, 40]), granted }
+    let (levels, output_bits) = (1 + rng.below(6) as u32, rng.pick(&[52, 52, 48, 40]));
+    let update_accessed = rng.percent(40);
+    AmdV1 { root: 0, levels, output_bits, granted, update_accessed, update_dirty: update_accessed && rng.percent(60) }
 }
 
 pub(super) fn random_v2(rng: &mut Rng) -> AmdV2 {

@@ -63,7 +63,14 @@ pub(super) fn random_config(format: Format, rng: &mut Rng) -> TableConfig {
         }
         Format::VtdFirst => {
             let levels = rng.pick(&[4, 4, 5]);
-            TableConfig::VtdFirst(VtdFirst { root: 0, levels, output_bits: 52, large_1g: true, execute_disable: true })
+            TableConfig::VtdFirst(VtdFirst {
+                root: 0,
+                levels,
+                output_bits: 52,
+                large_1g: true,
+                execute_disable: true,
+                extended_access: rng.percent(20),
+            })
         }
         Format::VtdSecond => {
             let levels = rng.pick(&[3, 4, 4, 5]);
@@ -75,6 +82,7 @@ pub(super) fn random_config(format: Format, rng: &mut Rng) -> TableConfig {
                 large_2m: true,
                 large_1g: true,
                 snoop_control: false,
+                accessed_dirty: rng.percent(40),
             })
         }
         _ => unreachable!("the other formats have modules of their own"),

@@ -242,11 +242,12 @@ impl Builder<'_> {
                     (true, _) => (Access::R, 0b101),
                     (false, _) => (Access::RW, 0b111),
                 };
-                (child + permissions + self.noise(5, 5) + self.noise(58, 52), limit)
+                // Extended accessed is 10.
+                (child + permissions + self.noise(5, 5) + self.noise(10, 10) + self.noise(58, 52), limit)
             }
             TableConfig::VtdSecond(_) => {
                 let limit = if restricted { self.rng.pick(&[Access::R, Access::W]) } else { Access::RW };
-                (child + u64::from(limit.read) + 2 * u64::from(limit.write) + self.noise(61, 52), limit)
+                (child + u64::from(limit.read) + 2 * u64::from(limit.write) + self.noise(10, 8) + self.noise(61, 52), limit)
             }
             _ => unreachable!("another builder's"),
         }
@@ -301,8 +302,8 @@ impl Builder<'_> {
                 entry
             }
             TableConfig::VtdFirst(_) => {
-                // Accessed, dirty, global; bits 9 and 11 and the software bits.
-                let ignored = self.noise(6, 5) + self.noise(8, 8) + self.noise(9, 9) + self.noise(11, 11) + self.noise(58, 52);
+                // Accessed, dirty, global; extended accessed, bits 9 and 11 and the software bits.
+                let ignored = self.noise(6, 5) + self.noise(8, 8) + self.noise(11, 9) + self.noise(58, 52);
                 let page_size = if height > 0 { 1 << 7 } else { 0 };
                 address + 0b101 + 2 * u64::from(access.write) + page_size + ignored
             }

@@ -18,6 +18,10 @@ pub struct AmdV1 {
     pub output_bits: u32,
     /// IR and IW of the device table entry.
     pub granted: Access,
+    /// HAD: the unit sets A.
+    pub update_accessed: bool,
+    /// HAD: the unit sets D.
+    pub update_dirty: bool,
 }
 
 /// `amd-vi/v2`.
@@ -56,12 +60,16 @@ impl AmdV1 {
             levels: reader.number("levels", 4, 1, 6)?,
             output_bits: reader.number("output-bits", 52, 12, 52)?,
             granted: Access { read: reader.flag("read", true), write: reader.flag("write", true) },
+            update_accessed: reader.flag("update-accessed", false),
+            update_dirty: reader.flag("update-dirty", false),
         })
     }
 
     pub(super) fn said(&self) -> Vec<Said> {
-        let granted = [said("read", self.granted.read), said("write", self.granted.write)];
-        [said("root", self.root), said("levels", self.levels), said("output-bits", self.output_bits)].into_iter().chain(granted).collect()
+        let mut all = vec![said("root", self.root), said("levels", self.levels), said("output-bits", self.output_bits)];
+        all.extend([said("read", self.granted.read), said("write", self.granted.write)]);
+        all.extend([("update-accessed", u64::from(self.update_accessed), 0), ("update-dirty", u64::from(self.update_dirty), 0)]);
+        all
     }
 
     pub(super) fn regions(&self) -> Result<Vec<Region>, Problem> {

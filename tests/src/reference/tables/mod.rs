@@ -144,17 +144,6 @@ pub enum Marks {
     Any,
 }
 
-impl Marks {
-    /// Of an entry that any request, and that a write, has to mark.
-    fn of(by_any: bool, by_writes: bool) -> Marks {
-        match (by_any, by_writes) {
-            (true, _) => Marks::Any,
-            (false, true) => Marks::ByWrites,
-            (false, false) => Marks::None,
-        }
-    }
-}
-
 impl Entry {
     /// A whole table of the next level.
     fn table(address: u64, limit: Access, half: usize) -> Entry {
@@ -217,31 +206,59 @@ impl TableConfig {
         }
     }
 
-    /// What hardware has to write into an entry of this level that is used, and is not there. In the order of the formats:
+    /// What hardware makes of an entry of this level that it uses, for a write or for anything else. In the order of the formats:
     ///
-    /// * Arm with HA sets AF (bit 10) in leaves, with HD it clears AP\[2\] (bit 7) of those with DBM (bit 51): IHI 0070 section 3.13.
-    /// * VT-d's first stage always sets A (bit 5) in whatever it uses, and D (bit 6) in leaves: D51397 section 3.6.2; A and EA (bit 10) with EAFE.
-    /// * AMD's guest tables are the processor's: the same bits, unless the unit is told not to.
-    /// * RISC-V sets A (bit 6) and D (bit 7) in leaves: Privileged, on Sv39, and IOMMU section 2.1.3.1.
+    /// * Arm with HA sets AF (bit 10) in leaves; with HD, of leaves with DBM (bit 51), stage 1 clears AP\[2\] and stage 2 sets S2AP\[1\] (bit 7): IHI 0070 section 3.13.
+    ///   Descriptors of tables are marked with HAFT alone, which no configuration here has.
+    /// * VT-d's first stage always sets A (bit 5) in whatever it uses, with EAFE also EA (bit 10), and D (bit 6) in leaves: D51397 section 3.6.2. With SSADE its
+    ///   second stage sets A (bit 8) in whatever it uses, and D (bit 9) in leaves: section 9.8, where entries that reference tables have bit 8 as well.
+    /// * AMD's host tables with HAD: A (bit 5) in whatever is used, D (bit 6) in leaves: 48882 section 2.2.3, where directory entries have bit 5 as well. Guest tables
+    ///   are the processor's: the same bits, unless the unit is told not to.
+    /// * RISC-V sets A (bit 6) and D (bit 7) in leaves: Privileged, on Sv39, and IOMMU section 2.1.3.1. In pointers they are reserved.
     /// * LoongArch sets V (bit 0) and D (bit 1) of pages with P and W.
-    pub fn missing_marks(&self, step: Step, entry: u64) -> Marks {
-        let is_table = |last: i32| step.level > last && !bit(entry, 7);
+    pub fn marked(&self, step: Step, entry: u64, write: bool) -> u64 {
+        // What an x86 entry is, and an entry like it.
+        let large = |last: i32| step.level == last || bit(entry, 7);
+        let set = |accessed: u64, dirty: u64, leaf: bool| entry | accessed | if leaf && write { dirty } else { 0 };
         match self {
             TableConfig::ArmStage1(config) if config.hardware_access => {
                 let leaf = bits(entry, 1, 0) == 1 || step.level == 3;
-                Marks::of(leaf && !bit(entry, 10), leaf && config.hardware_dirty && bit(entry, 51) && bit(entry, 7))
+                let dirty = leaf && write && config.hardware_dirty && bit(entry, 51);
+                let entry = if leaf { entry | 1 << 10 } else { entry };
+                if dirty { entry & !(1 << 7) } else { entry }
             }
-            TableConfig::VtdFirst(_) => Marks::of(!bit(entry, 5), !is_table(1) && !bit(entry, 6)),
-            TableConfig::AmdV2(config) => Marks::of(config.update_accessed && !bit(entry, 5), config.update_dirty && !is_table(1) && !bit(entry, 6)),
-            TableConfig::RiscvFirst(config) if config.entries.hardware_update => {
+            TableConfig::ArmStage2(config) if config.hardware_access => {
+                let leaf = bits(entry, 1, 0) == 1 || step.level == 3;
+                let dirty = leaf && write && config.hardware_dirty && bit(entry, 51);
+                (if leaf { entry | 1 << 10 } else { entry }) | u64::from(dirty) << 7
+            }
+            TableConfig::VtdFirst(config) => set(1 << 5 | u64::from(config.extended_access) << 10, 1 << 6, large(1)),
+            TableConfig::VtdSecond(config) if config.accessed_dirty => set(1 << 8, 1 << 9, large(1)),
+            TableConfig::AmdV1(config) => {
+                let leaf = matches!(bits(entry, 11, 9), 0 | 7);
+                set(u64::from(config.update_accessed) << 5, u64::from(config.update_dirty) << 6, leaf)
+            }
+            TableConfig::AmdV2(config) => set(u64::from(config.update_accessed) << 5, u64::from(config.update_dirty) << 6, large(1)),
+            TableConfig::RiscvFirst(RiscvFirst { entries, .. }) | TableConfig::RiscvSecond(RiscvSecond { entries, .. })
+                if entries.hardware_update =>
+            {
                 let leaf = bits(entry, 3, 1) != 0;
-                Marks::of(leaf && !bit(entry, 6), leaf && !bit(entry, 7))
+                set(u64::from(leaf) << 6, 1 << 7, leaf)
             }
             TableConfig::LoongArch(config) if config.hardware_update => {
                 let leaf = step.level == 1 || bit(entry, 6);
-                Marks::of(leaf && !bit(entry, 0), leaf && !bit(entry, 1))
+                set(u64::from(leaf), 1 << 1, leaf)
             }
-            _ => Marks::None,
+            _ => entry,
+        }
+    }
+
+    /// What hardware has to write into an entry of this level that is used, and is not there.
+    pub fn missing_marks(&self, step: Step, entry: u64) -> Marks {
+        match (self.marked(step, entry, false) == entry, self.marked(step, entry, true) == entry) {
+            (false, _) => Marks::Any,
+            (true, false) => Marks::ByWrites,
+            (true, true) => Marks::None,
         }
     }
 

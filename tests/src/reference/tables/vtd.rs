@@ -19,6 +19,8 @@ pub struct VtdFirst {
     pub large_1g: bool,
     /// NXE: bit 63 is not reserved.
     pub execute_disable: bool,
+    /// EAFE: hardware sets EA wherever it sets A.
+    pub extended_access: bool,
 }
 
 /// `intel-vtd/second-stage`.
@@ -38,7 +40,10 @@ pub struct VtdSecond {
     pub large_1g: bool,
     /// The unit has snoop control (ECAP.SC): bit 11 of a leaf is not reserved.
     pub snoop_control: bool,
+    /// SSADE: hardware sets A and D.
+    pub accessed_dirty: bool,
 }
+
 /// Nine bits a level, from the given level down to 1.
 fn vtd_steps(levels: u32) -> Vec<Step> {
     (1..=levels).rev().map(|level| Step { level: level as i32, shift: 12 + 9 * (level - 1), entries: 512 }).collect()
@@ -131,26 +136,28 @@ impl VtdSecond {
 
 impl VtdFirst {
     pub(super) fn read(reader: &Reader<'_>) -> Result<VtdFirst, Problem> {
-        reader.know(&["root", "levels", "output-bits", "large-1g", "execute-disable"])?;
+        reader.know(&["root", "levels", "output-bits", "large-1g", "execute-disable", "extended-access"])?;
         Ok(VtdFirst {
             root: reader.need("root")?,
             levels: reader.need("levels")? as u32,
             output_bits: reader.number("output-bits", 52, 32, 52)?,
             large_1g: reader.flag("large-1g", true),
             execute_disable: reader.flag("execute-disable", true),
+            extended_access: reader.flag("extended-access", false),
         })
     }
 
     pub(super) fn said(&self) -> Vec<Said> {
         let mut all = vec![said("root", self.root), said("levels", self.levels), ("output-bits", u64::from(self.output_bits), 52)];
         all.extend([("large-1g", u64::from(self.large_1g), 1), ("execute-disable", u64::from(self.execute_disable), 1)]);
+        all.push(("extended-access", u64::from(self.extended_access), 0));
         all
     }
 }
 
 impl VtdSecond {
     pub(super) fn read(reader: &Reader<'_>) -> Result<VtdSecond, Problem> {
-        reader.know(&["root", "levels", "input-bits", "output-bits", "large-2m", "large-1g", "snoop-control"])?;
+        reader.know(&["root", "levels", "input-bits", "output-bits", "large-2m", "large-1g", "snoop-control", "accessed-dirty"])?;
         let levels = reader.number("levels", 0, 3, 5)?;
         Ok(VtdSecond {
             root: reader.need("root")?,
@@ -160,6 +167,7 @@ impl VtdSecond {
             large_2m: reader.flag("large-2m", true),
             large_1g: reader.flag("large-1g", true),
             snoop_control: reader.flag("snoop-control", false),
+            accessed_dirty: reader.flag("accessed-dirty", false),
         })
     }
 
@@ -170,7 +178,7 @@ impl VtdSecond {
         }
         all.push(("output-bits", u64::from(self.output_bits), 52));
         all.extend([("large-2m", u64::from(self.large_2m), 1), ("large-1g", u64::from(self.large_1g), 1)]);
-        all.push(("snoop-control", u64::from(self.snoop_control), 0));
+        all.extend([("snoop-control", u64::from(self.snoop_control), 0), ("accessed-dirty", u64::from(self.accessed_dirty), 0)]);
         all
     }
 }

@@ -55,6 +55,7 @@ pub fn amd_host(seed: u64) -> (Snapshot, Request, Generated) {
     let generated = tables(Format::AmdV1, rng, |config| {
         let TableConfig::AmdV1(config) = config else { unreachable!() };
         config.output_bits = 52;
+        (config.update_accessed, config.update_dirty) = (false, false);
     });
     let TableConfig::AmdV1(config) = generated.config else { unreachable!() };
     let id = rng.below(1 << 16);
@@ -140,7 +141,7 @@ pub fn amd_nested(seed: u64) -> (Snapshot, Request, Nested) {
             memory.write(at, entry | (entry & 1) << 5, false);
         }
     }
-    let host = AmdV1 { root: 0, levels: rng.pick(&[5, 6]), output_bits: 52, granted };
+    let host = AmdV1 { root: 0, levels: rng.pick(&[5, 6]), output_bits: 52, granted, update_accessed: false, update_dirty: false };
     let nested = nest(first, TableConfig::AmdV1(host), &guest, seed);
     let TableConfig::AmdV1(host) = nested.second.config else { unreachable!() };
     let mut memory = nested.memory.clone();

@@ -247,9 +247,21 @@ fn scalable(memory: &mut Memory, first: u64, third: u64) {
 /// Function 0x5fe of a VT-d unit in scalable mode with nested translation, for requests without a PASID; they use PASID 0x4321, which others may not.
 #[allow(clippy::missing_panics_doc)]
 pub fn vtd_nested(seed: u64) -> (Snapshot, Nested) {
-    let first = generate_with(Format::VtdFirst, seed, Options { clusters: 6, ..Options::default() });
-    let TableConfig::VtdFirst(config) = first.config else { unreachable!() };
-    let second = VtdSecond { root: 0, levels: 5, input_bits: 57, output_bits: 52, large_2m: true, large_1g: true, snoop_control: false };
+    let mut first = generate_with(Format::VtdFirst, seed, Options { clusters: 6, ..Options::default() });
+    let TableConfig::VtdFirst(config) = &mut first.config else { unreachable!() };
+    // The unit has no EAFE.
+    config.extended_access = false;
+    let config = *config;
+    let second = VtdSecond {
+        root: 0,
+        levels: 5,
+        input_bits: 57,
+        output_bits: 52,
+        large_2m: true,
+        large_1g: true,
+        snoop_control: false,
+        accessed_dirty: false,
+    };
     let nested = nest(first, TableConfig::VtdSecond(second), &Memory::default(), seed);
     let TableConfig::VtdSecond(second) = nested.second.config else { unreachable!() };
     let mut memory = nested.memory.clone();
