@@ -50,13 +50,15 @@ fn a_page_that_went_is_gone_for_all() {
     }
 }
 
+/// What a guest's structures give, with a number.
+fn view(guest: &Guest, domain: u32) -> GuestView {
+    let tag = Tag { domain: Some(domain), space: None };
+    GuestView { outcome: Outcome::Tables(Translated { tables: vec![guest.arch.config(guest.root())], intercepts: Vec::new(), tag }), id: 0 }
+}
+
 /// Commands mean an address space by the numbers that the guest's structures have given it last.
 #[test]
 fn after_a_switch_commands_name_other_numbers() {
-    let view = |guest: &Guest, domain: u32| {
-        let tag = Tag { domain: Some(domain), space: None };
-        GuestView { outcome: Outcome::Tables(Translated { tables: vec![guest.arch.config(guest.root())], intercepts: Vec::new(), tag }), id: 0 }
-    };
     let command = |domain: u16| {
         let scope = Scope { leaf: true, second_stage: false, domain: Some(domain), space: None, id: None };
         [Invalidation { index: 0, effect: Effect::Range { scope, iova: Span { first: 0x1000, last: 0x1fff } } }]
@@ -79,6 +81,28 @@ fn after_a_switch_commands_name_other_numbers() {
             assert_eq!(found(), [Some(DATA); 2], "{strategy}: another's");
             ioasid.invalidate(&command(2)).unwrap();
             assert_eq!(found(), [None; 2], "{strategy}");
+        }
+        rig.assert_clean();
+    }
+}
+
+/// Commands for structures change nothing by themselves: whoever knows what leads to the tables is told that it has to look.
+#[test]
+fn commands_for_structures_are_told() {
+    for (arch, strategy) in [(Arch::Arm, Strategy::Native), (Arch::Vtd, Strategy::Nested), (Arch::Vtd, Strategy::Areas)] {
+        let rig = Rig::new(&[unit(Arch::Arm)], &[("nic", &[0])]);
+        {
+            let guest = Guest::new(arch, &rig.memory);
+            guest.map(0x1000, DATA, true);
+            let context = rig.context();
+            let nic = context.connect("nic").unwrap();
+            let ioasid = context.allocate(Request::guest(view(&guest, 1)).with_strategies(&[strategy])).unwrap();
+            ioasid.attach(&nic, None).unwrap();
+            for (domain, is_meant) in [(None, true), (Some(1), true), (Some(2), false)] {
+                let effect = Effect::Structures(Scope { leaf: false, second_stage: false, domain, space: None, id: None });
+                let report = ioasid.invalidate(&[Invalidation { index: 0, effect }, page(0x1000)]).unwrap();
+                assert_eq!((report.structures, report.changes), (is_meant, 0), "{strategy}: {domain:?}");
+            }
         }
         rig.assert_clean();
     }
