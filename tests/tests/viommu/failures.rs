@@ -348,6 +348,22 @@ fn a_pasid_that_is_set_up_before_it_is_watched_is_seen() {
     assert!(matches!(viommu.stream(Requester { id: ONE, pasid: Some(2) }), Some(StreamState::Space(_))));
 }
 
+/// Memory comes or goes, and the host says that an address space may be out of step: its streams leave it, or have another one in its place if they cannot, and nobody
+/// else is put there.
+#[test]
+fn an_address_space_that_memory_took_out_of_step_is_nobodys() {
+    for refuse_detach in [false, true] {
+        let (guest, mut viommu) = many(3);
+        (viommu.host_mut().stale, viommu.host_mut().refuse_detach) = (vec![1], refuse_detach);
+        let handled = viommu.memory_changed(guest.memory.clone(), Guest::map(), ());
+        assert_eq!(handled.loose.len(), usize::from(refuse_detach));
+        guest.store(STRUCTURES + 8 * 3, 0x1000 * 2);
+        viommu.connect(3, false);
+        let attached = [0, 1, 2, 3].map(|id| viommu.host().attached[&without_pasid(id)]);
+        assert_eq!(attached, [0, 3, 2, 3], "refused: {refuse_detach}");
+    }
+}
+
 #[test]
 fn a_thousand_spaces_share_a_few_instances_and_idle_ones_cost_nothing() {
     let (guest, mut viommu) = many(1000);
