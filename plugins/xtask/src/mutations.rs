@@ -77,8 +77,8 @@ fn parse(list: &str) -> Result<Vec<Mutation>> {
     for line in list.lines().filter(|line| !line.is_empty() && !line.starts_with('#')) {
         match (line.split_once(' '), all.last_mut()) {
             (Some(("@", file)), Some(last)) => file.clone_into(&mut last.file),
-            (Some(("-", from)), Some(last)) => from.clone_into(&mut last.from),
-            (Some(("+", to)), Some(last)) => to.clone_into(&mut last.to),
+            (Some(("-", from)), Some(last)) => add_line(&mut last.from, from),
+            (Some(("+", to)), Some(last)) => add_line(&mut last.to, to),
             (Some(("=", tests)), Some(last)) => last.tests = tests.split(' ').map(str::to_owned).collect(),
             _ => all.push(Mutation { name: line.to_owned(), ..Mutation::default() }),
         }
@@ -89,6 +89,14 @@ fn parse(list: &str) -> Result<Vec<Mutation>> {
         bail!("`{}` lacks a line", part.name);
     }
     Ok(all)
+}
+
+/// Of several lines each but the first has to be indented as it is in the file.
+fn add_line(text: &mut String, line: &str) {
+    if !text.is_empty() {
+        text.push('\n');
+    }
+    text.push_str(line);
 }
 
 /// The file as it stands, and with the change.

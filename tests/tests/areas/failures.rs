@@ -100,6 +100,30 @@ fn sequence<'a>(lab: &'a Lab, join: u64) -> Both<'a> {
     both
 }
 
+/// The kernel did not remove an area, and before that is tried again another one is cut by a swap: what was to go does not go along.
+#[test]
+fn what_could_not_be_unmapped_does_not_go_along_in_a_swap() {
+    let lab = Lab::filled();
+    {
+        let device = lab.bind("dev0");
+        let mut areas = lab.areas(0);
+        areas.apply(&[map(piece(0, PAGE, BASE, RW)), map(piece(16 * PAGE, 4 * PAGE, BASE + 16 * PAGE, RW))]);
+        areas.commit().unwrap();
+        areas.attach(&device, None).unwrap();
+        lab.sim.fail_nth(1, Errno::EBUSY);
+        areas.apply(&[unmap(0, PAGE)]);
+        assert!(!lab.sim.disarm());
+        assert_eq!(areas.figures().stale, 1);
+        let small = |index: u64| map(piece(index * PAGE, PAGE, BASE + index * PAGE, RW));
+        areas.apply(&[unmap(16 * PAGE, 4 * PAGE), small(16), small(18), small(19)]);
+        assert_eq!(areas.figures().swaps, 1);
+        areas.commit().unwrap();
+        let reached = |page: u64| lab.dma("dev0").translate(None, Iova(page * PAGE), DmaAccess::Read).is_ok();
+        assert_eq!([0, 16, 17, 18, 19].map(reached), [false, true, false, true, true]);
+    }
+    lab.assert_clean();
+}
+
 #[test]
 fn every_call_and_every_step_fails_once() {
     let mut report = Vec::new();

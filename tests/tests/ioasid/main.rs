@@ -22,4 +22,5 @@ mod rig;
 mod serves;
 mod state;
 mod threads;
+mod told;
 mod units;

@@ -6,10 +6,11 @@ use stagecraft::ioasid::{Error, GuestView, Ioasid, Property, Request, Response, 
 use stagecraft::kernel::sim::UnitConfig;
 use stagecraft::kernel::{Errno, Pasid};
 use stagecraft::plugin::Outcome;
+use stagecraft::plugin::queue::Effect;
 use stagecraft::{Access, Gpa, Iova, Span};
 
 use crate::guests::{Arch, Guest};
-use crate::rig::{DATA, EVERYTHING, Rig, Stop, page, unit};
+use crate::rig::{DATA, EVERYTHING, Rig, Stop, page, range, unit};
 
 const BOTH: Access = Access { read: true, write: true };
 
@@ -434,4 +435,40 @@ fn faults_are_answered_by_the_guests_tables() {
     let rig = Rig::new(&[UnitConfig::vtd("one")], &[("nic", &[0])]);
     let ioasid = rig.context().allocate(Request::guest(Guest::new(Arch::Arm, &rig.memory).view())).unwrap();
     assert!(matches!(ioasid.serve_faults(), Err(Error::Refused(refusal)) if refusal.property == Property::PageRequests));
+}
+
+/// Commands for a guest's own table in any order, side by side or overlapping: nothing of what they mean is in caches any more.
+#[test]
+fn all_that_commands_mean_is_forgotten_of_a_guests_own_table() {
+    let pages = |pages: &[u64]| pages.iter().map(|number| page(number << 12)).collect::<Vec<_>>();
+    let batches = [
+        pages(&[2, 1]),
+        pages(&[3, 1, 2, 1]),
+        vec![range(0x1000, 0x2fff, true), range(0x2000, 0x4fff, true)],
+        vec![range(0x1000, 0x5fff, true), range(0x2000, 0x2fff, true)],
+        [pages(&[6]), vec![range(0x1000, 0x3fff, true)], pages(&[4])].concat(),
+    ];
+    for host in [Arch::Vtd, Arch::Arm, Arch::Riscv] {
+        let rig = Rig::new(&[unit(host)], &[("nic", &[0])]);
+        {
+            let guest = Guest::new(host, &rig.memory);
+            let context = rig.context();
+            let nic = context.connect("nic").unwrap();
+            let ioasid = context.allocate(Request::guest(guest.view()).with_strategies(&[Strategy::Native])).unwrap();
+            ioasid.attach(&nic, None).unwrap();
+            for batch in &batches {
+                let iovas = || (1..8).map(|number| number << 12);
+                iovas().for_each(|iova| guest.put(iova, DATA + iova, true));
+                ioasid.invalidate(&[EVERYTHING]).unwrap();
+                assert!(iovas().all(|iova| rig.dma("nic", iova) == Some(DATA + iova)), "{host:?}");
+                iovas().for_each(|iova| guest.remove(iova));
+                ioasid.invalidate(batch).unwrap();
+                for iova in iovas() {
+                    let means = batch.iter().any(|one| matches!(one.effect, Effect::Range { iova: span, .. } if span.contains(iova)));
+                    assert_eq!(rig.dma("nic", iova), (!means).then_some(DATA + iova), "{host:?}: {iova:#x} after {batch:x?}");
+                }
+            }
+        }
+        rig.assert_clean();
+    }
 }

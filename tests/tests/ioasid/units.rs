@@ -586,6 +586,38 @@ fn a_table_that_nobody_uses_is_no_second_one() {
     rig.assert_clean();
 }
 
+/// One table is allowed, and one for devices of another unit stays because what would be better failed, whatever of it. The kernel's own table is none in this sense.
+#[test]
+fn a_table_that_could_not_be_left_keeps_nobody_from_the_kernels_own() {
+    let mut stayed = 0;
+    for nth in 1.. {
+        let rig = rig([unit(Arch::Arm), unit(Arch::Vtd)]);
+        let happened = {
+            let guests = guests(&rig, [Arch::Riscv, Arch::Arm, Arch::Vtd]);
+            let context = rig.context();
+            let [nic, _, disk] = LABELS.map(|label| context.connect(label).unwrap());
+            let ioasid = context.allocate(Request::guest(guests[0].view())).unwrap();
+            ioasid.attach(&nic, None).unwrap();
+            rig.sim.fail_nth(nth, Errno::ENOMEM);
+            let switched = ioasid.switch(GuestView { outcome: Outcome::Bypass, id: 0 });
+            let happened = !rig.sim.disarm();
+            if switched.is_ok() && ioasid.strategies() == [Strategy::Nested] {
+                stayed += 1;
+                assert_eq!(ioasid.serves(&disk), Ok(()), "call {nth}");
+                ioasid.attach(&disk, None).unwrap();
+                assert_eq!(ioasid.strategies(), [Strategy::Nested, Strategy::Native], "call {nth}");
+                assert_eq!((rig.dma("nic", 0x1000), rig.dma("disk", 0x1000)), (Some(0x1000), Some(0x1000)), "call {nth}");
+            }
+            happened
+        };
+        rig.assert_clean();
+        if !happened {
+            break;
+        }
+    }
+    assert!(stayed > 0);
+}
+
 /// Devices that were detached because the kernel failed come back to what they had, whoever comes back first: one of them could have better than areas, and the PASID of another
 /// could not follow. Nobody else takes their place meanwhile.
 #[test]

@@ -136,6 +136,36 @@ fn what_commands_have_in_common_is_read_once() {
     }
 }
 
+/// Where one of several commands for the same pages is for tables, these are looked at, whichever comes first.
+#[test]
+fn of_commands_that_overlap_one_may_be_for_tables() {
+    for turned in [false, true] {
+        let guest = Guest::new();
+        guest.put(0, 0, DATA | RW);
+        let mut live = live(&guest);
+        guest.set(0, 1, guest.table() | 0b10_0111);
+        let mut commands = [range(0, 0xfff, true), range(0, 0x1fff, false)];
+        assert_eq!(live.invalidate(&guest.view(), &commands[..1]).unwrap().changes, 0, "the same tables, as the guest says");
+        if turned {
+            commands.reverse();
+        }
+        assert_eq!(live.invalidate(&guest.view(), &commands).unwrap().changes, 1, "turned: {turned}");
+        assert!(live.sink().walked().is_empty(), "turned: {turned}");
+    }
+}
+
+/// Where there is one table, commands for a second stage are for its pages as well.
+#[test]
+fn of_one_table_commands_may_name_either_stage() {
+    let guest = Guest::new();
+    (0..4).for_each(|index| guest.put(index << 12, 0, (DATA + (index << 12)) | RW));
+    let mut live = live(&guest);
+    (0..3).for_each(|index| guest.put(index << 12, 0, 0));
+    assert_eq!(live.invalidate(&guest.view(), &[second_stage(0, 0x1000)]).unwrap().changes, 1);
+    assert_eq!(live.invalidate(&guest.view(), &[range(0x1000, 0x1fff, true), second_stage(0x2000, 0x1000)]).unwrap().changes, 2);
+    assert_eq!(live.sink().model.pieces.keys().copied().collect::<Vec<_>>(), [0x3000]);
+}
+
 /// What stands between the entries that commands mean may have been read with them, and is not used: only what was told is seen.
 #[test]
 fn what_no_command_means_is_not_seen() {

@@ -381,3 +381,20 @@ fn batches_need_no_shadow() {
     assert_eq!((host.committer.calls, host.committer.last.spans.clone(), host.committer.last.tables), (1, vec![piece.iova], true));
     assert_eq!((host.table.figures().retired, host.table.figures().tables), (0, 1));
 }
+
+/// What must be invalidated is kept until that was done, in whatever order it came.
+#[test]
+fn what_is_needed_adds_up_until_it_was_invalidated() {
+    let mut host = Host::new(&TableConfig::new(HOST.0, HOST.1), 1 << 20);
+    let page = |number: u64| Span { first: number << 12, last: number << 12 | 0xfff };
+    let piece = |number| stagecraft::table::Piece { iova: page(number), address: DATA, attributes: Attributes::READ };
+    host.apply(&(0..16).map(|number| Change::Map(piece(number))).collect::<Vec<_>>());
+    host.commit().unwrap();
+    // One by one and several at once, not in order, with neighbours on both sides.
+    for numbers in [&[5][..], &[4], &[9, 10, 12], &[8], &[6, 7], &[1]] {
+        host.apply(&numbers.iter().map(|number| Change::Unmap(page(*number))).collect::<Vec<_>>());
+    }
+    host.commit().unwrap();
+    let spans = [page(1), Span { first: 0x4000, last: 0xafff }, page(12)];
+    assert_eq!((host.committer.calls, &host.committer.last.spans[..]), (1, &spans[..]));
+}

@@ -108,3 +108,21 @@ fn a_table_is_followed_without_them() {
         }
     }
 }
+
+/// Where outputs are intercepted as well, changes do not go straight on. They are found all the same, by what was written and by what was said.
+#[test]
+fn what_goes_is_found_whatever_is_intercepted() {
+    for intercepts in [Vec::new(), vec![intercept(0, !0xf_ffff, INTERRUPTS)], vec![intercept(1, !0xfff, DATA + 0x3000)]] {
+        let guest = Guest::new();
+        (0..3).for_each(|index| guest.put(index << 12, 0, (DATA + (index << 12)) | RW));
+        let way = Way::table(format(&guest.config())).with_intercepts(intercepts.clone());
+        let space = Space::open(way, Guest::map(), ShadowLimits::default(), Box::new(Unwatched)).unwrap();
+        let mut live = Live::new(space, Heard::default(), Tag::default(), 0, 1 << 10);
+        assert_eq!(live.synchronise(&guest.view()).unwrap().changes, 3);
+        let slot = guest.set(0, 0, 0);
+        assert_eq!(live.table_written(&guest.view(), slot, 8).unwrap().changes, 1, "{intercepts:x?}");
+        guest.set(0x1000, 0, 0);
+        assert_eq!(live.invalidate(&guest.view(), &[range(0x1000, 0x1fff, true)]).unwrap().changes, 1, "{intercepts:x?}");
+        assert_eq!(live.sink().0.pieces.keys().copied().collect::<Vec<_>>(), [0x2000], "{intercepts:x?}");
+    }
+}

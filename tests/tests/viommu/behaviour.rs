@@ -173,7 +173,10 @@ fn guests_that_only_write_tables_are_followed_by_their_writes() {
         assert_ne!(before, calls, "{arch:?}");
         // What nobody looks at concerns nobody.
         assert_eq!(rig.viommu.table_written(Gpa(DATA), 4096).spaces, 0, "{arch:?}");
-        assert_eq!(rig.viommu.table_written(Gpa(0), u64::MAX).spaces, 1, "{arch:?}");
+        // A write that may have been anywhere is one look at all tables.
+        rig.guest.unmap_page(root, IOVA);
+        let handled = rig.viommu.table_written(Gpa(0), u64::MAX);
+        assert_eq!((handled.spaces, rig.reads(ONE, IOVA), rig.reads(ONE, IOVA + 0x1000)), (1, None, Some(DATA + 0x1000)), "{arch:?}");
     }
 }
 
@@ -226,6 +229,51 @@ fn a_stream_goes_where_its_structures_say() {
         assert!(rig.watched.0.lock().unwrap().is_empty(), "{arch:?}");
         let figures = rig.viommu.figures();
         assert_eq!((figures.streams, figures.spaces, figures.watched_pages, figures.pending), (0, 0, 0, 0), "{arch:?}");
+    }
+}
+
+/// A command for a page that names a requester, or several at once by bits that play no part, is for their address spaces and for nobody else's.
+#[test]
+fn commands_may_name_requesters() {
+    for arch in Arch::ALL {
+        for (id, ignored, one, two) in
+            [(ONE, 0, true, false), (TWO, 0, false, true), (ONE, ONE ^ TWO, true, true), (TWO, 7, false, true), (0x100, 7, false, false)]
+        {
+            let mut rig = Rig::new(arch, Limits::default());
+            for (device, space) in [(ONE, 7), (TWO, 8)] {
+                let root = rig.guest.new_table();
+                rig.guest.map_page(root, IOVA, DATA, true);
+                rig.guest.translate(device, root, space);
+                rig.viommu.connect(device, false);
+                assert_eq!(rig.reads(device, IOVA), Some(DATA), "{arch:?}");
+                rig.guest.unmap_page(root, IOVA);
+            }
+            let scope = Scope { leaf: true, second_stage: false, domain: None, space: None, id: Some((id as u32, ignored as u32)) };
+            let effect = Effect::Range { scope, iova: Span { first: IOVA, last: IOVA | 0xfff } };
+            let handled = rig.viommu.invalidate(&[Invalidation { index: 0, effect }]);
+            let gone = [ONE, TWO].map(|device| rig.reads(device, IOVA).is_none());
+            assert_eq!((gone, handled.spaces), ([one, two], u64::from(one) + u64::from(two)), "{arch:?}: {id:#x} {ignored:#x}");
+        }
+    }
+}
+
+/// An address space that has no number within its domain is meant by a command for any of them.
+#[test]
+fn commands_with_a_number_are_for_those_without_one_as_well() {
+    for arch in [Arch::Vtd, Arch::Amd] {
+        let mut rig = Rig::new(arch, Limits::default());
+        let root = rig.guest.new_table();
+        rig.guest.map_page(root, IOVA, DATA, true);
+        rig.guest.translate(ONE, root, 7);
+        rig.viommu.connect(ONE, false);
+        rig.guest.unmap_page(root, IOVA);
+        for (domain, is_meant) in [(8, false), (7, true)] {
+            assert_eq!(rig.reads(ONE, IOVA), Some(DATA), "{arch:?}");
+            let scope = Scope { leaf: true, second_stage: false, domain: Some(domain), space: Some(3), id: None };
+            let effect = Effect::Range { scope, iova: Span { first: IOVA, last: IOVA | 0xfff } };
+            assert_eq!(rig.viommu.invalidate(&[Invalidation { index: 0, effect }]).spaces, u64::from(is_meant), "{arch:?}");
+        }
+        assert_eq!(rig.reads(ONE, IOVA), None, "{arch:?}");
     }
 }
 
@@ -444,6 +492,31 @@ fn registers_that_move_everything_move_everything() {
     rig.viommu.registers_changed(Arch::Riscv.registers());
     assert_eq!(rig.reads(ONE, IOVA), Some(DATA));
     assert_eq!(rig.viommu.registers_changed(Arch::Riscv.registers()).lookups, 0, "the same registers");
+}
+
+/// Registers that name other structures: PASIDs are those that are set up there.
+#[test]
+fn registers_that_name_other_structures_name_other_pasids() {
+    let arch = Arch::Smmu;
+    let mut rig = Rig::new(arch, Limits::default());
+    // A linear table of 256 STEs is aligned to its size.
+    let there = (0..8).map(|_| rig.guest.new_table()).find(|page: &u64| page.is_multiple_of(0x4000)).unwrap();
+    for (structures, pasid) in [(rig.guest.structures, 1), (there, 2)] {
+        let (root, cds) = (rig.guest.new_table(), rig.guest.new_table());
+        rig.guest.map_page(root, IOVA, DATA + (pasid << 12), true);
+        rig.guest.write_cd(cds, root, 7);
+        rig.guest.write_cd(cds + pasid * 64, root, 8);
+        // As above, CD 0 is for requests without a SubstreamID.
+        rig.guest.store(structures + ONE * 64 + 8, 2);
+        rig.guest.store(structures + ONE * 64, 1 | 5 << 1 | cds | 2 << 59);
+    }
+    rig.viommu.connect(ONE, true);
+    let read = |rig: &Rig| [1, 2].map(|pasid| rig.reads_with(ONE, Some(pasid), IOVA));
+    assert_eq!(read(&rig), [Some(DATA + 0x1000), None]);
+    rig.viommu.registers_changed(arch.registers_at(there));
+    assert_eq!(read(&rig), [None, Some(DATA + 0x2000)]);
+    rig.viommu.registers_changed(arch.registers());
+    assert_eq!(read(&rig), [Some(DATA + 0x1000), None]);
 }
 
 #[test]

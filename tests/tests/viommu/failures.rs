@@ -4,7 +4,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::Ordering;
 
 use stagecraft::Gpa;
-use stagecraft::plugin::{Config, Difference, Engine, Health, Plugin, Policy, ReplaceError, Supervisor};
+use stagecraft::plugin::{Config, Difference, Engine, Health, Plugin, Policy, ReplaceError, Requester, Supervisor};
 use stagecraft::sync::Watcher;
 use stagecraft::viommu::{self, Limits, StreamState, UnitConfig, Viommu};
 use stagecraft_plugin_hostile::{mode, version};
@@ -326,6 +326,42 @@ fn a_structure_that_is_written_before_it_is_watched_is_seen() {
     viommu.connect(0, false);
     let Some(StreamState::Space(number)) = viommu.stream(without_pasid(0)) else { panic!() };
     assert_eq!(viommu.space(*number).unwrap().1, &viommu::Way::Bypass);
+}
+
+#[test]
+fn a_pasid_that_is_set_up_before_it_is_watched_is_seen() {
+    let arch = Arch::Smmu;
+    let supervisor = Supervisor::new(super::behaviour::plugin(arch.kind()), Policy::default());
+    let guest = Guest::new(arch);
+    let (root, cds) = (guest.new_table(), guest.new_table());
+    guest.write_cd(cds, root, 7);
+    guest.write_cd(cds + 2 * 64, root, 9);
+    // The word that makes the second one valid is written when all was just read without it.
+    let (address, word) = (cds + 2 * 64, guest.load(cds + 2 * 64));
+    guest.store(address, 0);
+    guest.store(guest.structure(ONE) + 8, 2);
+    guest.store(guest.structure(ONE), 1 | 5 << 1 | cds | 2 << 59);
+    let watcher = Quick { memory: guest.memory.clone(), address, word };
+    let unit = UnitConfig { kind: arch.kind().to_owned(), registers: arch.registers(), map: Guest::map(), limits: Limits::default() };
+    let mut viommu = Viommu::new(supervisor, unit, guest.memory.clone(), Recorder::default(), Box::new(watcher));
+    viommu.connect(ONE, true);
+    assert!(matches!(viommu.stream(Requester { id: ONE, pasid: Some(2) }), Some(StreamState::Space(_))));
+}
+
+/// Memory comes or goes, and the host says that an address space may be out of step: its streams leave it, or have another one in its place if they cannot, and nobody
+/// else is put there.
+#[test]
+fn an_address_space_that_memory_took_out_of_step_is_nobodys() {
+    for refuse_detach in [false, true] {
+        let (guest, mut viommu) = many(3);
+        (viommu.host_mut().stale, viommu.host_mut().refuse_detach) = (vec![1], refuse_detach);
+        let handled = viommu.memory_changed(guest.memory.clone(), Guest::map(), ());
+        assert_eq!(handled.loose.len(), usize::from(refuse_detach));
+        guest.store(STRUCTURES + 8 * 3, 0x1000 * 2);
+        viommu.connect(3, false);
+        let attached = [0, 1, 2, 3].map(|id| viommu.host().attached[&without_pasid(id)]);
+        assert_eq!(attached, [0, 3, 2, 3], "refused: {refuse_detach}");
+    }
 }
 
 #[test]

@@ -278,3 +278,30 @@ fn what_is_blocked_at_first_is_told() {
     assert_eq!((handled.changes, handled.events.len()), (2, 1), "{handled:?}");
     assert_eq!(rig.viommu.figures().pending, 1);
 }
+
+/// A device model of the VMM's looks up where the guest's structures and tables lead, and has nothing to look up in when it is blocked.
+#[test]
+fn device_models_look_up_what_the_guest_says() {
+    const MODEL: u64 = 0x28;
+    for arch in Arch::ALL {
+        let mut rig = Rig::new(arch, UnitConfig::vtd("host"));
+        let (first, second) = (rig.guest.new_table(), rig.guest.new_table());
+        rig.guest.map_page(first, IOVA, DATA, true);
+        rig.guest.map_page(second, IOVA, DATA + 0x1000, true);
+        rig.viommu.host_mut().emulate(MODEL);
+        rig.guest.translate(MODEL, first, 7);
+        rig.viommu.connect(MODEL, false);
+        let lookup = |rig: &Rig| rig.viommu.host().lookup(without_pasid(MODEL)).cloned();
+        let found = |rig: &Rig| lookup(rig).unwrap().find(Iova(IOVA)).map(|target| target.address.0);
+        assert_eq!(found(&rig), Some(DATA), "{arch:?}");
+        rig.guest.translate(MODEL, second, 8);
+        rig.commands(&[arch.forget_device(MODEL, 7)]);
+        assert_eq!(found(&rig), Some(DATA + 0x1000), "{arch:?}");
+        rig.guest.unmap_page(second, IOVA);
+        rig.commands(&[arch.forget_page(8, IOVA)]);
+        assert_eq!(found(&rig), None, "{arch:?}");
+        rig.guest.abort(MODEL);
+        rig.commands(&[arch.forget_device(MODEL, 8)]);
+        assert!(lookup(&rig).is_none(), "{arch:?}");
+    }
+}

@@ -31,6 +31,8 @@ pub struct Recorder {
     pub refuse_allocate: bool,
     pub refuse_attach: bool,
     pub refuse_looks: bool,
+    /// Spaces that are out of step when memory comes or goes.
+    pub stale: Vec<u32>,
     next: u32,
 }
 
@@ -102,6 +104,9 @@ impl AddressSpaces for Recorder {
     }
 
     fn memory_changed(&mut self, (): ()) -> Result<Vec<Told<u32>>, HostError> {
-        if self.refuse_looks { Err(HostError::Stale("told to fail".into())) } else { Ok(Vec::new()) }
+        if self.refuse_looks {
+            return Err(HostError::Stale("told to fail".into()));
+        }
+        Ok(self.stale.iter().map(|space| (*space, Err(HostError::Stale("told to fail".into())))).collect())
     }
 }
