@@ -167,7 +167,7 @@ impl<M: GuestMemory + ?Sized> EntryMemory for VmMemory<'_, M> {
         // Tables are often in one region.
         let mut last: Option<(&<M::PhysicalMemory as GuestMemoryBackend>::R, u64, u64)> = None;
         entries.iter().enumerate().find_map(|(place, (address, known))| {
-            if !last.is_some_and(|(_, start, length)| address.0.wrapping_sub(start) < length) {
+            if last.is_none_or(|(_, start, length)| address.0.wrapping_sub(start) >= length) {
                 last = memory.find_region(GuestAddress(address.0)).map(|region| (region, region.start_addr().0, region.len()));
             }
             let entry =
