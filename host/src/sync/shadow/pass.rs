@@ -288,13 +288,14 @@ impl<'a, M: EntryMemory + ?Sized> Pass<'a, M> {
             let Some(part) = node.span.intersection(first.span) else { return };
             let (from, to) = self.shadow.places(node, part).into_inner();
             let from = from.max(next);
-            if from < to {
+            let run = if to.saturating_sub(from) < LINE { self.run(node, rest) } else { None };
+            if from < to && run.is_none() {
                 // Its last slot may be another's, too.
                 let shared = rest.get(1).is_some_and(|second| self.shadow.place(node, second.span.first) == to);
                 next = if shared { to } else { to + 1 };
                 self.pages_of(node, (from, next - 1), Wanted { span: part, ..*first }, mode, deep);
                 rest = if shared { rest } else { &rest[1..] };
-            } else if let Some(run) = self.run(node, rest) {
+            } else if let Some(run) = run {
                 rest = &rest[run.len()..];
                 let beyond = rest.first().map_or(node.entries.len(), |second| self.shadow.place(node, second.span.first));
                 next = self.many(node, run, next..beyond, mode, deep);
@@ -309,7 +310,7 @@ impl<'a, M: EntryMemory + ?Sized> Pass<'a, M> {
         }
     }
 
-    /// The first few that each need one entry of the same page, and share none with others; none if they are too few.
+    /// The first few that each need a few entries of the same page, and share none with others; none if they are too few.
     fn run<'w>(&self, node: &Node, wanted: &'w [Wanted]) -> Option<&'w [Wanted]> {
         if wanted.len() < MANY {
             return None;
@@ -319,7 +320,7 @@ impl<'a, M: EntryMemory + ?Sized> Pass<'a, M> {
         let address = node.table + (node.first + first as u64) * bytes;
         let last = first + ((PAGE - address % PAGE) >> bytes.trailing_zeros()) as usize - 1;
         let places = |one: &Wanted| self.shadow.places(node, node.span.intersection(one.span).unwrap_or(node.span)).into_inner();
-        let mut count = count(wanted, |one| places(one).0 == places(one).1 && places(one).1 <= last);
+        let mut count = count(wanted, |one| places(one).1 - places(one).0 < LINE && places(one).1 <= last);
         while count > 0 && wanted.get(count).is_some_and(|next| self.shadow.place(node, next.span.first) == places(&wanted[count - 1]).1) {
             count -= 1;
         }
@@ -352,12 +353,21 @@ impl<'a, M: EntryMemory + ?Sized> Pass<'a, M> {
         let (from, to) = (from.max(unread.start), to.min(unread.end - 1));
         let mut buffer = self.buffer();
         let changed = self.read(node, from, &mut buffer.0[..to + 1 - from]);
-        let (mut rest, mut alike) = (run, None);
+        let (mut rest, mut alike, mut next) = (run, None, unread.start);
         while let [first, ..] = rest {
-            let at = self.shadow.place(node, first.span.first.max(node.span.first));
+            let Some(part) = node.span.intersection(first.span) else { break };
+            let (first_place, last_place) = self.shadow.places(node, part).into_inner();
+            let at = next.max(first_place);
+            if at > last_place {
+                rest = &rest[1..];
+                continue;
+            }
+            next = at + 1;
             let last = self.shadow.slot(node, at).last;
-            let (here, others) = rest.split_at(count(rest, |one| one.span.first <= last));
-            rest = others;
+            let here = &rest[..count(rest, |one| one.span.first <= last)];
+            if at == last_place {
+                rest = &rest[1..];
+            }
             let Some(changed) = changed else {
                 self.one_entry(node, at, here, mode, deep);
                 continue;
