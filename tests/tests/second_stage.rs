@@ -57,16 +57,7 @@ fn stage2(protected_walk: bool) -> TableConfig {
 }
 
 fn firsts() -> Vec<First> {
-    let vtd_second = VtdSecond {
-        root: 0,
-        levels: 4,
-        input_bits: 48,
-        output_bits: 52,
-        large_2m: true,
-        large_1g: true,
-        snoop_control: false,
-        accessed_dirty: false,
-    };
+    let vtd_second = VtdSecond::default();
     let x86 = |name, config, second, marks| First {
         name,
         config,

@@ -274,10 +274,7 @@ fn for_model(config: &TableConfig) -> Result<Tables> {
             levels,
             input_bits: 12 + 9 * levels,
             output_bits,
-            large_2m: true,
-            large_1g: true,
-            snoop_control: false,
-            accessed_dirty: false,
+            ..VtdSecond::default()
         })),
         "amd-vi/v1" => Tables::Amd(AmdTable { root, mode: levels, access: Access::RW }),
         "arm-smmuv3/stage1" => {

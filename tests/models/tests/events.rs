@@ -78,16 +78,7 @@ fn vtd() {
     if !available(Board::Q35) {
         return;
     }
-    let second = VtdSecond {
-        root: 0,
-        levels: 4,
-        input_bits: 48,
-        output_bits: 39,
-        large_2m: true,
-        large_1g: true,
-        snoop_control: false,
-        accessed_dirty: false,
-    };
+    let second = VtdSecond { levels: 4, input_bits: 48, output_bits: 39, ..VtdSecond::default() };
     let first = VtdFirst { root: 0, levels: 4, output_bits: 39, large_1g: true, execute_disable: true, extended_access: false };
     // Without a PASID (PP 31) the field for it, 59:40, means nothing; the model has all ones there.
     let no_pasid = 0xf_ffff << 40;

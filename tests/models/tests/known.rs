@@ -122,16 +122,7 @@ fn a_wrong_truth_is_noticed() {
 }
 
 fn vtd_second() -> TableConfig {
-    TableConfig::VtdSecond(VtdSecond {
-        root: 0,
-        levels: 4,
-        input_bits: 48,
-        output_bits: 39,
-        large_2m: true,
-        large_1g: true,
-        snoop_control: false,
-        accessed_dirty: false,
-    })
+    TableConfig::VtdSecond(VtdSecond { levels: 4, input_bits: 48, output_bits: 39, ..VtdSecond::default() })
 }
 
 #[test]

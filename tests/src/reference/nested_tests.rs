@@ -112,16 +112,7 @@ fn vtd_legacy_context_entries() {
     let snapshot = vtd(memory, 0);
     let tables = |levels: u32| {
         let input_bits = 12 + 9 * levels;
-        Resolution::Tables(vec![TableConfig::VtdSecond(VtdSecond {
-            root: 0x5000_0000,
-            levels,
-            input_bits,
-            output_bits: 52,
-            large_2m: true,
-            large_1g: true,
-            snoop_control: false,
-            accessed_dirty: false,
-        })])
+        Resolution::Tables(vec![TableConfig::VtdSecond(VtdSecond { root: 0x5000_0000, levels, input_bits, output_bits: 52, ..VtdSecond::default() })])
     };
     assert_eq!(resolve(&snapshot, 0x200), Ok(tables(3)));
     assert_eq!(resolve(&snapshot, 0x201), Ok(tables(5)));

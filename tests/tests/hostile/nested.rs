@@ -162,16 +162,7 @@ fn a_guest_with_two_stages_and_a_million_pages_is_no_attack() {
         .collect::<Vec<_>>();
     let quiet = Options { restrictions: false, decoys: false, noise: false, clusters: 0 };
     let first = build(first, &pages, rng, quiet);
-    let second = VtdSecond {
-        root: 0,
-        levels: 5,
-        input_bits: 57,
-        output_bits: 52,
-        large_2m: true,
-        large_1g: true,
-        snoop_control: false,
-        accessed_dirty: false,
-    };
+    let second = VtdSecond { levels: 5, input_bits: 57, output_bits: 52, ..VtdSecond::default() };
     let large = (0..64).map(|index| Run { iova: index << 30, address: index << 30, size: 1 << 30, access: Allowed::RW });
     let far = first.snapshot.memory.pages.keys().map(|page| Run { iova: *page, address: *page, size: 4096, access: Allowed::RW });
     let leaves: Vec<Run> = large.chain(far.filter(|run| run.iova >= 64 << 30)).collect();

@@ -112,16 +112,7 @@ const D: u64 = 1 << 6;
 
 fn vtd(entries: &[(u64, u64)]) -> Case {
     let first = VtdFirst { root: TABLES[0], levels: 4, output_bits: 52, large_1g: true, execute_disable: true, extended_access: false };
-    let second = VtdSecond {
-        root: 0,
-        levels: 4,
-        input_bits: 48,
-        output_bits: 52,
-        large_2m: true,
-        large_1g: true,
-        snoop_control: false,
-        accessed_dirty: false,
-    };
+    let second = VtdSecond::default();
     Case::new(TableConfig::VtdFirst(first), TableConfig::VtdSecond(second), entries)
 }
 

@@ -60,16 +60,7 @@ fn a_page_that_is_cut_comes_and_goes() {
 /// AMD without PASID has no upper half: all 48 bits select entries.
 #[test]
 fn iovas_up_to_the_last_one_are_reached_without_an_upper_half() {
-    let config = TableConfig::VtdSecond(VtdSecond {
-        root: 0,
-        levels: 4,
-        input_bits: 48,
-        output_bits: 52,
-        large_2m: true,
-        large_1g: true,
-        snoop_control: false,
-        accessed_dirty: false,
-    });
+    let config = TableConfig::VtdSecond(VtdSecond::default());
     run(config, &[2], &[map(1, 0, 8), TELL]);
 }
 

@@ -77,16 +77,7 @@ impl Ladder for VtdLadder {
             TableConfig::VtdFirst(VtdFirst { root, levels, output_bits, large_1g: true, execute_disable: true, extended_access: false })
         } else {
             let input_bits = 12 + 9 * levels;
-            TableConfig::VtdSecond(VtdSecond {
-                root,
-                levels,
-                input_bits,
-                output_bits,
-                large_2m: true,
-                large_1g: true,
-                snoop_control: false,
-                accessed_dirty: false,
-            })
+            TableConfig::VtdSecond(VtdSecond { root, levels, input_bits, output_bits, ..VtdSecond::default() })
         })
     }
 

@@ -20,16 +20,7 @@ pub fn space(mode: Mode, address_bits: u32, contents: Contents, rng: &mut Rng) -
         _ => {
             let levels = if address_bits == 39 { 3 } else { rng.pick(&[3, 4, 4]) };
             let input_bits = 12 + 9 * levels;
-            TableConfig::VtdSecond(VtdSecond {
-                root: 0,
-                levels,
-                input_bits,
-                output_bits,
-                large_2m: true,
-                large_1g: true,
-                snoop_control: false,
-                accessed_dirty: false,
-            })
+            TableConfig::VtdSecond(VtdSecond { root: 0, levels, input_bits, output_bits, ..VtdSecond::default() })
         }
     };
     let options = Options { restrictions: contents.variety, noise: contents.variety, ..Options::default() };

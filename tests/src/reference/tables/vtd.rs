@@ -44,6 +44,13 @@ pub struct VtdSecond {
     pub accessed_dirty: bool,
 }
 
+/// Four levels with large pages, and nothing else that a unit may have.
+impl Default for VtdSecond {
+    fn default() -> Self {
+        Self { root: 0, levels: 4, input_bits: 48, output_bits: 52, large_2m: true, large_1g: true, snoop_control: false, accessed_dirty: false }
+    }
+}
+
 /// Nine bits a level, from the given level down to 1.
 fn vtd_steps(levels: u32) -> Vec<Step> {
     (1..=levels).rev().map(|level| Step { level: level as i32, shift: 12 + 9 * (level - 1), entries: 512 }).collect()

@@ -252,16 +252,7 @@ pub fn vtd_nested(seed: u64) -> (Snapshot, Nested) {
     // The unit has no EAFE.
     config.extended_access = false;
     let config = *config;
-    let second = VtdSecond {
-        root: 0,
-        levels: 5,
-        input_bits: 57,
-        output_bits: 52,
-        large_2m: true,
-        large_1g: true,
-        snoop_control: false,
-        accessed_dirty: false,
-    };
+    let second = VtdSecond { levels: 5, input_bits: 57, output_bits: 52, ..VtdSecond::default() };
     let nested = nest(first, TableConfig::VtdSecond(second), &Memory::default(), seed);
     let TableConfig::VtdSecond(second) = nested.second.config else { unreachable!() };
     let mut memory = nested.memory.clone();
