@@ -158,20 +158,20 @@ impl<M: GuestMemory + ?Sized> EntryMemory for VmMemory<'_, M> {
 
     #[inline]
     fn first_changed(&self, layout: EntryLayout, entries: &[(Gpa, u64)]) -> Option<(usize, Option<u64>)> {
-        let Some(memory) = self.0.physical_memory() else {
-            return entries.iter().enumerate().find_map(|(place, (address, known))| {
-                let entry = self.read_entry(*address, layout).ok();
-                (entry != Some(*known)).then_some((place, entry))
-            });
-        };
+        let memory = self.0.physical_memory();
         // Tables are often in one region.
         let mut last: Option<(&<M::PhysicalMemory as GuestMemoryBackend>::R, u64, u64)> = None;
         entries.iter().enumerate().find_map(|(place, (address, known))| {
-            if last.is_none_or(|(_, start, length)| address.0.wrapping_sub(start) >= length) {
-                last = memory.find_region(GuestAddress(address.0)).map(|region| (region, region.start_addr().0, region.len()));
-            }
-            let entry =
-                last.and_then(|(region, start, _)| atomic::load_in(region, address.0 - start, layout.bytes.into())).map(|word| layout.word(word));
+            let entry = match memory {
+                Some(memory) => {
+                    if last.is_none_or(|(_, start, length)| address.0.wrapping_sub(start) >= length) {
+                        last = memory.find_region(GuestAddress(address.0)).map(|region| (region, region.start_addr().0, region.len()));
+                    }
+                    let word = last.and_then(|(region, start, _)| atomic::load_in(region, address.0 - start, layout.bytes.into()));
+                    word.map(|word| layout.word(word))
+                }
+                None => self.read_entry(*address, layout).ok(),
+            };
             (entry != Some(*known)).then_some((place, entry))
         })
     }

@@ -114,18 +114,15 @@ impl Changes {
 
     #[inline]
     pub(super) fn map(&mut self, piece: Piece) {
-        if !self.holes.is_empty() {
-            return self.map_outside(piece);
+        match self.has_hole(piece.iova) {
+            true => self.map_outside(piece),
+            false => self.add(piece),
         }
-        self.add(piece);
     }
 
     #[inline(never)]
     fn map_outside(&mut self, piece: Piece) {
-        if self.has_hole(piece.iova) {
-            return self.outside(piece.iova).into_iter().for_each(|part| self.add(piece.part(part)));
-        }
-        self.add(piece);
+        self.outside(piece.iova).into_iter().for_each(|part| self.add(piece.part(part)));
     }
 
     #[inline(always)]
@@ -148,18 +145,15 @@ impl Changes {
     /// A piece that was mapped is gone. If this batch mapped it (a guest that writes while it is being read), the two are nothing.
     #[inline]
     pub(super) fn unmap(&mut self, span: Span) {
-        if !self.holes.is_empty() {
-            return self.unmap_outside(span);
+        match self.has_hole(span) {
+            true => self.unmap_outside(span),
+            false => self.take(span),
         }
-        self.take(span);
     }
 
     #[inline(never)]
     fn unmap_outside(&mut self, span: Span) {
-        if self.has_hole(span) {
-            return self.outside(span).into_iter().for_each(|part| self.take(part));
-        }
-        self.take(span);
+        self.outside(span).into_iter().for_each(|part| self.take(part));
     }
 
     #[inline(always)]

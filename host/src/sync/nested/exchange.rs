@@ -42,7 +42,7 @@ impl<M: TableMemory> Writer<'_, M> {
             *slot = Slot::Absent;
             self.memory.store(table.address, self.layout, index, absent);
             table.live -= 1;
-            slots.made_unmap();
+            slots.made(&One { index, unmap: true, map: None });
         }
     }
 
@@ -64,7 +64,7 @@ impl<M: TableMemory> Writer<'_, M> {
             self.memory.store(table.address, self.layout, index, entry);
             *slot = Slot::Leaf(*tracks);
             count += 1;
-            slots.made_map();
+            slots.made(&One { index, unmap: false, map: Some(piece) });
         }
         table.live += count;
         narrowed(leaf, first.attributes)

@@ -86,25 +86,13 @@ impl<'c> Slots<'_, 'c> {
         self.unmaps.first().filter(|_| self.maps.is_empty()).map(Change::span)
     }
 
-    /// That is made.
-    #[inline]
-    pub(super) fn made_unmap(&mut self) {
-        self.unmaps = &self.unmaps[1..];
-    }
-
     /// The next change, if it is a map, and no unmap is left.
     #[inline]
     pub(super) fn only_map(&self) -> Option<&'c Piece> {
         self.maps.first().filter(|_| self.unmaps.is_empty()).and_then(piece_of)
     }
 
-    /// That is made.
-    #[inline]
-    pub(super) fn made_map(&mut self) {
-        self.maps = &self.maps[1..];
-    }
-
-    /// The change that was told by [`Slots::peek`] is made.
+    /// The change that was told next is made.
     #[inline]
     pub(super) fn made(&mut self, one: &One<'_>) {
         self.unmaps = &self.unmaps[usize::from(one.unmap)..];

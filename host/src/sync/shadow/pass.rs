@@ -176,10 +176,7 @@ impl<'a, M: EntryMemory + ?Sized> Pass<'a, M> {
     #[inline]
     fn only_entry(&mut self, id: NodeId, at: usize, wanted: &[Wanted]) {
         let Some(mut node) = self.shadow.nodes.take(id) else { return };
-        match self.read_one(&node, at) {
-            Some(entry) => self.entry(&mut node, at, entry, wanted, Mode::Compare, true),
-            None => self.unreadable(&mut node, at),
-        }
+        self.one_entry(&mut node, at, wanted, Mode::Compare, true);
         self.shadow.nodes.put(id, node);
     }
 
@@ -217,10 +214,7 @@ impl<'a, M: EntryMemory + ?Sized> Pass<'a, M> {
         let Some(mut node) = self.shadow.nodes.take(id) else { return };
         match place {
             Lowest::Entries => self.entries_of(&mut node, wanted, mode, true),
-            Lowest::One(at) => match self.read_one(&node, at) {
-                Some(entry) => self.entry(&mut node, at, entry, wanted, mode, true),
-                None => self.unreadable(&mut node, at),
-            },
+            Lowest::One(at) => self.one_entry(&mut node, at, wanted, mode, true),
             Lowest::Other(at, Some(entry)) => self.entry(&mut node, at, entry, wanted, mode, true),
             Lowest::Other(at, None) => self.unreadable(&mut node, at),
         }
