@@ -41,6 +41,23 @@ struct Slot {
     bits: u32,
 }
 
+impl Slot {
+    /// Where `iova` goes, if this slot is mapped whole.
+    #[inline]
+    fn target(self, iova: u64) -> Option<(u64, Attributes)> {
+        let (address, attributes) = word::whole(self.word)?;
+        Some((address.wrapping_add(iova & ((1 << self.bits) - 1)), attributes))
+    }
+
+    /// The same, of all this slot.
+    #[inline]
+    fn piece(self, iova: u64) -> Option<Piece> {
+        let (address, attributes) = word::whole(self.word)?;
+        let within = (1_u64 << self.bits) - 1;
+        Some(Piece { iova: Span { first: iova & !within, last: iova | within }, address, attributes })
+    }
+}
+
 impl Tree {
     /// No mapping, and room for so many words. None if there is not so much memory.
     pub(super) fn new(words: usize) -> Option<Self> {
@@ -106,20 +123,35 @@ impl Tree {
         }
     }
 
+    /// The slot that `iova` lies in, if it is mapped whole and no node became another one meanwhile: nearly always.
+    #[inline]
+    fn whole(&self, iova: u64) -> Option<Slot> {
+        let before = self.generation.load(Ordering::Acquire);
+        let slot = self.descend(iova);
+        (word::is_mapped(slot.word) && self.generation.load(Ordering::Acquire) == before).then_some(slot)
+    }
+
     /// Where `iova` goes.
     #[inline]
     pub(super) fn find(&self, iova: u64) -> Option<(u64, Attributes)> {
+        match self.whole(iova) {
+            Some(slot) => slot.target(iova),
+            None => self.find_rare(iova),
+        }
+    }
+
+    #[cold]
+    fn find_rare(&self, iova: u64) -> Option<(u64, Attributes)> {
         self.consistent(|| {
             let slot = self.descend(iova);
             match word::read(slot.word) {
-                Word::Mapped(address, attributes) => Some((address.wrapping_add(iova & ((1 << slot.bits) - 1)), attributes)),
+                Word::Mapped(..) => slot.target(iova),
                 Word::List(at) => self.find_part(at, iova),
                 Word::Absent | Word::Node(_) => None,
             }
         })
     }
 
-    #[cold]
     fn find_part(&self, at: usize, iova: u64) -> Option<(u64, Attributes)> {
         let offset = iova & ((1 << PAGE_BITS) - 1);
         let part = part::find(|at| self.load(at), at, offset)?;
@@ -129,13 +161,18 @@ impl Tree {
     /// The mapped slot, or part of a page, that `iova` lies in; what is mapped in one piece may be several of them. None if nothing is mapped there.
     #[inline]
     pub(super) fn piece(&self, iova: u64) -> Option<Piece> {
+        match self.whole(iova) {
+            Some(slot) => slot.piece(iova),
+            None => self.piece_rare(iova),
+        }
+    }
+
+    #[cold]
+    fn piece_rare(&self, iova: u64) -> Option<Piece> {
         self.consistent(|| {
             let slot = self.descend(iova);
             match word::read(slot.word) {
-                Word::Mapped(address, attributes) => {
-                    let within = (1_u64 << slot.bits) - 1;
-                    Some(Piece { iova: Span { first: iova & !within, last: iova | within }, address, attributes })
-                }
+                Word::Mapped(..) => slot.piece(iova),
                 Word::List(at) => {
                     let page = iova & !((1 << PAGE_BITS) - 1);
                     let part = part::find(|at| self.load(at), at, iova - page)?;

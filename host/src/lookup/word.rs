@@ -90,6 +90,18 @@ pub(super) const fn is_node(word: u64) -> bool {
     word & KIND == NODE_LINK
 }
 
+/// Whether this is a mapping of a whole slot.
+#[inline]
+pub(super) const fn is_mapped(word: u64) -> bool {
+    word & KIND == MAPPED
+}
+
+/// Address and attributes of a mapping. None for words that are none: only a reader that was overtaken sees such a word, and looks again.
+#[inline]
+pub(super) fn whole(word: u64) -> Option<(u64, Attributes)> {
+    Some((word & !PAGE_MASK, Attributes::from_bits((word & PAGE_MASK) >> 2)?))
+}
+
 /// Where a link leads.
 #[inline]
 pub(super) const fn target(word: u64) -> usize {
@@ -100,11 +112,7 @@ pub(super) const fn target(word: u64) -> usize {
 #[inline]
 pub(super) fn read(word: u64) -> Word {
     match word & KIND {
-        MAPPED => match Attributes::from_bits((word & PAGE_MASK) >> 2) {
-            Some(attributes) => Word::Mapped(word & !PAGE_MASK, attributes),
-            // Only a reader that was overtaken sees such a word, and looks again.
-            None => Word::Absent,
-        },
+        MAPPED => whole(word).map_or(Word::Absent, |(address, attributes)| Word::Mapped(address, attributes)),
         NODE_LINK => Word::Node(target(word)),
         LIST_LINK => Word::List(target(word)),
         _ => Word::Absent,
