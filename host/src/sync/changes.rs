@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use crate::address::cut;
 use crate::table::Piece;
-use crate::{Change, Span};
+use crate::{Attributes, Change, Span};
 
 /// Why entries were not followed although the guest wrote them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -115,13 +115,15 @@ impl Changes {
     #[inline]
     pub(super) fn map(&mut self, piece: Piece) {
         match self.has_hole(piece.iova) {
-            true => self.map_outside(piece),
+            true => self.map_outside(piece.iova, piece.address, piece.attributes),
             false => self.add(piece),
         }
     }
 
+    /// Takes words, so that a piece that is simply added is never put into memory before.
     #[inline(never)]
-    fn map_outside(&mut self, piece: Piece) {
+    fn map_outside(&mut self, iova: Span, address: u64, attributes: Attributes) {
+        let piece = Piece { iova, address, attributes };
         self.outside(piece.iova).into_iter().for_each(|part| self.add(piece.part(part)));
     }
 
@@ -161,6 +163,24 @@ impl Changes {
         if self.maps.is_empty() || self.highest < span.first || !self.unmap_again(span.first) {
             self.mixed.0 |= self.unmaps.last().is_some_and(|last| last.span().first > span.first);
             self.unmaps.push(Change::Unmap(span));
+        }
+    }
+
+    /// Maps pieces that ascend, the first at `first`. Where that is not as easy as adding them, none of them is asked for.
+    #[inline]
+    pub(super) fn map_ascending(&mut self, first: u64, pieces: impl Iterator<Item = Piece>) {
+        if self.holes.is_empty() && self.places.is_none() && self.highest <= first {
+            self.maps.extend(pieces.map(Change::Map));
+            self.highest = self.maps.last().map_or(self.highest, |last| last.span().first.max(self.highest));
+        }
+    }
+
+    /// The same for spans that were mapped and are gone.
+    #[inline]
+    pub(super) fn unmap_ascending(&mut self, first: u64, spans: impl Iterator<Item = Span>) {
+        let is_last = self.unmaps.last().is_none_or(|last| last.span().first <= first);
+        if self.holes.is_empty() && is_last && (self.maps.is_empty() || self.highest < first) {
+            self.unmaps.extend(spans.map(Change::Unmap));
         }
     }
 

@@ -21,6 +21,7 @@ mod entry;
 mod hooks;
 mod hotplug;
 mod kind;
+mod many;
 mod mark;
 mod node;
 mod pass;

@@ -3,22 +3,16 @@
 //! All that is wanted of an address space at once is one list of IOVAs that ascend. A table is gone to with those it serves, each entry with those of its slot, so
 //! that nothing on the way is read once for each of them.
 
-use std::ops::Range;
-
 use crate::memory::{Budget, EntryMemory, LINE, PAGE};
 use crate::sync::changes::Changes;
 use crate::sync::shadow::Shadow;
 use crate::sync::shadow::entry::Below;
 use crate::sync::shadow::node::{Node, NodeId, State, What};
-use crate::sync::shadow::words::{Swap, Word};
 use crate::sync::wanted::{Wanted, extent, within};
 use crate::{Gpa, Span};
 
 /// Entries that are read at once: a page of the smallest entries.
-const BUFFER: usize = (PAGE / 4) as usize;
-
-/// Entries of one page that are wanted, from which on all between them are read as well: at once, instead of one by one.
-const MANY: usize = 4;
+pub(super) const BUFFER: usize = (PAGE / 4) as usize;
 
 /// Entries on the way down that are read at once: no table of a guest is deeper.
 const DEEPEST: usize = 6;
@@ -30,7 +24,7 @@ pub(super) struct Buffer(pub(super) [u64; BUFFER]);
 /// Memory that passes use again.
 #[derive(Default)]
 pub(super) struct Scratch {
-    buffers: Vec<Box<Buffer>>,
+    pub(super) buffers: Vec<Box<Buffer>>,
     written: Vec<NodeId>,
     /// What is wanted, in the form that a root has IOVAs.
     pub(super) canonical: Vec<Wanted>,
@@ -304,25 +298,8 @@ impl<'a, M: EntryMemory + ?Sized> Pass<'a, M> {
         }
     }
 
-    /// The first few that each need a few entries of the same page, and share none with others; none if they are too few.
-    fn run<'w>(&self, node: &Node, wanted: &'w [Wanted]) -> Option<&'w [Wanted]> {
-        if wanted.len() < MANY {
-            return None;
-        }
-        let bytes = u64::from(self.shadow.plan.geometry.entry_bytes);
-        let first = self.shadow.place(node, wanted[0].span.first.max(node.span.first));
-        let address = node.table + (node.first + first as u64) * bytes;
-        let last = first + ((PAGE - address % PAGE) >> bytes.trailing_zeros()) as usize - 1;
-        let places = |one: &Wanted| self.shadow.places(node, node.span.intersection(one.span).unwrap_or(node.span)).into_inner();
-        let mut count = count(wanted, |one| places(one).1 - places(one).0 < LINE && places(one).1 <= last);
-        while count > 0 && wanted.get(count).is_some_and(|next| self.shadow.place(node, next.span.first) == places(&wanted[count - 1]).1) {
-            count -= 1;
-        }
-        (count >= MANY).then(|| &wanted[..count])
-    }
-
     #[inline]
-    fn one_entry(&mut self, node: &mut Node, at: usize, wanted: &[Wanted], mode: Mode, deep: bool) {
+    pub(super) fn one_entry(&mut self, node: &mut Node, at: usize, wanted: &[Wanted], mode: Mode, deep: bool) {
         if let What::Table(child) = node.states[at].what()
             && mode == Mode::Compare
             && wanted.iter().all(|one| one.leaf_only)
@@ -333,60 +310,6 @@ impl<'a, M: EntryMemory + ?Sized> Pass<'a, M> {
             Some(entry) => self.entry(node, at, entry, wanted, mode, deep),
             None => self.unreadable(node, at),
         }
-    }
-
-    /// Entries of one page, far apart perhaps: what is between them is read as well, and of that nothing is used. No place out of `unread` is read; tells the first
-    /// that is still unread.
-    fn many(&mut self, node: &mut Node, run: &[Wanted], unread: Range<usize>, mode: Mode, deep: bool) -> usize {
-        let Some(part) = extent(run).and_then(|extent| extent.intersection(node.span)) else { return unread.start };
-        let (from, to) = self.shadow.places(node, part).into_inner();
-        // Whole lines are read faster, and do not cross pages where tables begin at one.
-        let bytes = u64::from(self.shadow.plan.geometry.entry_bytes);
-        let in_lines = (node.table + node.first * bytes) & (LINE as u64 * bytes - 1) == 0;
-        let (from, to) = if in_lines { (from / LINE * LINE, to / LINE * LINE + LINE - 1) } else { (from, to) };
-        let (from, to) = (from.max(unread.start), to.min(unread.end - 1));
-        let mut buffer = self.buffer();
-        let changed = self.read(node, from, &mut buffer.0[..to + 1 - from]);
-        let (mut rest, mut alike, mut next) = (run, None, unread.start);
-        while let [first, ..] = rest {
-            let Some(part) = node.span.intersection(first.span) else { break };
-            let (first_place, last_place) = self.shadow.places(node, part).into_inner();
-            let at = next.max(first_place);
-            if at > last_place {
-                rest = &rest[1..];
-                continue;
-            }
-            next = at + 1;
-            let last = self.shadow.slot(node, at).last;
-            let here = &rest[..count(rest, |one| one.span.first <= last)];
-            if at == last_place {
-                rest = &rest[1..];
-            }
-            let Some(changed) = changed else {
-                self.one_entry(node, at, here, mode, deep);
-                continue;
-            };
-            let is_new = changed >> ((at - from) / LINE) & 1 != 0;
-            let entry = if is_new { buffer.0[at - from] } else { node.entries[at] };
-            if is_new && mode == Mode::Compare {
-                // Most become what the last one became.
-                let known = node.entries[at];
-                if !alike.as_ref().is_some_and(|[old, new]: &[Word; 2]| old.is(node.inherited, known) && new.is(node.inherited, entry)) {
-                    alike = self.shadow.words.find(node.level, node.inherited, [known, entry]).map(|[old, new]| [*old, *new]);
-                }
-                if let Some([old, new]) = &alike
-                    && self.swap(node, at, entry, Swap::new(old, new, known, entry))
-                {
-                    continue;
-                }
-            }
-            match node.states[at].what() {
-                What::Table(child) if mode == Mode::Compare && here.iter().all(|one| one.leaf_only) => self.visit(child, here, mode),
-                _ => self.entry(node, at, entry, here, mode, deep),
-            }
-        }
-        self.shadow.scratch.buffers.push(buffer);
-        to + 1
     }
 
     /// Entries by the page, as they are read; `wanted` has the part of the table that these serve.
@@ -460,6 +383,6 @@ impl<'a, M: EntryMemory + ?Sized> Pass<'a, M> {
 
 /// How many from the first one on are as `is` says.
 #[inline]
-fn count(wanted: &[Wanted], is: impl Fn(&Wanted) -> bool) -> usize {
+pub(super) fn count(wanted: &[Wanted], is: impl Fn(&Wanted) -> bool) -> usize {
     wanted.iter().take_while(|one| is(one)).count()
 }

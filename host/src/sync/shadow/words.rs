@@ -46,14 +46,48 @@ impl Word {
     /// Whether an entry of a table with this word is one of these.
     #[inline]
     pub(super) const fn is(&self, inherited: u64, entry: u64) -> bool {
-        entry & self.mask == self.pattern && self.inherited == inherited
+        self.matches(entry) && self.inherited == inherited
+    }
+
+    /// The same in a table with this word.
+    #[inline]
+    pub(super) const fn matches(&self, entry: u64) -> bool {
+        entry & self.mask == self.pattern
+    }
+
+    /// Whether this is what such entries stand for.
+    #[inline]
+    pub(super) fn is_state(&self, state: State) -> bool {
+        self.state == state
+    }
+
+    /// What such entries stand for.
+    pub(super) const fn state(&self) -> State {
+        self.state
+    }
+
+    /// What is allowed where they lead.
+    pub(super) const fn attributes(&self) -> Attributes {
+        self.attributes
     }
 
     /// Where the page goes that an entry shows, if it shows one.
     #[inline]
     const fn page(&self, entry: u64) -> Option<u64> {
-        let address = entry & self.in_place | self.moved.apply(entry);
-        if self.is_page && address & self.never == 0 { Some(address) } else { None }
+        let address = self.address(entry);
+        if self.is_page && self.can_be(address) { Some(address) } else { None }
+    }
+
+    /// Where a leaf leads.
+    #[inline]
+    pub(super) const fn address(&self, entry: u64) -> u64 {
+        entry & self.in_place | self.moved.apply(entry)
+    }
+
+    /// Whether a page can be there.
+    #[inline]
+    pub(super) const fn can_be(&self, address: u64) -> bool {
+        address & self.never == 0
     }
 }
 
@@ -75,6 +109,15 @@ impl Swap {
     pub(super) fn new(old: &Word, new: &Word, known: u64, entry: u64) -> Self {
         let page = if new.state == State::NOTHING { old.page(known) } else { new.page(entry) };
         Self { old: old.state, new: new.state, waits: new.waits, page, attributes: new.attributes }
+    }
+
+    /// Whether a page comes where nothing was, or goes and leaves nothing; none if it is another kind of change.
+    pub(super) fn comes(old: &Word, new: &Word) -> Option<bool> {
+        match (old.state == State::NOTHING, new.state == State::NOTHING) {
+            (true, false) if new.is_page && !new.waits => Some(true),
+            (false, true) if old.is_page => Some(false),
+            _ => None,
+        }
     }
 }
 
