@@ -230,6 +230,13 @@ impl TableMemory for PoolTables {
         }
     }
 
+    fn store_all(&mut self, table: Gpa, layout: EntryLayout, entries: impl Iterator<Item = (u64, u64)>) -> usize {
+        match self.of(table) {
+            Some(tables) => tables.store_all(table, layout, entries),
+            None => entries.count(),
+        }
+    }
+
     fn load(&self, table: Gpa, layout: EntryLayout, index: u64) -> u64 {
         let chunk = self.chunks.partition_point(|(chunk, _)| chunk.base <= table.0).checked_sub(1).and_then(|index| self.chunks.get(index));
         chunk.filter(|chunk| is_within(chunk, table)).map_or(0, |(_, tables)| tables.load(table, layout, index))

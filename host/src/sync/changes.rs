@@ -166,22 +166,28 @@ impl Changes {
         }
     }
 
-    /// Maps pieces that ascend, the first at `first`. Where that is not as easy as adding them, none of them is asked for.
+    /// Maps pieces that ascend, the first at `first`; how many these were. Where that is not as easy as adding them, none of them is asked for.
     #[inline]
-    pub(super) fn map_ascending(&mut self, first: u64, pieces: impl Iterator<Item = Piece>) {
-        if self.holes.is_empty() && self.places.is_none() && self.highest <= first {
-            self.maps.extend(pieces.map(Change::Map));
-            self.highest = self.maps.last().map_or(self.highest, |last| last.span().first.max(self.highest));
+    pub(super) fn map_ascending(&mut self, first: u64, pieces: impl Iterator<Item = Piece>) -> usize {
+        if !self.holes.is_empty() || self.places.is_some() || self.highest > first {
+            return 0;
         }
+        let before = self.maps.len();
+        self.maps.extend(pieces.map(Change::Map));
+        self.highest = self.maps.last().map_or(self.highest, |last| last.span().first.max(self.highest));
+        self.maps.len() - before
     }
 
     /// The same for spans that were mapped and are gone.
     #[inline]
-    pub(super) fn unmap_ascending(&mut self, first: u64, spans: impl Iterator<Item = Span>) {
+    pub(super) fn unmap_ascending(&mut self, first: u64, spans: impl Iterator<Item = Span>) -> usize {
         let is_last = self.unmaps.last().is_none_or(|last| last.span().first <= first);
-        if self.holes.is_empty() && is_last && (self.maps.is_empty() || self.highest < first) {
-            self.unmaps.extend(spans.map(Change::Unmap));
+        if !self.holes.is_empty() || !is_last || !self.maps.is_empty() && self.highest >= first {
+            return 0;
         }
+        let before = self.unmaps.len();
+        self.unmaps.extend(spans.map(Change::Unmap));
+        self.unmaps.len() - before
     }
 
     /// Takes out the piece that begins at an IOVA, if this batch mapped it.

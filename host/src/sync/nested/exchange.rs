@@ -2,7 +2,7 @@
 
 use crate::memory::EntryLayout;
 use crate::sync::nested::plan::{Chain, Leaves};
-use crate::sync::nested::slots::{One, Place, Slots};
+use crate::sync::nested::slots::{One, Place, Slots, piece_of};
 use crate::sync::nested::{HostTable, Slot, TableMemory};
 use crate::table::{Leaf, Loss, Losses, Piece, low_bits};
 use crate::{Attributes, Span};
@@ -33,42 +33,49 @@ impl<M: TableMemory> Writer<'_, M> {
     }
 
     /// Pages that go, where nothing comes: most batches are of one kind.
-    #[inline]
+    #[inline(never)]
     fn take(&mut self, table: &mut HostTable, slots: &mut Slots<'_, '_>) {
         let (lsb, absent, base) = (self.chain.rungs[self.depth].lsb, self.chain.rungs[self.depth].absent, slots.place.base);
-        while let Some(span) = slots.only_unmap().filter(|span| is_slot(*span, lsb)) {
+        let Some(unmaps) = slots.only_unmaps() else { return };
+        let (host, mut rest) = (&mut table.slots, unmaps.iter());
+        let gone = std::iter::from_fn(move || {
+            let span = rest.next()?.span();
             let index = (span.first - base) >> lsb;
-            let Some(slot @ Slot::Leaf(_)) = table.slots.get_mut(index as usize) else { return };
+            let slot = host.get_mut(index as usize).filter(|slot| matches!(slot, Slot::Leaf(_)) && is_slot(span, lsb))?;
             *slot = Slot::Absent;
-            self.memory.store(table.address, self.layout, index, absent);
-            table.live -= 1;
-            slots.made(&One { index, unmap: true, map: None });
-        }
+            Some((index, absent))
+        });
+        let count = self.memory.store_all(table.address, self.layout, gone);
+        *unmaps = &unmaps[count..];
+        table.live -= count as u64;
     }
 
     /// Pages that come, where nothing goes, and of whose losses there are examples enough.
-    #[inline]
+    #[inline(never)]
     fn give(&mut self, table: &mut HostTable, slots: &mut Slots<'_, '_>) {
         let (lsb, base) = (self.chain.rungs[self.depth].lsb, slots.place.base);
-        let Some(first) = slots.only_map() else { return };
+        let Some(maps) = slots.only_maps() else { return };
+        let Some(first) = maps.first().and_then(piece_of) else { return };
         let leaves = self.leaves.of(self.chain, self.number, first.attributes);
         let Some((leaf, tracks)) = leaves.and_then(|leaves| leaves.get(self.depth)?.as_ref()) else { return };
         if !narrowed(leaf, first.attributes).all(|loss| self.losses.has_examples(*loss)) {
             return;
         }
-        let alike = |piece: &&Piece| piece.attributes == first.attributes && is_slot(piece.iova, lsb) && piece.address & low_bits(lsb) == 0;
-        let mut count = 0_u64;
-        while let Some(piece) = slots.only_map().filter(alike) {
+        let (host, mut rest, attributes, new) = (&mut table.slots, maps.iter(), first.attributes, Slot::Leaf(*tracks));
+        let given = std::iter::from_fn(move || {
+            let piece = piece_of(rest.next()?)?;
             let index = (piece.iova.first - base) >> lsb;
-            let (Some(slot @ Slot::Absent), Some(entry)) = (table.slots.get_mut(index as usize), leaf.entry(piece.address, lsb)) else { break };
-            self.memory.store(table.address, self.layout, index, entry);
-            *slot = Slot::Leaf(*tracks);
-            count += 1;
-            slots.made(&One { index, unmap: false, map: Some(piece) });
-        }
-        table.live += count;
-        narrowed(leaf, first.attributes)
-            .for_each(|loss| self.losses.add(*loss, || *first, count, (u128::from(low_bits(lsb)) + 1) * u128::from(count)));
+            let slot = host.get_mut(index as usize).filter(|slot| **slot == Slot::Absent && is_slot(piece.iova, lsb))?;
+            let is_such = piece.attributes == attributes && piece.address & low_bits(lsb) == 0;
+            let entry = leaf.entry(piece.address, lsb).filter(|_| is_such)?;
+            *slot = new;
+            Some((index, entry))
+        });
+        let count = self.memory.store_all(table.address, self.layout, given);
+        *maps = &maps[count..];
+        table.live += count as u64;
+        let bytes = (u128::from(low_bits(lsb)) + 1) * count as u128;
+        narrowed(leaf, first.attributes).for_each(|loss| self.losses.add(*loss, || *first, count as u64, bytes));
     }
 
     /// Makes a change of one slot; false: it is another kind of change, and nothing was done.

@@ -30,6 +30,14 @@ pub trait TableMemory: Send {
     /// Writes one entry with one atomic store; whoever sees it sees everything that was written before.
     fn store(&mut self, table: Gpa, layout: EntryLayout, index: u64, entry: u64);
 
+    /// As [`TableMemory::store`] each of some entries, told with their index: all that `entries` has, in its order; how many these were.
+    fn store_all(&mut self, table: Gpa, layout: EntryLayout, entries: impl Iterator<Item = (u64, u64)>) -> usize
+    where
+        Self: Sized,
+    {
+        entries.map(|(index, entry)| self.store(table, layout, index, entry)).count()
+    }
+
     /// The entry that stands there, loaded once and atomically; zero where there is no memory.
     fn load(&self, table: Gpa, layout: EntryLayout, index: u64) -> u64;
 
@@ -128,6 +136,22 @@ impl TableMemory for RegionTables {
         } else if let Ok(slot) = self.region.get_atomic_ref::<AtomicU32>(offset) {
             slot.store(word as u32, Ordering::Release);
         }
+    }
+
+    #[inline]
+    fn store_all(&mut self, table: Gpa, layout: EntryLayout, entries: impl Iterator<Item = (u64, u64)>) -> usize {
+        let from = self.offset(table, 0).and_then(|first| self.region.get_slice(first, self.region.size() - first).ok());
+        let Some(from) = from.filter(|_| layout.bytes == 8) else {
+            return entries.map(|(index, entry)| self.store(table, layout, index, entry)).count();
+        };
+        let mut count = 0;
+        for (index, entry) in entries {
+            if let Ok(slot) = from.get_atomic_ref::<AtomicU64>((index as usize).saturating_mul(8)) {
+                slot.store(layout.word(entry), Ordering::Release);
+            }
+            count += 1;
+        }
+        count
     }
 
     fn load(&self, table: Gpa, layout: EntryLayout, index: u64) -> u64 {

@@ -80,16 +80,16 @@ impl<'c> Slots<'_, 'c> {
         }
     }
 
-    /// The IOVAs of the next change, if it is an unmap, and no map is left.
+    /// The unmaps that were not made yet, if no map is left: whoever makes some takes them out, from the first one on.
     #[inline]
-    pub(super) fn only_unmap(&self) -> Option<Span> {
-        self.unmaps.first().filter(|_| self.maps.is_empty()).map(Change::span)
+    pub(super) const fn only_unmaps(&mut self) -> Option<&mut &'c [Change]> {
+        if self.maps.is_empty() { Some(&mut self.unmaps) } else { None }
     }
 
-    /// The next change, if it is a map, and no unmap is left.
+    /// The same with maps.
     #[inline]
-    pub(super) fn only_map(&self) -> Option<&'c Piece> {
-        self.maps.first().filter(|_| self.unmaps.is_empty()).and_then(piece_of)
+    pub(super) const fn only_maps(&mut self) -> Option<&mut &'c [Change]> {
+        if self.unmaps.is_empty() { Some(&mut self.maps) } else { None }
     }
 
     /// The change that was told next is made.

@@ -88,36 +88,34 @@ impl<M: EntryMemory + ?Sized> Pass<'_, M> {
     fn alike<const COME: bool>(&mut self, node: &mut Node, (from, fresh): (usize, &[u64]), places: &mut Places, [old, new]: [&Word; 2]) {
         let (lsb, count) = (self.shadow.plan.levels[usize::from(node.level)].index_lsb, fresh.len());
         let (below, first) = (low_bits(lsb), node.base + ((node.first + from as u64) << lsb));
-        let iova = |place: usize| Span { first: first + ((place as u64) << lsb), last: first + ((place as u64) << lsb) | below };
+        let iova = move |place: usize| Span { first: first + ((place as u64) << lsb), last: first + ((place as u64) << lsb) | below };
         let Some(target) = self.shadow.target.filter(|target| target.length_minus_one() >= below) else { return };
+        let Some(begin) = places.peek().map(|place| iova(place).first) else { return };
         if first < node.span.first || iova(count - 1).last > node.span.last {
             return;
         }
-        let Some(first_iova) = places.peek().map(|place| iova(place).first) else { return };
-        let mut room = if COME { self.shadow.limits.leaves.saturating_sub(self.shadow.leaves) } else { u64::MAX };
-        let (room_before, entries, states) = (room, &mut node.entries[from..from + count], &mut node.states[from..from + count]);
-        let mut next = || {
+        let room = if COME { self.shadow.limits.leaves.saturating_sub(self.shadow.leaves) } else { u64::MAX };
+        let (lowest, highest, leaf) = (target.first, target.last - below, if COME { new } else { old });
+        let (entries, states) = (&mut node.entries[from..from + count], &mut node.states[from..from + count]);
+        let next = move || {
             let place = places.peek()?;
             let (entry, known, state) = (*fresh.get(place)?, entries.get_mut(place)?, states.get_mut(place)?);
-            let address = if COME { new.address(entry) } else { old.address(*known) };
-            let is_such = new.matches(entry) & old.matches(*known) & old.is_state(*state);
-            let can_be = if COME { new.can_be(address) } else { old.can_be(address) };
-            if !is_such || !can_be || address < target.first || address > target.last - below || room == 0 {
+            let address = leaf.address(if COME { entry } else { *known });
+            let is_such = new.matches(entry) && old.matches(*known) && old.is_state(*state);
+            if !is_such || !leaf.can_be(address) || address < lowest || address > highest {
                 return None;
             }
-            (*known, *state, room) = (entry, new.state(), room - 1);
+            (*known, *state) = (entry, new.state());
             places.skip();
             Some((iova(place), address))
         };
-        match COME {
-            true => {
-                let piece = |(iova, address)| Piece { iova, address, attributes: new.attributes() };
-                self.changes.map_ascending(first_iova, std::iter::from_fn(|| next().map(piece)));
-            }
-            false => self.changes.unmap_ascending(first_iova, std::iter::from_fn(|| next().map(|(iova, _)| iova))),
-        }
-        let count = room_before - room;
-        self.shadow.leaves = if COME { self.shadow.leaves + count } else { self.shadow.leaves - count };
+        let next = std::iter::from_fn(next).take(usize::try_from(room).unwrap_or(usize::MAX));
+        let attributes = new.attributes();
+        let count = match COME {
+            true => self.changes.map_ascending(begin, next.map(move |(iova, address)| Piece { iova, address, attributes })),
+            false => self.changes.unmap_ascending(begin, next.map(|(iova, _)| iova)),
+        };
+        self.shadow.leaves = if COME { self.shadow.leaves + count as u64 } else { self.shadow.leaves - count as u64 };
     }
 
     /// Each entry that is wanted, whatever it is: of some that were read, from the place `from` on, lines that are `changed` are in `fresh`; none of them could be read
