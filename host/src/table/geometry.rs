@@ -388,7 +388,7 @@ impl Move {
 
     /// From where [`Move::apply`] brings bits, to where they were.
     #[inline]
-    const fn undo(self, word: u64) -> u64 {
+    pub(crate) const fn undo(self, word: u64) -> u64 {
         word.rotate_right(self.turn) & self.mask
     }
 }

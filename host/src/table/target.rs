@@ -51,6 +51,15 @@ impl Leaf {
         if self.reaches(address, size_log2) { self.field.insert(address).map(|address| self.pattern | address) } else { None }
     }
 
+    /// The same for any number of addresses; none where they stand in entries in too many parts. An address that is no multiple of the size has no entry.
+    #[inline]
+    pub(crate) fn entries(&self, size_log2: u8) -> Option<impl Fn(u64) -> Option<u64> + use<>> {
+        let (pattern, in_place, moved, below) = (self.pattern, self.field.in_place, self.field.moved, low_bits(size_log2));
+        let (never, highest) = (!self.field.address_mask | below, self.last_address.checked_sub(below)?);
+        let entry = move |address| (address & never == 0 && address <= highest).then(|| pattern | address & in_place | moved.undo(address));
+        self.field.is_plain().then_some(entry)
+    }
+
     pub(crate) fn reaches(&self, address: u64, size_log2: u8) -> bool {
         address.checked_add(low_bits(size_log2)).is_some_and(|last| last <= self.last_address)
     }

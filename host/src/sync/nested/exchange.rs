@@ -5,7 +5,7 @@ use crate::sync::nested::plan::{Chain, Leaves};
 use crate::sync::nested::slots::{One, Place, Slots, piece_of};
 use crate::sync::nested::{HostTable, Slot, TableMemory};
 use crate::table::{Leaf, Loss, Losses, Piece, low_bits};
-use crate::{Attributes, Span};
+use crate::{Attributes, Change, Span};
 
 /// What is needed to write leaves into a table.
 pub(super) struct Writer<'a, M> {
@@ -39,9 +39,10 @@ impl<M: TableMemory> Writer<'_, M> {
         let Some(unmaps) = slots.only_unmaps() else { return };
         let (host, mut rest) = (&mut table.slots, unmaps.iter());
         let gone = std::iter::from_fn(move || {
-            let span = rest.next()?.span();
+            // What is no slot of this table may begin before it.
+            let span = rest.next().map(Change::span).filter(|span| is_slot(*span, lsb))?;
             let index = (span.first - base) >> lsb;
-            let slot = host.get_mut(index as usize).filter(|slot| matches!(slot, Slot::Leaf(_)) && is_slot(span, lsb))?;
+            let slot = host.get_mut(index as usize).filter(|slot| matches!(slot, Slot::Leaf(_)))?;
             *slot = Slot::Absent;
             Some((index, absent))
         });
@@ -62,12 +63,12 @@ impl<M: TableMemory> Writer<'_, M> {
             return;
         }
         let (host, mut rest, attributes, new) = (&mut table.slots, maps.iter(), first.attributes, Slot::Leaf(*tracks));
+        let Some(entry) = leaf.entries(lsb) else { return };
         let given = std::iter::from_fn(move || {
-            let piece = piece_of(rest.next()?)?;
+            let piece = rest.next().and_then(piece_of).filter(|piece| is_slot(piece.iova, lsb))?;
             let index = (piece.iova.first - base) >> lsb;
-            let slot = host.get_mut(index as usize).filter(|slot| **slot == Slot::Absent && is_slot(piece.iova, lsb))?;
-            let is_such = piece.attributes == attributes && piece.address & low_bits(lsb) == 0;
-            let entry = leaf.entry(piece.address, lsb).filter(|_| is_such)?;
+            let slot = host.get_mut(index as usize).filter(|slot| **slot == Slot::Absent)?;
+            let entry = entry(piece.address).filter(|_| piece.attributes == attributes)?;
             *slot = new;
             Some((index, entry))
         });

@@ -51,17 +51,18 @@ impl Needed {
     }
 
     /// Adds IOVAs that ascend, to what there may be from earlier batches.
-    fn add(&mut self, spans: impl Iterator<Item = Span>) {
+    fn add(&mut self, mut spans: impl Iterator<Item = Span>) {
+        let Some(mut last) = self.spans.pop().or_else(|| spans.next()) else { return };
         let mut ascend = true;
         for span in spans {
-            match self.spans.last_mut() {
-                Some(last) if last.first <= span.first && last.last.saturating_add(1) >= span.first => last.last = last.last.max(span.last),
-                last => {
-                    ascend &= last.is_none_or(|last| last.first <= span.first);
-                    self.spans.push(span);
-                }
+            if last.first <= span.first && last.last.saturating_add(1) >= span.first {
+                last.last = last.last.max(span.last);
+            } else {
+                ascend &= last.first <= span.first;
+                self.spans.push(std::mem::replace(&mut last, span));
             }
         }
+        self.spans.push(last);
         if ascend {
             return;
         }

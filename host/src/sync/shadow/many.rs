@@ -90,32 +90,39 @@ impl<M: EntryMemory + ?Sized> Pass<'_, M> {
         let (below, first) = (low_bits(lsb), node.base + ((node.first + from as u64) << lsb));
         let iova = move |place: usize| Span { first: first + ((place as u64) << lsb), last: first + ((place as u64) << lsb) | below };
         let Some(target) = self.shadow.target.filter(|target| target.length_minus_one() >= below) else { return };
-        let Some(begin) = places.peek().map(|place| iova(place).first) else { return };
         if first < node.span.first || iova(count - 1).last > node.span.last {
             return;
         }
-        let room = if COME { self.shadow.limits.leaves.saturating_sub(self.shadow.leaves) } else { u64::MAX };
         let (lowest, highest, leaf) = (target.first, target.last - below, if COME { new } else { old });
         let (entries, states) = (&mut node.entries[from..from + count], &mut node.states[from..from + count]);
-        let next = move || {
-            let place = places.peek()?;
-            let (entry, known, state) = (*fresh.get(place)?, entries.get_mut(place)?, states.get_mut(place)?);
-            let address = leaf.address(if COME { entry } else { *known });
-            let is_such = new.matches(entry) && old.matches(*known) && old.is_state(*state);
-            if !is_such || !leaf.can_be(address) || address < lowest || address > highest {
-                return None;
+        while let Some(begin) = places.peek().map(|place| iova(place).first) {
+            let room = if COME { self.shadow.limits.leaves.saturating_sub(self.shadow.leaves) } else { u64::MAX };
+            let (word, mut rest) = places.word();
+            let (entries, states, wanted) = (&mut *entries, &mut *states, rest.count_ones());
+            let next = std::iter::from_fn(move || {
+                let place = word + rest.trailing_zeros() as usize;
+                let (entry, known, state) = (*fresh.get(place).filter(|_| rest != 0)?, entries.get_mut(place)?, states.get_mut(place)?);
+                let address = leaf.address(if COME { entry } else { *known });
+                let is_such = new.matches(entry) && old.matches(*known) && old.is_state(*state);
+                if !is_such || !leaf.can_be(address) || address < lowest || address > highest {
+                    return None;
+                }
+                (*known, *state) = (entry, new.state());
+                rest &= rest - 1;
+                Some((iova(place), address))
+            });
+            let next = next.take(usize::try_from(room).unwrap_or(usize::MAX));
+            let attributes = new.attributes();
+            let count = match COME {
+                true => self.changes.map_ascending(begin, next.map(move |(iova, address)| Piece { iova, address, attributes })),
+                false => self.changes.unmap_ascending(begin, next.map(|(iova, _)| iova)),
+            };
+            self.shadow.leaves = if COME { self.shadow.leaves + count as u64 } else { self.shadow.leaves - count as u64 };
+            (0..count).for_each(|_| places.skip());
+            if count < wanted as usize {
+                return;
             }
-            (*known, *state) = (entry, new.state());
-            places.skip();
-            Some((iova(place), address))
-        };
-        let next = std::iter::from_fn(next).take(usize::try_from(room).unwrap_or(usize::MAX));
-        let attributes = new.attributes();
-        let count = match COME {
-            true => self.changes.map_ascending(begin, next.map(move |(iova, address)| Piece { iova, address, attributes })),
-            false => self.changes.unmap_ascending(begin, next.map(|(iova, _)| iova)),
-        };
-        self.shadow.leaves = if COME { self.shadow.leaves + count as u64 } else { self.shadow.leaves - count as u64 };
+        }
     }
 
     /// Each entry that is wanted, whatever it is: of some that were read, from the place `from` on, lines that are `changed` are in `fresh`; none of them could be read
@@ -203,6 +210,12 @@ impl Places {
             self.rest = self.wanted[self.word] & of_lines(self.changed as u8);
         }
         Some(self.word * WORD + self.rest.trailing_zeros() as usize)
+    }
+
+    /// What is left of a word that has some: the place of its first bit, and the bits.
+    #[inline]
+    const fn word(&self) -> (usize, u64) {
+        (self.word * WORD, self.rest)
     }
 
     /// What was the next is done.
