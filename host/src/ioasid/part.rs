@@ -135,7 +135,7 @@ impl<S: Sink> Engine<S> {
     }
 
     /// Of an address space that nobody follows: the sink is offered what it wants of `told`.
-    fn offer(&mut self, told: &[Change]) -> Result<(), CommitError> {
+    pub(super) fn offer(&mut self, told: &[Change]) -> Result<(), CommitError> {
         let Self::Told(sink) = self else { return Ok(()) };
         let mut before = None;
         while let Some(wanted) = sink.wants().filter(|wanted| before != Some(*wanted)) {
@@ -476,7 +476,7 @@ fn own(committer: &mut KernelCommitter, view: &GuestView, invalidations: &[Inval
                 tables = true;
             }
             Effect::Range { scope, iova } if scope.includes(view.tag(), view.id) => {
-                spans.push(iova);
+                spans.push(iova.or_all());
                 tables |= !scope.leaf;
             }
             Effect::Illegal(_) => break,

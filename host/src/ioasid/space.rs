@@ -289,8 +289,8 @@ impl Ioasid {
     /// Maps `span` to what `target` leads to, in the tables of all units or in none.
     ///
     /// # Errors
-    /// [`Error::Mapped`], [`Error::NotMemory`], [`Error::Kernel`]; [`Error::Refused`] by [`SpaceLimits::mappings`](super::SpaceLimits::mappings), or because it
-    /// is not a [`Kind::Managed`] one.
+    /// [`Error::Mapped`], [`Error::NotMemory`], [`Error::Kernel`]; [`Error::Refused`] by [`SpaceLimits::mappings`](super::SpaceLimits::mappings), because the span ends
+    /// before it begins, or because it is not a [`Kind::Managed`] one.
     pub fn map(&self, span: Span, target: Target, access: Access) -> Result<(), Error> {
         let mut state = self.0.lock();
         let State { content: Content::Managed(managed), software, .. } = &mut *state else { return Err(self.wrong_kind("map")) };
@@ -310,6 +310,9 @@ impl Ioasid {
     pub fn unmap(&self, span: Span) -> Result<u64, Error> {
         let mut state = self.0.lock();
         let State { content: Content::Managed(managed), software, .. } = &mut *state else { return Err(self.wrong_kind("unmap")) };
+        if span.is_none() {
+            return Err(Error::NotMapped(span));
+        }
         let before: Vec<Span> =
             managed.mappings().range(span.first..=span.last).map(|(first, mapping)| Span { first: *first, last: mapping.last }).collect();
         let result = managed.unmap(&self.0.context, span);
@@ -440,7 +443,7 @@ impl Ioasid {
         moved.map(|()| report)
     }
 
-    /// Reads the guest's tables again, all of them, and tries to map what there was no memory for.
+    /// Reads the guest's tables again, all of them, and tries to map what there was no memory for, or no room in lookups in software.
     ///
     /// # Errors
     /// [`Error::Blocked`].
@@ -454,7 +457,12 @@ impl Ioasid {
             part.offer(&told)?;
             Ok(report)
         };
-        self.0.each(&mut state, &mut detached, again, |software| software.synchronise(&memory))
+        let looked_up = |software: &mut Software| {
+            let report = software.synchronise(&memory)?;
+            software.offer(&told)?;
+            Ok(report)
+        };
+        self.0.each(&mut state, &mut detached, again, looked_up)
     }
 
     /// Lookups in software, for the VMM's device models; made when they are first asked for, and in step from then on. Clones and further calls give the
@@ -500,7 +508,8 @@ impl State {
 
     /// The same, if there was no memory for some of it; nothing for an address space whose tables are followed.
     pub(super) fn missing(&self) -> Vec<Change> {
-        if self.parts.iter().any(Part::is_short) { self.told() } else { Vec::new() }
+        let lookups_are = self.software.as_ref().is_some_and(|software| software.sink().is_short());
+        if lookups_are || self.parts.iter().any(Part::is_short) { self.told() } else { Vec::new() }
     }
 
     /// Maps of what is there, for a new host's side that does not follow tables.
