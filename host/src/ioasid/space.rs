@@ -1,5 +1,6 @@
 //! An IOASID: what is in it, and the calls that keep every host's side of it in step.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -154,6 +155,12 @@ impl Space {
         let mut take = |result: Result<Report, LiveError>| match (result.inspect(|report| context.count_report(report)), &mut all) {
             (Ok(report), None) => all = Some(report),
             (Ok(report), Some(all)) => {
+                // All look at the same tables: of each figure the largest counts, since some units walk these themselves.
+                all.changes = all.changes.max(report.changes);
+                all.offered = all.offered.max(report.offered);
+                if report.blocked_count > all.blocked_count {
+                    (all.blocked, all.blocked_count) = (report.blocked, report.blocked_count);
+                }
                 all.structures |= report.structures;
                 all.illegal = all.illegal.or(report.illegal);
             }
@@ -242,6 +249,27 @@ fn take(domain: &mut Domain, change: &Change, most: u64, unmapped: &mut Vec<Piec
     }
 }
 
+/// Whether changes come as [`Change`] promises.
+fn is_ordered(batch: &[Change]) -> bool {
+    let rank = |change: &Change| (matches!(change, Change::Map(_)), change.span().first);
+    batch.is_sorted_by_key(rank)
+}
+
+/// What changes that were made one after the other come to, as [`Change`] promises.
+fn in_order(batch: &[Change]) -> Vec<Change> {
+    let (mut unmaps, mut maps) = (BTreeMap::new(), BTreeMap::new());
+    for change in batch {
+        let first = change.span().first;
+        match change {
+            Change::Map(_) => drop(maps.insert(first, *change)),
+            // What this batch mapped was not there before.
+            Change::Unmap(_) if maps.remove(&first).is_some() => {}
+            Change::Unmap(_) => drop(unmaps.insert(first, *change)),
+        }
+    }
+    unmaps.into_values().chain(maps.into_values()).collect()
+}
+
 /// Opens the guest's first table to see what it is; an error if that cannot be.
 fn geometry(context: &Inner, kind: &Kind) -> Result<Option<Geometry>, Error> {
     let Kind::Guest(GuestView { outcome: Outcome::Tables(Translated { tables, .. }), .. }) = kind else { return Ok(None) };
@@ -323,7 +351,7 @@ impl Ioasid {
         result
     }
 
-    /// Makes the changes that a guest asked for, as [`Change`] has them, in all host tables.
+    /// Makes the changes that a guest asked for, one after the other, in all host tables: at once, and in any order.
     ///
     /// # Errors
     /// [`Error::Mapped`], [`Error::NotMapped`], [`Error::Refused`] by [`SpaceLimits::mappings`](super::SpaceLimits::mappings), or because it is not a
@@ -334,6 +362,8 @@ impl Ioasid {
         let mut state = self.0.lock();
         let Content::Requests(domain) = &mut state.content else { return Err(self.wrong_kind("change")) };
         take_all(domain, batch, self.0.request.limits.mappings as u64)?;
+        let ordered = (!is_ordered(batch)).then(|| in_order(batch));
+        let batch = ordered.as_deref().unwrap_or(batch);
         let tell = |result: Result<(), crate::sync::CommitError>| result.map(|()| Report::default()).map_err(LiveError::Commit);
         self.0.each(&mut state, &mut detached, |part| tell(part.tell(batch)), |software| tell(software.tell(batch))).map(drop)
     }
