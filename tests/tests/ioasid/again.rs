@@ -189,7 +189,7 @@ fn what_there_was_no_room_for_comes_when_there_is_some() {
         let span = Span { first: iova(block), last: iova(block) | 0xfff };
         Piece { iova: span, address: DATA + (block << 12), attributes: Attributes::READ }
     };
-    let lookup = stagecraft::lookup::Limits { nodes: 6 };
+    let lookup = stagecraft::lookup::Limits { nodes: 4 };
     let limits = SpaceLimits { lookup, areas: AreaLimits { pieces: 3, ..AreaLimits::default() }, ..SpaceLimits::default() };
     for (emulated, arch) in [false, true].into_iter().flat_map(|emulated| Arch::ALL.map(|arch| (emulated, arch))) {
         let what = format!("{arch:?}, emulated {emulated}");
