@@ -107,9 +107,9 @@ fn run(format: Format, seed: u64) -> u64 {
 #[test]
 fn rows_of_pages_of_every_format_are_found_as_they_are_one_by_one() {
     for format in Format::ALL {
-        let seeds = seeds().div_ceil(8);
+        let seeds = seeds().div_ceil(8).max(4);
         let changes: u64 = (0..seeds).map(|seed| run(format, seed)).sum();
         println!("{format:?}: {changes} changes");
-        assert!(changes > 20 * seeds, "{format:?}: {changes}");
+        assert!(changes > 10 * seeds, "{format:?}: {changes}");
     }
 }
