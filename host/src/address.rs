@@ -81,6 +81,16 @@ impl Span {
         Self::new(first, last)
     }
 
+    /// Whether its last address is before its first: no span, but a caller may have computed it so.
+    pub(crate) const fn is_none(self) -> bool {
+        self.first > self.last
+    }
+
+    /// All addresses, if its last is before its first: whoever computed that may have gone beyond the last address that there is.
+    pub(crate) const fn or_all(self) -> Self {
+        if self.is_none() { Self::ALL } else { self }
+    }
+
     /// Bytes, minus one: the whole 64-bit space is expressible.
     #[inline]
     #[must_use]

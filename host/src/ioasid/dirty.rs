@@ -13,11 +13,8 @@ use super::space::{Content, Space, State};
 use super::{Context, Error, GuestMemory, Ioasid, Property, Refusal, Target};
 use crate::kernel::Errno;
 use crate::memory::PAGE;
-use crate::sync::{DirtyError, MarksWritten, PageSet, Sink, set_bits};
+use crate::sync::{DirtyError, MOST_PAGES, MarksWritten, PageSet, Sink, pages_of, set_bits};
 use crate::{Change, Span};
-
-/// Pages of one log: a bitmap of 128 MiB.
-const MOST_PAGES: u64 = 1 << 30;
 
 /// Pieces that are mapped anew at once.
 const CHUNK: usize = 4096;
@@ -126,10 +123,9 @@ struct Bitmap {
 impl Bitmap {
     fn new(targets: Span) -> Result<Self, Error> {
         let first = targets.first / PAGE;
-        let pages = targets.last / PAGE - first + 1;
-        if pages > MOST_PAGES {
-            return Err(Refusal::new(Property::Limit, format!("{targets} has more than {MOST_PAGES:#x} pages")).into());
-        }
+        let Some(pages) = pages_of(targets) else {
+            return Err(Refusal::new(Property::Limit, format!("{targets} has more than {MOST_PAGES:#x} pages, or ends before it begins")).into());
+        };
         Ok(Self { first, words: vec![0; pages.div_ceil(64) as usize] })
     }
 

@@ -21,6 +21,8 @@ pub enum Response {
     Mapped,
     /// The guest's tables do not allow it. The device gives up, and the guest is to be told.
     Refused(Box<Fault>),
+    /// The guest's tables allow it, and a host has it not: a limit of the address space is reached, or the format's plugin does not answer. The device gives up.
+    Blocked,
     /// Nothing is mapped there, in an address space that has no tables.
     Unmapped,
 }
@@ -78,16 +80,19 @@ impl Ioasid {
         let mut state = self.0.lock();
         let memory = self.0.context().memory();
         let page = Span { first: iova.0 & !(crate::memory::PAGE - 1), last: iova.0 | (crate::memory::PAGE - 1) };
+        let mut is_blocked = false;
         if let Kind::Guest(view) = state.kind.clone() {
             let again = [again(&view, page)];
-            self.0.each(
+            let report = self.0.each(
                 &mut state,
                 &mut detached,
                 |part| part.invalidate(&memory, &view, &again),
                 |software| software.invalidate(&memory, &again),
             )?;
+            is_blocked = report.blocked_count > 0;
         }
         Ok(match self.translate_in(&mut state, iova, access)? {
+            Ok(_) if is_blocked => Response::Blocked,
             Ok(_) => Response::Mapped,
             Err(Some(fault)) => Response::Refused(Box::new(fault)),
             Err(None) => Response::Unmapped,

@@ -74,6 +74,9 @@ impl Managed {
 
     /// Maps in all tables or in none.
     pub(super) fn map(&mut self, context: &Inner, span: Span, target: Target, access: Access) -> Result<(), Error> {
+        if span.is_none() {
+            return Err(Refusal::new(Property::Iova, format!("{span} ends before it begins")).into());
+        }
         if self.mappings.len() >= self.limit {
             return Err(Refusal::new(Property::Limit, format!("the address space has {} mappings already", self.limit)).into());
         }

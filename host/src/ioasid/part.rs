@@ -135,7 +135,7 @@ impl<S: Sink> Engine<S> {
     }
 
     /// Of an address space that nobody follows: the sink is offered what it wants of `told`.
-    fn offer(&mut self, told: &[Change]) -> Result<(), CommitError> {
+    pub(super) fn offer(&mut self, told: &[Change]) -> Result<(), CommitError> {
         let Self::Told(sink) = self else { return Ok(()) };
         let mut before = None;
         while let Some(wanted) = sink.wants().filter(|wanted| before != Some(*wanted)) {
@@ -358,16 +358,21 @@ impl Part {
         finest.is_some_and(|finest| smallest_page_log2(engine.sink().table().geometry()) > finest)
     }
 
-    /// There was no memory for something.
+    /// There was no memory, or no room, for something.
     pub(super) fn is_short(&self) -> bool {
-        matches!(&self.host, Host::Table(_, engine) if !engine.sink().table().refused().is_empty())
+        match &self.host {
+            Host::Kernel { .. } | Host::Own(..) => false,
+            Host::Table(_, engine) => !engine.sink().table().refused().is_empty(),
+            Host::Areas(engine) => engine.sink().is_short(),
+        }
     }
 
-    /// What there was no memory for is tried again; `told` are the maps of an address space that nobody follows.
+    /// What there was no memory or room for is tried again; `told` are the maps of an address space that nobody follows.
     pub(super) fn offer(&mut self, told: &[Change]) -> Result<(), CommitError> {
         match &mut self.host {
             Host::Table(_, engine) => engine.offer(told),
-            Host::Kernel { .. } | Host::Own(..) | Host::Areas(_) => Ok(()),
+            Host::Areas(engine) => engine.offer(told),
+            Host::Kernel { .. } | Host::Own(..) => Ok(()),
         }
     }
 
@@ -476,7 +481,7 @@ fn own(committer: &mut KernelCommitter, view: &GuestView, invalidations: &[Inval
                 tables = true;
             }
             Effect::Range { scope, iova } if scope.includes(view.tag(), view.id) => {
-                spans.push(iova);
+                spans.push(iova.or_all());
                 tables |= !scope.leaf;
             }
             Effect::Illegal(_) => break,

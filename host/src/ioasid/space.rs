@@ -1,5 +1,6 @@
 //! An IOASID: what is in it, and the calls that keep every host's side of it in step.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -154,6 +155,12 @@ impl Space {
         let mut take = |result: Result<Report, LiveError>| match (result.inspect(|report| context.count_report(report)), &mut all) {
             (Ok(report), None) => all = Some(report),
             (Ok(report), Some(all)) => {
+                // All look at the same tables: of each figure the largest counts, since some units walk these themselves.
+                all.changes = all.changes.max(report.changes);
+                all.offered = all.offered.max(report.offered);
+                if report.blocked_count > all.blocked_count {
+                    (all.blocked, all.blocked_count) = (report.blocked, report.blocked_count);
+                }
                 all.structures |= report.structures;
                 all.illegal = all.illegal.or(report.illegal);
             }
@@ -242,6 +249,27 @@ fn take(domain: &mut Domain, change: &Change, most: u64, unmapped: &mut Vec<Piec
     }
 }
 
+/// Whether changes come as [`Change`] promises.
+fn is_ordered(batch: &[Change]) -> bool {
+    let rank = |change: &Change| (matches!(change, Change::Map(_)), change.span().first);
+    batch.is_sorted_by_key(rank)
+}
+
+/// What changes that were made one after the other come to, as [`Change`] promises.
+fn in_order(batch: &[Change]) -> Vec<Change> {
+    let (mut unmaps, mut maps) = (BTreeMap::new(), BTreeMap::new());
+    for change in batch {
+        let first = change.span().first;
+        match change {
+            Change::Map(_) => drop(maps.insert(first, *change)),
+            // What this batch mapped was not there before.
+            Change::Unmap(_) if maps.remove(&first).is_some() => {}
+            Change::Unmap(_) => drop(unmaps.insert(first, *change)),
+        }
+    }
+    unmaps.into_values().chain(maps.into_values()).collect()
+}
+
 /// Opens the guest's first table to see what it is; an error if that cannot be.
 fn geometry(context: &Inner, kind: &Kind) -> Result<Option<Geometry>, Error> {
     let Kind::Guest(GuestView { outcome: Outcome::Tables(Translated { tables, .. }), .. }) = kind else { return Ok(None) };
@@ -289,8 +317,8 @@ impl Ioasid {
     /// Maps `span` to what `target` leads to, in the tables of all units or in none.
     ///
     /// # Errors
-    /// [`Error::Mapped`], [`Error::NotMemory`], [`Error::Kernel`]; [`Error::Refused`] by [`SpaceLimits::mappings`](super::SpaceLimits::mappings), or because it
-    /// is not a [`Kind::Managed`] one.
+    /// [`Error::Mapped`], [`Error::NotMemory`], [`Error::Kernel`]; [`Error::Refused`] by [`SpaceLimits::mappings`](super::SpaceLimits::mappings), because the span ends
+    /// before it begins, or because it is not a [`Kind::Managed`] one.
     pub fn map(&self, span: Span, target: Target, access: Access) -> Result<(), Error> {
         let mut state = self.0.lock();
         let State { content: Content::Managed(managed), software, .. } = &mut *state else { return Err(self.wrong_kind("map")) };
@@ -310,6 +338,9 @@ impl Ioasid {
     pub fn unmap(&self, span: Span) -> Result<u64, Error> {
         let mut state = self.0.lock();
         let State { content: Content::Managed(managed), software, .. } = &mut *state else { return Err(self.wrong_kind("unmap")) };
+        if span.is_none() {
+            return Err(Error::NotMapped(span));
+        }
         let before: Vec<Span> =
             managed.mappings().range(span.first..=span.last).map(|(first, mapping)| Span { first: *first, last: mapping.last }).collect();
         let result = managed.unmap(&self.0.context, span);
@@ -320,7 +351,7 @@ impl Ioasid {
         result
     }
 
-    /// Makes the changes that a guest asked for, as [`Change`] has them, in all host tables.
+    /// Makes the changes that a guest asked for, one after the other, in all host tables: at once, and in any order.
     ///
     /// # Errors
     /// [`Error::Mapped`], [`Error::NotMapped`], [`Error::Refused`] by [`SpaceLimits::mappings`](super::SpaceLimits::mappings), or because it is not a
@@ -331,6 +362,8 @@ impl Ioasid {
         let mut state = self.0.lock();
         let Content::Requests(domain) = &mut state.content else { return Err(self.wrong_kind("change")) };
         take_all(domain, batch, self.0.request.limits.mappings as u64)?;
+        let ordered = (!is_ordered(batch)).then(|| in_order(batch));
+        let batch = ordered.as_deref().unwrap_or(batch);
         let tell = |result: Result<(), crate::sync::CommitError>| result.map(|()| Report::default()).map_err(LiveError::Commit);
         self.0.each(&mut state, &mut detached, |part| tell(part.tell(batch)), |software| tell(software.tell(batch))).map(drop)
     }
@@ -440,7 +473,7 @@ impl Ioasid {
         moved.map(|()| report)
     }
 
-    /// Reads the guest's tables again, all of them, and tries to map what there was no memory for.
+    /// Reads the guest's tables again, all of them, and tries to map what there was no memory for, or no room in lookups in software.
     ///
     /// # Errors
     /// [`Error::Blocked`].
@@ -454,7 +487,12 @@ impl Ioasid {
             part.offer(&told)?;
             Ok(report)
         };
-        self.0.each(&mut state, &mut detached, again, |software| software.synchronise(&memory))
+        let looked_up = |software: &mut Software| {
+            let report = software.synchronise(&memory)?;
+            software.offer(&told)?;
+            Ok(report)
+        };
+        self.0.each(&mut state, &mut detached, again, looked_up)
     }
 
     /// Lookups in software, for the VMM's device models; made when they are first asked for, and in step from then on. Clones and further calls give the
@@ -500,7 +538,8 @@ impl State {
 
     /// The same, if there was no memory for some of it; nothing for an address space whose tables are followed.
     pub(super) fn missing(&self) -> Vec<Change> {
-        if self.parts.iter().any(Part::is_short) { self.told() } else { Vec::new() }
+        let lookups_are = self.software.as_ref().is_some_and(|software| software.sink().is_short());
+        if lookups_are || self.parts.iter().any(Part::is_short) { self.told() } else { Vec::new() }
     }
 
     /// Maps of what is there, for a new host's side that does not follow tables.

@@ -23,6 +23,9 @@ use crate::{Access, Attributes, Change, Gpa, Span};
 /// The version that [`Context::save`] writes, and the only one that [`Saved::restore`] reads.
 const VERSION: u32 = 1;
 
+/// IOASIDs that were written down have numbers up to here, so that there are others for those that are made later: nobody made so many.
+const HIGHEST: u64 = u64::MAX >> 1;
+
 /// A context, written down. Its fields are between one version of this library and the next: keep it as what `serde` makes of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Saved {
@@ -183,6 +186,9 @@ impl Saved {
         for saved in &self.ioasids {
             if ioasids.iter().any(|ioasid| ioasid.id().0 >= saved.id) {
                 return Err(no_sense("its IOASIDs are not in the order of their numbers"));
+            }
+            if saved.id > HIGHEST {
+                return Err(no_sense(&format!("{} is a number after which there are none for others", saved.id)));
             }
             let ioasid = context.allocate_as(SpaceId(saved.id), saved.request()?, watcher(SpaceId(saved.id)))?;
             saved.fill(&ioasid, &mut user)?;

@@ -18,6 +18,8 @@ pub struct Updater {
     tree: Arc<Tree>,
     nodes: Nodes,
     limits: Limits,
+    /// Where something may be missing since the last batch.
+    missing: Vec<Span>,
 }
 
 impl Updater {
@@ -31,7 +33,7 @@ impl Updater {
         let no_memory = LookupError::NoMemory { nodes: limits.nodes };
         let (Some(tree), Some(nodes)) = (Tree::new(words), Nodes::new(words)) else { return Err(no_memory) };
         let tree = Arc::new(tree);
-        Ok((Self { tree: Arc::clone(&tree), nodes, limits }, Lookup { tree }))
+        Ok((Self { tree: Arc::clone(&tree), nodes, limits, missing: Vec::new() }, Lookup { tree }))
     }
 
     /// Makes one batch of changes, in their order. When it returns, no lookup that begins then finds anything that was unmapped; until then a lookup finds the
@@ -39,19 +41,30 @@ impl Updater {
     ///
     /// # Errors
     /// There was no room for all of it, or it is too fine; this is the first error. Everything that was to be unmapped is unmapped nevertheless, and a mapping that
-    /// failed is not there at all. Only then something may be missing that no change spoke of: what was mapped in one slot with what changed.
+    /// failed is not there at all. Only then something may be missing that no change spoke of: what was mapped in one slot with what changed. [`Updater::missing`] says where.
     pub fn apply(&mut self, changes: &[Change]) -> Result<(), LookupError> {
         let mut result = Ok(());
+        self.missing.clear();
         for change in changes {
             let made = match change {
                 // What does not fit whole is not mapped; unmapping it ends well or drops more.
-                Change::Map(piece) => self.write(piece.iova, Some(piece)).or_else(|error| self.write(piece.iova, None).and(Err(error))),
+                Change::Map(piece) => self.write(piece.iova, Some(piece)).or_else(|error| {
+                    self.missing.push(piece.iova);
+                    self.write(piece.iova, None).and(Err(error))
+                }),
                 Change::Unmap(span) => self.write(*span, None),
             };
             result = result.and(made);
         }
         self.nodes.publish(&self.tree);
         result
+    }
+
+    /// IOVAs at which something is missing after the last batch, which failed: in no order, and some perhaps more than once. What is mapped there may be mapped again when
+    /// there is room, whether it is there or not.
+    #[must_use]
+    pub fn missing(&self) -> &[Span] {
+        &self.missing
     }
 
     /// Unmaps everything.
@@ -149,7 +162,9 @@ impl Updater {
             // Rather nothing is mapped than too much.
             self.nodes.replace(slot, ABSENT);
             let within = (1_u64 << bits) - 1;
-            return Err(self.full(Span { first: span.first & !within, last: span.last | within }));
+            let slot = Span { first: span.first & !within, last: span.last | within };
+            self.missing.push(slot);
+            return Err(self.full(slot));
         };
         if let Word::Mapped(address, attributes) = word::read(self.nodes.word(slot)) {
             for index in 0..SLOTS {
@@ -183,6 +198,7 @@ impl Updater {
                 if !self.nodes.write_list(slot, parts) {
                     self.nodes.replace(slot, ABSENT);
                     let page = Span { first: span.first & !PAGE_MASK, last: span.last | PAGE_MASK };
+                    self.missing.push(page);
                     return Err(if parts.len() > part::MOST_PARTS { LookupError::TooFine { page } } else { self.full(page) });
                 }
             }

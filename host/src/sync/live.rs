@@ -200,7 +200,7 @@ impl<S: Sink> Live<S> {
                 Effect::Nothing | Effect::DeviceTlb { .. } | Effect::Response(_) => {}
                 Effect::Everything => self.wanted.push(Wanted::whole(Span::ALL)),
                 Effect::Range { scope, iova } if scope.includes(self.tag, self.id) => {
-                    if scope.second_stage { &mut self.second } else { &mut self.wanted }.push(Wanted { span: iova, leaf_only: scope.leaf });
+                    if scope.second_stage { &mut self.second } else { &mut self.wanted }.push(Wanted { span: iova.or_all(), leaf_only: scope.leaf });
                 }
                 Effect::Range { .. } => {}
                 Effect::Structures(scope) => heard.structures |= scope.includes(self.tag, self.id),

@@ -53,7 +53,7 @@ pub enum DirtyError {
     #[error("writes are not tracked")]
     NotTracked,
     /// Too much at once.
-    #[error("{0} has more than the {most} pages that are told at once", most = MOST_PAGES)]
+    #[error("{0} has more than the {most} pages that are told at once, or ends before it begins", most = MOST_PAGES)]
     TooLarge(Span),
     /// The marks were taken away, and caches may not know it. The log was taken as well: all of the span must count as written.
     #[error(transparent)]
@@ -61,7 +61,7 @@ pub enum DirtyError {
 }
 
 /// Pages of one log: a bitmap of 128 MiB.
-const MOST_PAGES: u64 = 1 << 30;
+pub(crate) const MOST_PAGES: u64 = 1 << 30;
 
 /// Pieces that are mapped anew at once.
 const CHUNK: usize = 4096;
@@ -132,10 +132,7 @@ impl<S: Sink> Live<S> {
             return Err(DirtyError::NotTracked);
         }
         let first = targets.first / PAGE;
-        let pages = targets.last / PAGE - first + 1;
-        if pages > MOST_PAGES {
-            return Err(DirtyError::TooLarge(targets));
-        }
+        let pages = pages_of(targets).ok_or(DirtyError::TooLarge(targets))?;
         let mut bitmap = vec![0; pages.div_ceil(64) as usize];
         self.each_dirty(targets, clear, &mut |span| set(&mut bitmap, span.first / PAGE - first, span.last / PAGE - first))?;
         Ok(bitmap)
@@ -155,6 +152,12 @@ impl<S: Sink> Live<S> {
         }
         Ok(())
     }
+}
+
+/// How many pages a span is in; none if these are more than are told at once, or it is none.
+pub(crate) fn pages_of(targets: Span) -> Option<u64> {
+    let pages = (targets.last / PAGE).checked_sub(targets.first / PAGE)? + 1;
+    (!targets.is_none() && pages <= MOST_PAGES).then_some(pages)
 }
 
 /// Sets the bits `first..=last`.

@@ -7,7 +7,7 @@ const MOST: usize = 64;
 
 /// Addresses, as spans that neither overlap nor touch, ascending.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Spans {
+pub(crate) struct Spans {
     list: Vec<Span>,
     most: usize,
 }
@@ -20,16 +20,16 @@ impl Default for Spans {
 
 impl Spans {
     /// None yet, and so many at most.
-    pub(super) const fn up_to(most: usize) -> Self {
+    pub(crate) const fn up_to(most: usize) -> Self {
         Self { list: Vec::new(), most }
     }
 
-    pub(super) fn as_slice(&self) -> &[Span] {
+    pub(crate) fn as_slice(&self) -> &[Span] {
         &self.list
     }
 
     /// Adds a span; where there are too many, the two that are nearest to each other become one.
-    pub(super) fn add(&mut self, span: Span) {
+    pub(crate) fn add(&mut self, span: Span) {
         let from = self.list.partition_point(|other| other.last.saturating_add(1) < span.first);
         let to = self.list.partition_point(|other| other.first <= span.last.saturating_add(1));
         let joined =
@@ -44,7 +44,7 @@ impl Spans {
     }
 
     /// Takes a span out.
-    pub(super) fn remove(&mut self, span: Span) {
+    pub(crate) fn remove(&mut self, span: Span) {
         let cut = |other: Span| {
             let before = span.first.checked_sub(1).and_then(|last| Span::new(other.first, last.min(other.last)));
             let behind = span.last.checked_add(1).and_then(|first| Span::new(first.max(other.first), other.last));

@@ -78,11 +78,13 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
         Ok(self.finish(call))
     }
 
-    /// The same for entries that stand in guest memory, in these bytes one after the other: those of a ring between its two pointers are one span, or two.
+    /// The same for entries that stand in guest memory, in these bytes one after the other: those of a ring between its two pointers are one span, or two. One whose last
+    /// byte is before its first has none.
     ///
     /// # Errors
     /// As [`Viommu::commands`], and [`CommandError::Unreadable`] for a queue in memory that is not there, or not there any more. Nothing was done.
     pub fn commands_at(&mut self, parts: &[Span]) -> Result<Handled, CommandError> {
+        let parts: Vec<&Span> = parts.iter().filter(|part| !part.is_none()).collect();
         let bytes = parts.iter().fold(0_u64, |sum, part| sum.saturating_add(part.length_minus_one().saturating_add(1)));
         if bytes > MAX_COMMAND_BYTES as u64 {
             return Err(CommandError::TooLong(bytes));
@@ -138,7 +140,7 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
                         _ => &last.insert((whom, self.meant(&whom))).1,
                     };
                     let scope = Scope { leaf: scope.leaf, second_stage: scope.second_stage, ..ALL };
-                    let invalidation = Invalidation { index: item.index, effect: Effect::Range { scope, iova } };
+                    let invalidation = Invalidation { index: item.index, effect: Effect::Range { scope, iova: iova.or_all() } };
                     for number in spaces {
                         add(plan.ranges.entry(*number).or_default(), invalidation);
                     }

@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
-use stagecraft::ioasid::{Context, Error, Ioasid, Request, Setup, Strategy};
+use stagecraft::ioasid::{Context, Error, Ioasid, Request, Setup, SpaceLimits, Strategy};
 use stagecraft::kernel::Errno;
+use stagecraft::sync::AreaLimits;
 use stagecraft::table::Piece;
-use stagecraft::{Attributes, Change, Span};
+use stagecraft::{Attributes, Change, Iova, Span};
 use vm_memory::MmapRegion;
 
 use crate::guests::{Arch, Guest};
@@ -180,6 +181,59 @@ fn more_areas_than_are_allowed_are_no_reason_to_refuse_a_device() {
 }
 
 /// A guest at a limit, and a kernel that fails at the same moment: nobody was told what is kept out, and it can be asked for.
+/// Lookups in software and areas get what they had no room for as soon as there is some, as host tables do.
+#[test]
+fn what_there_was_no_room_for_comes_when_there_is_some() {
+    let iova = |block: u64| block << 21 | 0x1000;
+    let piece = |block: u64| {
+        let span = Span { first: iova(block), last: iova(block) | 0xfff };
+        Piece { iova: span, address: DATA + (block << 12), attributes: Attributes::READ }
+    };
+    let lookup = stagecraft::lookup::Limits { nodes: 4 };
+    let limits = SpaceLimits { lookup, areas: AreaLimits { pieces: 3, ..AreaLimits::default() }, ..SpaceLimits::default() };
+    for (emulated, arch) in [false, true].into_iter().flat_map(|emulated| Arch::ALL.map(|arch| (emulated, arch))) {
+        let what = format!("{arch:?}, emulated {emulated}");
+        let rig = Rig::new(&[unit(arch).without_nesting()], &[("nic", &[0])]);
+        let guest = Guest::new(arch, &rig.memory);
+        let context = rig.context();
+        let device = context.connect("nic").unwrap();
+        let begin = |ioasid: &Ioasid| if emulated { drop(ioasid.lookup().unwrap()) } else { drop(ioasid.attach(&device, None).unwrap()) };
+        let found = |ioasid: &Ioasid| {
+            let reached = |block: &u64| match emulated {
+                true => ioasid.lookup().unwrap().find(Iova(iova(*block))).map(|found| found.address.0),
+                false => rig.dma("nic", iova(*block)),
+            };
+            (0..8).filter(|block| reached(block) == Some(DATA + (block << 12))).collect::<Vec<u64>>()
+        };
+        let is_next =
+            |first: &[u64], second: &[u64]| !second.is_empty() && second.len() >= first.len() && second.iter().all(|block| !first.contains(block));
+
+        (0..8).for_each(|block| guest.put(iova(block), DATA + (block << 12), true));
+        let ioasid = context.allocate(Request::guest(guest.view()).with_limits(limits)).unwrap();
+        begin(&ioasid);
+        let first = found(&ioasid);
+        assert!(!first.is_empty() && first.len() < 5, "{what}: {first:?}");
+        // They are gone: the others come, with the same command.
+        first.iter().for_each(|block| guest.remove(iova(*block)));
+        let report = ioasid.invalidate(&first.iter().map(|block| page(iova(*block))).collect::<Vec<_>>()).unwrap();
+        let second = found(&ioasid);
+        assert!(report.offered > 0 && is_next(&first, &second), "{what}: {first:?}, {second:?}");
+        if !emulated {
+            device.detach(None).unwrap();
+        }
+
+        let ioasid = context.allocate(Request::requests().with_limits(limits)).unwrap();
+        begin(&ioasid);
+        ioasid.change(&(0..8).map(|block| Change::Map(piece(block))).collect::<Vec<_>>()).unwrap();
+        let first = found(&ioasid);
+        assert!(!first.is_empty() && first.len() < 5, "{what}: {first:?}");
+        ioasid.change(&first.iter().map(|block| Change::Unmap(piece(*block).iova)).collect::<Vec<_>>()).unwrap();
+        ioasid.synchronise().unwrap();
+        let second = found(&ioasid);
+        assert!(is_next(&first, &second), "{what}: {first:?}, {second:?}");
+    }
+}
+
 #[test]
 fn what_a_limit_keeps_out_is_known_where_the_call_failed() {
     for strategy in [Strategy::Nested, Strategy::Areas] {

@@ -1,6 +1,7 @@
 //! I/O address spaces as a VMM uses them, on the simulated kernel and hardware: every promise is looked at through DMA.
 #![allow(clippy::unwrap_used)]
 
+mod absurd;
 mod again;
 mod blocked;
 mod broken;

@@ -54,3 +54,54 @@ fn what_a_guest_asks_for_is_there_and_what_it_gives_up_is_not() {
         }
     }
 }
+
+/// Requests of one kick of a queue, as they come: each follows the one before, whatever IOVAs they are for.
+#[test]
+fn requests_of_a_batch_are_made_one_after_the_other() {
+    for (host, strategy) in Arch::ALL.into_iter().flat_map(|host| [(host, Strategy::Nested), (host, Strategy::Areas)]) {
+        let rig = Rig::new(&[unit(host)], &[("nic", &[0])]);
+        {
+            let context = rig.context();
+            let device = context.connect("nic").unwrap();
+            let ioasid = context.allocate(Request::requests().with_strategies(&[strategy, Strategy::Software])).unwrap();
+            let lookup = ioasid.lookup().unwrap();
+            ioasid.attach(&device, None).unwrap();
+            let is = |wanted: &[(u64, Option<u64>)]| {
+                for (iova, address) in wanted {
+                    let found = [rig.dma("nic", *iova), lookup.find(Iova(*iova)).map(|target| target.address.0)];
+                    assert_eq!(found, [*address; 2], "{host:?} {strategy}: {iova:#x}");
+                }
+            };
+            let page = |iova: u64, page: u64| map(iova, 0x1000, DATA + (page << 12));
+            ioasid.change(&[page(0x4020_0000, 3), page(0x9000, 2), page(0x1000, 1), page(0x8000, 7)]).unwrap();
+            is(&[(0x4020_0000, Some(DATA + 0x3000)), (0x9000, Some(DATA + 0x2000)), (0x1000, Some(DATA + 0x1000)), (0x8000, Some(DATA + 0x7000))]);
+            // Something comes before something goes; another page comes and goes, and is there in the end; one is gone in the end, and one that went is there again.
+            let batch = [
+                page(0x2000, 4),
+                unmap(0x9000, 0x1000),
+                page(0x5000, 5),
+                unmap(0x1000, 0x1000),
+                unmap(0x5000, 0x1000),
+                page(0x5000, 6),
+                page(0x6000, 6),
+                unmap(0x6000, 0x1000),
+                page(0x1000, 8),
+                unmap(0x1000, 0x1000),
+                page(0x1000, 9),
+                unmap(0x8000, 0x1000),
+            ];
+            ioasid.change(&batch).unwrap();
+            is(&[
+                (0x2000, Some(DATA + 0x4000)),
+                (0x9000, None),
+                (0x5000, Some(DATA + 0x6000)),
+                (0x6000, None),
+                (0x1000, Some(DATA + 0x9000)),
+                (0x8000, None),
+            ]);
+            is(&[(0x4020_0000, Some(DATA + 0x3000))]);
+            assert_eq!(ioasid.stats().mappings, 4);
+        }
+        rig.assert_clean();
+    }
+}

@@ -1,10 +1,15 @@
 //! Many threads at once: nobody waits for ever, and what the guest says is what devices get.
 
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread::ThreadId;
+use std::time::Duration;
 
-use stagecraft::ioasid::{Ioasid, Request, Strategy, Target};
+use stagecraft::ioasid::{Context, Ioasid, Request, Setup, Strategy, Target};
 use stagecraft::kernel::sim::UnitConfig;
-use stagecraft::{Access, Gpa, Span};
+use stagecraft::kernel::{Before, Kernel};
+use stagecraft::{Access, Gpa, Iova, Span};
 
 use crate::guests::{Arch, Guest};
 use crate::rig::{DATA, Rig, Stop, page};
@@ -79,4 +84,71 @@ fn calls_from_many_threads_end_and_are_right() {
         });
     }
     rig.assert_clean();
+}
+
+/// A kernel in which two threads meet: a call of one of them waits for one of the other.
+#[derive(Debug)]
+struct Meeting {
+    kernel: Arc<dyn Kernel>,
+    /// Who has come; none: nobody waits.
+    come: Mutex<Option<HashSet<ThreadId>>>,
+    all: Condvar,
+}
+
+impl Before for Meeting {
+    fn behind(&self) -> &dyn Kernel {
+        &*self.kernel
+    }
+
+    fn passes(&self) {
+        let mut come = self.come.lock().unwrap();
+        let Some(threads) = &mut *come else { return };
+        threads.insert(std::thread::current().id());
+        self.all.notify_all();
+        // One that never comes is missed, and the test fails.
+        drop(self.all.wait_timeout_while(come, Duration::from_secs(30), |come| come.as_ref().is_some_and(|threads| threads.len() < 2)).unwrap());
+    }
+}
+
+type Act = fn(&Ioasid, u64);
+
+const ACTS: [(&str, Act); 5] = [
+    ("invalidate", |ioasid, _| drop(ioasid.invalidate(&[page(0x1000)]).unwrap())),
+    ("table_written", |ioasid, slot| drop(ioasid.table_written(Gpa(slot), 8).unwrap())),
+    ("synchronise", |ioasid, _| drop(ioasid.synchronise().unwrap())),
+    ("fault", |ioasid, _| drop(ioasid.fault(Iova(0x1000), Access { read: true, write: false }).unwrap())),
+    ("a command of many", |ioasid, _| drop(ioasid.invalidate(&[page(0x1000), page(0x2000), page(0x4000)]).unwrap())),
+];
+
+/// While one address space is in the middle of a call of the kernel, another one gets as far: they have no lock in common.
+#[test]
+fn address_spaces_do_not_wait_for_each_other() {
+    for (strategy, (what, act)) in [Strategy::Nested, Strategy::Areas].into_iter().flat_map(|strategy| ACTS.map(|act| (strategy, act))) {
+        let rig = Rig::new(&[UnitConfig::vtd("one")], &[("a", &[0]), ("b", &[0])]);
+        {
+            let meeting = Arc::new(Meeting { kernel: rig.kernel(), come: Mutex::new(None), all: Condvar::new() });
+            let context = Context::with(Setup { kernel: Arc::clone(&meeting) as Arc<dyn Kernel>, ..rig.setup() }).unwrap();
+            let guests = [0, 1].map(|index| Guest::at(Arch::Arm, &rig.memory, 0x10_0000 + index * 0x10_0000));
+            let both = ["a", "b"].map(|label| context.connect(label).unwrap()).into_iter().zip(&guests).map(|(device, guest)| {
+                let slot = guest.map(0x1000, DATA, true);
+                guest.map(0x3000, DATA, true);
+                let ioasid = context.allocate(Request::guest(guest.view()).with_strategies(&[strategy])).unwrap();
+                ioasid.attach(&device, None).unwrap();
+                guest.unmap(0x1000);
+                (device, ioasid, slot)
+            });
+            let both: Vec<_> = both.collect();
+            *meeting.come.lock().unwrap() = Some(HashSet::new());
+            std::thread::scope(|scope| {
+                let (one, other) = (&both[0], &both[1]);
+                scope.spawn(|| ACTS[0].1(&one.1, one.2));
+                scope.spawn(|| act(&other.1, other.2));
+            });
+            let come = meeting.come.lock().unwrap().take().unwrap();
+            assert_eq!(come.len(), 2, "{strategy}: {what} waited for an invalidation of another address space");
+            assert_eq!((rig.dma("a", 0x1000), rig.dma("b", 0x1000)), (None, None));
+            assert_eq!((rig.dma("a", 0x3000), rig.dma("b", 0x3000)), (Some(DATA), Some(DATA)));
+        }
+        rig.assert_clean();
+    }
 }

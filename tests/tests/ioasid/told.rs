@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use stagecraft::ioasid::{Context, GuestView, Ioasid, Request, Setup, Strategy, Target};
+use stagecraft::ioasid::{Context, GuestView, Ioasid, Request, Response, Setup, SpaceLimits, Strategy, Target};
 use stagecraft::plugin::queue::{Effect, Invalidation, Scope};
 use stagecraft::plugin::{Outcome, Tag, Translated};
-use stagecraft::sync::Unwatched;
+use stagecraft::sync::{ShadowLimits, Unwatched};
 use stagecraft::table::Piece;
 use stagecraft::{Access, Attributes, Change, Gpa, Iova, Span};
 use vm_memory::MmapRegion;
@@ -211,6 +211,36 @@ fn a_number_that_caches_may_know_is_not_used_again() {
             assert_eq!((rig.dma("nic", 0x1000), rig.dma("nic", 0x2000)), (None, Some(DATA)), "heard: {is_heard}");
             nic.detach(None).unwrap();
         }
+    }
+    rig.assert_clean();
+}
+
+/// What any unit lacks for want of room is told, also where another one walks the guest's own table and lacks nothing; and a device that asks for it is not sent round in circles.
+#[test]
+fn what_any_host_has_no_room_for_is_told() {
+    let rig = Rig::new(&[unit(Arch::Vtd), unit(Arch::Arm)], &[("nic", &[0]), ("disk", &[1])]);
+    let guest = Guest::new(Arch::Vtd, &rig.memory);
+    {
+        let context = rig.context();
+        let (nic, disk) = (context.connect("nic").unwrap(), context.connect("disk").unwrap());
+        let shadow = ShadowLimits { leaves: 1, ..ShadowLimits::default() };
+        let limits = SpaceLimits { shadow, ..SpaceLimits::default() };
+        guest.map(0x1000, DATA, true);
+        let ioasid = context.allocate(Request::guest(guest.view()).with_second_table().with_limits(limits)).unwrap();
+        ioasid.attach(&nic, None).unwrap();
+        ioasid.attach(&disk, None).unwrap();
+        assert_eq!(ioasid.strategies(), [Strategy::Native, Strategy::Nested]);
+        guest.map(0x2000, DATA + 0x2000, true);
+        let report = ioasid.invalidate(&[page(0x2000)]).unwrap();
+        assert_eq!((rig.dma("nic", 0x2000), rig.dma("disk", 0x2000)), (Some(DATA + 0x2000), None));
+        assert_eq!((report.blocked_count, report.blocked.len()), (1, 1));
+        assert_eq!(ioasid.fault(Iova(0x2000), BOTH).unwrap(), Response::Blocked);
+        assert_eq!(ioasid.fault(Iova(0x1000), BOTH).unwrap(), Response::Mapped);
+        // There is room.
+        guest.unmap(0x1000);
+        assert_eq!(ioasid.invalidate(&[page(0x1000)]).unwrap().changes, 1);
+        assert_eq!(ioasid.fault(Iova(0x2000), BOTH).unwrap(), Response::Mapped);
+        assert_eq!((rig.dma("nic", 0x2000), rig.dma("disk", 0x2000)), (Some(DATA + 0x2000), Some(DATA + 0x2000)));
     }
     rig.assert_clean();
 }

@@ -17,6 +17,7 @@ mod marks;
 mod mutate;
 mod racing;
 mod room;
+mod rows;
 mod second_stage;
 mod space;
 mod stages;

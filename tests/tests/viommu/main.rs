@@ -1,6 +1,7 @@
 //! The guest's IOMMU as a VMM drives it, end to end: real plugins, guests in memory, raw commands, and DMA through simulated hardware.
 #![allow(clippy::unwrap_used)]
 
+mod absurd;
 mod behaviour;
 mod contexts;
 mod failures;

@@ -62,6 +62,7 @@ impl Areas {
                 self.wanted.insert(piece.iova.first, Wanted::of(piece));
             } else {
                 self.figures.forgotten += 1;
+                self.forgotten.add(piece.iova);
             }
         }
     }

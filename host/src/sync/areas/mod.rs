@@ -23,6 +23,7 @@ use crate::kernel::handle::{Attachment, Device, Hwpt, Ioas, PageTable};
 use crate::kernel::{DeviceId, Errno, HwptFlags, HwptId, IovaRanges, Pasid};
 use crate::pins::{PAGE, Pins};
 use crate::sync::sink::{CommitError, Sink};
+use crate::sync::spans::Spans;
 use crate::table::Losses;
 use crate::{Change, Span};
 use book::{AreaMap, Scope, Verdict, Wanted, judge, overlapping};
@@ -36,7 +37,7 @@ pub struct AreaLimits {
     /// Copies that a swap may take for what stays, one for each run of areas without a gap. Where it would take more, the area is cut without a swap, and
     /// its pages are gone for a moment. This bounds what a guest can cause with one change.
     pub swap: usize,
-    /// Pieces that are remembered. What is told beyond them is not mapped until it is told anew.
+    /// Pieces that are remembered. What is told beyond them is not mapped until there is room, and it is told anew or offered ([`Sink::wants`]).
     pub pieces: usize,
     /// Neighbouring pieces of one batch become one area of up to so many bytes; 0: never.
     pub join: u64,
@@ -186,6 +187,8 @@ pub struct Areas {
     memory_changed: bool,
     /// What was lost may not be any more.
     look_again: bool,
+    /// Where pieces were told that there was no room for.
+    forgotten: Spans,
     /// Pieces of which something cannot be mapped as things are.
     lost: BTreeSet<u64>,
     /// Pieces of which the kernel refused something.
@@ -221,6 +224,7 @@ impl Areas {
             ranges_unknown: false,
             memory_changed: false,
             look_again: false,
+            forgotten: Spans::default(),
             lost: BTreeSet::new(),
             refused: BTreeSet::new(),
             retry_from: 0,
@@ -243,6 +247,11 @@ impl Areas {
     #[must_use]
     pub const fn losses(&self) -> &Losses {
         &self.losses
+    }
+
+    /// Pieces that were told are not known.
+    pub(crate) fn is_short(&self) -> bool {
+        !self.forgotten.as_slice().is_empty()
     }
 
     /// Nothing that is wanted is missing: neither lost as things are, nor refused by the kernel.
@@ -440,6 +449,16 @@ impl Sink for Areas {
 
     fn commit(&mut self) -> Result<(), CommitError> {
         Ok(self.try_commit()?)
+    }
+
+    fn wants(&self) -> Option<Span> {
+        self.forgotten.as_slice().first().copied().filter(|_| self.wanted.len() < self.limits.pieces)
+    }
+
+    fn offer(&mut self, span: Span, pieces: &[Change]) {
+        self.forgotten.remove(span);
+        let unknown: Vec<Change> = pieces.iter().filter(|piece| !self.wanted.contains_key(&piece.span().first)).copied().collect();
+        self.apply(&unknown);
     }
 
     fn track_dirty(&mut self, on: bool) -> bool {

@@ -88,7 +88,7 @@ impl<M: EntryMemory + ?Sized> Pass<'_, M> {
     fn alike<const COME: bool>(&mut self, node: &mut Node, (from, fresh): (usize, &[u64]), places: &mut Places, [old, new]: [&Word; 2]) {
         let (lsb, count) = (self.shadow.plan.levels[usize::from(node.level)].index_lsb, fresh.len());
         let (below, first) = (low_bits(lsb), node.base + ((node.first + from as u64) << lsb));
-        let iova = move |place: usize| Span { first: first + ((place as u64) << lsb), last: first + ((place as u64) << lsb) | below };
+        let iova = move |place: usize| Span { first: first + ((place as u64) << lsb), last: (first + ((place as u64) << lsb)) | below };
         let Some(target) = self.shadow.target.filter(|target| target.length_minus_one() >= below) else { return };
         if first < node.span.first || iova(count - 1).last > node.span.last {
             return;

@@ -224,7 +224,7 @@ impl Shadow {
 
     /// `length` bytes of guest memory from `address` on were written: reads the entries among them again, and adds what changed to `changes`.
     ///
-    /// The cost is that of one look-up per page, and of the entries. Pages without tables cost the look-up.
+    /// The cost is that of one look-up per page, or of going through all pages with tables if those are fewer, and of the entries.
     pub fn table_written<M: EntryMemory + ?Sized>(&mut self, memory: &M, address: Gpa, length: u64, budget: &Budget, changes: &mut Changes) {
         let Some(last) = length.checked_sub(1).map(|rest| address.0.saturating_add(rest)) else { return };
         self.look_at_entries(memory, Span { first: address.0, last }, Mode::Compare, budget, changes);

@@ -354,7 +354,20 @@ impl Pages {
         }
     }
 
-    /// The same, in no order that means anything.
+    /// Whether fewer pages have tables than this.
+    #[inline]
+    pub(super) fn are_fewer_than(&self, pages: u64) -> bool {
+        (self.holders.len() as u64) < pages
+    }
+
+    /// Those of some pages that have tables, ascending.
+    pub(super) fn among(&self, pages: std::ops::RangeInclusive<u64>) -> Vec<u64> {
+        let mut found: Vec<u64> = self.holders.keys().filter(|page| pages.contains(page)).copied().collect();
+        found.sort_unstable();
+        found
+    }
+
+    /// The nodes of one page, in no order that means anything.
     pub(super) fn some_holders(&self, page: u64) -> impl Iterator<Item = NodeId> + '_ {
         let (one, many) = match self.holders.get(&page) {
             None => (None, None),

@@ -101,19 +101,26 @@ impl<'a, M: EntryMemory + ?Sized> Pass<'a, M> {
         {
             return self.written_in(node, bytes, mode);
         }
+        let (first, last) = (bytes.first / PAGE, bytes.last / PAGE);
+        if self.shadow.pages.are_fewer_than(last - first) {
+            self.shadow.pages.among(first..=last).into_iter().for_each(|page| self.written_page(page, bytes, mode));
+        } else {
+            (first..=last).for_each(|page| self.written_page(page, bytes, mode));
+        }
+    }
+
+    /// The same for what is in one page.
+    fn written_page(&mut self, page: u64, bytes: Span, mode: Mode) {
         let mut nodes = std::mem::take(&mut self.shadow.scratch.written);
-        for page in bytes.first / PAGE..=bytes.last / PAGE {
-            nodes.clear();
-            self.shadow.pages.holders(page, &mut nodes);
-            let here = Span { first: bytes.first.max(page * PAGE), last: bytes.last.min(page * PAGE + (PAGE - 1)) };
-            if nodes.len() > 1 {
-                // Those that others hang from come first; what they drop is then gone.
-                let key = |node: &Node| (u8::MAX - self.shadow.plan.levels[usize::from(node.level)].index_lsb, node.span);
-                nodes.sort_by_key(|id| self.shadow.nodes.get(*id).map(key));
-            }
-            for node in &nodes {
-                self.written_in(*node, here, mode);
-            }
+        self.shadow.pages.holders(page, &mut nodes);
+        let here = Span { first: bytes.first.max(page * PAGE), last: bytes.last.min(page * PAGE + (PAGE - 1)) };
+        if nodes.len() > 1 {
+            // Those that others hang from come first; what they drop is then gone.
+            let key = |node: &Node| (u8::MAX - self.shadow.plan.levels[usize::from(node.level)].index_lsb, node.span);
+            nodes.sort_by_key(|id| self.shadow.nodes.get(*id).map(key));
+        }
+        for node in &nodes {
+            self.written_in(*node, here, mode);
         }
         nodes.clear();
         self.shadow.scratch.written = nodes;
