@@ -83,7 +83,7 @@ impl Front<'_> {
             }
         }
         self.coverage.add_many("vIOMMU: compared".to_owned(), compared);
-        Ok(())
+        self.compare_events(&samples)
     }
 
     fn compare_one(&self, (device, pasid): (usize, Option<u32>), samples: &[u64]) -> Result<u64, String> {

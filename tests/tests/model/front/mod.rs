@@ -3,6 +3,7 @@
 
 mod arrange;
 mod ask;
+mod events;
 mod forget;
 mod judge;
 mod structures;
