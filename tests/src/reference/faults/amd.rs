@@ -44,7 +44,7 @@ fn head(code: u64, request: &Request, whose: Whose) -> u64 {
     code << 60 | field(request.id, 15, 0) | who
 }
 
-/// NX 49, US 50 (both with GN), I 51, PR 52, RW 53, PE 54, RZ 55, TR 56. The address is in the second word.
+/// NX 49, US 50 (both with GN and PR), I 51, PR 52, RW 53, PE 54, RZ 55, TR 56. The address is in the second word.
 fn page_fault(request: &Request, whose: Whose, address: u64, flags: Flags) -> Told {
     let mut word = head(IO_PAGE_FAULT, request, whose);
     word |= match flags {
@@ -58,13 +58,9 @@ fn page_fault(request: &Request, whose: Whose, address: u64, flags: Flags) -> To
     word |= flag(guest && request.executes(), 49) | flag(guest && !request.privileged, 50);
     let mut told = Told::record(&[word, address]);
     if flags == Flags::Absent {
-        told = told.without(0, 55, 53);
+        told = told.without(0, 55, 53).without(0, 50, 49);
     }
-    if !guest {
-        told = told.without(0, 50, 49);
-    }
-    // PE and RZ together: of what may not be done in an entry that is also malformed either is right.
-    told
+    if guest { told } else { told.without(0, 50, 49) }
 }
 
 /// Types 58:57 are the system's own, and so are the flags that go with them; the address has no lower bits.
@@ -97,8 +93,10 @@ pub(super) fn expected(unit: &Unit<'_>, request: &Request) -> Result<Option<Answ
         return Err(Problem::Unsupported("segments of the device table".to_owned()));
     }
     if request.id * 32 >= (bits(base, 8, 0) + 1) * 4096 {
-        // Beyond the table: a page fault, with nothing present.
-        let told = [Whose::Host(0)].map(|whose| page_fault(request, whose, request.iova, Flags::Absent).without(0, 47, 32)).to_vec();
+        // Beyond the table: an entry that is none, or as others have it a page fault with nothing present.
+        let mut told = illegal(request, &[false, true]);
+        let whose = request.pasid.map_or(Whose::Host(0), |pasid| Whose::Guest(pasid.into()));
+        told.push(page_fault(request, whose, request.iova, Flags::Absent).without(0, 48, 32).without(0, 19, 16));
         return Ok(Some(Answer::new("beyond the device table", told)));
     }
     let address = (bits(base, 51, 12) << 12) + request.id * 32;
@@ -141,8 +139,8 @@ fn of_entry(unit: &Unit<'_>, request: &Request, entry: &[u64; 4]) -> Result<Opti
         }
         // Section 2.2.2, tables 7 and 8: with V and without TV requests are target aborted.
         "TV is 0" => return Ok(Some(Answer::new(reason, [faults(&[Flags::Absent, Flags::Denied]), illegal(request, &[false])].concat()))),
-        // "Access controlled by IR and IW."
-        "nothing is allowed" => return Ok(Some(Answer::new(reason, faults(&[Flags::Denied])))),
+        // "Access controlled by IR and IW": they deny it, or there is no page.
+        "nothing is allowed" => return Ok(Some(Answer::new(reason, faults(&[Flags::Denied, Flags::Absent])))),
         // Guest translation is off: no page for it, or an entry that should have it.
         "PASID without guest tables" => {
             return Ok(Some(Answer::new(reason, [faults(&[Flags::Absent, Flags::Level]), illegal(request, &[false])].concat())));

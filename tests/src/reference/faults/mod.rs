@@ -9,7 +9,7 @@ mod riscv;
 mod smmu;
 mod vtd;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 
 use super::snapshot::Snapshot;
 use super::{Problem, bits};
@@ -121,10 +121,19 @@ pub fn expected(snapshot: &Snapshot, is_there: &dyn Fn(u64) -> bool, request: &R
     visited(snapshot, is_there, request).0
 }
 
-/// The same, and the addresses of what was read on the way: structures, and entries of tables.
+/// What was read for a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Read {
+    /// Where.
+    pub address: u64,
+    /// It is an entry of a table, by which no structure was found.
+    pub of_walk: bool,
+}
+
+/// The same, and what was read on the way: structures, and entries of tables.
 #[allow(clippy::type_complexity)]
-pub fn visited(snapshot: &Snapshot, is_there: &dyn Fn(u64) -> bool, request: &Request) -> (Result<Option<Answer>, Problem>, Vec<u64>) {
-    let unit = Unit { snapshot, is_there, read: RefCell::default() };
+pub fn visited(snapshot: &Snapshot, is_there: &dyn Fn(u64) -> bool, request: &Request) -> (Result<Option<Answer>, Problem>, Vec<Read>) {
+    let unit = Unit { snapshot, is_there, read: RefCell::default(), walks: Cell::new(false) };
     let answer = match snapshot.unit_kind.as_str() {
         "arm-smmuv3" => smmu::expected(&unit, request),
         "intel-vtd" => vtd::expected(&unit, request),
@@ -139,8 +148,10 @@ pub fn visited(snapshot: &Snapshot, is_there: &dyn Fn(u64) -> bool, request: &Re
 struct Unit<'a> {
     snapshot: &'a Snapshot,
     is_there: &'a dyn Fn(u64) -> bool,
-    /// Addresses of all that was read.
-    read: RefCell<Vec<u64>>,
+    /// All that was read.
+    read: RefCell<Vec<Read>>,
+    /// A request's own walk goes on.
+    walks: Cell<bool>,
 }
 
 impl Unit<'_> {
@@ -153,7 +164,7 @@ impl Unit<'_> {
         if !(self.is_there)(address) {
             return Ok(None);
         }
-        self.read.borrow_mut().push(address);
+        self.read.borrow_mut().push(Read { address, of_walk: self.walks.get() });
         self.snapshot.memory.read(address, false).map(Some)
     }
 

@@ -97,6 +97,7 @@ impl<'a> Path<'a> {
     /// Where a request goes.
     pub fn request(&self, request: &Request) -> Found<u64> {
         let mut address = request.iova;
+        self.unit.walks.set(true);
         for stage in 0..self.stages.len() {
             match self.through(stage, address, Purpose::Request { writes: request.writes() })? {
                 Ok(found) => address = found,
@@ -108,6 +109,7 @@ impl<'a> Path<'a> {
 
     /// Where the only stage has a structure.
     pub fn structure(&self, address: u64) -> Found<u64> {
+        self.unit.walks.set(false);
         self.through(0, address, Purpose::Fetch(Fetch::Structure))
     }
 

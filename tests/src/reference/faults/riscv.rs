@@ -143,6 +143,23 @@ pub(super) fn expected(unit: &Unit<'_>, request: &Request) -> Result<Option<Answ
     Ok(refused.map(|refused| unless(quiet, format!("{refused:x?}"), walked(&stages, request, &refused))))
 }
 
+/// The second stage refuses to have a process directory read: "let a be ..., translate a" may mean a table's address, or an entry's in it. The Privileged specification
+/// has implicit accesses fail as what the request did; these are "treated as implicit read memory accesses", and count as reads by themselves, and what cannot be
+/// read as an access to the directory.
+fn directory(stages: &[TableConfig], request: &Request, refused: &Refused) -> Vec<Told> {
+    let mut told = Vec::new();
+    for input in [refused.input, refused.input & !0xfff] {
+        let refused = Refused { input, ..refused.clone() };
+        told.extend(walked(stages, request, &refused));
+        if let Some(Cause::Unreadable(_)) = refused.causes.last() {
+            told.extend(record(PDT_LOAD, request, None));
+        } else {
+            told.extend(record(21, request, Some(input & !3 | 1)));
+        }
+    }
+    told
+}
+
 /// The second stage of a device context: Sv39x4, Sv48x4 or Sv57x4.
 fn second_stage(unit: &Unit<'_>, context: &[u64; 4]) -> Option<TableConfig> {
     let mode = bits(context[1], 63, 60);
@@ -169,11 +186,7 @@ fn process_context(unit: &Unit<'_>, request: &Request, context: &[u64; 4], proce
             Some(second) => match Path::new(unit, &[second])?.structure(address)? {
                 Ok(physical) => physical,
                 Err(refused) => {
-                    // "Let a be ..., translate a": the table's address, or the entry's in it.
-                    let mut told = walked(&[second], request, &refused);
-                    let table = Refused { input: refused.input & !0xfff, ..refused.clone() };
-                    told.extend(walked(&[second], request, &table));
-                    return Ok(Err(Answer::new(format!("PDT: {refused:x?}"), told)));
+                    return Ok(Err(Answer::new(format!("PDT: {refused:x?}"), directory(&[second], request, &refused))));
                 }
             },
         };

@@ -84,6 +84,7 @@ fn legacy(unit: &Unit<'_>, request: &Request, table: u64) -> Result<Option<Answe
                 Cause::Absent | Cause::Permission if request.writes() => 0x05,
                 Cause::Absent | Cause::Permission => 0x06,
                 // LCT.4.3 through SSPTPTR, LSS.1 through an entry.
+                Cause::Unreadable(address) if may_be_reserved(*address) => 0x0c,
                 Cause::Unreadable(_) if refused.depth == 0 => 0x03,
                 Cause::Unreadable(_) => 0x07,
                 _ => 0x0c,
@@ -91,6 +92,11 @@ fn legacy(unit: &Unit<'_>, request: &Request, table: u64) -> Result<Option<Answe
         }
         structure(&format!("{refused:x?}"), &reasons, request, quiet)
     }))
+}
+
+/// Bits beyond the host's address width are reserved in entries. No register says it; it is 48 at least.
+fn may_be_reserved(address: u64) -> bool {
+    address >> 48 != 0
 }
 
 /// Addresses that no memory has.
@@ -190,15 +196,24 @@ fn walked(stages: &[TableConfig], request: &Request, refused: &Refused) -> Vec<u
             (true, Cause::Absent, _) => reasons.push(0x71),
             (true, Cause::Privilege, _) => reasons.push(0x81),
             // SFS.4 through FSPTPTR, SFS.1 through an entry.
-            (true, Cause::Unreadable(_), _) => reasons.push(if refused.depth == 0 { 0x73 } else { 0x70 }),
+            (true, Cause::Unreadable(address), _) => {
+                reasons.push(if refused.depth == 0 { 0x73 } else { 0x70 });
+                reasons.extend(Some(0x72).filter(|_| may_be_reserved(*address)));
+            }
             (true, Cause::Permission, _) => reasons.push(if request.writes() { 0x85 } else { 0x86 }),
             (true, ..) => reasons.push(0x72),
             // SSS.2: neither R nor W in an entry, or in all of them together.
-            (false, Cause::Absent, _) => reasons.push(0x79),
+            (false, Cause::Absent, None) => reasons.push(0x79),
+            // Then there is no permission to read the first stage's entry as well: SFS.6, SFS.7.
+            (false, Cause::Absent, Some(Fetch::Entry { depth: 0, .. })) => reasons.extend([0x79, 0x75]),
+            (false, Cause::Absent, Some(_)) => reasons.extend([0x79, 0x76]),
             // SFS.5: an entry of the first stage points to where no input of the second is; SGN.5 of any such input.
             (false, Cause::Range, Some(_)) => reasons.extend([0x74, 0x84]),
             (false, Cause::Range, None) => reasons.push(0x84),
-            (false, Cause::Unreadable(_), _) => reasons.push(if refused.depth == 0 { 0x7b } else { 0x78 }),
+            (false, Cause::Unreadable(address), _) => {
+                reasons.push(if refused.depth == 0 { 0x7b } else { 0x78 });
+                reasons.extend(Some(0x7a).filter(|_| may_be_reserved(*address)));
+            }
             // SFS.6 of the first table, SFS.7 of the others, SFS.8 of marks.
             (false, Cause::Permission, Some(Fetch::Entry { writes: true, .. })) => reasons.push(0x77),
             (false, Cause::Permission, Some(Fetch::Entry { depth: 0, .. })) => reasons.push(0x75),

@@ -203,11 +203,6 @@ impl Structures {
         [None].into_iter().chain(pasids.filter(|_| self.pasids)).collect()
     }
 
-    /// An address of a structure.
-    pub fn holds(&self, address: u64) -> bool {
-        self.used.contains(&(address & !0xfff))
-    }
-
     /// What the guest's memory holds of structures.
     pub fn pages(&self) -> Memory {
         let mut memory = Memory::default();
