@@ -34,6 +34,8 @@ pub struct Behind {
     pub level: Option<i8>,
     /// The structure's address, before the table.
     pub address: u64,
+    /// An entry of the table that could not be read: its address.
+    pub unreadable: Option<u64>,
 }
 
 /// Why a plugin did not get what it asked for last.

@@ -131,11 +131,10 @@ mod flag {
 /// The event log entry.
 pub(crate) fn encode(event: &Event) -> Result<EventRecord, Error> {
     let code = match (event.name.as_deref(), event.fault) {
-        (None, FaultKind::Unreadable) | (Some("PAGE_TAB_HARDWARE_ERROR"), _) => 4,
-        (None, _) | (Some("IO_PAGE_FAULT"), _) => 2,
+        _ if is_page_fault(event) => 2,
+        (None | Some("PAGE_TAB_HARDWARE_ERROR"), _) => 4,
         (Some("ILLEGAL_DEV_TABLE_ENTRY"), _) => 1,
         (Some("DEV_TAB_HARDWARE_ERROR"), _) => 3,
-        // Its type field has encodings for more kinds of requests than the event tells.
         (Some(name), _) => return Err(Error::Unsupported(format!("an event log entry for `{name}`"))),
     };
     let id = u16::try_from(event.id).map_err(|_| Error::invalid("id", event.id, EVENTS, "a DeviceID has 16 bits"))?;
@@ -160,6 +159,16 @@ pub(crate) fn encode(event: &Event) -> Result<EventRecord, Error> {
     // Hardware errors name what could not be read.
     let address = if code >= 3 { event.unreadable.unwrap_or(0) & !0xf } else { event.iova };
     Ok(EventRecord::of_words("event log", &[low, address]))
+}
+
+/// Whether it is an IO_PAGE_FAULT: of a table, also of the host table on the way to a guest CR3 table, and of a PASID that has no table. INVALID_DEVICE_REQUEST, which
+/// that is beside others, has no type for it.
+pub(crate) fn is_page_fault(event: &Event) -> bool {
+    match event.name.as_deref() {
+        None => event.fault != FaultKind::Unreadable,
+        Some("PAGE_TAB_HARDWARE_ERROR") => event.format.is_some() && !matches!(event.fault, FaultKind::Unreadable | FaultKind::Configuration),
+        Some(name) => matches!(name, "IO_PAGE_FAULT" | "INVALID_DEVICE_REQUEST"),
+    }
 }
 
 /// Section 2.5.3. All other flags mean something only if PR is set.

@@ -114,7 +114,9 @@ fn other_events() {
     assert_eq!(record(&Event { fault: FaultKind::Unreadable, ..event() })[0] >> 60, 4);
     assert_eq!(record(&named("IO_PAGE_FAULT"))[0], 0x2000_1234_0000_0138);
     let refused = |event: &Event| AmdVi::encode_event(&Registers::default(), event).unwrap_err();
-    assert!(matches!(refused(&named("INVALID_DEVICE_REQUEST")), Error::Unsupported(_)));
+    assert!(matches!(refused(&named("X")), Error::Unsupported(_)));
+    let stranger = Event { pasid: Some(0x1_0042), ..named("INVALID_DEVICE_REQUEST") };
+    assert_eq!(record(&stranger), [0x2001_0042_0001_0138, 0x1_2345_6789], "a PASID without tables: nothing is there");
     assert!(matches!(refused(&Event { id: 1 << 16, ..event() }), Error::Invalid(_)));
 }
 

@@ -150,8 +150,8 @@ mod record {
     pub(super) const F: Field = Field::new(63, 63);
 }
 
-/// Fault reasons of what leads to the tables, section 7.1.3, by the names that `lookup` gives.
-const REASONS: [(&str, u64); 33] = [
+/// Fault reasons of what leads to the tables, section 7.1.3, by the names that `lookup` and the review of an event give.
+const REASONS: [(&str, u64); 41] = [
     ("LRT.1", 0x08),
     ("LRT.2", 0x01),
     ("LRT.3", 0x0a),
@@ -160,6 +160,8 @@ const REASONS: [(&str, u64); 33] = [
     ("LCT.3", 0x0b),
     ("LCT.4.1", 0x03),
     ("LCT.4.2", 0x03),
+    ("LCT.4.3", 0x03),
+    ("LGN.1", 0x04),
     ("RTA.1.1", 0x30),
     ("RTA.1.2", 0x30),
     ("RTA.1.3", 0x30),
@@ -185,6 +187,12 @@ const REASONS: [(&str, u64); 33] = [
     ("SPT.2", 0x59),
     ("SPT.3", 0x5a),
     ("SPT.6", 0x5d),
+    ("SFS.4", 0x73),
+    ("SFS.6", 0x75),
+    ("SFS.7", 0x76),
+    ("SFS.8", 0x77),
+    ("SSS.4", 0x7b),
+    ("SGN.4", 0x83),
 ];
 
 /// The fault record.
@@ -232,8 +240,8 @@ fn scalable_reason(event: &Event) -> u64 {
                 0x80
             }
         }
-        // The second stage forbids reading the first one's tables.
-        (FaultKind::Translation | FaultKind::Permission, _) if second && event.reading_table => 0x76,
+        // The second stage forbids reading the first one's tables: SFS.7, unless structures say more.
+        (FaultKind::Permission, _) if second && event.reading_table => 0x76,
         (FaultKind::Translation, _) if !second => 0x71,
         (FaultKind::Translation, _) => 0x79,
         (FaultKind::Permission | FaultKind::AccessFlag | FaultKind::Configuration, Access::Execute) => 0x82,
