@@ -175,6 +175,7 @@ pub fn encode_event<U: Unit>(unit: &str, registers: Vec<types::Named>, event: qu
         name: event.name,
         format: event.format,
         level: event.level,
+        entries: event.entries,
         id: event.id,
         pasid: event.pasid,
         iova: event.iova,

@@ -382,6 +382,7 @@ fn commands_and_events_pass_the_sandbox_checked() {
         name: None,
         format: Some("hostile/radix".to_owned()),
         level: Some(3),
+        entries: Vec::new(),
         id: 0x38,
         pasid: Some(7),
         iova: 0x1234_5000,

@@ -122,6 +122,7 @@ fn every_unit_has_an_answer_about_commands_and_events() {
         name: None,
         format: Some("some/table".to_owned()),
         level: Some(2),
+        entries: Vec::new(),
         id: 0x38,
         pasid: None,
         iova: 0x1234_5678,

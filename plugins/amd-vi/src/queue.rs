@@ -7,9 +7,11 @@
 
 use stagecraft_sdk::bits::Field;
 use stagecraft_sdk::queue::{Access, decode_each};
-use stagecraft_sdk::{Answer, Command, Effect, Error, Event, EventRecord, FaultKind, PageRequest, Registers, Response, Scope};
+use stagecraft_sdk::{Answer, Command, Effect, Error, Event, EventRecord, FaultKind, Format, PageRequest, Registers, Response, Scope};
 
 use crate::spec::registers::efr;
+use crate::spec::v1;
+use crate::v1::V1;
 
 const COMMANDS: &str = "48882 section 2.4";
 const EVENTS: &str = "48882 section 2.5";
@@ -171,18 +173,25 @@ pub(crate) fn is_page_fault(event: &Event) -> bool {
     }
 }
 
+/// Whether what is wrong with an entry of a host table is no reserved bit: then it is the level, or a size.
+fn is_level(event: &Event) -> bool {
+    let Some(entry) = event.entries.last().filter(|_| event.is_of(V1::NAME)) else { return false };
+    let is_table = !matches!(v1::NEXT_LEVEL.of(*entry), v1::LEAF | v1::SIZED_LEAF);
+    entry & (v1::RESERVED | if is_table { v1::U | v1::FC } else { 0 }) == 0
+}
+
 /// Section 2.5.3. All other flags mean something only if PR is set.
 fn page_fault_flags(event: &Event) -> u64 {
-    let reserved = matches!(event.fault, FaultKind::Reserved | FaultKind::Misaligned);
+    let malformed = matches!(event.fault, FaultKind::Reserved | FaultKind::Misaligned);
     let denied = matches!(event.fault, FaultKind::Permission | FaultKind::AccessFlag);
-    if !reserved && !denied {
+    if !malformed && !denied {
         return 0;
     }
     let guest = event.pasid.is_some();
     flag::PR.put(1)
         | flag::RW.put((event.access == Access::Write).into())
         | flag::PE.put(denied.into())
-        | flag::RZ.put(reserved.into())
+        | flag::RZ.put((malformed && !is_level(event)).into())
         | flag::US.put((guest && !event.privileged).into())
         | flag::NX.put((guest && event.access == Access::Execute).into())
 }

@@ -9,9 +9,9 @@ use crate::spec::registers::cr2;
 use crate::spec::{cd, ste};
 use crate::stream::{self, Features, Stop, Stream};
 
-/// The event of a walk that the stage records or not: F_WALK_EABT is always recorded.
+/// The event of a walk that the stage records or not: F_WALK_EABT is always recorded. Where a CD disables both halves no walk is needed.
 fn is_optional(event: &Event) -> bool {
-    event.fault != FaultKind::Unreadable && event.format.is_some()
+    event.fault != FaultKind::Unreadable && event.format.is_some() || event.name.as_deref() == Some("F_TRANSLATION")
 }
 
 /// The event, or none if nothing is recorded.

@@ -136,6 +136,7 @@ fn event() -> Event {
         name: None,
         format: Some("arm-smmuv3/stage1".to_owned()),
         level: Some(3),
+        entries: Vec::new(),
         id: 0x38,
         pasid: None,
         iova: 0xffff_8765_4321_0678,

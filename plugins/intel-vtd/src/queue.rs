@@ -12,6 +12,7 @@ use stagecraft_sdk::queue::{Access, decode_each};
 use stagecraft_sdk::{Answer, Command, Effect, Error, Event, EventRecord, FaultKind, Format, PageRequest, Registers, Response, Scope};
 
 use crate::second_stage::SecondStage;
+use crate::spec::first_stage;
 use crate::spec::registers::{ecap, iqa, rtaddr};
 
 const DESCRIPTORS: &str = "D51397 section 6.5.2";
@@ -229,7 +230,7 @@ const fn legacy_reason(event: &Event) -> u64 {
     }
 }
 
-/// Tables of scalable mode: SFS, SSS and SGN conditions. A user's request to a supervisor's page counts as one without permission: the event does not tell.
+/// Tables of scalable mode: SFS, SSS and SGN conditions.
 fn scalable_reason(event: &Event) -> u64 {
     let second = event.is_of(SecondStage::NAME);
     match (event.fault, event.access) {
@@ -244,6 +245,8 @@ fn scalable_reason(event: &Event) -> u64 {
         (FaultKind::Permission, _) if second && event.reading_table => 0x76,
         (FaultKind::Translation, _) if !second => 0x71,
         (FaultKind::Translation, _) => 0x79,
+        // A user's request to a supervisor's page: U/S of any entry.
+        (FaultKind::Permission, _) if !second && !event.privileged && event.entries.iter().any(|entry| entry & first_stage::US == 0) => 0x81,
         (FaultKind::Permission | FaultKind::AccessFlag | FaultKind::Configuration, Access::Execute) => 0x82,
         (FaultKind::Permission | FaultKind::AccessFlag | FaultKind::Configuration, Access::Write) => 0x85,
         (FaultKind::Permission | FaultKind::AccessFlag | FaultKind::Configuration, Access::Read) => 0x86,

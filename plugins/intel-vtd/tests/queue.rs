@@ -106,6 +106,7 @@ fn event() -> Event {
         name: None,
         format: Some("intel-vtd/second-stage".to_owned()),
         level: Some(1),
+        entries: Vec::new(),
         id: 0x0138,
         pasid: None,
         iova: 0x1_2345_6789,

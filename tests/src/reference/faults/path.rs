@@ -162,13 +162,15 @@ impl<'a> Path<'a> {
                         return refused(causes, depth);
                     }
                     table = Table { address, half, depth: depth + 1 + skip, allowed: table.allowed.and(limit) };
-                    if !table.allowed.allows(purpose.writes()) && causes.is_empty() {
-                        causes = denied(config, entry, table.allowed);
+                    if !limit.allows(purpose.writes()) {
+                        causes.push(denied(config, entry));
                     }
                 }
                 Entry::Leaf { address, access, size, .. } => {
-                    if !table.allowed.and(access).allows(purpose.writes()) && causes.is_empty() {
-                        causes = denied(config, entry, access);
+                    if !access.allows(purpose.writes()) {
+                        causes.push(denied(config, entry));
+                    } else if !table.allowed.allows(purpose.writes()) && causes.is_empty() {
+                        causes.push(Cause::Permission);
                     }
                     if matches!(purpose, Purpose::Fetch(_)) && config.keeps_tables_out(entry) {
                         causes.push(Cause::Permission);
@@ -198,11 +200,10 @@ impl<'a> Path<'a> {
     }
 }
 
-/// Why a request may not do what it wants to do, of the entry that takes it away.
-fn denied(config: &TableConfig, entry: u64, allows: Access) -> Vec<Cause> {
-    // x86: U/S is bit 2; without it nothing is allowed.
-    let user = matches!(config, TableConfig::VtdFirst(_) | TableConfig::AmdV2(_)) && !bit(entry, 2) && allows == Access::NONE;
-    vec![if user { Cause::Privilege } else { Cause::Permission }]
+/// Why a request may not do what it wants to do, of an entry that takes it away. x86: U/S is bit 2, and without it nothing is allowed.
+fn denied(config: &TableConfig, entry: u64) -> Cause {
+    let user = matches!(config, TableConfig::VtdFirst(_) | TableConfig::AmdV2(_)) && !bit(entry, 2);
+    if user { Cause::Privilege } else { Cause::Permission }
 }
 
 /// What is wrong with an entry that no walk goes through.

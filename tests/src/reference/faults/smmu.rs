@@ -137,7 +137,9 @@ pub(super) fn expected(unit: &Unit<'_>, request: &Request) -> Result<Option<Answ
     let resolution = detect::resolve_pasid(unit.snapshot, request.id, request.pasid.map(u64::from));
     let reason = if let Ok(Resolution::Blocked(reason)) = &resolution { reason.clone() } else { String::new() };
     let reason = reason.as_str();
-    let of_cd = reason.starts_with("CD.") || reason == "both halves are off";
+    // Without halves there is no table, and every address is outside of all.
+    let no_halves = reason == "both halves are off";
+    let of_cd = reason.starts_with("CD.");
     let of_ste = reason.starts_with("STE.") && !reason.contains("S1DSS")
         || ["a stage that is not implemented", "EATS 0b10", "EATS 0b01", "STRW", "S2VMID", "S1STALLD", "S1CDMax", "S1Fmt", "S1ContextPtr"]
             .contains(&reason)
@@ -184,6 +186,10 @@ pub(super) fn expected(unit: &Unit<'_>, request: &Request) -> Result<Option<Answ
         }
     } else if let Some(answer) = context(unit, request, &ste_words, most, of_cd)? {
         return Ok(Some(answer));
+    }
+    if no_halves && !skips {
+        let refused = Refused { stage: 0, input: request.iova, fetch: None, causes: vec![Cause::Range], depth: 0 };
+        return Ok(Some(recorded(request, &refused, false, records_first(unit, request, &ste_words, most)?)));
     }
     if stages.is_empty() {
         return Err(Problem::Unsupported(format!("{reason:?} of a stream")));
