@@ -17,7 +17,8 @@ const UNQUALIFIED: [&str; 4] = ["LRT.", "SRT.", "RTA.", "LCT.1"];
 /// What was read on the way to a request's tables, as far as it goes.
 #[derive(Default)]
 struct Found {
-    quiet: bool,
+    /// FPD of the context entry, of it or the PASID directory entry, and of any.
+    quiet: [bool; 3],
     /// SSPTPTR.
     second: Option<TableConfig>,
     /// FSPTPTR.
@@ -36,8 +37,15 @@ pub(crate) fn review(registers: &Registers, event: Event, memory: &mut dyn Guest
         return Ok((event.iova >> unit.host_bits() != 0).then(|| Event { name: Some(name.to_owned()), ..event }));
     }
     let found = if is_legacy { legacy(&unit, event.id, memory) } else { scalable(&unit, &event, memory) }.unwrap_or_default();
-    let is_unqualified = event.name.as_deref().is_some_and(|name| UNQUALIFIED.iter().any(|known| name.starts_with(known)));
-    if found.quiet && !is_unqualified {
+    // What comes behind the structure that is wrong has no say.
+    let is_quiet = match event.name.as_deref() {
+        Some(name) if UNQUALIFIED.iter().any(|known| name.starts_with(known)) => false,
+        Some(name) if ["LCT.", "SCT.", "SGN.10"].iter().any(|known| name.starts_with(known)) => found.quiet[0],
+        Some("SPD.1") => found.quiet[0],
+        Some(name) if name.starts_with("SPD.") || name == "SPT.1" => found.quiet[1],
+        _ => found.quiet[2],
+    };
+    if is_quiet {
         return Ok(None);
     }
     let name = if event.name.is_some() {
@@ -87,7 +95,7 @@ fn legacy(unit: &Hardware, id: u64, memory: &mut dyn GuestMemory) -> Option<Foun
     }
     let [low, high] = read(memory, POINTER.in_place(low) + (id & 0xff) * u64::from(context::BYTES))?;
     let second = unit.levels(context::AW.of(high)).map(|levels| unit.second_stage(POINTER.in_place(low), levels, false));
-    Some(Found { quiet: low & FPD != 0, second, ..Found::default() })
+    Some(Found { quiet: [low & FPD != 0; 3], second, ..Found::default() })
 }
 
 fn scalable(unit: &Hardware, event: &Event, memory: &mut dyn GuestMemory) -> Option<Found> {
@@ -98,20 +106,22 @@ fn scalable(unit: &Hardware, event: &Event, memory: &mut dyn GuestMemory) -> Opt
         return None;
     }
     let entry: [u64; 4] = read(memory, POINTER.in_place(half) + (function & 0x7f) * u64::from(scalable_context::BYTES))?;
-    let mut found = Found { quiet: entry[0] & FPD != 0, ..Found::default() };
+    let mut found = Found { quiet: [entry[0] & FPD != 0; 3], ..Found::default() };
     let pasid = event.pasid.map_or(scalable_context::RID_PASID.of(entry[1]), u64::from);
     let beyond = (pasid >> 6) >> (scalable_context::PDTS.of(entry[0]) + 7) != 0;
     if entry[0] & PRESENT == 0 || beyond || event.pasid.is_some() && entry[0] & scalable_context::PASIDE == 0 {
         return Some(found);
     }
     let Some([entry]) = read(memory, POINTER.in_place(entry[0]) + (pasid >> 6) * u64::from(directory::BYTES)) else { return Some(found) };
-    found.quiet |= entry & FPD != 0;
+    if entry & FPD != 0 {
+        found.quiet = [found.quiet[0], true, true];
+    }
     if entry & PRESENT == 0 {
         return Some(found);
     }
     let address = POINTER.in_place(entry) + (pasid & 0x3f) * u64::from(pasid::BYTES);
     let Some(entry) = read::<8>(memory, address) else { return Some(found) };
-    found.quiet |= entry[0] & FPD != 0;
+    found.quiet[2] |= entry[0] & FPD != 0;
     let kind = pasid::PGTT.of(entry[0]);
     let has_first = matches!(kind, pasid::FIRST_STAGE | pasid::NESTED);
     if entry[0] & PRESENT != 0 {

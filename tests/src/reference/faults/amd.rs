@@ -192,7 +192,7 @@ fn walked(stages: &[TableConfig], request: &Request, refused: &Refused, pasid: O
             Cause::Permission | Cause::Privilege => &[Flags::Denied],
             Cause::Reserved | Cause::AddressSize => &[Flags::Reserved],
             Cause::Level => &[Flags::Level],
-            // An address that no table has: no page is there for it.
+            // An address that no table has, or no entry: no page is there for it.
             _ => &[Flags::Absent, Flags::Level],
         };
         if let Cause::Unreadable(address) = cause {

@@ -15,8 +15,10 @@ pub enum Cause {
     Absent,
     /// An entry has reserved bits.
     Reserved,
-    /// An entry codes a level or a size that there is not, or bits of levels that were left out are not zero.
+    /// An entry codes a level or a size that there is not.
     Level,
+    /// Bits of levels that were left out are not zero.
+    Skipped,
     /// An address in an entry has more bits than there are.
     AddressSize,
     /// The access flag is clear.
@@ -158,7 +160,7 @@ impl<'a> Path<'a> {
                 Entry::Table { address, limit, skip, half, .. } => {
                     let next = region.steps[depth + 1 + skip];
                     if bits(position, step.shift - 1, 0) >> next.shift >= next.entries {
-                        causes.push(Cause::Level);
+                        causes.push(Cause::Skipped);
                         return refused(causes, depth);
                     }
                     table = Table { address, half, depth: depth + 1 + skip, allowed: table.allowed.and(limit) };

@@ -10,6 +10,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::structures::id;
 use super::{Front, snapshot};
+use crate::guests::{Arch, words};
 use crate::session::Outcomes;
 
 /// Requests of each requester.
@@ -114,11 +115,11 @@ impl Front<'_> {
         }
         let record = events.records.first().map(|record| &record.bytes[..]);
         if events.lost != 0 || !answer.told.iter().any(|told| told.is(record)) {
-            let words = |bytes: &[u8]| bytes.chunks(8).map(|word| u64::from_le_bytes(word.try_into().unwrap_or_default())).collect::<Vec<_>>();
+            let in_words = |bytes: &[u8]| bytes.chunks(8).map(|word| u64::from_le_bytes(word.try_into().unwrap_or_default())).collect::<Vec<_>>();
             let setting = (id >= 0x18).then(|| self.structures.settings.get((id as usize - 0x18) / 8)).flatten();
             return Err(format!(
                 "{arch:?}: {request:x?}{what} ({setting:?}, {state:?}) is told {:x?}, lost {}, and not {:x?} ({})",
-                record.map(words),
+                record.map(in_words),
                 events.lost,
                 answer.told,
                 answer.why
@@ -192,7 +193,9 @@ impl Front<'_> {
     fn structures_changed(&mut self) -> Outcomes {
         let devices = 0..self.devices.len();
         let structures = devices.flat_map(|device| self.structures.forget_device(device, &[], 0));
-        let all: Vec<Vec<u8>> = structures.chain(self.structures.forget_everything()).collect();
+        // In legacy mode a device's entry is known by a domain, which it may not have any more: all of the context cache.
+        let contexts = (self.structures.arch == Arch::Vtd).then(|| words(&[1 | 1 << 4, 0]));
+        let all: Vec<Vec<u8>> = structures.chain(contexts).chain(self.structures.forget_everything()).collect();
         self.commands(&all).map(drop)
     }
 
