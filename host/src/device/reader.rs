@@ -92,7 +92,14 @@ impl<M: GuestMemory + Send> Reader<M> {
         let translated = space.translate(&memory, &MemoryMap::everything(64), Iova(address), Access::READ, &self.budget);
         match translated {
             Ok(Ok(translation)) if !space.tables().all(|table| table.geometry().may_hold_tables(translation.attributes)) => {
-                let behind = Behind { format: table.format.clone(), fault: FaultKind::Permission, level: None, address, unreadable: None };
+                let behind = Behind {
+                    format: table.format.clone(),
+                    fault: FaultKind::Permission,
+                    level: None,
+                    address,
+                    unreadable: None,
+                    entries: Vec::new(),
+                };
                 self.trace.denied = Some(Denied::Behind(behind));
                 None
             }
@@ -102,12 +109,13 @@ impl<M: GuestMemory + Send> Reader<M> {
                 if let Some(promised) = unreadable.filter(|address| self.map.region(*address).is_some()) {
                     self.missing = self.missing.or(Some(Gpa(promised)));
                 }
+                let entries = fault.path.iter().filter_map(|step| step.entry).collect();
                 let kind = match fault.cause {
                     Cause::Entry(kind) => kind,
                     Cause::OutsideMemory | Cause::Missing => FaultKind::Unreadable,
                     Cause::Intercepted => FaultKind::Translation,
                 };
-                let behind = Behind { format: table.format.clone(), fault: kind, level: fault.level, address, unreadable };
+                let behind = Behind { format: table.format.clone(), fault: kind, level: fault.level, address, unreadable, entries };
                 self.trace.denied = Some(Denied::Behind(behind));
                 None
             }

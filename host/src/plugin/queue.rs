@@ -124,7 +124,7 @@ pub struct Event {
     pub format: Option<String>,
     /// The level of the last entry that was looked at, as [`Level::number`](crate::table::Level::number) has it.
     pub level: Option<i8>,
-    /// The entries of that table that were looked at, from its root. None of those that a structure was read through.
+    /// The entries of that table that were looked at, from its root.
     pub entries: Vec<u64>,
     /// Requester id, StreamID or device id.
     pub id: u64,

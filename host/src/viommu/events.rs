@@ -176,17 +176,14 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
             Cause::OutsideMemory | Cause::Intercepted => return Told::Silent,
         };
         let tables = way.map_or(&[][..], Way::tables);
-        // An entry of the first stage that the second puts where there is no memory: no entry of the second failed.
-        let of_first = fault.cause == Cause::Missing && fault.reading_table && fault.path.is_empty();
-        let stage = if of_first { 1 } else { fault.stage };
-        let format = tables.get(usize::from(stage).saturating_sub(1)).map(|table| table.format.clone());
+        let format = tables.get(usize::from(fault.stage).saturating_sub(1)).map(|table| table.format.clone());
         Told::Event(Box::new(Event {
             fault: kind,
             format,
             level: fault.level,
             entries: fault.path.iter().filter_map(|step| step.entry).collect(),
-            intermediate: (tables.len() == 2 && stage == 2).then_some(fault.input),
-            reading_table: fault.reading_table && !of_first,
+            intermediate: (tables.len() == 2 && fault.stage == 2).then_some(fault.input),
+            reading_table: fault.reading_table,
             unreadable: fault.address.filter(|_| kind == FaultKind::Unreadable),
             domain: self.streams.get(&request.requester).and_then(|stream| stream.tag.domain),
             ..plain(request, kind)
@@ -274,10 +271,11 @@ fn refused(request: &BlockedDma, name: &str, trace: &Trace) -> Event {
     match trace.denied() {
         None => event,
         Some(Denied::Unreadable(address)) => Event { unreadable: Some(*address), ..event },
-        Some(Denied::Behind(Behind { format, fault, level, address, unreadable })) => Event {
+        Some(Denied::Behind(Behind { format, fault, level, address, unreadable, entries })) => Event {
             fault: *fault,
             format: Some(format.clone()),
             level: *level,
+            entries: entries.clone(),
             intermediate: Some(*address),
             reading_table: true,
             unreadable: *unreadable,

@@ -126,7 +126,7 @@ mod flag {
     pub(super) const PE: Field = Field::new(54, 54);
     /// A reserved bit or level.
     pub(super) const RZ: Field = Field::new(55, 55);
-    /// Events 1 and 3: the PASID's high bits.
+    /// The PASID's high bits.
     pub(super) const PASID_19_16: Field = Field::new(19, 16);
 }
 
@@ -142,7 +142,8 @@ pub(crate) fn encode(event: &Event) -> Result<EventRecord, Error> {
     let id = u16::try_from(event.id).map_err(|_| Error::invalid("id", event.id, EVENTS, "a DeviceID has 16 bits"))?;
     let mut low = low::CODE.put(code) | low::DEVICE.put(id.into());
     match (code, event.pasid) {
-        (2 | 4, Some(pasid)) => {
+        // The device table itself has no PASIDs.
+        (1 | 2 | 4, Some(pasid)) => {
             let pasid = u64::from(pasid);
             low |= flag::GN.put(1) | low::DOMAIN.put(pasid & 0xffff) | flag::PASID_19_16.put(pasid >> 16);
         }
@@ -159,7 +160,11 @@ pub(crate) fn encode(event: &Event) -> Result<EventRecord, Error> {
         low |= flag::RZ.put((event.fault == FaultKind::Reserved).into());
     }
     // Hardware errors name what could not be read.
-    let address = if code >= 3 { event.unreadable.unwrap_or(0) & !0xf } else { event.iova };
+    let address = match code {
+        1 => event.iova & !3,
+        2 => event.iova,
+        _ => event.unreadable.unwrap_or(0) & !0xf,
+    };
     Ok(EventRecord::of_words("event log", &[low, address]))
 }
 

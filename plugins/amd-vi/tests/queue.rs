@@ -109,7 +109,9 @@ fn page_faults() {
 #[test]
 fn other_events() {
     let named = |name: &str| Event { name: Some(name.to_owned()), fault: FaultKind::Configuration, ..event() };
-    assert_eq!(record(&named("ILLEGAL_DEV_TABLE_ENTRY")), [0x1020_0000_0000_0138, 0x1_2345_6789]);
+    assert_eq!(record(&named("ILLEGAL_DEV_TABLE_ENTRY")), [0x1020_0000_0000_0138, 0x1_2345_6788]);
+    let guest = Event { pasid: Some(0xa_bcde), fault: FaultKind::Reserved, ..named("ILLEGAL_DEV_TABLE_ENTRY") };
+    assert_eq!(record(&guest)[0], 0x10a1_bcde_000a_0138, "RZ 55");
     assert_eq!(record(&named("DEV_TAB_HARDWARE_ERROR")), [0x3020_0000_0000_0138, 0x9_8765_4010]);
     assert_eq!(record(&named("PAGE_TAB_HARDWARE_ERROR")), [0x4020_1234_0000_0138, 0x9_8765_4010]);
     assert_eq!(record(&Event { fault: FaultKind::Unreadable, ..event() })[0] >> 60, 4);

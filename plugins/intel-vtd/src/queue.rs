@@ -152,7 +152,7 @@ mod record {
 }
 
 /// Fault reasons of what leads to the tables, section 7.1.3, by the names that `lookup` and the review of an event give.
-const REASONS: [(&str, u64); 41] = [
+const REASONS: [(&str, u64); 43] = [
     ("LRT.1", 0x08),
     ("LRT.2", 0x01),
     ("LRT.3", 0x0a),
@@ -189,11 +189,13 @@ const REASONS: [(&str, u64); 41] = [
     ("SPT.3", 0x5a),
     ("SPT.6", 0x5d),
     ("SFS.4", 0x73),
+    ("SFS.5", 0x74),
     ("SFS.6", 0x75),
     ("SFS.7", 0x76),
     ("SFS.8", 0x77),
     ("SSS.4", 0x7b),
     ("SGN.4", 0x83),
+    ("SGN.5", 0x84),
 ];
 
 /// The fault record.

@@ -1,8 +1,9 @@
 //! What structures say of an event: whether faults are recorded for a device or a PASID (FPD: D51397 sections 9.3 to 9.6), and by which pointer a table was reached.
 
-use stagecraft_sdk::bits::{bit, words};
+use stagecraft_sdk::bits::{bit, mask, words};
 use stagecraft_sdk::{Error, Event, FaultKind, Format, GuestMemory, Registers, TableConfig};
 
+use crate::spec::first_stage;
 use crate::spec::registers::rtaddr;
 use crate::spec::structures::{POINTER, PRESENT, context, directory, pasid, root, scalable_context};
 use crate::unit::Hardware;
@@ -53,7 +54,7 @@ pub(crate) fn review(registers: &Registers, event: Event, memory: &mut dyn Guest
     } else if found.user_only && event.privileged && event.pasid.is_some() {
         Some("SPT.6")
     } else {
-        of_pointer(is_legacy, &found, &event, memory)
+        of_pointer(is_legacy, &found, &event, memory).or_else(|| beyond_second(unit.host_bits(), &found, &event))
     };
     Ok(Some(Event { name: name.map(str::to_owned).or(event.name), ..event }))
 }
@@ -61,14 +62,12 @@ pub(crate) fn review(registers: &Registers, event: Event, memory: &mut dyn Guest
 /// The condition of a walk that says by which pointer, or for what, an entry was reached.
 fn of_pointer(is_legacy: bool, found: &Found, event: &Event, memory: &mut dyn GuestMemory) -> Option<&'static str> {
     let page_of = |address: Option<u64>| address.map(|address| address >> 12);
-    let second_root = found.second.as_ref().and_then(|table| table.settings.get("root"));
-    if event.fault == FaultKind::Unreadable {
-        let by = |pointer: Option<u64>| pointer.is_some() && page_of(event.unreadable) == page_of(pointer);
+    // No entry was read: it is one of the first table.
+    if event.fault == FaultKind::Unreadable && event.entries.is_empty() {
         return match event.is_of(SecondStage::NAME) {
-            true if by(second_root) && is_legacy => Some("LCT.4.3"),
-            true if by(second_root) => Some("SSS.4"),
-            false if event.is_of(FirstStage::NAME) && found.second.is_none() && by(found.first) => Some("SFS.4"),
-            _ => None,
+            true if is_legacy => Some("LCT.4.3"),
+            true => Some("SSS.4"),
+            false => event.is_of(FirstStage::NAME).then_some("SFS.4"),
         };
     }
     if event.fault == FaultKind::Permission && event.is_of(SecondStage::NAME) && event.reading_table {
@@ -81,6 +80,15 @@ fn of_pointer(is_legacy: bool, found: &Found, event: &Event, memory: &mut dyn Gu
         return Some(if page_of(event.intermediate) == page_of(found.first) { "SFS.6" } else { "SFS.7" });
     }
     None
+}
+
+/// An address in the first stage that is none of the second stage's inputs, but has no bits that are reserved: of a table, or of a page.
+fn beyond_second(host_bits: u64, found: &Found, event: &Event) -> Option<&'static str> {
+    found.second.as_ref()?;
+    let entry = *event.entries.last()?;
+    let is_page = event.level == Some(1) || entry & first_stage::PS != 0;
+    let is_beyond = event.fault == FaultKind::AddressSize && event.is_of(FirstStage::NAME) && (entry & mask(51, 12)) >> host_bits == 0;
+    is_beyond.then_some(if is_page { "SGN.5" } else { "SFS.5" })
 }
 
 /// `N` words at `address`.

@@ -76,7 +76,7 @@ fn illegal(request: &Request, reserved: &[bool]) -> Vec<Told> {
     let whose = request.pasid.map_or(Whose::Host(0), |pasid| Whose::Guest(pasid.into()));
     let word = head(ILLEGAL_DEV_TABLE_ENTRY, request, whose) | flag(request.writes(), 53);
     let one = |reserved: &bool| {
-        let told = Told::record(&[word | flag(*reserved, 55), request.iova & !3]).without(0, 50, 49).without(1, 1, 0);
+        let told = Told::record(&[word | flag(*reserved, 55), request.iova & !3]).without(0, 50, 49);
         // Without PASID there is nothing to report.
         if request.pasid.is_some() { told } else { told.without(0, 47, 32) }
     };

@@ -198,7 +198,9 @@ fn walked(stages: &[TableConfig], request: &Request, refused: &Refused) -> Vec<u
             // SFS.4 through FSPTPTR, SFS.1 through an entry.
             (true, Cause::Unreadable(address), _) => {
                 reasons.push(if refused.depth == 0 { 0x73 } else { 0x70 });
-                reasons.extend(Some(0x72).filter(|_| may_be_reserved(*address)));
+                // Of the entry that has the address: of this stage, or of the one behind it.
+                let reserved = if stages.len() == 2 { 0x7a } else { 0x72 };
+                reasons.extend(Some(reserved).filter(|_| may_be_reserved(*address)));
             }
             (true, Cause::Permission, _) => reasons.push(if request.writes() { 0x85 } else { 0x86 }),
             (true, ..) => reasons.push(0x72),
@@ -208,8 +210,11 @@ fn walked(stages: &[TableConfig], request: &Request, refused: &Refused) -> Vec<u
             (false, Cause::Absent, Some(Fetch::Entry { depth: 0, .. })) => reasons.extend([0x79, 0x75]),
             (false, Cause::Absent, Some(_)) => reasons.extend([0x79, 0x76]),
             // SFS.5: an entry of the first stage points to where no input of the second is; SGN.5 of any such input.
-            (false, Cause::Range, Some(_)) => reasons.extend([0x74, 0x84]),
-            (false, Cause::Range, None) => reasons.push(0x84),
+            (false, Cause::Range, fetch) => {
+                reasons.push(0x84);
+                reasons.extend(Some(0x74).filter(|_| fetch.is_some()));
+                reasons.extend(Some(0x72).filter(|_| refused.stage == 1 && may_be_reserved(refused.input)));
+            }
             (false, Cause::Unreadable(address), _) => {
                 reasons.push(if refused.depth == 0 { 0x7b } else { 0x78 });
                 reasons.extend(Some(0x7a).filter(|_| may_be_reserved(*address)));

@@ -32,11 +32,18 @@ impl Front<'_> {
         Request { id: id(device), pasid, iova, kind, privileged: self.rng.percent(20) }
     }
 
+    /// Memory with tables is gone: what is refused now.
+    pub(super) fn compare_events_of_hole(&mut self) -> Outcomes {
+        let samples = self.samples();
+        if self.is_broken { Ok(()) } else { self.compare_events_at(&samples) }
+    }
+
     /// Records of what is refused now.
     pub(super) fn compare_events(&mut self, samples: &[u64]) -> Outcomes {
-        if self.is_broken || !self.rng.percent(60) {
-            return Ok(());
-        }
+        if self.is_broken || !self.rng.percent(60) { Ok(()) } else { self.compare_events_at(samples) }
+    }
+
+    fn compare_events_at(&mut self, samples: &[u64]) -> Outcomes {
         let seen = self.seen();
         for device in 0..self.devices.len() {
             if !self.is_settled(device) {
