@@ -167,6 +167,8 @@ fn scalable(unit: &Unit<'_>, request: &Request, table: u64) -> Result<Option<Ans
     match reason {
         "" => {}
         "reserved bits of the PASID entry" => return Ok(structure("SPT.3, SPT.4", &[0x5a, 0x5b], request, quiet)),
+        // A field of a capability that there is not is "treated as Reserved(0)", and the programming is invalid.
+        "a feature that the unit does not have" => return Ok(structure("SPT.3, SPT.4", &[0x5a, 0x5b], request, quiet)),
         // Or what its access ends in: nothing says when a root that no input of the second stage can be is found.
         "the first stage's table is beyond the second stage's input" => {
             return Ok(structure(reason, &[0x5b, 0x73, 0x74, 0x84], request, quiet));
