@@ -39,7 +39,9 @@ impl Nested {
         }
         // V, Config 7, CD; S2VMID, S2T0SZ 25, S2SL0 1, S2PS 48, S2AA64, S2R.
         let at = this.rig.guest.structure(ONE);
-        for (index, word) in [root, VMID | 25 << 32 | 1 << 38 | 5 << 48 | 1 << 51 | 1 << 58, 0, 1 | 7 << 1 | (BEHIND + 0x5000)].into_iter().enumerate() {
+        for (index, word) in
+            [root, VMID | 25 << 32 | 1 << 38 | 5 << 48 | 1 << 51 | 1 << 58, 0, 1 | 7 << 1 | (BEHIND + 0x5000)].into_iter().enumerate()
+        {
             this.rig.guest.store(at + (3 - index as u64) * 8, word);
         }
         this

@@ -115,6 +115,10 @@ pub(super) fn expected(unit: &Unit<'_>, request: &Request) -> Result<Option<Answ
         "SBE",
         "SXL",
     ];
+    // Where fctl.GXL cannot be written SXL must be as it is, and otherwise may be 1. Whether it can no register says.
+    if reason == "SXL" && bit(context[0], 11) {
+        return Err(Problem::Unsupported("SXL where GXL might be writable".to_owned()));
+    }
     if misconfigured.contains(&reason) {
         return one(reason, DDT_MISCONFIGURED);
     }

@@ -258,15 +258,16 @@ fn second_stage(unit: &Unit<'_>, request: &Request, ste: &[u64; 8]) -> Result<Op
 /// Where the CD is, or what is told because it is nowhere.
 fn cd_address(unit: &Unit<'_>, request: &Request, ste: &[u64; 8], most: u64) -> Result<Result<u64, Answer>, Problem> {
     let reader = Reader { unit, second: second_stage(unit, request, ste)? };
-    // S1ContextPtr 55:6, S1Fmt 5:4.
+    // S1ContextPtr 55:6, S1Fmt 5:4. Tables are aligned to their size, and lower bits of their address do not matter.
     let (context, format) = (bits(ste[0], 55, 6) << 6, bits(ste[0], 5, 4));
+    let aligned = |address: u64, log2: u64| address >> log2 << log2;
     let substream = u64::from(request.pasid.unwrap_or(0));
     let leaf = match (most, format) {
-        (0, _) | (_, 0 | 3) => return Ok(Ok(context + substream * 64)),
+        (0, _) | (_, 0 | 3) => return Ok(Ok(aligned(context, most + 6) + substream * 64)),
         (_, 1) => 6,
         _ => 10,
     };
-    let at = context + (substream >> leaf) * 8;
+    let at = aligned(context, (most.saturating_sub(leaf) + 3).max(6)) + (substream >> leaf) * 8;
     let descriptor = match reader.read(at)? {
         Word::Is(word) => word,
         Word::Refused(refused) => return Ok(Err(recorded(request, &refused, true, bit(ste[2], 58)))),
@@ -280,7 +281,7 @@ fn cd_address(unit: &Unit<'_>, request: &Request, ste: &[u64; 8], most: u64) -> 
         };
         return Ok(Err(Answer::new("L1CD.V", told)));
     }
-    Ok(Ok((bits(descriptor, 55, 12) << 12) + substream % (1 << leaf) * 64))
+    Ok(Ok(aligned(bits(descriptor, 55, 12) << 12, leaf + 6) + substream % (1 << leaf) * 64))
 }
 
 /// What is told because there is no CD, or none that is valid.
