@@ -169,7 +169,11 @@ impl Structures {
         let mut registers = self.arch.registers_at(STRUCTURES);
         let mut set = |name: &str, bits: u64| registers.iter_mut().filter(|(known, _)| known == name).for_each(|(_, value)| *value |= bits);
         match self.arch {
-            Arch::Smmu => set("IDR0", u64::from(self.requests) << 16),
+            Arch::Smmu => {
+                set("IDR0", u64::from(self.requests) << 16);
+                // RECINVSID.
+                set("CR2", u64::from(self.recorded[1]) << 1);
+            }
             Arch::Vtd if self.pasids => {
                 // ND 6: 16 bits of domains; SLLPS, FS1GP.
                 set("CAP", 6 | 1 << 56);
