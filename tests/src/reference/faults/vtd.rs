@@ -229,6 +229,10 @@ fn walked(stages: &[TableConfig], request: &Request, refused: &Refused) -> Vec<u
             (false, ..) => reasons.push(0x7a),
         }
     }
+    // Nothing says which is found first: that a page is not allowed, or that it is at no input of the second stage (SGN.5).
+    if first && stages.len() == 2 && refused.causes.iter().any(|cause| matches!(cause, Cause::Permission | Cause::Privilege)) {
+        reasons.push(0x84);
+    }
     // Together entries may leave nothing, where one by one they left something.
     if !first && refused.causes.contains(&Cause::Permission) {
         reasons.push(0x79);
