@@ -167,7 +167,7 @@ pub fn decode_commands<U: Unit>(unit: &str, registers: Vec<types::Named>, comman
 /// `queue.encode-event` of unit `U`.
 ///
 /// # Errors
-/// As [`Unit::encode_event`].
+/// As [`Unit::review_event`] and [`Unit::encode_event`].
 pub fn encode_event<U: Unit>(unit: &str, registers: Vec<types::Named>, event: queue::Event) -> Result<queue::EventRecord, types::Error> {
     install_panic_hook();
     let event = Event {
@@ -175,6 +175,7 @@ pub fn encode_event<U: Unit>(unit: &str, registers: Vec<types::Named>, event: qu
         name: event.name,
         format: event.format,
         level: event.level,
+        entries: event.entries,
         id: event.id,
         pasid: event.pasid,
         iova: event.iova,
@@ -189,7 +190,10 @@ pub fn encode_event<U: Unit>(unit: &str, registers: Vec<types::Named>, event: qu
         privileged: event.privileged,
         domain: event.domain,
     };
-    let EventRecord { queue, bytes } = U::encode_event(&registers_in(unit, registers), &event).map_err(error_out)?;
+    let registers = registers_in(unit, registers);
+    let unwanted = || Error::Unsupported("the guest does not want a record of this".to_owned());
+    let reviewed = U::review_event(&registers, event, &mut Imported).and_then(|event| event.ok_or_else(unwanted)).map_err(error_out)?;
+    let EventRecord { queue, bytes } = U::encode_event(&registers, &reviewed).map_err(error_out)?;
     Ok(queue::EventRecord { queue, bytes })
 }
 

@@ -216,6 +216,8 @@ pub struct Event {
     pub format: Option<String>,
     /// The level of the last entry, as the architecture counts it.
     pub level: Option<i8>,
+    /// The entries of that table that were looked at, from its root.
+    pub entries: Vec<u64>,
     /// Requester id, StreamID or device id.
     pub id: u64,
     /// PASID or SubstreamID.

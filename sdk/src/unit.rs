@@ -451,6 +451,16 @@ pub trait Unit {
         Err(Error::Unsupported("commands of this architecture".to_owned()))
     }
 
+    /// What device structures in guest memory add to `event` before [`Unit::encode_event`] has it: another name, or none if the guest does not want to hear of it.
+    /// Registers that are missing and memory that cannot be read add nothing.
+    ///
+    /// # Errors
+    /// As [`Unit::encode_event`].
+    fn review_event(registers: &Registers, event: Event, memory: &mut dyn GuestMemory) -> Result<Option<Event>, Error> {
+        let _ = (registers, memory);
+        Ok(Some(event))
+    }
+
     /// The architecture's record of `event`, and where it goes.
     ///
     /// # Errors

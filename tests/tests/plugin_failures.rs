@@ -382,6 +382,7 @@ fn commands_and_events_pass_the_sandbox_checked() {
         name: None,
         format: Some("hostile/radix".to_owned()),
         level: Some(3),
+        entries: Vec::new(),
         id: 0x38,
         pasid: Some(7),
         iova: 0x1234_5000,
@@ -392,7 +393,7 @@ fn commands_and_events_pass_the_sandbox_checked() {
         privileged: false,
         domain: None,
     };
-    let encode = |mode| plugin().instantiate().expect("an instance").encode_event("hostile", &registers(mode), &event);
+    let encode = |mode| plugin().instantiate().expect("an instance").encode_event("hostile", &registers(mode), &event, Words::of(0));
     let record = encode(mode::WELL).expect("an answer");
     let words: Vec<u8> = [0x38_u64, 0x1234_5000, 7, 13].iter().flat_map(|word| word.to_le_bytes()).collect();
     assert_eq!((&*record.queue, record.bytes), ("log", words));

@@ -4,7 +4,7 @@
 use proptest::prelude::*;
 use stagecraft::Span;
 use stagecraft::plugin::queue::{Answer, Effect, Event, EventAccess, GroupResponse, Invalidation, MAX_COMMAND_BYTES, Scope};
-use stagecraft::plugin::{CallError, Config, Engine, Plugins, Refusal};
+use stagecraft::plugin::{CallError, Config, DetectMemory, Engine, Plugins, Refusal, TableConfig};
 use stagecraft::table::FaultKind;
 use stagecraft_sdk::{Effect as SdkEffect, Registers, Unit};
 
@@ -31,6 +31,19 @@ const ARCHITECTURES: [Architecture; 3] = [
 
 fn plugins() -> Plugins {
     Plugins::builtin(&Engine::new(Config::default()).unwrap()).unwrap()
+}
+
+/// No memory: structures add nothing to an event.
+struct Nothing;
+
+impl DetectMemory for Nothing {
+    fn read(&mut self, _: u64, _: u32) -> Option<Vec<u8>> {
+        None
+    }
+
+    fn read_through(&mut self, _: &TableConfig, _: u64, _: u32) -> Option<Vec<u8>> {
+        None
+    }
 }
 
 fn named(registers: &[(&str, u64)]) -> Vec<(String, u64)> {
@@ -109,6 +122,7 @@ fn every_unit_has_an_answer_about_commands_and_events() {
         name: None,
         format: Some("some/table".to_owned()),
         level: Some(2),
+        entries: Vec::new(),
         id: 0x38,
         pasid: None,
         iova: 0x1234_5678,
@@ -127,17 +141,17 @@ fn every_unit_has_an_answer_about_commands_and_events() {
     let queues = [("arm-smmuv3", "EVENTQ", 32), ("intel-vtd", "FRCD", 16), ("amd-vi", "event log", 16), ("riscv-iommu", "fault queue", 32)];
     for (unit, queue, bytes) in queues {
         let mut instance = plugins.by_unit(unit).unwrap().instantiate().unwrap();
-        let record = instance.encode_event(unit, &registers(unit), &event).unwrap();
+        let record = instance.encode_event(unit, &registers(unit), &event, Nothing).unwrap();
         assert_eq!((&*record.queue, record.bytes.len()), (queue, bytes));
         assert_eq!(instance.decode_commands(unit, &registers(unit), &[]).unwrap(), []);
         let unknown = Event { name: Some("no such event".to_owned()), ..event.clone() };
-        let error = instance.encode_event(unit, &registers(unit), &unknown).unwrap_err();
+        let error = instance.encode_event(unit, &registers(unit), &unknown, Nothing).unwrap_err();
         assert!(matches!(error, CallError::Refused { refusal: Refusal::Unsupported(_), .. }), "{unit}: {error}");
     }
     // What these have no queue for, or no record.
     for unit in ["s390-zpci", "apple-dart"] {
         let mut instance = plugins.by_unit(unit).unwrap().instantiate().unwrap();
-        let error = instance.encode_event(unit, &[], &event).unwrap_err();
+        let error = instance.encode_event(unit, &[], &event, Nothing).unwrap_err();
         assert!(matches!(error, CallError::Refused { refusal: Refusal::Unsupported(_), .. }), "{unit}: {error}");
     }
     let mut dart = plugins.by_unit("apple-dart-t6000").unwrap().instantiate().unwrap();

@@ -12,6 +12,7 @@ use vm_memory::GuestMemory;
 
 use crate::Gpa;
 use crate::memory::{Exhausted, Limits, MemoryMap};
+use crate::plugin::queue::{Event, EventRecord};
 use crate::plugin::{CallError, Instance, Notes, Outcome, Plugin, Requester, SuperviseError, Supervisor, TableConfig};
 use crate::table::Format;
 
@@ -169,6 +170,14 @@ impl<M: GuestMemory + Clone + Send + 'static> Unit<M> {
         let reader = self.reader();
         let pasids = instance.pasids(&self.kind, &self.registers, id, Arc::clone(&reader));
         finish(&reader, pasids)
+    }
+
+    /// The record of a request that failed, from an instance of this unit's plugin.
+    ///
+    /// # Errors
+    /// As [`Instance::encode_event`].
+    pub fn encode_event_in(&self, instance: &mut Instance, event: &Event) -> Result<EventRecord, CallError> {
+        instance.encode_event(&self.kind, &self.registers, event, self.reader())
     }
 
     /// Reads again what a lookup read: whether it would find the same, as long as the registers are the same. No plugin is asked, except for a table on the

@@ -8,7 +8,7 @@ use vm_memory::GuestMemory;
 
 use crate::device::Opener;
 use crate::device::trace::{Behind, Denied, Read, Trace};
-use crate::memory::{Budget, EntryLayout, EntryMemory, Exhausted, Limits, MemoryMap, ReadError, VmMemory, read_bytes};
+use crate::memory::{Budget, EntryLayout, EntryMemory, Exhausted, Limits, MemoryMap, ReadError, VmMemory, Within, read_bytes};
 use crate::plugin::{DetectMemory, TableConfig};
 use crate::table::{AddressSpace, Cause, FaultKind, Table, WalkError};
 use crate::{Access, Gpa, Iova};
@@ -87,25 +87,35 @@ impl<M: GuestMemory + Send> Reader<M> {
             self.through.insert(table.clone(), AddressSpace::single(Table::open(opened).ok()?));
         }
         let space = self.through.get_mut(table)?;
-        let memory = Traced(VmMemory(&self.memory), RefCell::new(&mut self.trace));
-        let translated = space.translate(&memory, &self.map, Iova(address), Access::READ, &self.budget);
+        let memory = Within(Traced(VmMemory(&self.memory), RefCell::new(&mut self.trace)), &self.map);
+        // Where there is no memory the structure cannot be read; the table may say so of it, or not.
+        let translated = space.translate(&memory, &MemoryMap::everything(64), Iova(address), Access::READ, &self.budget);
         match translated {
             Ok(Ok(translation)) if !space.tables().all(|table| table.geometry().may_hold_tables(translation.attributes)) => {
-                let behind = Behind { format: table.format.clone(), fault: FaultKind::Permission, level: None, address };
+                let behind = Behind {
+                    format: table.format.clone(),
+                    fault: FaultKind::Permission,
+                    level: None,
+                    address,
+                    unreadable: None,
+                    entries: Vec::new(),
+                };
                 self.trace.denied = Some(Denied::Behind(behind));
                 None
             }
             Ok(Ok(translation)) => Some(translation.address.0),
             Ok(Err(fault)) => {
-                if fault.cause == Cause::Missing {
-                    self.missing = self.missing.or(fault.address.map(Gpa));
+                let unreadable = fault.address.filter(|_| matches!(fault.cause, Cause::Missing | Cause::OutsideMemory));
+                if let Some(promised) = unreadable.filter(|address| self.map.region(*address).is_some()) {
+                    self.missing = self.missing.or(Some(Gpa(promised)));
                 }
+                let entries = fault.path.iter().filter_map(|step| step.entry).collect();
                 let kind = match fault.cause {
                     Cause::Entry(kind) => kind,
                     Cause::OutsideMemory | Cause::Missing => FaultKind::Unreadable,
                     Cause::Intercepted => FaultKind::Translation,
                 };
-                let behind = Behind { format: table.format.clone(), fault: kind, level: fault.level, address };
+                let behind = Behind { format: table.format.clone(), fault: kind, level: fault.level, address, unreadable, entries };
                 self.trace.denied = Some(Denied::Behind(behind));
                 None
             }

@@ -34,6 +34,10 @@ pub struct Behind {
     pub level: Option<i8>,
     /// The structure's address, before the table.
     pub address: u64,
+    /// An entry of the table that could not be read: its address.
+    pub unreadable: Option<u64>,
+    /// The entries of the table that were looked at, from its root.
+    pub entries: Vec<u64>,
 }
 
 /// Why a plugin did not get what it asked for last.
@@ -69,11 +73,11 @@ impl Trace {
         !self.cut
     }
 
-    /// Whether the same was read, with the same answers.
+    /// Whether the same was read, with the same answers; where the last one was none, for the same reason.
     #[must_use]
     pub fn is_same(&self, other: &Self) -> bool {
         let digest = |trace: &Self| trace.digest.clone().finalize();
-        self.is_complete() && other.is_complete() && self.reads == other.reads && digest(self) == digest(other)
+        self.is_complete() && other.is_complete() && self.reads == other.reads && self.denied == other.denied && digest(self) == digest(other)
     }
 
     /// Why the last read gave nothing, if it gave nothing: for the event of a requester that is blocked because of it.

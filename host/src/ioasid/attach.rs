@@ -96,7 +96,12 @@ impl Space {
         if let Some(pasid) = pasid
             && (log2 == 0 || pasid.0 == 0 || u64::from(pasid.0) >> log2 != 0)
         {
-            let can = if log2 == 0 { "has no PASIDs".to_owned() } else { format!("has PASIDs 0x1..={:#x}", (1_u64 << log2) - 1) };
+            // A guest may give 0 a meaning of its own (SubstreamID 0, process 0, entry 0 of a GCR3 table); the kernel has no other for it than this one.
+            let can = match (log2, pasid.0) {
+                (0, _) => "has no PASIDs".to_owned(),
+                (_, 0) => "has no PASID 0 beside its requests without PASID, which the kernel knows by that number".to_owned(),
+                _ => format!("has PASIDs 0x1..={:#x}", (1_u64 << log2) - 1),
+            };
             return Err(Refusal::new(Property::Pasid, format!("device {} {can}", device.label())));
         }
         if self.request().dirty_tracking && !device.capabilities().dirty_tracking {

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use vm_memory::{GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryRegion, Permissions, VolatileMemory};
 
 use crate::Gpa;
+use crate::memory::MemoryMap;
 use crate::memory::atomic::{self, Nearby};
 use crate::table::ByteOrder;
 
@@ -100,6 +101,20 @@ pub trait EntryMemory {
 
 /// Entries that are compared at once: those of a cache line, if they have eight bytes.
 pub const LINE: usize = 8;
+
+/// Memory of which only that can be read which a map has.
+#[derive(Debug)]
+pub(crate) struct Within<'a, M>(pub M, pub &'a MemoryMap);
+
+impl<M: EntryMemory> EntryMemory for Within<'_, M> {
+    fn read_entries(&self, address: Gpa, layout: EntryLayout, entries: &mut [u64]) -> Result<(), ReadError> {
+        let last = address.0.saturating_add(entries.len() as u64 * u64::from(layout.bytes) - 1);
+        if self.1.region(address.0).is_none() || self.1.region(last).is_none() {
+            return Err(ReadError(address));
+        }
+        self.0.read_entries(address, layout, entries)
+    }
+}
 
 /// In which lines any entry is another than was known.
 pub(super) fn changed_lines(known: &[u64], fresh: &[u64]) -> u128 {

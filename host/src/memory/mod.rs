@@ -8,6 +8,7 @@ mod marks;
 
 pub use atomic::Nearby;
 pub use budget::{Budget, Exhausted, Limits};
+pub(crate) use entries::Within;
 pub use entries::{EntryLayout, EntryMemory, LINE, PAGE, ReadError, VmMemory, read_bytes};
 pub use map::{Kind, MemoryMap, MemoryMapError, Region};
 pub use marks::{MarkMemory, WriteError};

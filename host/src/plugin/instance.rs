@@ -211,15 +211,23 @@ impl Instance {
         queue::record(record).map_err(|what| self.sandbox.nonsense(what))
     }
 
-    /// The architecture's record of a request that failed, and where it goes.
+    /// The architecture's record of a request that failed, and where it goes. The plugin may read what structures in `memory` say of it.
     ///
     /// # Errors
-    /// [`CallError::Refused`] if the architecture has no record of such a thing; as [`Instance::lookup`].
-    pub fn encode_event(&mut self, unit: &str, registers: &[(String, u64)], event: &Event) -> Result<EventRecord, CallError> {
+    /// [`CallError::Refused`] with [`Refusal::Unsupported`](super::Refusal::Unsupported) if nothing is told: the architecture has no record of such a thing, or
+    /// the guest does not want one; as [`Instance::lookup`].
+    pub fn encode_event(
+        &mut self,
+        unit: &str,
+        registers: &[(String, u64)],
+        event: &Event,
+        memory: impl DetectMemory + 'static,
+    ) -> Result<EventRecord, CallError> {
         let registers = self.registers(unit, registers)?;
         let event = queue::event_in(event);
-        let answer =
-            self.sandbox.call(Pace::Cold, |exports, store| exports.stagecraft_format_queue().call_encode_event(store, unit, &registers, &event))?;
+        let answer = self.with_memory(memory, |sandbox| {
+            sandbox.call(Pace::Cold, |exports, store| exports.stagecraft_format_queue().call_encode_event(store, unit, &registers, &event))
+        })?;
         let record = answer.map_err(|error| self.sandbox.refused(error))?;
         queue::record(record).map_err(|what| self.sandbox.nonsense(what))
     }

@@ -124,6 +124,8 @@ pub struct Event {
     pub format: Option<String>,
     /// The level of the last entry that was looked at, as [`Level::number`](crate::table::Level::number) has it.
     pub level: Option<i8>,
+    /// The entries of that table that were looked at, from its root.
+    pub entries: Vec<u64>,
     /// Requester id, StreamID or device id.
     pub id: u64,
     /// The request's PASID.
@@ -269,6 +271,7 @@ pub(super) fn event_in(event: &Event) -> wit::Event {
         name: event.name.clone(),
         format: event.format.clone(),
         level: event.level,
+        entries: event.entries.clone(),
         id: event.id,
         pasid: event.pasid,
         iova: event.iova,

@@ -262,7 +262,11 @@ fn through_first<M: EntryMemory + ?Sized>(
         return Ok(Err(fault));
     }
     if let Some(fault) = read {
-        return Ok(Err(fault));
+        // Where no entry of the second stage failed, that leads to where nothing is: an entry of the first one is missing.
+        let of_first = fault.cause == Cause::Missing && fault.path.is_empty();
+        let (level, path) = (path.last().map(|step| step.number), path.to_vec());
+        let missing = Fault { stage: 1, cause: Cause::Missing, level, input: iova.0, address: fault.address, reading_table: false, path };
+        return Ok(Err(if of_first { missing } else { fault }));
     }
     let leaf = path.last().copied();
     let allowed = probe.allowed(access, privileged);

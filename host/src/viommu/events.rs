@@ -5,9 +5,9 @@ use vm_memory::GuestMemory;
 use super::host::{AddressSpaces, Way};
 use super::{Call, StreamState, Viommu};
 use crate::device::{Behind, Denied, Trace};
-use crate::memory::{self, Budget, VmMemory};
+use crate::memory::{self, Budget, MemoryMap, VmMemory, Within};
 use crate::plugin::queue::{Event, EventAccess, EventRecord};
-use crate::plugin::{Outcome, Requester, TableConfig};
+use crate::plugin::{CallError, Outcome, Refusal, Requester, SuperviseError, TableConfig};
 use crate::sync::Report;
 use crate::table::{AddressSpace, Cause, Fault, FaultKind, Table, Translation};
 use crate::{Access, Iova};
@@ -32,8 +32,17 @@ pub struct Events {
     pub records: Vec<EventRecord>,
     /// Requests that there was no room for, or whose record the plugin could not make: the queue overflowed, as the guest sees it.
     pub lost: u64,
-    /// Requests that the unit tells nobody about: to addresses that are nowhere, or that something else serves.
+    /// Requests that the unit tells nobody about: to addresses that are nowhere, or that something else serves, or because the guest does not want to be told.
     pub silent: u64,
+}
+
+/// What the plugin makes of an event.
+enum Encoded {
+    Record(EventRecord),
+    /// The architecture or the guest wants none.
+    Silent,
+    /// It made none.
+    Lost,
 }
 
 /// What becomes of one refused request.
@@ -53,8 +62,9 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
             match self.event(request) {
                 Told::Silent => events.silent += 1,
                 Told::Event(event) => match self.encode(&event) {
-                    Some(record) => events.records.push(record),
-                    None => events.lost += 1,
+                    Encoded::Record(record) => events.records.push(record),
+                    Encoded::Silent => events.silent += 1,
+                    Encoded::Lost => events.lost += 1,
                 },
             }
         }
@@ -81,26 +91,32 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
 
     /// One more record, if there is room.
     pub(super) fn tell(&mut self, event: &Event, call: &mut Call) {
-        let record = if call.handled.events.len() < self.limits.events as usize {
+        let encoded = if call.handled.events.len() < self.limits.events as usize {
             self.encode(event)
         } else {
             self.figures.lost_events += 1;
-            None
+            Encoded::Lost
         };
-        match record {
-            Some(record) => call.handled.events.push(record),
-            None => call.handled.lost_events += 1,
+        match encoded {
+            Encoded::Record(record) => call.handled.events.push(record),
+            Encoded::Silent => {}
+            Encoded::Lost => call.handled.lost_events += 1,
         }
     }
 
-    fn encode(&mut self, event: &Event) -> Option<EventRecord> {
+    fn encode(&mut self, event: &Event) -> Encoded {
         let unit = &self.unit;
-        let record = self.supervisor.ask(|instance| instance.encode_event(unit.kind(), unit.registers(), event));
-        match &record {
-            Ok(_) => self.figures.events += 1,
-            Err(_) => self.figures.lost_events += 1,
+        match self.supervisor.ask(|instance| unit.encode_event_in(instance, event)) {
+            Ok(record) => {
+                self.figures.events += 1;
+                Encoded::Record(record)
+            }
+            Err(SuperviseError::Call(CallError::Refused { refusal: Refusal::Unsupported(_), .. })) => Encoded::Silent,
+            Err(_) => {
+                self.figures.lost_events += 1;
+                Encoded::Lost
+            }
         }
-        record.ok()
     }
 
     /// What the unit would report.
@@ -115,16 +131,20 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
             StreamState::Unknown(_) | StreamState::Refused(_) => return Told::Event(Box::new(self.nothing_there(request, way.as_ref()))),
             StreamState::Space(number) => *number,
         };
+        let way_of_space = self.spaces.get(&number).map(|space| space.way.clone());
         match self.walk(number, request) {
-            Some(Err(fault)) => self.event_of_fault(request, number, &fault),
-            // It reaches memory, if there were any.
+            Some(Err(fault)) => self.event_of_fault(request, way_of_space.as_ref(), &fault),
+            // There is no memory, which is the bus's business.
+            Some(Ok(translation)) if self.map.target(translation.address.0).is_none() => Told::Silent,
+            // It reaches memory, if there is any. If not the unit may find that such an address is too large.
+            None if way.is_none() && self.map.target(request.iova.0).is_none() => Told::Event(Box::new(plain(request, FaultKind::AddressSize))),
             None if way.is_none() => Told::Silent,
             // The guest allows it, and the host has it not, or not yet.
             Some(Ok(_)) | None => Told::Event(Box::new(self.nothing_there(request, way.as_ref()))),
         }
     }
 
-    /// A stream that nobody connected, such as a PASID that the guest did not set up.
+    /// A stream that nobody connected: a device, or a PASID that the guest did not set up, or that no host has (0).
     fn event_of_stranger(&mut self, request: &BlockedDma) -> Told {
         let unit = &self.unit;
         self.figures.lookups += 1;
@@ -136,26 +156,32 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
         });
         match (asked, outcome) {
             (Ok(()), Some(Outcome::Blocked(blocked))) => Told::Event(Box::new(refused(request, &blocked.event, &trace))),
+            (Ok(()), Some(Outcome::Tables(tables))) => {
+                let way = Way::Tables { tables: tables.tables, intercepts: tables.intercepts };
+                let Some(mut walker) = self.walker(&way) else { return Told::Silent };
+                match self.translate(&mut walker, request) {
+                    Some(Err(fault)) => self.event_of_fault(request, Some(&way), &fault),
+                    _ => Told::Silent,
+                }
+            }
             _ => Told::Silent,
         }
     }
 
-    fn event_of_fault(&self, request: &BlockedDma, number: u64, fault: &Fault) -> Told {
-        let Some(space) = self.spaces.get(&number) else { return Told::Silent };
-        let is_read = fault.path.last().is_some_and(|step| step.entry.is_some());
+    fn event_of_fault(&self, request: &BlockedDma, way: Option<&Way>, fault: &Fault) -> Told {
         let kind = match fault.cause {
             Cause::Entry(kind) => kind,
+            // A table that is nowhere cannot be read.
             Cause::Missing => FaultKind::Unreadable,
-            // A table that is nowhere cannot be read; a page that is nowhere is the bus's business.
-            Cause::OutsideMemory if !is_read && !fault.path.is_empty() => FaultKind::Unreadable,
             Cause::OutsideMemory | Cause::Intercepted => return Told::Silent,
         };
-        let tables = space.way.tables();
+        let tables = way.map_or(&[][..], Way::tables);
         let format = tables.get(usize::from(fault.stage).saturating_sub(1)).map(|table| table.format.clone());
         Told::Event(Box::new(Event {
             fault: kind,
             format,
             level: fault.level,
+            entries: fault.path.iter().filter_map(|step| step.entry).collect(),
             intermediate: (tables.len() == 2 && fault.stage == 2).then_some(fault.input),
             reading_table: fault.reading_table,
             unreadable: fault.address.filter(|_| kind == FaultKind::Unreadable),
@@ -186,14 +212,20 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
             walker = self.walker(&way);
         }
         let mut walker = walker?;
+        let translated = self.translate(&mut walker, request);
+        self.spaces.get_mut(&number)?.walker = Some(walker);
+        translated
+    }
+
+    /// Where a request goes, whether or not there is memory: what may not be done is found before that.
+    fn translate(&self, walker: &mut AddressSpace, request: &BlockedDma) -> Option<Result<Translation, Fault>> {
         let budget = Budget::new(memory::Limits { questions: self.limits.questions, ..memory::Limits::default() });
         let access = match request.access {
             EventAccess::Read | EventAccess::Execute => Access::READ,
             EventAccess::Write => Access::WRITE,
         };
-        let translated = walker.translate(&VmMemory(&self.memory), &self.map, request.iova, access, &budget);
-        self.spaces.get_mut(&number)?.walker = Some(walker);
-        translated.ok()
+        let memory = Within(VmMemory(&self.memory), &self.map);
+        walker.translate(&memory, &MemoryMap::everything(64), request.iova, access, &budget).ok()
     }
 
     fn walker(&self, way: &Way) -> Option<AddressSpace> {
@@ -220,6 +252,7 @@ fn plain(request: &BlockedDma, fault: FaultKind) -> Event {
         name: None,
         format: None,
         level: None,
+        entries: Vec::new(),
         id: request.requester.id,
         pasid: request.requester.pasid,
         iova: request.iova.0,
@@ -238,8 +271,15 @@ fn refused(request: &BlockedDma, name: &str, trace: &Trace) -> Event {
     match trace.denied() {
         None => event,
         Some(Denied::Unreadable(address)) => Event { unreadable: Some(*address), ..event },
-        Some(Denied::Behind(Behind { format, fault, level, address })) => {
-            Event { fault: *fault, format: Some(format.clone()), level: *level, intermediate: Some(*address), reading_table: true, ..event }
-        }
+        Some(Denied::Behind(Behind { format, fault, level, address, unreadable, entries })) => Event {
+            fault: *fault,
+            format: Some(format.clone()),
+            level: *level,
+            entries: entries.clone(),
+            intermediate: Some(*address),
+            reading_table: true,
+            unreadable: *unreadable,
+            ..event
+        },
     }
 }

@@ -139,10 +139,10 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
         // Reading is the least that a device can do with a page.
         let wanted = [(read || !write, EventAccess::Read), (write, EventAccess::Write)];
         let request = blocked(page);
-        wanted
-            .into_iter()
-            .filter(|(wanted, _)| *wanted)
-            .all(|(_, access)| matches!(self.walk(number, &BlockedDma { access, ..request }), Some(Ok(_))))
+        wanted.into_iter().filter(|(wanted, _)| *wanted).all(|(_, access)| {
+            let translated = self.walk(number, &BlockedDma { access, ..request });
+            matches!(translated, Some(Ok(translation)) if self.map.target(translation.address.0).is_some())
+        })
     }
 
     /// The guest answers, after everything else that it asked for in the same batch.

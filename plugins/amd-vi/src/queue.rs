@@ -7,9 +7,11 @@
 
 use stagecraft_sdk::bits::Field;
 use stagecraft_sdk::queue::{Access, decode_each};
-use stagecraft_sdk::{Answer, Command, Effect, Error, Event, EventRecord, FaultKind, PageRequest, Registers, Response, Scope};
+use stagecraft_sdk::{Answer, Command, Effect, Error, Event, EventRecord, FaultKind, Format, PageRequest, Registers, Response, Scope};
 
 use crate::spec::registers::efr;
+use crate::spec::v1;
+use crate::v1::V1;
 
 const COMMANDS: &str = "48882 section 2.4";
 const EVENTS: &str = "48882 section 2.5";
@@ -124,24 +126,24 @@ mod flag {
     pub(super) const PE: Field = Field::new(54, 54);
     /// A reserved bit or level.
     pub(super) const RZ: Field = Field::new(55, 55);
-    /// Events 1 and 3: the PASID's high bits.
+    /// The PASID's high bits.
     pub(super) const PASID_19_16: Field = Field::new(19, 16);
 }
 
 /// The event log entry.
 pub(crate) fn encode(event: &Event) -> Result<EventRecord, Error> {
     let code = match (event.name.as_deref(), event.fault) {
-        (None, FaultKind::Unreadable) | (Some("PAGE_TAB_HARDWARE_ERROR"), _) => 4,
-        (None, _) | (Some("IO_PAGE_FAULT"), _) => 2,
+        _ if is_page_fault(event) => 2,
+        (None | Some("PAGE_TAB_HARDWARE_ERROR"), _) => 4,
         (Some("ILLEGAL_DEV_TABLE_ENTRY"), _) => 1,
         (Some("DEV_TAB_HARDWARE_ERROR"), _) => 3,
-        // Its type field has encodings for more kinds of requests than the event tells.
         (Some(name), _) => return Err(Error::Unsupported(format!("an event log entry for `{name}`"))),
     };
     let id = u16::try_from(event.id).map_err(|_| Error::invalid("id", event.id, EVENTS, "a DeviceID has 16 bits"))?;
     let mut low = low::CODE.put(code) | low::DEVICE.put(id.into());
     match (code, event.pasid) {
-        (2 | 4, Some(pasid)) => {
+        // The device table itself has no PASIDs.
+        (1 | 2 | 4, Some(pasid)) => {
             let pasid = u64::from(pasid);
             low |= flag::GN.put(1) | low::DOMAIN.put(pasid & 0xffff) | flag::PASID_19_16.put(pasid >> 16);
         }
@@ -158,22 +160,43 @@ pub(crate) fn encode(event: &Event) -> Result<EventRecord, Error> {
         low |= flag::RZ.put((event.fault == FaultKind::Reserved).into());
     }
     // Hardware errors name what could not be read.
-    let address = if code >= 3 { event.unreadable.unwrap_or(0) & !0xf } else { event.iova };
+    let address = match code {
+        1 => event.iova & !3,
+        2 => event.iova,
+        _ => event.unreadable.unwrap_or(0) & !0xf,
+    };
     Ok(EventRecord::of_words("event log", &[low, address]))
+}
+
+/// Whether it is an IO_PAGE_FAULT: of a table, also of the host table on the way to a guest CR3 table, and of a PASID that has no table. INVALID_DEVICE_REQUEST, which
+/// that is beside others, has no type for it.
+pub(crate) fn is_page_fault(event: &Event) -> bool {
+    match event.name.as_deref() {
+        None => event.fault != FaultKind::Unreadable,
+        Some("PAGE_TAB_HARDWARE_ERROR") => event.format.is_some() && !matches!(event.fault, FaultKind::Unreadable | FaultKind::Configuration),
+        Some(name) => matches!(name, "IO_PAGE_FAULT" | "INVALID_DEVICE_REQUEST"),
+    }
+}
+
+/// Whether what is wrong with an entry of a host table is no reserved bit: then it is the level, or a size.
+fn is_level(event: &Event) -> bool {
+    let Some(entry) = event.entries.last().filter(|_| event.is_of(V1::NAME)) else { return false };
+    let is_table = !matches!(v1::NEXT_LEVEL.of(*entry), v1::LEAF | v1::SIZED_LEAF);
+    entry & (v1::RESERVED | if is_table { v1::U | v1::FC } else { 0 }) == 0
 }
 
 /// Section 2.5.3. All other flags mean something only if PR is set.
 fn page_fault_flags(event: &Event) -> u64 {
-    let reserved = matches!(event.fault, FaultKind::Reserved | FaultKind::Misaligned);
+    let malformed = matches!(event.fault, FaultKind::Reserved | FaultKind::Misaligned);
     let denied = matches!(event.fault, FaultKind::Permission | FaultKind::AccessFlag);
-    if !reserved && !denied {
+    if !malformed && !denied {
         return 0;
     }
     let guest = event.pasid.is_some();
     flag::PR.put(1)
         | flag::RW.put((event.access == Access::Write).into())
         | flag::PE.put(denied.into())
-        | flag::RZ.put(reserved.into())
+        | flag::RZ.put((malformed && !is_level(event)).into())
         | flag::US.put((guest && !event.privileged).into())
         | flag::NX.put((guest && event.access == Access::Execute).into())
 }

@@ -22,13 +22,13 @@
 
 use stagecraft_sdk::bits::words;
 use stagecraft_sdk::{
-    Attributes, Binding, Blocked, Command, Direct, Error, EventRecord, Format, GuestMemory, Intercept, Offer, Outcome, PageRequest, PlaceToBind,
-    Registers, Requester, Structure, TableConfig, Tag, Translated, Unit, Window,
+    Attributes, Binding, Blocked, Command, Direct, Error, EventRecord, FaultKind, Format, GuestMemory, Intercept, Offer, Outcome, PageRequest,
+    PlaceToBind, Registers, Requester, Structure, TableConfig, Tag, Translated, Unit, Window,
 };
 
 use crate::queue;
 use crate::spec::device_table::{
-    BYTES, DOMAIN_ID, EX, GIOV, GLX, GUEST_PAGING_MODE, GV, HAD, HOST_ROOT, IR, IW, MODE, RESERVED_0, RESERVED_2, RESERVED_3, TV, V, WORDS, gcr3,
+    BYTES, DOMAIN_ID, EX, GIOV, GLX, GUEST_PAGING_MODE, GV, HAD, HOST_ROOT, IR, IW, MODE, RESERVED_0, RESERVED_2, RESERVED_3, SA, TV, V, WORDS, gcr3,
     gcr3_root,
 };
 use crate::spec::registers::{control, devtab, efr, exclusion};
@@ -359,6 +359,15 @@ impl Hardware {
         Ok(table)
     }
 
+    /// Whether a requester is refused because of a reserved bit, and not of a level: of the device table entry, or of a guest CR3 table.
+    fn has_reserved_bits(&self, entry: &[u64; WORDS], id: u64, pasid: Option<u32>, memory: &mut dyn GuestMemory) -> bool {
+        if entry[0] & RESERVED_0 != 0 {
+            return true;
+        }
+        let refused = self.structures(Requester { id, pasid }, memory);
+        matches!(refused, Err(Stop::Blocked(blocked)) if blocked.event == "IO_PAGE_FAULT" && blocked.bits & gcr3::RESERVED != 0)
+    }
+
     /// See [`Unit::pasids`].
     fn pasids(&self, id: u64, memory: &mut dyn GuestMemory) -> Result<Vec<u32>, Stop> {
         let Some(entry) = self.translating_entry(id, memory)? else { return Ok(Vec::new()) };
@@ -435,6 +444,32 @@ impl Unit for AmdVi {
 
     fn decode_commands(_registers: &Registers, commands: &[u8]) -> Result<Vec<Command>, Error> {
         queue::decode(commands)
+    }
+
+    /// Page faults that the device table entry suppresses; the domain, and whether reserved bits are wrong, which only structures know.
+    fn review_event(
+        registers: &Registers,
+        event: stagecraft_sdk::Event,
+        memory: &mut dyn GuestMemory,
+    ) -> Result<Option<stagecraft_sdk::Event>, Error> {
+        let Ok(Some(unit)) = Hardware::new(registers) else { return Ok(Some(event)) };
+        if check_id(event.id).is_err() {
+            return Ok(Some(event));
+        }
+        if event.name.is_none() && event.format.is_none() && event.fault == FaultKind::AddressSize {
+            return Ok(None);
+        }
+        let Ok(entry) = unit.device_entry(event.id, memory) else { return Ok(Some(event)) };
+        if entry[0] & V == 0 {
+            return Ok(Some(event));
+        }
+        if entry[1] & SA != 0 && queue::is_page_fault(&event) {
+            return Ok(None);
+        }
+        let domain = event.domain.or(Some(DOMAIN_ID.of(entry[1]) as u32));
+        let is_reserved = event.fault == FaultKind::Configuration && unit.has_reserved_bits(&entry, event.id, event.pasid, memory);
+        let fault = if is_reserved { FaultKind::Reserved } else { event.fault };
+        Ok(Some(stagecraft_sdk::Event { domain, fault, ..event }))
     }
 
     fn encode_event(_registers: &Registers, event: &stagecraft_sdk::Event) -> Result<EventRecord, Error> {

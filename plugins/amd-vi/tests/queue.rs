@@ -72,6 +72,7 @@ fn event() -> Event {
         name: None,
         format: Some("amd-vi/v1".to_owned()),
         level: Some(1),
+        entries: Vec::new(),
         id: 0x0138,
         pasid: None,
         iova: 0x1_2345_6789,
@@ -108,13 +109,17 @@ fn page_faults() {
 #[test]
 fn other_events() {
     let named = |name: &str| Event { name: Some(name.to_owned()), fault: FaultKind::Configuration, ..event() };
-    assert_eq!(record(&named("ILLEGAL_DEV_TABLE_ENTRY")), [0x1020_0000_0000_0138, 0x1_2345_6789]);
+    assert_eq!(record(&named("ILLEGAL_DEV_TABLE_ENTRY")), [0x1020_0000_0000_0138, 0x1_2345_6788]);
+    let guest = Event { pasid: Some(0xa_bcde), fault: FaultKind::Reserved, ..named("ILLEGAL_DEV_TABLE_ENTRY") };
+    assert_eq!(record(&guest)[0], 0x10a1_bcde_000a_0138, "RZ 55");
     assert_eq!(record(&named("DEV_TAB_HARDWARE_ERROR")), [0x3020_0000_0000_0138, 0x9_8765_4010]);
     assert_eq!(record(&named("PAGE_TAB_HARDWARE_ERROR")), [0x4020_1234_0000_0138, 0x9_8765_4010]);
     assert_eq!(record(&Event { fault: FaultKind::Unreadable, ..event() })[0] >> 60, 4);
     assert_eq!(record(&named("IO_PAGE_FAULT"))[0], 0x2000_1234_0000_0138);
     let refused = |event: &Event| AmdVi::encode_event(&Registers::default(), event).unwrap_err();
-    assert!(matches!(refused(&named("INVALID_DEVICE_REQUEST")), Error::Unsupported(_)));
+    assert!(matches!(refused(&named("X")), Error::Unsupported(_)));
+    let stranger = Event { pasid: Some(0x1_0042), ..named("INVALID_DEVICE_REQUEST") };
+    assert_eq!(record(&stranger), [0x2001_0042_0001_0138, 0x1_2345_6789], "a PASID without tables: nothing is there");
     assert!(matches!(refused(&Event { id: 1 << 16, ..event() }), Error::Invalid(_)));
 }
 

@@ -21,6 +21,7 @@ mod context;
 mod kernel;
 mod notes;
 mod queue;
+mod review;
 mod spec;
 mod stage1;
 mod stage2;

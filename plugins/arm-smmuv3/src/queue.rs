@@ -212,7 +212,7 @@ mod record_1 {
     pub(super) const S2: Field = Field::new(39, 39);
     /// What was being translated.
     pub(super) const CLASS: Field = Field::new(41, 40);
-    /// The stage 1 table was being read.
+    /// The stage 1 table was being read, and not marked.
     pub(super) const TTRNW: Field = Field::new(44, 44);
 
     /// [`CLASS`]: the address of a context descriptor.
@@ -224,28 +224,34 @@ mod record_1 {
 }
 
 /// Word 3: an IPA.
-const IPA: Field = Field::new(51, 12);
+const IPA: Field = Field::new(55, 12);
 /// Word 3: the address of a structure.
-const FETCH: Field = Field::new(51, 3);
+const FETCH: Field = Field::new(55, 3);
 
-/// Events by name, and whether they have a SubstreamID.
-const NAMES: [(&str, u64, bool); 12] = [
-    ("C_BAD_STREAMID", 0x02, true),
-    ("F_STE_FETCH", 0x03, true),
-    ("C_BAD_STE", 0x04, true),
-    ("F_STREAM_DISABLED", 0x06, false),
-    ("C_BAD_SUBSTREAMID", 0x08, true),
-    ("F_CD_FETCH", 0x09, true),
-    ("C_BAD_CD", 0x0a, true),
-    ("F_WALK_EABT", 0x0b, true),
-    ("F_TRANSLATION", 0x10, true),
-    ("F_ADDR_SIZE", 0x11, true),
-    ("F_ACCESS", 0x12, true),
-    ("F_PERMISSION", 0x13, true),
+/// Events by name.
+const NAMES: [(&str, u64); 13] = [
+    ("C_BAD_STREAMID", 0x02),
+    ("F_STE_FETCH", 0x03),
+    ("C_BAD_STE", 0x04),
+    ("F_STREAM_DISABLED", F_STREAM_DISABLED),
+    ("C_BAD_SUBSTREAMID", C_BAD_SUBSTREAMID),
+    ("F_CD_FETCH", F_CD_FETCH),
+    ("C_BAD_CD", 0x0a),
+    ("F_WALK_EABT", F_WALK_EABT),
+    ("F_TRANSLATION", 0x10),
+    ("F_ADDR_SIZE", 0x11),
+    ("F_ACCESS", 0x12),
+    ("F_PERMISSION", F_PERMISSION),
+    (REFUSED_MARK, F_PERMISSION),
 ];
+/// Stage 2 refused to have a stage 1 descriptor marked.
+pub(crate) const REFUSED_MARK: &str = "F_PERMISSION of a mark";
+const F_STREAM_DISABLED: u64 = 0x06;
+const C_BAD_SUBSTREAMID: u64 = 0x08;
 const F_STE_FETCH: u64 = 0x03;
 const F_CD_FETCH: u64 = 0x09;
 const F_WALK_EABT: u64 = 0x0b;
+const F_PERMISSION: u64 = 0x13;
 
 /// The event record, IHI 0070 section 7.3.
 pub(crate) fn encode(event: &Event) -> Result<EventRecord, Error> {
@@ -256,11 +262,14 @@ pub(crate) fn encode(event: &Event) -> Result<EventRecord, Error> {
         None => walk_event(event.fault),
     };
     let unknown = || Error::Unsupported(format!("an event record for `{name}`: the SMMU records none"));
-    let (_, number, has_substream) = NAMES.into_iter().find(|(known, ..)| *known == name).ok_or_else(unknown)?;
+    let (_, number) = NAMES.into_iter().find(|(known, _)| *known == name).ok_or_else(unknown)?;
     let id = u32::try_from(event.id).map_err(|_| Error::invalid("id", event.id, EVENTS, "a StreamID has 32 bits"))?;
     let mut words = [record_0::EVENT.put(number) | record_0::STREAM.put(id.into()), 0, 0, 0];
-    if let Some(substream) = event.pasid.filter(|_| has_substream) {
-        words[0] |= record_0::SSV.put(1) | record_0::SUBSTREAM.put(substream.into());
+    match (number, event.pasid) {
+        (F_STREAM_DISABLED, _) | (_, None) => {}
+        // There always is one: nothing says so.
+        (C_BAD_SUBSTREAMID, Some(substream)) => words[0] |= record_0::SUBSTREAM.put(substream.into()),
+        (_, Some(substream)) => words[0] |= record_0::SSV.put(1) | record_0::SUBSTREAM.put(substream.into()),
     }
     match number {
         F_STE_FETCH | F_CD_FETCH => words[3] = FETCH.in_place(event.unreadable.unwrap_or(0)),
@@ -269,6 +278,8 @@ pub(crate) fn encode(event: &Event) -> Result<EventRecord, Error> {
             let class = match (stage2 && event.reading_table, event.name.as_deref()) {
                 (true, Some("F_CD_FETCH")) => record_1::CD,
                 (true, _) => record_1::TT,
+                // Of stage 1 this event alone has another class, section 7.3.12.
+                (false, _) if number == F_WALK_EABT && !stage2 => record_1::TT,
                 (false, _) => record_1::IN,
             };
             words[1] = record_1::PNU.put(event.privileged.into())
@@ -276,7 +287,8 @@ pub(crate) fn encode(event: &Event) -> Result<EventRecord, Error> {
                 | record_1::RNW.put((event.access != Access::Write).into())
                 | record_1::S2.put(stage2.into())
                 | record_1::CLASS.put(class)
-                | record_1::TTRNW.put((class == record_1::TT).into());
+                // No other event has it.
+                | record_1::TTRNW.put((class == record_1::TT && number == F_PERMISSION && name != REFUSED_MARK).into());
             words[2] = event.iova;
             words[3] = match (number, stage2) {
                 (F_WALK_EABT, _) => FETCH.in_place(event.unreadable.unwrap_or(0)),

@@ -14,6 +14,7 @@ use stagecraft_sdk::{
 
 use crate::context::{self, Contexts};
 use crate::queue::{self, Commands};
+use crate::review;
 use crate::spec::cd;
 use crate::spec::registers::{cr0, gbpa};
 use crate::stream::{self, Features, Stop, Stream, blocked, unused};
@@ -87,6 +88,10 @@ impl Unit for Smmuv3 {
 
     fn decode_commands(registers: &Registers, commands: &[u8]) -> Result<Vec<Command>, Error> {
         Commands::new(registers)?.decode(commands)
+    }
+
+    fn review_event(registers: &Registers, event: Event, memory: &mut dyn GuestMemory) -> Result<Option<Event>, Error> {
+        review::review(registers, event, memory)
     }
 
     fn encode_event(_registers: &Registers, event: &Event) -> Result<EventRecord, Error> {

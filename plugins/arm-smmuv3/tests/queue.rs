@@ -136,6 +136,7 @@ fn event() -> Event {
         name: None,
         format: Some("arm-smmuv3/stage1".to_owned()),
         level: Some(3),
+        entries: Vec::new(),
         id: 0x38,
         pasid: None,
         iova: 0xffff_8765_4321_0678,
@@ -168,11 +169,13 @@ fn faults_of_walks() {
     assert_eq!(record(&second), [0x38_0000_0010, 0x288_0000_0000, iova, 0x8_1234_5000]);
     assert_eq!(record(&Event { format: Some("arm-smmuv3/stage2".to_owned()), iova: 0x5678, ..event() })[3], 0x5000, "stage 2 alone");
     let table = Event { reading_table: true, ..second.clone() };
-    assert_eq!(record(&table), [0x38_0000_0010, 0x1188_0000_0000, iova, 0x8_1234_5000]);
+    assert_eq!(record(&table), [0x38_0000_0010, 0x188_0000_0000, iova, 0x8_1234_5000]);
+    let forbidden = Event { fault: FaultKind::Permission, ..table.clone() };
+    assert_eq!(record(&forbidden), [0x38_0000_0013, 0x1188_0000_0000, iova, 0x8_1234_5000], "TTRnW is of this event alone");
     let context = Event { name: Some("F_CD_FETCH".to_owned()), ..table };
     assert_eq!(record(&context), [0x38_0000_0010, 0x88_0000_0000, iova, 0x8_1234_5000]);
     let abort = Event { fault: FaultKind::Unreadable, unreadable: Some(0x9_8765_4008), ..event() };
-    assert_eq!(record(&abort), [0x38_0000_000b, 0x208_0000_0000, iova, 0x9_8765_4008]);
+    assert_eq!(record(&abort), [0x38_0000_000b, 0x108_0000_0000, iova, 0x9_8765_4008], "an entry of stage 1's table is of class TT");
 }
 
 #[test]
@@ -188,7 +191,7 @@ fn faults_of_structures() {
     assert_eq!(record(&named("C_BAD_STE", None)), [0x38_0000_0004, 0, 0, 0]);
     assert_eq!(record(&named("C_BAD_CD", Some(0xf_ffff))), [0x38_ffff_f80a, 0, 0, 0]);
     assert_eq!(record(&named("C_BAD_STREAMID", None)), [0x38_0000_0002, 0, 0, 0]);
-    assert_eq!(record(&named("C_BAD_SUBSTREAMID", Some(1))), [0x38_0000_1808, 0, 0, 0]);
+    assert_eq!(record(&named("C_BAD_SUBSTREAMID", Some(1))), [0x38_0000_1008, 0, 0, 0], "without SSV");
     assert_eq!(record(&named("F_STREAM_DISABLED", Some(0))), [0x38_0000_0006, 0, 0, 0]);
     assert_eq!(record(&named("F_STE_FETCH", None)), [0x38_0000_0003, 0, 0, 0x9_8765_4040]);
     assert_eq!(record(&named("F_CD_FETCH", Some(1))), [0x38_0000_1809, 0, 0, 0x9_8765_4040]);

@@ -17,6 +17,7 @@
 
 pub mod first_stage;
 mod queue;
+mod review;
 pub mod second_stage;
 mod spec;
 pub mod unit;

@@ -12,6 +12,7 @@ use stagecraft_sdk::queue::{Access, decode_each};
 use stagecraft_sdk::{Answer, Command, Effect, Error, Event, EventRecord, FaultKind, Format, PageRequest, Registers, Response, Scope};
 
 use crate::second_stage::SecondStage;
+use crate::spec::first_stage;
 use crate::spec::registers::{ecap, iqa, rtaddr};
 
 const DESCRIPTORS: &str = "D51397 section 6.5.2";
@@ -150,8 +151,8 @@ mod record {
     pub(super) const F: Field = Field::new(63, 63);
 }
 
-/// Fault reasons of what leads to the tables, section 7.1.3, by the names that `lookup` gives.
-const REASONS: [(&str, u64); 33] = [
+/// Fault reasons of what leads to the tables, section 7.1.3, by the names that `lookup` and the review of an event give.
+const REASONS: [(&str, u64); 43] = [
     ("LRT.1", 0x08),
     ("LRT.2", 0x01),
     ("LRT.3", 0x0a),
@@ -160,6 +161,8 @@ const REASONS: [(&str, u64); 33] = [
     ("LCT.3", 0x0b),
     ("LCT.4.1", 0x03),
     ("LCT.4.2", 0x03),
+    ("LCT.4.3", 0x03),
+    ("LGN.1", 0x04),
     ("RTA.1.1", 0x30),
     ("RTA.1.2", 0x30),
     ("RTA.1.3", 0x30),
@@ -185,6 +188,14 @@ const REASONS: [(&str, u64); 33] = [
     ("SPT.2", 0x59),
     ("SPT.3", 0x5a),
     ("SPT.6", 0x5d),
+    ("SFS.4", 0x73),
+    ("SFS.5", 0x74),
+    ("SFS.6", 0x75),
+    ("SFS.7", 0x76),
+    ("SFS.8", 0x77),
+    ("SSS.4", 0x7b),
+    ("SGN.4", 0x83),
+    ("SGN.5", 0x84),
 ];
 
 /// The fault record.
@@ -221,7 +232,7 @@ const fn legacy_reason(event: &Event) -> u64 {
     }
 }
 
-/// Tables of scalable mode: SFS, SSS and SGN conditions. A user's request to a supervisor's page counts as one without permission: the event does not tell.
+/// Tables of scalable mode: SFS, SSS and SGN conditions.
 fn scalable_reason(event: &Event) -> u64 {
     let second = event.is_of(SecondStage::NAME);
     match (event.fault, event.access) {
@@ -232,10 +243,12 @@ fn scalable_reason(event: &Event) -> u64 {
                 0x80
             }
         }
-        // The second stage forbids reading the first one's tables.
-        (FaultKind::Translation | FaultKind::Permission, _) if second && event.reading_table => 0x76,
+        // The second stage forbids reading the first one's tables: SFS.7, unless structures say more.
+        (FaultKind::Permission, _) if second && event.reading_table => 0x76,
         (FaultKind::Translation, _) if !second => 0x71,
         (FaultKind::Translation, _) => 0x79,
+        // A user's request to a supervisor's page: U/S of any entry.
+        (FaultKind::Permission, _) if !second && !event.privileged && event.entries.iter().any(|entry| entry & first_stage::US == 0) => 0x81,
         (FaultKind::Permission | FaultKind::AccessFlag | FaultKind::Configuration, Access::Execute) => 0x82,
         (FaultKind::Permission | FaultKind::AccessFlag | FaultKind::Configuration, Access::Write) => 0x85,
         (FaultKind::Permission | FaultKind::AccessFlag | FaultKind::Configuration, Access::Read) => 0x86,

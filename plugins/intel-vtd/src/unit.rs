@@ -97,17 +97,17 @@ fn interrupts() -> Intercept {
 }
 
 /// A unit that translates: what it can do, and where its tables start.
-struct Hardware {
+pub(crate) struct Hardware {
     cap: u64,
     ecap: u64,
-    root_table: u64,
-    mode: u64,
+    pub(crate) root_table: u64,
+    pub(crate) mode: u64,
     io_permissions: bool,
 }
 
 impl Hardware {
     /// The unit, or nothing if it does not translate.
-    fn new(registers: &Registers) -> Result<Option<Self>, Error> {
+    pub(crate) fn new(registers: &Registers) -> Result<Option<Self>, Error> {
         let (cap, ecap) = (registers.need("CAP")?, registers.need("ECAP")?);
         let (gsts, rtaddr) = (registers.need("GSTS")?, registers.need("RTADDR")?);
         let unit = Self {
@@ -130,7 +130,7 @@ impl Hardware {
     }
 
     /// Host address width; see the crate's documentation.
-    fn host_bits(&self) -> u64 {
+    pub(crate) fn host_bits(&self) -> u64 {
         self.guest_bits().clamp(DEFAULT_OUTPUT_BITS, 52)
     }
 
@@ -145,11 +145,11 @@ impl Hardware {
     }
 
     /// Levels of the second stage that the encoding `aw` stands for, if the unit has them.
-    fn levels(&self, aw: u64) -> Option<u64> {
+    pub(crate) fn levels(&self, aw: u64) -> Option<u64> {
         ((1..=3).contains(&aw) && cap::SAGAW.of(self.cap) >> aw & 1 == 1).then_some(aw + 2)
     }
 
-    fn second_stage(&self, root: u64, levels: u64, accessed_dirty: bool) -> TableConfig {
+    pub(crate) fn second_stage(&self, root: u64, levels: u64, accessed_dirty: bool) -> TableConfig {
         let mut table = TableConfig::new(SecondStage::NAME, &[("levels", levels), ("root", root)]);
         let mut set = |name, value, default| {
             if value != default {
@@ -572,6 +572,10 @@ impl Unit for IntelVtd {
 
     fn decode_commands(registers: &Registers, commands: &[u8]) -> Result<Vec<Command>, Error> {
         queue::decode(registers, commands)
+    }
+
+    fn review_event(registers: &Registers, event: Event, memory: &mut dyn GuestMemory) -> Result<Option<Event>, Error> {
+        crate::review::review(registers, event, memory)
     }
 
     fn encode_event(registers: &Registers, event: &Event) -> Result<EventRecord, Error> {

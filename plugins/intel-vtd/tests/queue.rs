@@ -106,6 +106,7 @@ fn event() -> Event {
         name: None,
         format: Some("intel-vtd/second-stage".to_owned()),
         level: Some(1),
+        entries: Vec::new(),
         id: 0x0138,
         pasid: None,
         iova: 0x1_2345_6789,
@@ -154,7 +155,8 @@ fn faults_in_scalable_mode() {
     assert_eq!(reason(Event { level: None, ..first.clone() }), 0x80, "not canonical");
     assert_eq!(reason(Event { fault: FaultKind::Permission, ..event() }), 0x86);
     assert_eq!(reason(Event { fault: FaultKind::Reserved, ..event() }), 0x7a);
-    assert_eq!(reason(Event { reading_table: true, ..event() }), 0x76);
+    assert_eq!(reason(Event { reading_table: true, ..event() }), 0x79, "neither R nor W");
+    assert_eq!(reason(Event { reading_table: true, fault: FaultKind::Permission, ..event() }), 0x76);
     for (name, number) in [("SRT.2", 0x39), ("SCT.2", 0x41), ("SPD.2", 0x51), ("SPT.2", 0x59), ("SPT.4.2", 0x5b), ("SGN.10", 0x89)] {
         assert_eq!(reason(Event { name: Some(name.to_owned()), ..first.clone() }), number, "{name}");
     }

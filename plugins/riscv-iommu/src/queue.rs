@@ -143,15 +143,19 @@ mod record {
 
 /// `iotval2`: the second stage failed while the first one's table was read.
 const IMPLICIT: u64 = 1;
+/// And was to be marked.
+const IMPLICIT_WRITE: u64 = 2;
+/// The second stage refused to have an entry of the first one's table marked.
+pub(crate) const REFUSED_MARK: &str = "guest-page fault of a mark";
 
 /// The fault record. `causes` are those of what leads to the tables: number and name.
 pub(crate) fn encode(event: &Event, causes: &[(u16, &str)]) -> Result<EventRecord, Error> {
     let cause = match event.name.as_deref() {
+        Some(REFUSED_MARK) | None => cause(event),
         Some(name) => {
             let unknown = || Error::Unsupported(format!("a fault record for `{name}`"));
             causes.iter().find(|(_, known)| *known == name).map(|(number, _)| u64::from(*number)).ok_or_else(unknown)?
         }
-        None => cause(event),
     };
     if event.id >> 24 != 0 {
         return Err(Error::invalid("id", event.id, RECORDS, "a device id has 24 bits"));
@@ -167,7 +171,11 @@ pub(crate) fn encode(event: &Event, causes: &[(u16, &str)]) -> Result<EventRecor
     }
     // Guest-page faults alone have a guest-physical address, whose lowest two bits say more.
     let address = match cause {
-        20 | 21 | 23 => event.intermediate.unwrap_or(event.iova) & !3 | if event.reading_table { IMPLICIT } else { 0 },
+        20 | 21 | 23 => {
+            let implicit = if event.reading_table { IMPLICIT } else { 0 };
+            let write = if event.name.as_deref() == Some(REFUSED_MARK) { IMPLICIT_WRITE } else { 0 };
+            event.intermediate.unwrap_or(event.iova) & !3 | implicit | write
+        }
         _ => 0,
     };
     Ok(EventRecord::of_words("fault queue", &[first, 0, event.iova, address]))

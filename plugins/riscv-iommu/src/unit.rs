@@ -6,8 +6,8 @@
 
 use stagecraft_sdk::bits::{Field, words};
 use stagecraft_sdk::{
-    Attributes, Binding, BlockKind, Blocked, Command, Direct, Error, Event, EventRecord, Format, GuestMemory, Intercept, Offer, Outcome, PageRequest,
-    PlaceToBind, Registers, Requester, Structure, TableConfig, Tag, Translated, Unit, Window,
+    Attributes, Binding, BlockKind, Blocked, Command, Direct, Error, Event, EventRecord, FaultKind, Format, GuestMemory, Intercept, Offer, Outcome,
+    PageRequest, PlaceToBind, Registers, Requester, Structure, TableConfig, Tag, Translated, Unit, Window,
 };
 
 use crate::entries::WIDEST_OUTPUT;
@@ -153,6 +153,12 @@ impl Device {
             None => memory.read(address, bytes as u32),
         }?;
         Ok(in_order(&bytes, self.has(tc::SBE)))
+    }
+
+    /// Whether the second stage refused to have an entry of the first one's table marked: it can be read there.
+    fn refuses_mark(&self, event: &Event, memory: &mut dyn GuestMemory) -> bool {
+        let refused = self.second.as_ref().zip(event.intermediate).filter(|_| event.fault == FaultKind::Permission && event.name.is_none());
+        refused.is_some_and(|(table, address)| memory.read_through(table, address & !7, 8).is_ok())
     }
 
     /// The same with the fault that hardware would report.
@@ -531,6 +537,35 @@ impl Unit for RiscvIommu {
 
     fn decode_commands(_registers: &Registers, commands: &[u8]) -> Result<Vec<Command>, Error> {
         queue::decode(commands)
+    }
+
+    /// DTF, and privilege that a process does not have: sections 2.1.3.1 and 3.2.
+    fn review_event(registers: &Registers, event: Event, memory: &mut dyn GuestMemory) -> Result<Option<Event>, Error> {
+        if event.name.is_none() && event.format.is_none() && event.fault == FaultKind::AddressSize {
+            return Ok(None);
+        }
+        let Ok(Mode::Directory(unit)) = Mode::new(registers) else { return Ok(Some(event)) };
+        let Ok(device) = unit.device(event.id, memory) else { return Ok(Some(event)) };
+        let always = [ALL_DISALLOWED, DDT_LOAD, DDT_INVALID, DDT_MISCONFIGURED];
+        let is_quiet = device.has(tc::DTF) && !always.iter().any(|Cause(_, name)| event.name.as_deref() == Some(name));
+        if is_quiet {
+            return Ok(None);
+        }
+        let process = event.pasid.filter(|_| event.privileged && event.name.is_none()).map(u64::from);
+        if let (Some(id), Some(levels)) = (process, device.process_levels())
+            && device.process(levels, id, memory).is_ok_and(|[attributes, _]| attributes & process::ENS == 0)
+        {
+            return Ok(Some(Event { name: Some(TYPE_DISALLOWED.1.to_owned()), ..event }));
+        }
+        let of_mark = event.reading_table && device.refuses_mark(&event, memory);
+        // A part of the process directory that the second stage puts where there is no memory, or whose own tables cannot be read.
+        let is_nowhere = event.format.is_none() || event.fault == FaultKind::Unreadable;
+        let name = match event.name.as_deref() {
+            Some(name) if name == GUEST_PAGE_FAULT.1 && is_nowhere => Some(PDT_LOAD.1.to_owned()),
+            None if of_mark => Some(queue::REFUSED_MARK.to_owned()),
+            _ => event.name.clone(),
+        };
+        Ok(Some(Event { name, ..event }))
     }
 
     fn encode_event(_registers: &Registers, event: &Event) -> Result<EventRecord, Error> {

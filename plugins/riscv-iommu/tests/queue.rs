@@ -76,6 +76,7 @@ fn event() -> Event {
         name: None,
         format: Some("riscv-iommu/first-stage".to_owned()),
         level: Some(0),
+        entries: Vec::new(),
         id: 0xab_cdef,
         pasid: None,
         iova: 0xffff_ff87_6543_2108,

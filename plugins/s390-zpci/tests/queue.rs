@@ -30,6 +30,7 @@ fn an_error_event_cannot_be_written_without_the_handle() {
         name: None,
         format: Some("s390-zpci/dma".to_owned()),
         level: None,
+        entries: Vec::new(),
         id: 1,
         pasid: None,
         iova: 0,

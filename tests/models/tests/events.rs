@@ -39,6 +39,7 @@ fn event(fault: FaultKind, format: &str, iova: u64, write: bool) -> Event {
         name: None,
         format: Some(format.to_owned()),
         level: Some(1),
+        entries: Vec::new(),
         id: machine::DEVICE,
         pasid: None,
         iova,

@@ -5,6 +5,7 @@
 //! format, [`walk`] follows the entries, and [`generate`] writes tables whose content is known beforehand.
 
 pub mod detect;
+pub mod faults;
 pub mod generate;
 pub mod snapshot;
 pub mod tables;

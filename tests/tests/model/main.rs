@@ -6,7 +6,8 @@
 //! Marks of what devices did get into the guest's tables, into entries that point to tables as well: none is missing there, and nothing else has changed.
 //!
 //! The same guests have a vIOMMU in a second test: they write structures and commands, and nobody calls an IOASID. Their devices have PASIDs, a first stage, a second one or
-//! both, and wait for pages; what each is to get is found in structures and tables alone.
+//! both, and wait for pages; what each is to get is found in structures and tables alone. What they are refused is told in records of the guest's architecture, as the
+//! specification has them: also where a bit of an entry or a structure is not as the guest meant it.
 //!
 //! `STAGECRAFT_SEEDS=n` runs n seeds per format instead of the few of the short run; a failure names its format and seed, and what proptest shrank it to.
 //! `STAGECRAFT_SEED=n` runs that one alone, or with `STAGECRAFT_SEEDS` so many from that one on. `STAGECRAFT_FIRST=1` ends with the first failure, as it was found:
@@ -165,6 +166,7 @@ fn assert_front_exercised(coverage: &Coverage) {
             .iter()
             .for_each(|kind| often(&format!("{arch:?}{kind}")));
         often(&format!("page request of {arch:?}"));
+        ["", " of a damaged entry", " of a damaged structure", " of a stranger"].iter().for_each(|what| often(&format!("event of {arch:?}{what}")));
     }
     for who in ["", " for a PASID"] {
         ["mapped", "not mapped"].iter().for_each(|said| often(&format!("page request{who} asked of the guest, and {said}")));

@@ -13,6 +13,7 @@ mod nested;
 mod pasids;
 mod plain;
 mod real;
+mod records;
 mod requests;
 mod saved;
 mod watching;

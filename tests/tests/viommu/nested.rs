@@ -37,9 +37,11 @@ impl Nested {
         for page in 0..8 {
             this.put(page, DATA + (page << 12));
         }
-        // V, Config 7, CD; S2VMID, S2T0SZ 25, S2SL0 1, S2PS 48, S2AA64.
+        // V, Config 7, CD; S2VMID, S2T0SZ 25, S2SL0 1, S2PS 48, S2AA64, S2R.
         let at = this.rig.guest.structure(ONE);
-        for (index, word) in [root, VMID | 25 << 32 | 1 << 38 | 5 << 48 | 1 << 51, 0, 1 | 7 << 1 | (BEHIND + 0x5000)].into_iter().enumerate() {
+        for (index, word) in
+            [root, VMID | 25 << 32 | 1 << 38 | 5 << 48 | 1 << 51 | 1 << 58, 0, 1 | 7 << 1 | (BEHIND + 0x5000)].into_iter().enumerate()
+        {
             this.rig.guest.store(at + (3 - index as u64) * 8, word);
         }
         this
@@ -102,8 +104,8 @@ fn both_stages_and_what_leads_to_them_are_followed() {
     let was = nested.rig.guest.load(low + block);
     nested.rig.guest.store(low + block, 0);
     let events = nested.rig.viommu.faults(&[nested.request(IOVA, EventAccess::Read)]);
-    // Class TT, TTRnW.
-    assert_eq!(events.records[0].bytes, words(&[0x10 | ONE << 32, 1 << 35 | 1 << 39 | 1 << 40 | 1 << 44, IOVA, second]));
+    // Class TT.
+    assert_eq!(events.records[0].bytes, words(&[0x10 | ONE << 32, 1 << 35 | 1 << 39 | 1 << 40, IOVA, second]));
     nested.rig.guest.store(low + block, was);
     // So is the page with the context descriptor: class CD.
     let entry = nested.put(5, 0);

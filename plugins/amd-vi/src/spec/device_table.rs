@@ -40,6 +40,8 @@ pub(crate) const DOMAIN_ID: Field = Field::new(15, 0);
 pub(crate) const GCR3_30_15: Field = Field::new(31, 16);
 /// Word 1: the exclusion range is for this device.
 pub(crate) const EX: u64 = bit(39);
+/// SA, bit 98: no page fault of the device is logged. (SE, bit 97, logs the first alone, which is one of those that are told here.)
+pub(crate) const SA: u64 = bit(34);
 /// Word 1: guest CR3 table, address bits 51:31.
 pub(crate) const GCR3_51_31: Field = Field::new(63, 43);
 /// Word 2: levels of the guest tables, minus four; 2 and 3 are reserved.

@@ -13,6 +13,8 @@ pub(crate) mod cr2 {
     crate::spec::fields! {
         /// STRW 0b10 is EL2-E2H, with two privilege levels and two ranges.
         E2H = [0:0];
+        /// C_BAD_STREAMID is recorded.
+        RECINVSID = [1:1];
     }
 }
 

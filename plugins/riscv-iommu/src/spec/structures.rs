@@ -28,8 +28,7 @@ pub(crate) mod tc {
     pub(crate) const EN_PRI: u64 = bit(2);
     /// Translation services answer guest-physical addresses.
     pub(crate) const T2GPA: u64 = bit(3);
-    /// Faults are not reported.
-    #[cfg(test)]
+    /// Faults of the device are not reported, but for those of the directory.
     pub(crate) const DTF: u64 = bit(4);
     /// Word 3 points to a process directory.
     pub(crate) const PDTV: u64 = bit(5);

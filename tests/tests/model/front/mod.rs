@@ -3,6 +3,7 @@
 
 mod arrange;
 mod ask;
+mod events;
 mod forget;
 mod judge;
 mod structures;
@@ -342,6 +343,8 @@ impl<'a> Front<'a> {
             1 | 2 => self.change_memory(There { blocks: there.blocks ^ (1 + (which >> 3) % 15), ..there })?,
             _ => {
                 self.change_memory(There { hole: false, ..there })?;
+                self.recent.clear();
+                self.compare_events_of_hole()?;
                 // Until it went it cannot come.
                 if self.memory_before.is_none() {
                     self.change_memory(there)?;

@@ -111,6 +111,8 @@ pub struct Structures {
     linear: bool,
     /// 39 bits for the second stage, and not 48.
     small: bool,
+    /// Faults are recorded: of the first stage and of the second one, or of a device and of a PASID, as the architecture has it.
+    recorded: [bool; 2],
     pub settings: Vec<Setting>,
     directories: Vec<Directory>,
     /// Addresses of tables by stage.
@@ -137,6 +139,7 @@ impl Structures {
             memory,
             linear,
             small,
+            recorded: [rng.percent(88), rng.percent(88)],
             settings: vec![nothing; devices],
             directories: vec![Directory::default(); devices],
             roots: [Vec::new(), Vec::new()],
@@ -166,7 +169,11 @@ impl Structures {
         let mut registers = self.arch.registers_at(STRUCTURES);
         let mut set = |name: &str, bits: u64| registers.iter_mut().filter(|(known, _)| known == name).for_each(|(_, value)| *value |= bits);
         match self.arch {
-            Arch::Smmu => set("IDR0", u64::from(self.requests) << 16),
+            Arch::Smmu => {
+                set("IDR0", u64::from(self.requests) << 16);
+                // RECINVSID.
+                set("CR2", u64::from(self.recorded[1]) << 1);
+            }
             Arch::Vtd if self.pasids => {
                 // ND 6: 16 bits of domains; SLLPS, FS1GP.
                 set("CAP", 6 | 1 << 56);
@@ -306,9 +313,12 @@ impl Structures {
         let (domain, space) = self.name_of(device, Some(pasid).filter(|pasid| *pasid != 0), context);
         let space = space.unwrap_or(0);
         match self.arch {
-            // T0SZ 16, 4K, EPD1, V, 48 bits, AArch64, no faults for others; ASID; MAIR.
-            Arch::Smmu => vec![16 | 1 << 30 | 1 << 31 | 5 << 32 | 1 << 41 | 1 << 45 | 1 << 46 | space << 48, root, 0, 0xff],
-            // P, AW, PGTT; DID.
+            // T0SZ 16, 4K, EPD1, V, 48 bits, AArch64, R, A; ASID; MAIR.
+            Arch::Smmu => {
+                let recorded = u64::from(self.recorded[0]) << 45;
+                vec![16 | 1 << 30 | 1 << 31 | 5 << 32 | 1 << 41 | recorded | 1 << 46 | space << 48, root, 0, 0xff]
+            }
+            // P, FPD, AW, PGTT; DID.
             Arch::Vtd => {
                 let (width, second) = setting.stages.second().map_or((0, 0), |second| (self.width(), self.roots[1][second]));
                 let kind = match (context, second) {
@@ -317,7 +327,7 @@ impl Structures {
                     (Context::Skip, _) => 2,
                     (Context::Root(_), _) => 3,
                 };
-                vec![1 | width << 2 | kind << 6 | second, domain, root]
+                vec![1 | u64::from(!self.recorded[1]) << 1 | width << 2 | kind << 6 | second, domain, root]
             }
             Arch::Amd => vec![root | 1],
             // V, PSCID; Sv48.
@@ -351,30 +361,33 @@ impl Structures {
                     words[1] |= if self.pasids { 1 + u64::from(own) } else { 0 };
                 }
                 if let Some(root) = second {
-                    // S2T0SZ, S2SL0, S2PS, S2AA64; S2TTB.
-                    words[2] |= if self.small { 25 << 32 | 1 << 38 } else { 16 << 32 | 2 << 38 } | 5 << 48 | 1 << 51;
+                    // S2T0SZ, S2SL0, S2PS, S2AA64, S2R; S2TTB.
+                    words[2] |= if self.small { 25 << 32 | 1 << 38 } else { 16 << 32 | 2 << 38 } | 5 << 48 | 1 << 51 | has(1 << 58, self.recorded[1]);
                     words[3] = root;
                 }
                 self.store(STRUCTURES + id * 64, &words);
             }
             Arch::Vtd if self.is_legacy() => {
+                // FPD, whether the entry is present or not.
+                let quiet = u64::from(!self.recorded[0]) << 1;
                 let words = match (stages, second) {
-                    (_, Some(root)) => [root | 1, self.width() | domain << 8],
-                    (Stages::Nothing, _) => [0, 0],
+                    (_, Some(root)) => [root | 1 | quiet, self.width() | domain << 8],
+                    (Stages::Nothing, _) => [quiet, 0],
                     // Pass-through.
-                    _ => [1 | 2 << 2, 2 | 1 << 8],
+                    _ => [1 | quiet | 2 << 2, 2 | 1 << 8],
                 };
                 self.store(STRUCTURES + 0x1000 + id * 16, &words);
             }
             Arch::Vtd => {
-                // P, PASIDE; DTE and PRE.
+                // P, FPD, PASIDE; DTE and PRE.
                 let requests = if self.requests { 1 << 2 | 1 << 4 } else { 0 };
-                let words = if stages == Stages::Nothing { [0; 4] } else { [1 | 1 << 3 | requests | directory, 0, 0, 0] };
+                let quiet = u64::from(!self.recorded[0]) << 1;
+                let words = if stages == Stages::Nothing { [quiet, 0, 0, 0] } else { [1 | quiet | 1 << 3 | requests | directory, 0, 0, 0] };
                 self.store(STRUCTURES + 0x1000 + id * 32, &words);
             }
             Arch::Amd => {
-                // V, TV; IR, IW.
-                let mut words = [if stages == Stages::Nothing { 3 } else { 3 | 3 << 61 }, domain, 0, 0];
+                // V, TV; IR, IW; SA.
+                let mut words = [if stages == Stages::Nothing { 3 } else { 3 | 3 << 61 }, domain | u64::from(!self.recorded[0]) << 34, 0, 0];
                 words[0] |= second.map_or(0, |root| root | (4 - u64::from(self.small)) << 9);
                 if stages.has_first() {
                     // GIoV, GV, GLX and the parts of the directory's address.
@@ -384,9 +397,9 @@ impl Structures {
                 self.store(STRUCTURES + id * 32, &words);
             }
             Arch::Riscv => {
-                // V; EN_ATS and EN_PRI.
-                let mut words = [u64::from(stages != Stages::Nothing), 0, 0, 0];
-                words[0] |= if self.requests && words[0] != 0 { 3 << 1 } else { 0 };
+                // V, DTF; EN_ATS and EN_PRI.
+                let mut words = [u64::from(stages != Stages::Nothing) | u64::from(!self.recorded[0]) << 4, 0, 0, 0];
+                words[0] |= if self.requests && words[0] & 1 != 0 { 3 << 1 } else { 0 };
                 words[1] = second.map_or(0, |root| (9 - u64::from(self.small)) << 60 | domain << 44 | root >> 12);
                 if stages.has_first() && self.pasids {
                     // PDTV, DPE; PD8 or PD17.

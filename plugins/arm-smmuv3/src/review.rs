@@ -1,0 +1,78 @@
+//! What structures say of an event: whether the guest wants a record of it (IHI 0070 section 5.5), and what else only they know.
+
+use stagecraft_sdk::{Error, Event, FaultKind, Format, GuestMemory, Registers};
+
+use crate::Stage2;
+use crate::context::Contexts;
+use crate::queue::REFUSED_MARK;
+use crate::spec::registers::cr2;
+use crate::spec::{cd, ste};
+use crate::stream::{self, Features, Stop, Stream};
+
+/// The event of a walk that the stage records or not: F_WALK_EABT is always recorded. Where a CD disables both halves no walk is needed.
+fn is_optional(event: &Event) -> bool {
+    event.fault != FaultKind::Unreadable && event.format.is_some() || event.name.as_deref() == Some("F_TRANSLATION")
+}
+
+/// The event, or none if nothing is recorded.
+pub(crate) fn review(registers: &Registers, event: Event, memory: &mut dyn GuestMemory) -> Result<Option<Event>, Error> {
+    if event.name.as_deref() == Some("C_BAD_STREAMID") {
+        let recorded = cr2::RECINVSID.of(registers.get("CR2").unwrap_or(0)) != 0;
+        return Ok(Some(event).filter(|_| recorded));
+    }
+    let features = match Features::new(registers) {
+        Ok(features) => features,
+        Err(_) => return Ok(Some(event)),
+    };
+    if event.name.is_none() && event.format.is_none() && event.fault == FaultKind::AddressSize {
+        return Ok(bypassed(&features, event));
+    }
+    if !is_optional(&event) {
+        return Ok(Some(event));
+    }
+    match recorded(registers, &features, &event, memory) {
+        Ok(Recorded { stage1: false, .. }) if is_beyond_input(&features, &event) => Ok(bypassed(&features, event)),
+        Ok(Recorded { wanted: false, .. }) => Ok(None),
+        Ok(Recorded { of_mark: true, .. }) => Ok(Some(Event { name: Some(REFUSED_MARK.to_owned()), ..event })),
+        Ok(_) | Err(_) => Ok(Some(event)),
+    }
+}
+
+/// Section 3.4: an address with more bits than the unit has is an address size fault of the stage 1 that is bypassed, which no flag suppresses.
+fn bypassed(features: &Features, event: Event) -> Option<Event> {
+    let too_large = event.iova >> features.intermediate_bits() != 0;
+    too_large.then(|| Event { name: Some("F_ADDR_SIZE".to_owned()), format: None, ..event })
+}
+
+/// Stage 2 alone refused the IOVA before it read anything, and stage 1 would have before.
+fn is_beyond_input(features: &Features, event: &Event) -> bool {
+    event.is_of(Stage2::NAME) && event.level.is_none() && !event.reading_table && event.intermediate.is_none() && {
+        event.fault == FaultKind::Translation && event.iova >> features.intermediate_bits() != 0
+    }
+}
+
+/// Whether the stage that failed records faults: STE.S2R, CD.R; stalls are always recorded. And what structures know of it.
+struct Recorded {
+    wanted: bool,
+    /// Stage 1 translates the request.
+    stage1: bool,
+    /// Stage 2 refused to have a stage 1 descriptor written: it can be read there.
+    of_mark: bool,
+}
+
+fn recorded(registers: &Registers, features: &Features, event: &Event, memory: &mut dyn GuestMemory) -> Result<Recorded, Stop> {
+    let entry = stream::find(registers, features, event.id, memory)?;
+    let stream = Stream::new(&entry, features)?;
+    let contexts = Contexts::new(&entry, features, &stream);
+    let index = if stream.stage1 { contexts.select(event.pasid)? } else { None };
+    if event.is_of(Stage2::NAME) {
+        let wanted = ste::S2R.is_set(&entry) || ste::S2S.is_set(&entry);
+        let of_table = event.fault == FaultKind::Permission && event.reading_table && event.name.is_none();
+        let refused = stream.stage2.as_ref().zip(event.intermediate).filter(|_| of_table);
+        let of_mark = refused.is_some_and(|(table, address)| memory.read_through(table, address & !7, 8).is_ok());
+        return Ok(Recorded { wanted, stage1: index.is_some(), of_mark });
+    }
+    let Some(index) = index else { return Ok(Recorded { wanted: true, stage1: false, of_mark: false }) };
+    let words = contexts.find(index, memory)?;
+    Ok(Recorded { wanted: cd::R.is_set(&words) || cd::S.is_set(&words), stage1: true, of_mark: false })
+}
