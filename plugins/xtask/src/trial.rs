@@ -286,16 +286,17 @@ mod tests {
     }
 
     #[test]
-    fn what_is_known_is_known_the_next_time() {
+    fn what_is_known_is_known_the_next_time() -> Result<()> {
         let mut known = Known { code: "0f".to_owned(), ..Known::default() };
         let test = ("live".to_owned(), "space::a_page_goes".to_owned());
         known.passed.insert("live".to_owned());
         known.seconds.insert(test.clone(), 1.25);
         known.found.insert("pages stay".to_owned(), test);
         let file = std::env::temp_dir().join(format!("stagecraft-known-{}", std::process::id()));
-        known.write(&file).unwrap();
+        known.write(&file)?;
         let again = Known::read(&file);
-        std::fs::remove_file(&file).unwrap();
+        std::fs::remove_file(&file)?;
         assert_eq!((&again.code, &again.passed, &again.seconds, &again.found), (&known.code, &known.passed, &known.seconds, &known.found));
+        Ok(())
     }
 }
