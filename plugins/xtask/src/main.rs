@@ -10,6 +10,7 @@ mod demo;
 mod mutations;
 mod section;
 mod sources;
+mod trial;
 
 use anyhow::{Context as _, Result, bail};
 use std::path::{Path, PathBuf};
@@ -59,7 +60,8 @@ const USAGE: &str = "usage: cargo xtask plugins [NAME ...]    build the plugins 
        cargo xtask test [--strict]       formatting, lints, documentation, plugins and all tests; says at the end what was skipped. --strict
                                          refuses to skip anything; with CI in the environment, missing tools are refused
        cargo xtask demo                  inspect, convert, draw and guess the snapshot of a real guest
-       cargo xtask mutations [TEXT ...]  take pieces out of the code, those whose names have one of TEXT: some test must fail each time. Long";
+       cargo xtask mutations [TEXT ...]  take pieces out of the code, those whose names have one of TEXT, or with =TEST those that this test is
+                                         for: some test must fail each time. Long";
 
 fn main() -> ExitCode {
     match run() {

@@ -4,14 +4,11 @@
 
 use anyhow::{Context as _, Result, bail, ensure};
 use std::collections::BTreeSet;
-use std::io::{BufRead as _, BufReader, Write as _};
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::time::{Duration, Instant};
+use std::io::Write as _;
+use std::path::Path;
+use std::time::Instant;
 
-/// A test that takes longer than this has no end.
-const PATIENCE: Duration = Duration::from_secs(20 * 60);
+use crate::trial::{Trial, Verdict};
 
 /// One change of the code.
 #[derive(Debug, Default)]
@@ -23,49 +20,39 @@ struct Mutation {
     tests: Vec<String>,
 }
 
-/// What became of one.
-enum Verdict {
-    /// This test failed.
-    Found(String),
-    /// None did.
-    Survived,
-    /// It does not compile.
-    NotCompiled,
+impl Mutation {
+    /// Whether `wanted` means it: `=TEST`, or a part of its name.
+    fn is_meant(&self, wanted: &str) -> bool {
+        wanted.strip_prefix('=').map_or_else(|| self.name.contains(wanted), |test| self.tests.iter().any(|own| own == test))
+    }
 }
 
 pub fn run(root: &Path, wanted: &[String]) -> Result<()> {
     let list = std::fs::read_to_string(root.join("tests/mutations.txt")).context("tests/mutations.txt")?;
     let all = parse(&list)?;
-    let is_wanted = |mutation: &&Mutation| wanted.is_empty() || wanted.iter().any(|part| mutation.name.contains(part.as_str()));
-    let chosen: Vec<&Mutation> = all.iter().filter(is_wanted).collect();
-    ensure!(!chosen.is_empty(), "no mutation has any of these in its name: {}", wanted.join(", "));
+    let chosen: Vec<&Mutation> = all.iter().filter(|mutation| wanted.is_empty() || wanted.iter().any(|part| mutation.is_meant(part))).collect();
+    ensure!(!chosen.is_empty(), "no mutation has any of these in its name, or is for such a test: {}", wanted.join(", "));
     let astray: Vec<String> = all.iter().filter_map(|mutation| mutated(root, mutation).err()).map(|error| format!("{error:#}")).collect();
     ensure!(astray.is_empty(), "{}", astray.join("\n"));
-    let copy = root.join("target/mutations");
-    copy_to(root, &copy)?;
+    let mut trial = Trial::new(root, &root.join("target/mutations"))?;
 
-    let tests: BTreeSet<&str> = chosen.iter().flat_map(|mutation| &mutation.tests).map(String::as_str).collect();
     let start = Instant::now();
-    match judge(&copy, &tests)? {
-        Verdict::Survived => println!("{:<17} as the code stands ({} s)", "passed", start.elapsed().as_secs()),
-        Verdict::Found(test) => bail!("{test} fails as the code stands"),
-        Verdict::NotCompiled => bail!("the code does not compile"),
+    if let Some(test) = trial.as_it_stands(&chosen.iter().flat_map(|mutation| &mutation.tests).map(String::as_str).collect())? {
+        bail!("{test} fails as the code stands");
     }
+    println!("{:<17} as the code stands ({} s)", "passed", start.elapsed().as_secs());
     let mut bad = 0;
     for mutation in chosen {
         let start = Instant::now();
         let (original, changed) = mutated(root, mutation)?;
-        let file = copy.join(&mutation.file);
-        std::fs::write(&file, changed)?;
-        let verdict = judge(&copy, &mutation.tests.iter().map(String::as_str).collect());
-        std::fs::write(&file, original)?;
-        let (word, by) = match verdict? {
-            Verdict::Found(test) => ("found", format!(": {test}")),
+        let tests: BTreeSet<&str> = mutation.tests.iter().map(String::as_str).collect();
+        let (word, by) = match trial.judge(&mutation.name, &mutation.file, (&original, &changed), &tests)? {
+            Verdict::Found(test) => ("found", test),
             Verdict::Survived => ("SURVIVED", String::new()),
-            Verdict::NotCompiled => ("DOES NOT COMPILE", String::new()),
+            Verdict::NotCompiled(error) => ("DOES NOT COMPILE", error),
         };
         bad += u32::from(word != "found");
-        println!("{word:<17} {} ({} s){by}", mutation.name, start.elapsed().as_secs());
+        println!("{word:<17} {} ({} s): {by}", mutation.name, start.elapsed().as_secs());
         std::io::stdout().flush()?;
     }
     ensure!(bad == 0, "{bad} mutations were not found");
@@ -108,77 +95,19 @@ fn mutated(root: &Path, mutation: &Mutation) -> Result<(String, String)> {
     Ok((original, changed))
 }
 
-/// Copies what is under version control, where it differs, so that what was built is not built again.
-fn copy_to(root: &Path, copy: &Path) -> Result<()> {
-    let listed = Command::new("git").args(["ls-files", "-z"]).current_dir(root).output().context("git")?;
-    ensure!(listed.status.success(), "git ls-files failed");
-    for name in String::from_utf8(listed.stdout)?.split('\0').filter(|name| !name.is_empty()) {
-        let (from, to) = (root.join(name), copy.join(name));
-        let Ok(bytes) = std::fs::read(&from) else { continue };
-        if std::fs::read(&to).is_ok_and(|there| there == bytes) {
-            continue;
-        }
-        std::fs::create_dir_all(to.parent().context("no folder")?)?;
-        std::fs::write(&to, bytes).with_context(|| to.display().to_string())?;
-    }
-    Ok(())
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-/// Builds these tests in the copy and runs them, until one fails.
-fn judge(copy: &Path, tests: &BTreeSet<&str>) -> Result<Verdict> {
-    // The whole workspace chooses the features, so that all tests share what is built; but for the library's own package, whose command would be built each time.
-    let mut command = Command::new("cargo");
-    command.args(["test", "--workspace", "--exclude", "stagecraft", "--no-run"]).current_dir(copy);
-    tests.iter().for_each(|test| _ = command.args(["--test", test]));
-    let built = command.stdin(Stdio::null()).output().context("cargo")?;
-    if !built.status.success() {
-        return Ok(Verdict::NotCompiled);
+    /// Code that was moved or reworded leaves no change behind that nobody can try.
+    #[test]
+    fn each_change_is_one_of_the_code_as_it_stands() -> Result<()> {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).context("no root")?;
+        let all = parse(&std::fs::read_to_string(root.join("tests/mutations.txt"))?)?;
+        let astray: Vec<String> = all.iter().filter_map(|mutation| mutated(root, mutation).err()).map(|error| format!("{error:#}")).collect();
+        assert!(astray.is_empty(), "{}", astray.join("\n"));
+        let names: BTreeSet<&str> = all.iter().map(|mutation| mutation.name.as_str()).collect();
+        assert_eq!(names.len(), all.len(), "a name stands there twice");
+        Ok(())
     }
-    for (name, program) in programs(&String::from_utf8_lossy(&built.stderr)) {
-        if let Some(failed) = first_failure(copy, &program).with_context(|| program.display().to_string())? {
-            return Ok(Verdict::Found(format!("{name} {failed}")));
-        }
-    }
-    Ok(Verdict::Survived)
-}
-
-/// What Cargo says that it built: `Executable tests/queue.rs (target/debug/deps/queue-0123456789abcdef)`.
-fn programs(said: &str) -> Vec<(String, PathBuf)> {
-    let of_line = |line: &str| {
-        let (_, path) = line.trim_start().strip_prefix("Executable ")?.strip_suffix(')')?.rsplit_once('(')?;
-        let name = Path::new(path).file_name()?.to_str()?.rsplit_once('-')?.0.to_owned();
-        Some((name, PathBuf::from(path)))
-    };
-    said.lines().filter_map(of_line).collect()
-}
-
-/// Runs the tests of `program`: the first that fails, after which the others are not waited for.
-fn first_failure(copy: &Path, program: &Path) -> Result<Option<String>> {
-    let folder = copy.join("tests");
-    let mut child = Command::new(copy.join(program))
-        .current_dir(&folder)
-        .env("CARGO_MANIFEST_DIR", &folder)
-        .env("STAGECRAFT_FIRST", "1")
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()?;
-    let output = BufReader::new(child.stdout.take().context("no output")?);
-    let (sender, receiver) = channel();
-    std::thread::spawn(move || output.lines().map_while(Result::ok).all(|line| sender.send(line).is_ok()));
-    let end = Instant::now() + PATIENCE;
-    let failed = loop {
-        match receiver.recv_timeout(end.saturating_duration_since(Instant::now())) {
-            // `test space::a_page_goes ... FAILED`
-            Ok(line) if line.ends_with("FAILED") && line.starts_with("test ") => break line.split(' ').nth(1).map(str::to_owned),
-            Ok(_) => {}
-            Err(RecvTimeoutError::Timeout) => break Some("has no end".to_owned()),
-            Err(RecvTimeoutError::Disconnected) => break None,
-        }
-    };
-    if failed.is_some() {
-        child.kill()?;
-    }
-    let status = child.wait()?;
-    Ok(failed.or_else(|| (!status.success()).then(|| status.to_string())))
 }

@@ -652,6 +652,11 @@ fn those_who_wait_come_back_to_what_they_had() {
                 assert_eq!(ioasid.serves(&disk).unwrap_err().property, Property::Unit);
                 assert!(matches!(ioasid.attach(&disk, None), Err(Error::Refused(refusal)) if refusal.property == Property::Unit));
             }
+            if with_pasid {
+                // The first to come back, before anybody says that all should: alone it would have something better.
+                ioasid.attach(&nic, None).unwrap();
+                assert_eq!((ioasid.strategies(), found()), (vec![strategy], (all.0, None)), "{}", said(&ioasid));
+            }
             ioasid.recover().unwrap();
             assert_eq!((ioasid.strategies(), found()), (vec![strategy], all), "{}", said(&ioasid));
             assert_eq!(rig.dma("nic", 0x2000), None);
