@@ -2,7 +2,6 @@
 
 use crate::lookup::{Limits, Lookup, LookupError, Updater};
 use crate::sync::{CommitError, Sink, Spans};
-use crate::table::Piece;
 use crate::{Change, Span};
 
 /// What emulated devices look up.
@@ -65,12 +64,11 @@ impl Sink for Lookups {
 
     fn offer(&mut self, span: Span, pieces: &[Change]) {
         self.missing.remove(span);
-        let cut = |change: &Change| {
-            let Change::Map(piece) = change else { return None };
-            let iova = piece.iova.intersection(span)?;
-            Some(Change::Map(Piece { iova, address: piece.address + (iova.first - piece.iova.first), ..*piece }))
+        let within = |change: &Change| match change {
+            Change::Map(piece) => piece.within(span).map(Change::Map),
+            Change::Unmap(_) => None,
         };
-        let pieces: Vec<Change> = pieces.iter().filter_map(cut).collect();
+        let pieces: Vec<Change> = pieces.iter().filter_map(within).collect();
         if !self.take(&pieces) {
             self.full = self.updater.bytes();
         }

@@ -113,7 +113,7 @@ impl Lookup {
         std::iter::from_fn(move || {
             let first = next?;
             let found = match self.piece(Iova(first)) {
-                Some(piece) => Ok(within(piece, Span { first, last: span.last })?),
+                Some(piece) => Ok(piece.within(Span { first, last: span.last })?),
                 None => Err(Span { first, last: self.tree.hole(first).min(span.last) }),
             };
             let last = found.map_or_else(|hole| hole.last, |piece| piece.iova.last);
@@ -121,10 +121,4 @@ impl Lookup {
             Some(found)
         })
     }
-}
-
-/// The part of a piece that lies in `span`.
-fn within(piece: Piece, span: Span) -> Option<Piece> {
-    let iova = piece.iova.intersection(span)?;
-    Some(Piece { iova, address: piece.address.wrapping_add(iova.first - piece.iova.first), ..piece })
 }

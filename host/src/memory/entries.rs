@@ -109,10 +109,7 @@ pub(crate) struct Within<'a, M>(pub M, pub &'a MemoryMap);
 impl<M: EntryMemory> EntryMemory for Within<'_, M> {
     fn read_entries(&self, address: Gpa, layout: EntryLayout, entries: &mut [u64]) -> Result<(), ReadError> {
         let last = address.0.saturating_add(entries.len() as u64 * u64::from(layout.bytes) - 1);
-        if self.1.region(address.0).is_none() || self.1.region(last).is_none() {
-            return Err(ReadError(address));
-        }
-        self.0.read_entries(address, layout, entries)
+        if self.1.has_both(address.0, last) { self.0.read_entries(address, layout, entries) } else { Err(ReadError(address)) }
     }
 }
 

@@ -171,4 +171,10 @@ impl Piece {
     pub(crate) const fn part(&self, iova: Span) -> Self {
         Self { iova, address: self.address.wrapping_add(iova.first - self.iova.first), attributes: self.attributes }
     }
+
+    /// What is at those of its IOVAs that lie in `span`, if any do.
+    #[must_use]
+    pub(crate) fn within(&self, span: Span) -> Option<Self> {
+        Some(self.part(self.iova.intersection(span)?))
+    }
 }

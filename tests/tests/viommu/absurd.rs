@@ -25,10 +25,7 @@ fn rig(arch: Arch) -> Rig {
     let mut rig = Rig::new(arch, Limits::default());
     let root = rig.guest.new_table();
     rig.guest.map_page(root, IOVA, DATA, true);
-    for id in [ONE, TWO] {
-        rig.guest.translate(id, root, 7);
-        rig.viommu.connect(id, false);
-    }
+    rig.connect_both(root);
     rig
 }
 

@@ -63,6 +63,14 @@ impl Rig {
         Self { guest, viommu, watched }
     }
 
+    /// Both devices get what a table has, as one domain, and are connected.
+    pub fn connect_both(&mut self, root: u64) {
+        for id in [ONE, TWO] {
+            self.guest.translate(id, root, 7);
+            self.viommu.connect(id, false);
+        }
+    }
+
     /// Commands as one batch, with a wait behind them.
     pub fn commands(&mut self, commands: &[Vec<u8>]) -> Handled {
         let batch = [commands.concat(), self.guest.arch.wait()].concat();
@@ -306,10 +314,7 @@ fn devices_of_one_domain_share_a_space() {
         let (first, second) = (rig.guest.new_table(), rig.guest.new_table());
         rig.guest.map_page(first, IOVA, DATA, true);
         rig.guest.map_page(second, IOVA, DATA + 0x1000, true);
-        for id in [ONE, TWO] {
-            rig.guest.translate(id, first, 7);
-            rig.viommu.connect(id, false);
-        }
+        rig.connect_both(first);
         assert_eq!(rig.viommu.figures().spaces, 1, "{arch:?}");
         assert_eq!((rig.reads(ONE, IOVA), rig.reads(TWO, IOVA)), (Some(DATA), Some(DATA)), "{arch:?}");
         // One moves: it gets another space, and the other one keeps its own.
@@ -407,10 +412,7 @@ fn random_commands_do_no_harm() {
         let mut rig = Rig::new(arch, Limits::default());
         let root = rig.guest.new_table();
         rig.guest.map_page(root, IOVA, DATA, true);
-        for id in [ONE, TWO] {
-            rig.guest.translate(id, root, 7);
-            rig.viommu.connect(id, false);
-        }
+        rig.connect_both(root);
         let mut rng = Rng::new(1);
         for _ in 0..500 {
             let mut batch: Vec<u8> = (0..16 * (1 + rng.below(8))).map(|_| rng.below(256) as u8).collect();
@@ -596,10 +598,7 @@ fn a_kernel_that_does_not_invalidate_gets_the_device_detached() {
     let root = rig.guest.new_table();
     rig.guest.map_page(root, IOVA, DATA, true);
     rig.guest.map_page(root, IOVA + 0x1000, DATA + 0x1000, true);
-    for id in [ONE, TWO] {
-        rig.guest.translate(id, root, 7);
-        rig.viommu.connect(id, false);
-    }
+    rig.connect_both(root);
     assert_eq!((rig.reads(ONE, IOVA), rig.reads(TWO, IOVA)), (Some(DATA), Some(DATA)));
     rig.guest.unmap_page(root, IOVA);
     rig.viommu.host().counts.lock().unwrap().failing = 1;

@@ -377,11 +377,7 @@ impl<M: TableMemory> NestedTable<M> {
     pub fn offer(&mut self, span: Span, pieces: &[Change]) {
         self.refused.remove(span);
         // What stands at the ends of refused spans is the border of a slot or of a piece: cut there, no page becomes smaller.
-        let cut = |piece: &Piece| {
-            let iova = piece.iova.intersection(span)?;
-            Some(Change::Map(Piece { iova, address: piece.address + (iova.first - piece.iova.first), ..*piece }))
-        };
-        let pieces: Vec<Change> = pieces.iter().filter_map(piece_of).filter_map(cut).collect();
+        let pieces: Vec<Change> = pieces.iter().filter_map(piece_of).filter_map(|piece| piece.within(span)).map(Change::Map).collect();
         self.apply(&pieces);
     }
 

@@ -103,7 +103,7 @@ impl<M: EntryMemory + ?Sized> Pass<'_, M> {
                 let place = word + rest.trailing_zeros() as usize;
                 let (entry, known, state) = (*fresh.get(place).filter(|_| rest != 0)?, entries.get_mut(place)?, states.get_mut(place)?);
                 let address = leaf.address(if COME { entry } else { *known });
-                let is_such = new.matches(entry) && old.matches(*known) && old.is_state(*state);
+                let is_such = new.matches(entry) && old.matches(*known) && old.state() == *state;
                 if !is_such || !leaf.can_be(address) || address < lowest || address > highest {
                     return None;
                 }

@@ -55,12 +55,6 @@ impl Word {
         entry & self.mask == self.pattern
     }
 
-    /// Whether this is what such entries stand for.
-    #[inline]
-    pub(super) fn is_state(&self, state: State) -> bool {
-        self.state == state
-    }
-
     /// What such entries stand for.
     pub(super) const fn state(&self) -> State {
         self.state

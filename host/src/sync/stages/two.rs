@@ -184,8 +184,7 @@ impl Two {
         }
         let second = &mut self.second;
         for piece in self.passing.pieces(marked.iova) {
-            let Some(iova) = piece.iova.intersection(marked.iova) else { continue };
-            let first = piece.address + (iova.first - piece.iova.first);
+            let Some(Piece { iova, address: first, .. }) = piece.within(marked.iova) else { continue };
             let inputs = Span { first, last: first + iova.length_minus_one() };
             second.mark(memory, Marked { iova: inputs, ..marked }, budget, written);
         }
