@@ -122,6 +122,7 @@ impl<M: EntryMemory + ?Sized> Pass<'_, M> {
             (What::Leaf(old), Judged::Plain(new)) if let What::Leaf(new) = new.what() => self.replace_leaf(node, at, entry, slot, old, new),
             (What::Table(child), Judged::Table(below)) if self.is_place_of(child, &below) => {
                 node.entries[at] = entry;
+                self.shadow.scratch.way.forget();
                 let (moved, whole) = (self.move_to(child, below.table, below.inherited), [Wanted::whole(below.within)]);
                 match moved {
                     Moved::Elsewhere => self.visit(child, &whole, if self.memory.may_refuse_marks() { Mode::Judge } else { mode }),
@@ -227,6 +228,7 @@ impl<M: EntryMemory + ?Sized> Pass<'_, M> {
     /// Drops a table and everything below it.
     pub(super) fn remove(&mut self, id: NodeId) {
         let Some(mut node) = self.shadow.nodes.take(id) else { return };
+        self.shadow.scratch.way.forget();
         for at in 0..node.states.len() {
             self.drop_entry(&mut node, at);
         }

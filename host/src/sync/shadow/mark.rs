@@ -113,7 +113,7 @@ impl Shadow {
     }
 
     /// What a guest finds in a leaf it finds in all entries above it, so that these come first.
-    fn mark_table<M: MarkMemory + ?Sized>(&self, node: &mut Node, at: usize, below: NodeId, iova: Span, marking: &mut Marking<'_, M>) {
+    fn mark_table<M: MarkMemory + ?Sized>(&mut self, node: &mut Node, at: usize, below: NodeId, iova: Span, marking: &mut Marking<'_, M>) {
         let (entry, mark) = (node.entries[at], self.plan.geometry.levels[usize::from(node.level)].table_accessed);
         let lacks = mark.is_missing(entry);
         if !lacks && marking.read.is_none() || !self.leads_to_leaf(below, iova) {
@@ -125,6 +125,7 @@ impl Shadow {
         if lacks && let Some((stood, new)) = marking.set(address, entry, [mark, Mark::default()], &[mark]) {
             marking.written.tables += u64::from(stood != new);
             node.entries[at] = new;
+            self.scratch.way.forget();
         }
     }
 

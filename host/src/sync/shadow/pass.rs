@@ -30,8 +30,35 @@ pub(super) struct Scratch {
     pub(super) canonical: Vec<Wanted>,
     /// The table that was looked at last by itself. It may be gone, and its number another's: whoever goes there looks what it serves.
     near: Option<NodeId>,
-    /// The entries of tables that led from a root to a table that was looked at by itself, perhaps that one. Any of it may be another's, too.
-    way: Vec<(NodeId, usize)>,
+    /// The entries of tables that led from a root to a table that was looked at by itself, perhaps that one.
+    pub(super) way: Way,
+}
+
+/// Entries that lead from a root to a table. As long as they are what they were, this table is where it was, with what is known of it: whatever else becomes of one of
+/// these tables, or of what exists of the guest's memory, ends with [`Way::forget`].
+#[derive(Default)]
+pub(super) struct Way {
+    to: Option<NodeId>,
+    entries: [(Gpa, u64); DEEPEST],
+    count: usize,
+}
+
+impl Way {
+    fn learn(&mut self, to: NodeId, entries: &[(Gpa, u64)]) {
+        (self.to, self.count) = (Some(to), entries.len());
+        self.entries[..entries.len()].copy_from_slice(entries);
+    }
+
+    /// It is not known any more.
+    pub(super) const fn forget(&mut self) {
+        self.to = None;
+    }
+
+    /// The entries on the way to this table.
+    #[inline]
+    fn to(&self, to: NodeId) -> Option<&[(Gpa, u64)]> {
+        (self.to == Some(to)).then(|| &self.entries[..self.count.min(DEEPEST)])
+    }
 }
 
 /// How a node is looked at.
@@ -184,25 +211,7 @@ impl<'a, M: EntryMemory + ?Sized> Pass<'a, M> {
     /// Whether the entries on the way that was gone last lead from a root to this table, and are what they were.
     #[inline]
     fn way_is_same(&self, to: NodeId) -> bool {
-        let (way, entry_bytes) = (self.shadow.scratch.way.as_slice(), u64::from(self.shadow.plan.geometry.entry_bytes));
-        let mut known = [(Gpa(0), 0); DEEPEST];
-        if !way.first().is_some_and(|(root, _)| self.shadow.roots.contains(&Some(*root))) {
-            return false;
-        }
-        // Where they are not all in one part of memory, the longer way is gone.
-        let part = way.first().and_then(|(root, _)| self.shadow.map.region(self.shadow.nodes.get(*root)?.table));
-        let Some(Span { first, last }) = part.map(|part| part.span) else { return false };
-        // What is known of each is looked up by itself, not one after the other.
-        for (index, ((id, at), known)) in way.iter().zip(&mut known).enumerate() {
-            let next = way.get(index + 1).map_or(to, |(next, _)| *next);
-            let Some(node) = self.shadow.nodes.get(*id) else { return false };
-            let address = node.table + (node.first + *at as u64) * entry_bytes;
-            if node.states.get(*at) != Some(&State::table(next)) || address < first || address + (entry_bytes - 1) > last {
-                return false;
-            }
-            *known = (Gpa(address), node.entries[*at]);
-        }
-        self.memory.first_changed(self.shadow.layout(), &known[..way.len()]).is_none()
+        self.shadow.scratch.way.to(to).is_some_and(|known| self.memory.first_changed(self.shadow.layout(), known).is_none())
     }
 
     /// Looks at what is wanted of a table, and of what is below it.
@@ -269,8 +278,7 @@ impl<'a, M: EntryMemory + ?Sized> Pass<'a, M> {
         }
         self.shadow.scratch.near = Some(id);
         if count > 0 && self.shadow.roots.contains(&Some(from)) {
-            self.shadow.scratch.way.clear();
-            self.shadow.scratch.way.extend_from_slice(&way[..count]);
+            self.shadow.scratch.way.learn(id, &known[..count]);
         }
         (id, lowest)
     }
