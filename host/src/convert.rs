@@ -318,10 +318,8 @@ fn groups(streams: &[StreamState]) -> Vec<Group<'_>> {
 
 fn check_settings(plugin: &Plugin, target: &Target) -> Result<(), ConvertError> {
     let Some(format) = plugin.manifest().format(&target.format) else { return Ok(()) };
-    // A root is where the tables end up, not a wish.
-    let known: Vec<&str> = format.settings.iter().map(|setting| setting.name.as_str()).filter(|name| !name.starts_with("root")).collect();
-    match target.settings.iter().find(|(name, _)| !known.contains(name)) {
-        Some((name, _)) => Err(ConvertError::NoSetting { format: target.format.clone(), name: name.to_owned(), known: known.join(", ") }),
+    match format.unknown(&target.settings) {
+        Some((name, known)) => Err(ConvertError::NoSetting { format: target.format.clone(), name: name.to_owned(), known }),
         None => Ok(()),
     }
 }

@@ -21,7 +21,8 @@ pub enum Response {
     Mapped,
     /// The guest's tables do not allow it. The device gives up, and the guest is to be told.
     Refused(Box<Fault>),
-    /// The guest's tables allow it, and a host has it not: a limit of the address space is reached, or the format's plugin does not answer. The device gives up.
+    /// The guest's tables allow it, and a host of a device that is attached has it not: a limit of the address space is reached, there is no memory for tables, the unit's
+    /// format or the kernel cannot say it, or the guest's format's plugin does not answer. The device gives up.
     Blocked,
     /// Nothing is mapped there, in an address space that has no tables.
     Unmapped,
@@ -92,7 +93,7 @@ impl Ioasid {
             is_blocked = report.blocked_count > 0;
         }
         Ok(match self.translate_in(&mut state, iova, access)? {
-            Ok(_) if is_blocked => Response::Blocked,
+            Ok(_) if is_blocked || state.parts.iter().any(|part| !part.users.is_empty() && !part.has(iova)) => Response::Blocked,
             Ok(_) => Response::Mapped,
             Err(Some(fault)) => Response::Refused(Box::new(fault)),
             Err(None) => Response::Unmapped,

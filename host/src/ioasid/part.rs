@@ -17,7 +17,7 @@ use crate::kernel::handle::{Attachment, Hwpt, PageTable, Viommu};
 use crate::kernel::{Errno, Pasid};
 use crate::plugin::queue::{Effect, Invalidation};
 use crate::sync::{Areas, CommitError, Live, LiveError, MarksWritten, Nested, Report, ShadowFigures, Sink, Space, Watcher, Way};
-use crate::{Change, Gpa, Span};
+use crate::{Change, Gpa, Iova, Span};
 
 /// A sink, and who tells it what changes: a guest's tables, or whoever has a batch.
 #[derive(Debug)]
@@ -356,6 +356,15 @@ impl Part {
     pub(super) fn is_too_coarse(&self, finest: Option<u8>) -> bool {
         let Host::Table(_, engine) = &self.host else { return false };
         finest.is_some_and(|finest| smallest_page_log2(engine.sink().table().geometry()) > finest)
+    }
+
+    /// Whether its unit translates an IOVA that the address space has, as far as that is not somebody else's business.
+    pub(super) fn has(&self, iova: Iova) -> bool {
+        match &self.host {
+            Host::Kernel { .. } | Host::Own(..) => true,
+            Host::Table(_, engine) => engine.sink().table().has(iova),
+            Host::Areas(engine) => engine.sink().has(iova),
+        }
     }
 
     /// There was no memory, or no room, for something.

@@ -3,9 +3,9 @@
 use std::fmt;
 
 use super::context::Inner;
-use super::{Error, SpaceLimits};
+use super::{Error, Property, Refusal, SpaceLimits};
 use crate::plugin::{Direct, Outcome, TableConfig, Tag, Translated};
-use crate::table::{AddressSpace, Table, Window};
+use crate::table::{AddressSpace, Need, Table, Window};
 use crate::{Attributes, Span};
 
 /// How a device gets what is in an address space.
@@ -136,6 +136,21 @@ impl GuestView {
     }
 }
 
+/// Refuses a host table that cannot be, whichever the unit is.
+pub(super) fn check_host_table(context: &Inner, request: &Request) -> Result<(), Error> {
+    let Some(TableConfig { format, settings }) = &request.host_table else { return Ok(()) };
+    let refuse = |reason: String| Err(Refusal::new(Property::Format, reason).into());
+    if request.kind == Kind::Managed {
+        return refuse(format!("mappings of the VMM are in the kernel's own tables, and a table of {format} is asked for"));
+    }
+    let plugin = context.plugins().by_format(format)?;
+    if let Some((name, known)) = plugin.manifest().format(format).and_then(|format| format.unknown(settings)) {
+        return refuse(format!("{format} has no setting `{name}`; there are {known}"));
+    }
+    plugin.instantiate()?.suggest(format, settings, &Need::default())?;
+    Ok(())
+}
+
 /// What is in an address space, and who says so.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -154,6 +169,9 @@ pub struct Request {
     pub kind: Kind,
     /// How devices may get it.
     pub strategies: Strategies,
+    /// Host tables are of this format, with these settings; those that it leaves out are chosen by what is needed. A guest's table that is bound as it is counts as
+    /// one, and the kernel's own tables do not. None: what a unit offers first and can be had. Not for [`Kind::Managed`].
+    pub host_table: Option<TableConfig>,
     /// For a device behind another unit than the first one's a second host table may be made. (The kernel's own tables are mirrored in any case.)
     pub second_table: bool,
     /// Faults are to be recoverable: only devices that can ask for pages can be attached, and [`Ioasid::serve_faults`](super::Ioasid::serve_faults) answers.
@@ -165,10 +183,18 @@ pub struct Request {
 }
 
 impl Request {
-    /// Any strategy, one host table, no page requests, default limits.
+    /// Any strategy, one host table of any format, no page requests, default limits.
     #[must_use]
     pub fn new(kind: Kind) -> Self {
-        Self { kind, strategies: Strategies::ALL, second_table: false, page_requests: false, dirty_tracking: false, limits: SpaceLimits::default() }
+        Self {
+            kind,
+            strategies: Strategies::ALL,
+            host_table: None,
+            second_table: false,
+            page_requests: false,
+            dirty_tracking: false,
+            limits: SpaceLimits::default(),
+        }
     }
 
     /// What the VMM maps and unmaps.
@@ -193,6 +219,12 @@ impl Request {
     #[must_use]
     pub fn with_strategies(self, strategies: &[Strategy]) -> Self {
         Self { strategies: Strategies::of(strategies), ..self }
+    }
+
+    /// The same, with host tables of this format, and with these settings.
+    #[must_use]
+    pub fn with_host_table(self, table: TableConfig) -> Self {
+        Self { host_table: Some(table), ..self }
     }
 
     /// The same, and a second host table may be made.

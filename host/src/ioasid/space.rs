@@ -11,6 +11,7 @@ use super::metrics::Counter;
 use super::part::{self, Dropped, Engine, Part, Users};
 use super::record::{Log, lock};
 use super::recover::note;
+use super::request::check_host_table;
 use super::software::Lookups;
 use super::watch::Watched;
 use super::{Error, Explanation, GuestMemory, GuestView, Kind, Property, Refusal, Request, Strategy};
@@ -78,6 +79,7 @@ pub(super) struct Space {
 
 impl Space {
     pub(super) fn new(context: &Arc<Inner>, id: SpaceId, request: Request, watcher: Option<Box<dyn Watcher>>) -> Result<Arc<Self>, Error> {
+        check_host_table(context, &request)?;
         let content = match &request.kind {
             Kind::Managed => Content::Managed(Box::new(Managed::new(context, request.limits.mappings)?)),
             Kind::Requests => Content::Requests(Domain::new()),
@@ -302,10 +304,13 @@ impl Ioasid {
         &self.0.request
     }
 
-    /// What was chosen for the units of the devices that are or were attached, in the order in which they came, and why nothing better was.
+    /// What was chosen for the units of the devices that are or were attached, in the order in which they came, and why nothing better was; last, that device models
+    /// look IOVAs up, once anybody asked for [`Ioasid::lookup`].
     #[must_use]
     pub fn explain(&self) -> Vec<Explanation> {
-        self.0.lock().parts.iter().map(Part::explain).collect()
+        let state = self.0.lock();
+        let lookups = state.has_lookups().then(Explanation::of_lookups);
+        state.parts.iter().map(Part::explain).chain(lookups).collect()
     }
 
     /// Which strategy each unit has that devices are or were attached to.

@@ -45,6 +45,8 @@ struct SavedIoasid {
     id: u64,
     content: SavedContent,
     strategies: Vec<SavedStrategy>,
+    #[serde(default)]
+    host_table: Option<SavedTable>,
     second_table: bool,
     page_requests: bool,
     dirty_tracking: bool,
@@ -247,6 +249,7 @@ impl SavedIoasid {
             id: ioasid.id().0,
             content,
             strategies: request.strategies.iter().map(SavedStrategy::of).collect(),
+            host_table: request.host_table.as_ref().map(SavedTable::of),
             second_table: request.second_table,
             page_requests: request.page_requests,
             dirty_tracking: request.dirty_tracking,
@@ -266,6 +269,7 @@ impl SavedIoasid {
         Ok(Request {
             kind,
             strategies: Strategies::of(&strategies),
+            host_table: self.host_table.as_ref().map(SavedTable::table),
             second_table: self.second_table,
             page_requests: self.page_requests,
             dirty_tracking: self.dirty_tracking,
@@ -375,6 +379,16 @@ impl SavedLimits {
     }
 }
 
+impl SavedTable {
+    fn of(table: &TableConfig) -> Self {
+        Self { format: table.format.clone(), settings: table.settings.iter().map(|(name, value)| (name.to_owned(), value)).collect() }
+    }
+
+    fn table(&self) -> TableConfig {
+        TableConfig { format: self.format.clone(), settings: self.settings.iter().cloned().collect::<Settings>() }
+    }
+}
+
 impl SavedOutcome {
     fn of(outcome: &Outcome) -> Self {
         let window = |window: &Window| SavedMapping {
@@ -382,10 +396,6 @@ impl SavedOutcome {
             last: window.iova.last,
             address: Some(window.address),
             attributes: window.attributes.bits(),
-        };
-        let table = |table: &TableConfig| SavedTable {
-            format: table.format.clone(),
-            settings: table.settings.iter().map(|(name, value)| (name.to_owned(), value)).collect(),
         };
         match outcome {
             Outcome::Bypass => Self::Bypass,
@@ -396,7 +406,7 @@ impl SavedOutcome {
                 Self::Blocked { unused: *kind == BlockKind::Unused, event: event.clone(), section: section.clone(), reason: reason.clone() }
             }
             Outcome::Tables(Translated { tables, intercepts, tag }) => Self::Tables {
-                tables: tables.iter().map(table).collect(),
+                tables: tables.iter().map(SavedTable::of).collect(),
                 intercepts: intercepts.iter().map(SavedIntercept::of).collect(),
                 domain: tag.domain,
                 space: tag.space,
@@ -406,7 +416,6 @@ impl SavedOutcome {
 
     fn outcome(&self) -> Result<Outcome, Error> {
         let window = |saved: &SavedMapping| saved.piece().map(|Piece { iova, address, attributes }| Window { iova, address, attributes });
-        let table = |saved: &SavedTable| TableConfig { format: saved.format.clone(), settings: saved.settings.iter().cloned().collect::<Settings>() };
         Ok(match self {
             Self::Bypass => Outcome::Bypass,
             Self::Direct { windows, intercepts } => Outcome::Direct(Direct {
@@ -424,7 +433,7 @@ impl SavedOutcome {
                     return Err(no_sense("a requester has one table or two"));
                 }
                 Outcome::Tables(Translated {
-                    tables: tables.iter().map(table).collect(),
+                    tables: tables.iter().map(SavedTable::table).collect(),
                     intercepts: intercepts.iter().map(SavedIntercept::intercept).collect(),
                     tag: Tag { domain: *domain, space: *space },
                 })

@@ -29,7 +29,7 @@ pub struct Rejected {
 /// What was chosen for a device's path, or would be, and why. [`fmt::Display`] says it in words, one line each.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Explanation {
-    /// The device for which it was chosen; those behind the same unit share it.
+    /// The device for which it was chosen; those behind the same unit share it. Empty: device models of the VMM's, for which nothing better is to be had.
     pub device: String,
     /// None: no strategy that the request allows can be had.
     pub chosen: Option<Chosen>,
@@ -42,6 +42,7 @@ pub struct Explanation {
 impl fmt::Display for Explanation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.chosen {
+            Some(Chosen { strategy, what }) if self.device.is_empty() => write!(f, "{strategy}: {what}")?,
             Some(Chosen { strategy, what }) => write!(f, "device {}: {strategy}: {what}", self.device)?,
             None => write!(f, "device {}: cannot be attached", self.device)?,
         }
@@ -55,6 +56,11 @@ impl fmt::Display for Explanation {
 impl Explanation {
     pub(super) fn new(device: &str) -> Self {
         Self { device: device.to_owned(), chosen: None, rejected: Vec::new(), notes: Vec::new() }
+    }
+
+    pub(super) fn of_lookups() -> Self {
+        let chosen = Chosen { strategy: Strategy::Software, what: "lookups of the VMM's own device models".to_owned() };
+        Self { chosen: Some(chosen), ..Self::new("") }
     }
 
     pub(super) fn reject(&mut self, strategy: Strategy, reasons: Vec<String>) {
@@ -127,7 +133,10 @@ impl Choice<'_> {
         match strategy {
             Strategy::Native => Ok(self.native()),
             Strategy::Nested => self.nested(),
-            Strategy::Areas => Ok(Ok((Candidate::Areas, self.about_areas()))),
+            Strategy::Areas => Ok(match &self.request.host_table {
+                None => Ok((Candidate::Areas, self.about_areas())),
+                Some(wish) => Err(vec![format!("a table of {} is asked for, and the kernel's own are not", wish.format)]),
+            }),
             Strategy::Software => Ok(Err(vec!["a device's DMA does not go through software".to_owned()])),
         }
     }
@@ -145,6 +154,11 @@ impl Choice<'_> {
                 let kept = self.geometry.map_or(&[][..], |geometry| &geometry.untranslated);
                 if let Some(intercept) = intercepts.iter().find(|intercept| !intercept.is_kept_by(kept)) {
                     return Err(vec![format!("some addresses are for the guest's {}, which the unit does not know", intercept.server)]);
+                }
+                if let Some(reasons) = self.request.host_table.as_ref().map(|wish| unlike(config, manifest(self.plugins, &config.format), wish))
+                    && !reasons.is_empty()
+                {
+                    return Err(reasons);
                 }
                 let Some(offer) = self.capabilities.offer(&config.format) else {
                     return Err(self.no_offer(&format!("the guest's format is {}", config.format)));
@@ -176,7 +190,11 @@ impl Choice<'_> {
             return Ok(Err(vec!["mappings of the VMM are the kernel's own business".to_owned()]));
         }
         let mut reasons = Vec::new();
-        for offer in &self.capabilities.formats {
+        let wish = self.request.host_table.as_ref();
+        if let Some(wish) = wish.filter(|wish| self.capabilities.offer(&wish.format).is_none()) {
+            return Ok(Err(self.no_offer(&format!("a table of {} is asked for", wish.format))));
+        }
+        for offer in self.capabilities.formats.iter().filter(|offer| wish.is_none_or(|wish| wish.format == offer.format)) {
             match self.host_table(offer)? {
                 Ok(candidate) => return Ok(Ok(candidate)),
                 Err(more) => reasons.extend(more.into_iter().map(|reason| format!("{}: {reason}", offer.format))),
@@ -189,7 +207,9 @@ impl Choice<'_> {
     fn host_table(&self, offer: &Offer) -> Result<Judged, Error> {
         let need = self.need()?;
         let (mut settings, sizes) = wishes(self.plugins, offer)?;
-        if let Some((name, set)) = sizes {
+        let asked: Vec<(&str, u64)> = self.request.host_table.iter().flat_map(|wish| wish.settings.iter()).collect();
+        asked.iter().for_each(|(name, value)| settings.set(name, *value));
+        if let Some((name, set)) = sizes.filter(|(size, _)| asked.iter().all(|(name, _)| name != size)) {
             // The largest pages that are not larger than the guest's: tables are smallest then.
             let fits = (12..=need.alignment_log2.min(63)).rev().map(|log2| 1_u64 << log2).find(|size| set & size != 0);
             let Some(size) = fits else {
@@ -204,7 +224,10 @@ impl Choice<'_> {
         let plugin = self.plugins.by_format(&offer.format)?;
         let mut instance = plugin.instantiate()?;
         let mut suggested = instance.suggest(&offer.format, &settings, &need)?;
-        let over = |(name, limit): &&(String, u64)| *limit < 4096 && suggested.get(name).is_some_and(|value| !is_within(value, *limit));
+        let over = |(name, limit): &&(String, u64)| {
+            let is_asked = asked.iter().any(|(asked, _)| asked == name);
+            !is_asked && *limit < 4096 && suggested.get(name).is_some_and(|value| !is_within(value, *limit))
+        };
         let over: Vec<&(String, u64)> = offer.limits.iter().filter(over).collect();
         if !over.is_empty() {
             over.iter().for_each(|(name, limit)| settings.set(name, *limit));
@@ -257,6 +280,20 @@ const REQUESTED_IOVAS: u64 = (1 << 48) - 1;
 
 pub(super) fn manifest<'a>(plugins: &'a Plugins, format: &str) -> Option<&'a FormatManifest> {
     plugins.iter().find_map(|(manifest, _)| manifest.format(format))
+}
+
+/// In what a table is not the one that is asked for, in words.
+fn unlike(config: &TableConfig, manifest: Option<&FormatManifest>, wish: &TableConfig) -> Vec<String> {
+    if config.format != wish.format {
+        return vec![format!("the guest's format is {}, and {} is asked for", config.format, wish.format)];
+    }
+    let default = |name: &str| manifest?.settings.iter().find(|setting| setting.name == name)?.default;
+    let other = |(name, asked): (&str, u64)| match config.settings.get(name).or_else(|| default(name)) {
+        Some(value) if value == asked => None,
+        Some(value) => Some(format!("{name} is {value} in the guest's table, and {asked} is asked for")),
+        None => Some(format!("the guest's table has no {name}, and {asked} is asked for")),
+    };
+    wish.settings.iter().filter_map(other).collect()
 }
 
 /// IOVAs of the guest's tables that the host's do not have.

@@ -2,7 +2,7 @@
 
 use serde::Deserialize;
 
-use crate::plugin::{CONTRACT, LoadError};
+use crate::plugin::{CONTRACT, LoadError, Settings};
 
 /// The JSON document in the custom section `stagecraft:manifest`. Unknown fields are ignored.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -46,6 +46,19 @@ pub struct FormatManifest {
     /// Settings of a configuration.
     #[serde(default)]
     pub settings: Vec<SettingManifest>,
+}
+
+impl FormatManifest {
+    /// The settings that can be wished for: where roots are is where the table ends up.
+    pub fn wishable(&self) -> impl Iterator<Item = &str> {
+        self.settings.iter().map(|setting| setting.name.as_str()).filter(|name| !name.starts_with("root"))
+    }
+
+    /// The first setting that is none of the [wishable](Self::wishable) ones: its name, and theirs.
+    pub(crate) fn unknown<'a>(&self, settings: &'a Settings) -> Option<(&'a str, String)> {
+        let (name, _) = settings.iter().find(|(name, _)| self.wishable().all(|known| known != *name))?;
+        Some((name, self.wishable().collect::<Vec<_>>().join(", ")))
+    }
 }
 
 /// One setting of a [`FormatManifest`].

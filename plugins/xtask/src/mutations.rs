@@ -44,7 +44,8 @@ pub fn run(root: &Path, wanted: &[String]) -> Result<()> {
     let mut bad = 0;
     for mutation in chosen {
         let start = Instant::now();
-        let (original, changed) = mutated(root, mutation)?;
+        // Whoever works on the repository meanwhile changes nothing here.
+        let (original, changed) = mutated(trial.copy(), mutation)?;
         let tests: BTreeSet<&str> = mutation.tests.iter().map(String::as_str).collect();
         let (word, by) = match trial.judge(&mutation.name, &mutation.file, (&original, &changed), &tests)? {
             Verdict::Found(test) => ("found", test),

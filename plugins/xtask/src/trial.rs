@@ -67,6 +67,11 @@ impl Trial {
         Ok(Self { copy: copy.to_owned(), known })
     }
 
+    /// The copy, as the code stands.
+    pub fn copy(&self) -> &Path {
+        &self.copy
+    }
+
     /// Runs all of these as the code stands, but for those that passed before: the first that fails.
     pub fn as_it_stands(&mut self, tests: &BTreeSet<&str>) -> Result<Option<String>> {
         let Ok(programs) = self.build(tests)? else { return Ok(Some("the compiler".to_owned())) };

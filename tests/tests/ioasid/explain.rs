@@ -74,6 +74,23 @@ fn it_says_what_was_chosen_and_why_nothing_better() {
     );
 }
 
+/// Who looks IOVAs up is there besides, or alone.
+#[test]
+fn lookups_are_explained_as_well() {
+    let rig = Rig::new(&[unit(Arch::Vtd)], &[("nic", &[0])]);
+    let guest = Guest::new(Arch::Vtd, &rig.memory);
+    let context = rig.context();
+    let ioasid = context.allocate(Request::guest(guest.view())).unwrap();
+    let said = || ioasid.explain().iter().map(ToString::to_string).collect::<Vec<_>>();
+    assert!(said().is_empty());
+    ioasid.lookup().unwrap();
+    let lookups = "in software: lookups of the VMM's own device models".to_owned();
+    assert_eq!(said(), [lookups.clone()]);
+    let device = context.connect("nic").unwrap();
+    ioasid.attach(&device, None).unwrap();
+    assert_eq!(said(), ["device nic: bound as it is: the guest's intel-vtd/first-stage levels=0x4 root=0x100000".to_owned(), lookups]);
+}
+
 #[test]
 fn where_nothing_can_be_had_all_reasons_are_said() {
     let rig = Rig::new(&[unit(Arch::Arm).without_nesting()], &[("nic", &[0])]);

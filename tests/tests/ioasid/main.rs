@@ -25,3 +25,4 @@ mod state;
 mod threads;
 mod told;
 mod units;
+mod wished;

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use stagecraft::ioasid::{Context, GuestView, Ioasid, Request, Response, Setup, SpaceLimits, Strategy, Target};
 use stagecraft::plugin::queue::{Effect, Invalidation, Scope};
-use stagecraft::plugin::{Outcome, Tag, Translated};
-use stagecraft::sync::{ShadowLimits, Unwatched};
+use stagecraft::plugin::{Outcome, TableConfig, Tag, Translated};
+use stagecraft::sync::{AreaLimits, ShadowLimits, Unwatched};
 use stagecraft::table::Piece;
 use stagecraft::{Access, Attributes, Change, Gpa, Iova, Span};
 use vm_memory::MmapRegion;
@@ -243,4 +243,40 @@ fn what_any_host_has_no_room_for_is_told() {
         assert_eq!((rig.dma("nic", 0x2000), rig.dma("disk", 0x2000)), (Some(DATA + 0x2000), Some(DATA + 0x2000)));
     }
     rig.assert_clean();
+}
+
+/// A host without memory for tables, and one without room for areas: whoever asks for what is not there hears that it will not be.
+#[test]
+fn a_device_is_not_sent_back_to_what_its_host_has_not() {
+    let areas = AreaLimits { areas: 1, ..AreaLimits::default() };
+    for limits in [SpaceLimits { table_bytes: 4 << 12, ..SpaceLimits::default() }, SpaceLimits { areas, ..SpaceLimits::default() }] {
+        let is_areas = limits.areas.areas == 1;
+        let rig = Rig::new(&[unit(Arch::Vtd)], &[("nic", &[0])]);
+        let guest = Guest::new(Arch::Arm, &rig.memory);
+        {
+            let context = rig.context();
+            let nic = context.connect("nic").unwrap();
+            let strategy = if is_areas { Strategy::Areas } else { Strategy::Nested };
+            let wish = |request: Request| {
+                if is_areas { request } else { request.with_host_table(TableConfig::new("intel-vtd/first-stage", &[("levels", 4)])) }
+            };
+            let ioasid = context.allocate(wish(Request::guest(guest.view()).with_strategies(&[strategy]).with_limits(limits))).unwrap();
+            // There is nobody who could lack anything.
+            let far = 1 << 40;
+            guest.map(0x1000, DATA, true);
+            guest.map(far, DATA + 0x2000, true);
+            assert_eq!(ioasid.fault(Iova(far), BOTH).unwrap(), Response::Mapped);
+            ioasid.attach(&nic, None).unwrap();
+            assert_eq!(ioasid.fault(Iova(0x1000), BOTH).unwrap(), Response::Mapped, "{strategy}");
+            assert_eq!(ioasid.fault(Iova(far + 0x123), BOTH).unwrap(), Response::Blocked, "{strategy}");
+            assert!(matches!(ioasid.fault(Iova(0x3000), BOTH).unwrap(), Response::Refused(_)));
+            assert_eq!((rig.dma("nic", 0x1000), rig.dma("nic", far)), (Some(DATA), None));
+            // There is room.
+            guest.unmap(0x1000);
+            ioasid.invalidate(&[page(0x1000)]).unwrap();
+            assert_eq!(ioasid.fault(Iova(far), BOTH).unwrap(), Response::Mapped, "{strategy}");
+            assert_eq!((rig.dma("nic", 0x1000), rig.dma("nic", far)), (None, Some(DATA + 0x2000)));
+        }
+        rig.assert_clean();
+    }
 }

@@ -25,7 +25,7 @@ use crate::pins::{PAGE, Pins};
 use crate::sync::sink::{CommitError, Sink};
 use crate::sync::spans::Spans;
 use crate::table::Losses;
-use crate::{Change, Span};
+use crate::{Change, Iova, Span};
 use book::{AreaMap, Scope, Verdict, Wanted, judge, overlapping};
 use dirty::Record;
 
@@ -252,6 +252,12 @@ impl Areas {
     /// Pieces that were told are not known.
     pub(crate) fn is_short(&self) -> bool {
         !self.forgotten.as_slice().is_empty()
+    }
+
+    /// Whether an area has an IOVA.
+    #[must_use]
+    pub fn has(&self, iova: Iova) -> bool {
+        overlapping(&self.areas, Span { first: iova.0, last: iova.0 }).next().is_some()
     }
 
     /// Nothing that is wanted is missing: neither lost as things are, nor refused by the kernel.

@@ -28,7 +28,7 @@ use crate::sync::marks::Marked;
 use crate::sync::sink::{CommitError, Committer, Sink};
 use crate::sync::spans::Spans;
 use crate::table::{BuildError, Geometry, Loss, Losses, Piece, low_bits};
-use crate::{Change, Gpa, Span};
+use crate::{Change, Gpa, Iova, Span};
 use exchange::{Writer, leaf};
 use marks::{Retired, Tracks};
 use plan::HostPlan;
@@ -179,6 +179,31 @@ impl<M> NestedTable<M> {
     #[must_use]
     pub fn refused(&self) -> &[Span] {
         self.refused.as_slice()
+    }
+
+    /// Whether a leaf stands where hardware looks an IOVA up.
+    #[must_use]
+    pub fn has(&self, iova: Iova) -> bool {
+        let canonical = |root: &crate::table::Root| iova.0 & !root.ignored | root.first & root.ignored;
+        self.geometry().roots.iter().map(canonical).zip(&self.plan.windows).any(|(iova, window)| {
+            let chain = &self.plan.chains[window.chain];
+            let (mut table, mut base) = (self.roots[window.chain], window.base);
+            window.span.contains(iova)
+                && chain.rungs.iter().any(|rung| {
+                    let slot = |table: &HostTable| table.slots.get(((iova - base) >> rung.lsb) as usize).copied();
+                    match self.tables.get(table as usize).and_then(Option::as_ref).and_then(slot) {
+                        Some(Slot::Leaf(_)) => true,
+                        Some(Slot::Table(below)) => {
+                            (table, base) = (below, iova & !low_bits(rung.lsb));
+                            false
+                        }
+                        Some(Slot::Absent) | None => {
+                            table = u32::MAX;
+                            false
+                        }
+                    }
+                })
+        })
     }
 
     /// For each root, the setting that holds its address, and the address. They stay what they are.

@@ -9,7 +9,7 @@ use anyhow::{Result, bail, ensure};
 use stagecraft::ioasid::{Context, Ioasid};
 use stagecraft::memory::{EntryLayout, MemoryMap, PAGE};
 use stagecraft::plugin::queue::{Effect, Invalidation, Scope};
-use stagecraft::plugin::{Plugin, Settings, TableConfig};
+use stagecraft::plugin::{FormatManifest, Plugin, Settings, TableConfig};
 use stagecraft::sync::{NestedTable, RegionTables, TableMemory, Watcher};
 use stagecraft::table::{Geometry, Need, Piece};
 use stagecraft::virtio_iommu::{self, Features, MapFlags, Request, RequestLimits, Status};
@@ -25,11 +25,11 @@ const LAST_IOVA: u64 = (1 << 48) - 1;
 
 /// Settings of a table of the guest's: the scenario's, completed by the plugin.
 pub fn settings(plugin: &Plugin, format: &str, given: &[(String, u64)], last_address: u64) -> Result<Settings> {
-    let known = plugin.manifest().format(format).map_or(&[][..], |format| &format.settings);
+    let manifest = plugin.manifest().format(format);
     let mut settings = Settings::new();
     for (name, value) in given {
-        if !known.iter().any(|setting| setting.name == *name) {
-            let known: Vec<&str> = known.iter().map(|setting| setting.name.as_str()).filter(|name| !name.starts_with("root")).collect();
+        if !manifest.is_some_and(|format| format.settings.iter().any(|setting| setting.name == *name)) {
+            let known: Vec<&str> = manifest.into_iter().flat_map(FormatManifest::wishable).collect();
             bail!("{format} has no setting `{name}`; there are {}", known.join(", "));
         }
         settings.set(name, *value);
