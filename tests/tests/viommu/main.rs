@@ -14,6 +14,7 @@ mod pasids;
 mod plain;
 mod real;
 mod records;
+mod refresh;
 mod requests;
 mod saved;
 mod watching;
