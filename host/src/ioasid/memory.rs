@@ -8,6 +8,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MmapRegi
 
 use crate::kernel::sim::Sim;
 use crate::memory::{EntryLayout, EntryMemory, Kind, MarkMemory, MemoryMap, MemoryMapError, Nearby, ReadError, Region, VmMemory, WriteError};
+use crate::table::Passing;
 use crate::{Gpa, Span};
 
 /// A region of guest memory, or of a device's that other devices may reach.
@@ -68,6 +69,16 @@ pub struct Shared<M>(pub M);
 impl<M: vm_memory::GuestMemory> EntryMemory for Shared<M> {
     fn read_entries(&self, address: Gpa, layout: EntryLayout, entries: &mut [u64]) -> Result<(), ReadError> {
         VmMemory(&self.0).read_entries(address, layout, entries)
+    }
+
+    fn read_entries_passing(
+        &self,
+        address: Gpa,
+        layout: EntryLayout,
+        entries: &mut [u64],
+        passing: &mut Passing<'_, '_>,
+    ) -> Result<Nearby, ReadError> {
+        VmMemory(&self.0).read_entries_passing(address, layout, entries, passing)
     }
 
     fn read_entries_nearby(&self, address: Gpa, layout: EntryLayout, entries: &mut [u64]) -> Result<Nearby, ReadError> {

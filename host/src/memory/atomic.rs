@@ -18,7 +18,7 @@ use crate::memory::entries::LINE;
 use crate::memory::entries::changed_lines;
 #[cfg(all(target_arch = "x86_64", not(miri)))]
 use crate::table::widen;
-use crate::table::{ByteOrder, swap_bytes};
+use crate::table::{ByteOrder, Passing, swap_bytes};
 
 /// Where bytes of guest memory stand in this process. It can be used for one thing: to tell the processor which bytes near them will be read soon. Nothing is
 /// read through it, so it may outlive the memory, or point into the void.
@@ -269,13 +269,33 @@ unsafe fn compare_lines(mut from: *const u8, known: &[u64], fresh: &mut [u64]) -
     changed
 }
 
+/// [`load`] of entries that are written on at the same time, if that can be done; otherwise `passing` is as it was.
+#[inline]
+pub(super) fn load_passing<B: BitmapSlice>(
+    slice: &VolatileSlice<'_, B>,
+    layout: EntryLayout,
+    entries: &mut [u64],
+    passing: &mut Passing<'_, '_>,
+) -> bool {
+    let guard = slice.ptr_guard();
+    let first = guard.as_ptr();
+    if layout.bytes == 8 && layout.order.is_native() && first.addr().is_multiple_of(16) && slice.len() / 8 >= entries.len() {
+        // SAFETY: a `VolatileSlice` vouches for its bytes being valid for reading while the guard lives; these are aligned and within it.
+        let passed = unsafe { passing.read(first, entries) };
+        if passed {
+            return true;
+        }
+    }
+    load(slice, layout, entries)
+}
+
 /// For processors with registers of 64 bytes.
 #[cfg(all(target_arch = "x86_64", not(miri)))]
-mod wide {
+pub(super) mod wide {
     use std::arch::asm;
     use std::arch::x86_64::{
-        __m512i, _mm512_castsi512_si256, _mm512_cvtepu32_epi64, _mm512_extracti64x4_epi64, _mm512_set4_epi32, _mm512_shuffle_epi8,
-        _mm512_storeu_si512,
+        __m256i, __m512i, _mm512_castsi256_si512, _mm512_castsi512_si256, _mm512_cvtepu32_epi64, _mm512_extracti64x4_epi64, _mm512_inserti64x4,
+        _mm512_set4_epi32, _mm512_shuffle_epi8, _mm512_storeu_si512,
     };
 
     use super::LINE;
@@ -286,27 +306,26 @@ mod wide {
     /// `from` is a multiple of 16, and 64 bytes may be read there.
     #[target_feature(enable = "avx512f")]
     #[inline]
-    unsafe fn line(from: *const u8) -> __m512i {
-        let line;
-        // SAFETY: the caller's promise; no stack, no flags.
+    pub(crate) unsafe fn line(from: *const u8) -> __m512i {
+        let (front, back): (__m256i, __m256i);
+        // SAFETY: the caller's promise; no stack, no flags. Only the first sixteen registers have a short name, which these loads take.
         unsafe {
             asm!(
-                "vmovdqa {line:x}, xmmword ptr [{from}]",
+                "vmovdqa {front:x}, xmmword ptr [{from}]",
                 "vmovdqa {second:x}, xmmword ptr [{from} + 16]",
-                "vmovdqa {third:x}, xmmword ptr [{from} + 32]",
+                "vmovdqa {back:x}, xmmword ptr [{from} + 32]",
                 "vmovdqa {fourth:x}, xmmword ptr [{from} + 48]",
-                "vinserti32x4 {line}, {line}, {second:x}, 1",
-                "vinserti32x4 {line}, {line}, {third:x}, 2",
-                "vinserti32x4 {line}, {line}, {fourth:x}, 3",
+                "vinserti128 {front}, {front}, {second:x}, 1",
+                "vinserti128 {back}, {back}, {fourth:x}, 1",
                 from = in(reg) from,
-                line = out(zmm_reg) line,
-                second = out(xmm_reg) _,
-                third = out(xmm_reg) _,
-                fourth = out(xmm_reg) _,
+                front = out(ymm_reg) front,
+                back = out(ymm_reg) back,
+                second = out(ymm_reg) _,
+                fourth = out(ymm_reg) _,
                 options(nostack, readonly, preserves_flags)
             );
         }
-        line
+        _mm512_inserti64x4::<1>(_mm512_castsi256_si512(front), back)
     }
 
     /// Loads entries that fill whole lines: entries of 4 bytes, or such as are swapped.

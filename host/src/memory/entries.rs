@@ -7,7 +7,7 @@ use vm_memory::{GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryRegion
 use crate::Gpa;
 use crate::memory::MemoryMap;
 use crate::memory::atomic::{self, Nearby};
-use crate::table::ByteOrder;
+use crate::table::{ByteOrder, Passing};
 
 /// The unit in which tables are read, and the smallest page of any guest: 4 KiB.
 pub const PAGE: u64 = 4096;
@@ -56,6 +56,21 @@ pub trait EntryMemory {
     /// As [`EntryMemory::read_entries`].
     fn read_entries_nearby(&self, address: Gpa, layout: EntryLayout, entries: &mut [u64]) -> Result<Nearby, ReadError> {
         self.read_entries(address, layout, entries).map(|()| Nearby::UNKNOWN)
+    }
+
+    /// The same for entries that are written on if they are as usual, by whoever can do both at once: `passing` knows whether that was done.
+    ///
+    /// # Errors
+    /// As [`EntryMemory::read_entries`].
+    fn read_entries_passing(
+        &self,
+        address: Gpa,
+        layout: EntryLayout,
+        entries: &mut [u64],
+        passing: &mut Passing<'_, '_>,
+    ) -> Result<Nearby, ReadError> {
+        let _ = passing;
+        self.read_entries_nearby(address, layout, entries)
     }
 
     /// One entry.
@@ -155,6 +170,21 @@ impl<M: GuestMemory + ?Sized> EntryMemory for VmMemory<'_, M> {
             done += count;
         }
         Ok(nearby)
+    }
+
+    fn read_entries_passing(
+        &self,
+        address: Gpa,
+        layout: EntryLayout,
+        entries: &mut [u64],
+        passing: &mut Passing<'_, '_>,
+    ) -> Result<Nearby, ReadError> {
+        let plain = self.0.physical_memory().and_then(|memory| memory.to_region_addr(GuestAddress(address.0)));
+        match plain.and_then(|(region, at)| region.get_slice(at, entries.len() * usize::from(layout.bytes)).ok()) {
+            Some(slice) if atomic::load_passing(&slice, layout, entries, passing) => Ok(atomic::nearby(&slice)),
+            Some(_) => Err(ReadError(address)),
+            None => self.read_entries_nearby(address, layout, entries),
+        }
     }
 
     #[inline]

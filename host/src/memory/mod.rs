@@ -7,6 +7,8 @@ mod map;
 mod marks;
 
 pub use atomic::Nearby;
+#[cfg(all(target_arch = "x86_64", not(miri)))]
+pub(crate) use atomic::wide::line as guest_line;
 pub use budget::{Budget, Exhausted, Limits};
 pub(crate) use entries::Within;
 pub use entries::{EntryLayout, EntryMemory, LINE, PAGE, ReadError, VmMemory, read_bytes};

@@ -38,7 +38,7 @@ pub use leaves::{Kinds, Piece, Run};
 pub(crate) use loss::narrowed;
 pub use loss::{Count, Loss, Losses};
 pub(crate) use marking::LeafMarks;
-pub use passage::Receiver;
+pub use passage::{Passing, Receiver};
 pub use recode::Passed;
 pub(crate) use remember::{Judge, JudgeError, LevelPlan, MAX_REMEMBERED, Plan};
 pub use source::Source;

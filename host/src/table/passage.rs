@@ -6,7 +6,7 @@
 
 use crate::Span;
 use crate::table::lanes::Pattern;
-use crate::table::recode::{Expected, Form, Group, Judged, Passed, merge, recode_expected, recode_sparse};
+use crate::table::recode::{Expected, Form, Group, Judged, Onto, Passed, merge, recode_expected, recode_guests, recode_sparse};
 
 /// So many bytes of the next table are asked for early. The processor sees by itself how a table goes on; what it does not see is where it starts.
 pub(super) const START: u64 = 1024;
@@ -89,6 +89,41 @@ pub struct Merged<'a> {
     pub(super) more: u64,
     /// Where the first leaf of each page is put.
     pub(super) firsts: &'a mut Vec<u64>,
+}
+
+/// Entries that are read, and what is to become of them if all are as usual.
+#[derive(Debug)]
+pub struct Passing<'a, 'b> {
+    receiver: &'a mut Receiver<'b>,
+    expected: Expected,
+    /// What they turned out to be, once they were written.
+    pub(super) judged: Option<Judged>,
+}
+
+impl<'a, 'b> Passing<'a, 'b> {
+    /// None: such entries are read first.
+    pub(super) fn new(receiver: &'a mut Receiver<'b>, usual: &Usual) -> Option<Self> {
+        let is_plain = receiver.merging.is_none();
+        is_plain.then(|| Self { receiver, expected: usual.expected(), judged: None })
+    }
+
+    /// Reads entries of 8 bytes in the processor's order from where a guest may write them, each once, and writes what becomes of them. False: this cannot be done, and
+    /// nothing was read.
+    ///
+    /// # Safety
+    /// `from` is a multiple of 16, and the entries may be read there.
+    #[allow(unsafe_code)]
+    #[inline]
+    pub(crate) unsafe fn read(&mut self, from: *const u8, entries: &mut [u64]) -> bool {
+        let Receiver { form, table, slot, written, .. } = &mut *self.receiver;
+        let onto = match written.as_deref_mut() {
+            Some(written) => Onto::Sparse(table, written),
+            None => Onto::Slots(table, *slot),
+        };
+        // SAFETY: the caller's promise.
+        self.judged = unsafe { recode_guests(from, entries, self.expected, onto, *form) };
+        self.judged.is_some()
+    }
 }
 
 impl Receiver<'_> {

@@ -121,6 +121,31 @@ pub(super) fn recode_expected(source: &[u64], expected: Expected, target: &mut [
     None
 }
 
+/// Where entries are written that are recoded as they are read.
+#[derive(Debug)]
+pub(super) enum Onto<'a> {
+    /// The entries of a table from a slot on, as by [`recode_expected`].
+    Slots(&'a mut [u64], usize),
+    /// As by [`recode_sparse`].
+    Sparse(&'a mut [u64], &'a mut u64),
+}
+
+/// Reads as many entries of 8 bytes in the processor's order as are `kept` from where a guest may write them, each once, and [recodes](recode_expected) them at the same
+/// time. None: not with these entries, or not on this processor, and nothing was read.
+///
+/// # Safety
+/// `from` is a multiple of 16, and the entries may be read there.
+#[inline]
+pub(super) unsafe fn recode_guests(from: *const u8, kept: &mut [u64], expected: Expected, onto: Onto<'_>, form: Form<'_>) -> Option<Judged> {
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    if has_one_pass() {
+        // SAFETY: the caller's promise, and the processor was asked.
+        return unsafe { wide::recode_guests(from, kept, expected, onto, form) };
+    }
+    let _ = (from, kept, expected, onto, form);
+    None
+}
+
 /// [`recode_expected`] of a whole table of a page, in a [sparse](Form::is_sparse) form: only lines that hold a leaf are written, and, with zeros, those that may
 /// have held one, whose bits are set in `written`, and set there now. None: as there.
 #[inline]

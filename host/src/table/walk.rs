@@ -12,7 +12,7 @@ use crate::table::format::{FaultKind, Finding, Format, FormatError, Meaning, Mis
 use crate::table::geometry::{AddressField, Geometry, Nonsense, Root};
 use crate::table::lanes::{Pattern, Scanned, all_in_place_within, all_within, repeated, run_length, scan};
 use crate::table::leaves::{Kinds, Piece, Run};
-use crate::table::passage::{ALL, FEWEST, FIRST, Misses, SECOND, START, Usual};
+use crate::table::passage::{ALL, FEWEST, FIRST, Misses, Passing, SECOND, START, Usual};
 use crate::table::recode::Judged;
 use crate::table::remember::{Judge, JudgeError, LevelPlan, Plan, Remembered};
 use crate::table::visit::{Cause, FaultAt, Step, Visitor};
@@ -264,7 +264,7 @@ struct Walker<'a, M: ?Sized, V> {
     misses: Misses,
 }
 
-impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
+impl<'a, M: EntryMemory + ?Sized, V: Visitor> Walker<'a, M, V> {
     fn root(&mut self, root: &Root, span: Span) -> Result<(), WalkError> {
         let level = &self.plan.levels[usize::from(root.level)];
         let top = u32::from(level.index_lsb + level.index_bits);
@@ -323,10 +323,10 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
             let length = count * bytes;
             let [next, second] = if more { [address.wrapping_add(length), NOWHERE] } else { place.ahead };
             self.expect((address, next), length, FIRST..SECOND);
-            match self.read(address, entries) {
-                Ok(()) => {
+            match self.read_passing((place, index), address, entries, here) {
+                Ok(passed) => {
                     self.expect((address, next), length, SECOND..ALL);
-                    let told = self.pass(place, index, entries, here)?;
+                    let told = self.pass(place, index, entries, here, passed)?;
                     self.expect((next, second), length, 0..FIRST);
                     if told < entries.len() {
                         let next = index + told as u64;
@@ -350,27 +350,70 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
         Ok(())
     }
 
-    /// Tells of entries as of those that are like the last, as far as they are, and the visitor can make use of that; how many these are.
+    /// Entries as if they were like the last, if they are all that there are at these IOVAs.
     #[inline(always)]
-    fn pass(&mut self, place: Place, index: u64, entries: &[u64], span: Span) -> Result<usize, WalkError> {
-        let Some(usual) = self.usual.as_ref().filter(|usual| (usual.level, usual.inherited) == (place.level, place.inherited)) else { return Ok(0) };
-        let level = &self.plan.levels[usize::from(place.level)];
+    fn usual_run<'e>(&self, usual: &Usual, (place, index): (Place, u64), entries: &'e [u64], span: Span) -> Option<Run<'e>>
+    where
+        'a: 'e,
+    {
+        let plan: &'a Plan = self.plan;
+        let level = &plan.levels[usize::from(place.level)];
         let size_log2 = level.index_lsb;
         let first = place.base + (index << size_log2);
         let whole = (span.first, span.last - span.first) == (first, ((entries.len() as u64) << size_log2) - 1);
-        if !whole || entries.len() < FEWEST || self.misses.skips() {
+        let is_usual = (usual.level, usual.inherited) == (place.level, place.inherited);
+        (whole && is_usual && entries.len() >= FEWEST).then(|| Run {
+            iova: Iova(first),
+            size_log2,
+            entries,
+            field: level.field(usual.shape),
+            kinds: usual.pattern.kinds,
+            within: usual.within,
+        })
+    }
+
+    /// Reads entries, and has those that are like the last written on at the same time, if that can be done for all of them: what they turned out to be.
+    #[inline(always)]
+    fn read_passing(&mut self, at: (Place, u64), address: u64, entries: &mut [u64], span: Span) -> Result<Option<Judged>, Cause> {
+        let Some(usual) = self.usual.filter(|_| !self.misses.are_skipped()) else { return self.read(address, entries).map(|()| None) };
+        let region = self.region(address, entries.len())?;
+        let count = entries.len();
+        let mut receiver =
+            self.usual_run(&usual, at, entries, span).and_then(|run| self.visitor.receive(&run)).filter(|receiver| receiver.count >= count);
+        let Some(mut passing) = receiver.as_mut().and_then(|receiver| Passing::new(receiver, &usual)) else {
+            drop(receiver);
+            return self.read(address, entries).map(|()| None);
+        };
+        let nearby = self.memory.read_entries_passing(Gpa(address), self.layout, entries, &mut passing).map_err(|_| Cause::Missing)?;
+        let judged = passing.judged;
+        self.last_read = Some(LastRead { address, region, nearby });
+        Ok(judged)
+    }
+
+    /// Tells of entries as of those that are like the last, as far as they are, and the visitor can make use of that; how many these are. All of them may have `passed`
+    /// when they were read.
+    #[inline(always)]
+    fn pass(&mut self, place: Place, index: u64, entries: &[u64], span: Span, passed: Option<Judged>) -> Result<usize, WalkError> {
+        let Some(usual) = self.usual else { return Ok(0) };
+        let Some(mut run) = self.usual_run(&usual, (place, index), entries, span) else { return Ok(0) };
+        if self.misses.skips() {
             return Ok(0);
         }
-        let mut run =
-            Run { iova: Iova(first), size_log2, entries, field: level.field(usual.shape), kinds: usual.pattern.kinds, within: usual.within };
-        let mut told = 0;
+        let (first, size_log2) = (run.iova.0, run.size_log2);
+        let (mut told, mut before) = (0, passed);
         while told < entries.len() {
             run = Run { iova: Iova(first + ((told as u64) << size_log2)), entries: &entries[told..], ..run };
-            let mut receiver = self.visitor.receive(&run);
-            let Some(receiver) = &mut receiver else { break };
-            let count = receiver.count.min(run.entries.len());
+            let (count, judged) = match before.take() {
+                Some(judged) => (run.entries.len(), judged),
+                None => {
+                    let mut receiver = self.visitor.receive(&run);
+                    let Some(receiver) = &mut receiver else { break };
+                    let count = receiver.count.min(run.entries.len());
+                    let Some(judged) = receiver.pass(&run.entries[..count], &usual) else { break };
+                    (count, judged)
+                }
+            };
             run.entries = &run.entries[..count];
-            let Some(judged) = receiver.pass(run.entries, usual) else { break };
             let passed = match judged {
                 Judged::Alike(passed) if passed.gaps < count as u64 => passed,
                 _ => {
@@ -391,13 +434,18 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
 
     #[inline(always)]
     fn read(&mut self, address: u64, entries: &mut [u64]) -> Result<(), Cause> {
-        let last = address.saturating_add(entries.len() as u64 * u64::from(self.layout.bytes) - 1);
-        let Some(region) = self.map.region(address).filter(|region| region.span.last >= last || self.map.region(last).is_some()) else {
-            return Err(Cause::OutsideMemory);
-        };
+        let region = self.region(address, entries.len())?;
         let nearby = self.memory.read_entries_nearby(Gpa(address), self.layout, entries).map_err(|_| Cause::Missing)?;
-        self.last_read = Some(LastRead { address, region: region.span, nearby });
+        self.last_read = Some(LastRead { address, region, nearby });
         Ok(())
+    }
+
+    /// The memory that the first of so many entries is in, if all of them exist.
+    #[inline(always)]
+    fn region(&self, address: u64, entries: usize) -> Result<Span, Cause> {
+        let last = address.saturating_add(entries as u64 * u64::from(self.layout.bytes) - 1);
+        let region = self.map.region(address).filter(|region| region.span.last >= last || self.map.region(last).is_some());
+        region.map(|region| region.span).ok_or(Cause::OutsideMemory)
     }
 
     /// Tells the processor that a part of the `length` bytes at `ahead` will be read soon, if they are near what was read last; as many at `before` are read before.
@@ -664,7 +712,7 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
         self.budget.charge_tables(count as u64)?;
         self.expect((first.table, next), length, SECOND..ALL);
         let span = Span { first: first.base, last: first.base + (((entries.len() as u64) << lsb) - 1) };
-        let told = self.pass(first, 0, entries, span)?;
+        let told = self.pass(first, 0, entries, span, None)?;
         self.expect((next, second), length, 0..FIRST);
         // What is not like the last is told of table by table.
         for (index, entries) in entries.chunks_exact(each).enumerate().skip(told / each) {

@@ -13,7 +13,7 @@ use stagecraft_tests::reference::generate::Rng;
 use vm_memory::GuestMemoryMmap;
 
 use super::behaviour::range;
-use super::guest::{DATA, Guest, PS, RO, RW};
+use super::guest::{DATA, Guest, MEMORY, PS, RO, RW};
 use super::space::{BOTH, R, Second, second_stage};
 use super::support::{Host, format};
 
@@ -318,5 +318,52 @@ fn what_commands_for_two_stages_have_in_common_is_read_once() {
             assert_eq!(again, None, "seed {seed}, round {round}: an entry that is read again");
             assert!(!reads.is_empty());
         }
+    }
+}
+
+/// Pages of one table that are apart from each other, so that each has a command of its own.
+fn in_a_row(guest: &Guest, count: u64, entry: impl Fn(u64) -> u64) -> Vec<Invalidation> {
+    let page = |index: u64| {
+        guest.set(index << 13, 0, entry(index));
+        range(index << 13, index << 13 | 0xfff, true)
+    };
+    (0..count).map(page).collect()
+}
+
+/// Many that come at once lead no further than one that comes alone.
+#[test]
+fn pages_in_a_row_do_not_lead_beyond_what_there_is() {
+    let guest = Guest::new();
+    let here = |index: u64| (DATA + (index << 12)) | RW;
+    in_a_row(&guest, 64, here);
+    let mut live = live(&guest);
+    assert_eq!(live.sink().model.pieces.len(), 64);
+    for beyond in [MEMORY, 1 << 45] {
+        let gone = in_a_row(&guest, 64, |_| 0);
+        assert_eq!(live.invalidate(&guest.view(), &gone).unwrap().changes, 64);
+        let come = in_a_row(&guest, 64, |index| if index % 10 == 5 { beyond | RW } else { here(index) });
+        live.invalidate(&guest.view(), &come).unwrap();
+        let pieces = &live.sink().model.pieces;
+        assert!((0..64).all(|index| pieces.contains_key(&(index << 13)) == (index % 10 != 5)), "{beyond:#x}");
+        assert!(live.sink().walked() == live.sink().model.mappings());
+    }
+}
+
+/// Nor are there more of them than there may be; those that are blocked are not there, and do not go.
+#[test]
+fn pages_in_a_row_are_no_more_than_there_may_be() {
+    let guest = Guest::new();
+    let here = |index: u64| (DATA + (index << 12)) | RW;
+    guest.put(1 << 30, 0, here(0));
+    in_a_row(&guest, 64, |_| 0);
+    let mut live = live_with(&guest, ShadowLimits { leaves: 41, ..ShadowLimits::default() });
+    for _ in 0..3 {
+        let report = live.invalidate(&guest.view(), &in_a_row(&guest, 64, here)).unwrap();
+        assert_eq!((report.changes, report.blocked_count), (40, 24));
+        assert_eq!((live.space().figures().leaves, live.space().figures().blocked), (41, 24));
+        let report = live.invalidate(&guest.view(), &in_a_row(&guest, 64, |_| 0)).unwrap();
+        assert_eq!((report.changes, report.blocked_count), (40, 0));
+        assert_eq!((live.space().figures().leaves, live.space().figures().blocked, live.sink().model.pieces.len()), (1, 0, 1));
+        assert!(live.sink().walked() == live.sink().model.mappings());
     }
 }

@@ -9,7 +9,8 @@ use std::arch::x86_64::{
     _mm512_xor_si512,
 };
 
-use super::{Expected, Form, Group, Judged, Kinds, Passed, halves};
+use super::{Expected, Form, Group, Judged, Kinds, Onto, Passed, halves};
+use crate::memory::guest_line;
 use crate::table::geometry::Move;
 use crate::table::lanes::Pattern;
 
@@ -25,6 +26,40 @@ const MAX_MOVES: usize = 4;
 struct Lines<'a> {
     source: &'a [u64],
     target: *mut u64,
+}
+
+/// Lines that are read: entries, or where a guest may write them, and where these are to be kept.
+#[derive(Clone, Copy)]
+struct From<const GUEST: bool> {
+    from: *const u8,
+    kept: *mut u64,
+}
+
+impl From<false> {
+    const fn entries(entries: &[u64]) -> Self {
+        Self { from: entries.as_ptr().cast(), kept: std::ptr::null_mut() }
+    }
+}
+
+impl<const GUEST: bool> From<GUEST> {
+    /// Line `at`. One of a guest's is read once.
+    ///
+    /// # Safety
+    /// It is there, and so is its place among those that are kept; a guest's begins at a multiple of 16.
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    unsafe fn line(self, at: usize) -> __m512i {
+        let from = self.from.wrapping_add(at * 64);
+        if !GUEST {
+            // SAFETY: the caller's promise.
+            return unsafe { _mm512_loadu_si512(from.cast()) };
+        }
+        // SAFETY: the caller's promise.
+        let line = unsafe { guest_line(from) };
+        // SAFETY: the same.
+        unsafe { _mm512_storeu_si512(self.kept.wrapping_add(at * 8).cast(), line) };
+        line
+    }
 }
 
 /// In how many ways bits move; zero: all stay in place.
@@ -48,18 +83,18 @@ fn lines<'a>(source: &'a [u64], target: &mut [u64], slot: usize, form: Form<'_>)
 pub(super) fn recode(source: &[u64], kinds: Kinds, target: &mut [u64], slot: usize, form: Form<'_>) -> (usize, u64, u64) {
     let Some(lines) = lines(source, target, slot, form) else { return (0, 0, 0) };
     let expected = Expected { pattern: Pattern { mask: 0, kinds, address: 0, moved: Move::default() }, first: 0, room: 0 };
-    let recode: unsafe fn(&Lines<'_>, Expected, Form<'_>) -> Judged = match (kinds.has_gaps(), moves(expected, form)) {
-        (false, 0) => recode_lines::<false, false, 0>,
-        (true, 0) => recode_lines::<false, true, 0>,
-        (false, 1) => recode_lines::<false, false, 1>,
-        (false, 2) => recode_lines::<false, false, 2>,
-        (false, _) => recode_lines::<false, false, MAX_MOVES>,
-        (true, 1) => recode_lines::<false, true, 1>,
-        (true, 2) => recode_lines::<false, true, 2>,
-        (true, _) => recode_lines::<false, true, MAX_MOVES>,
+    let recode: Recode<false> = match (kinds.has_gaps(), moves(expected, form)) {
+        (false, 0) => recode_lines::<false, false, false, 0>,
+        (true, 0) => recode_lines::<false, false, true, 0>,
+        (false, 1) => recode_lines::<false, false, false, 1>,
+        (false, 2) => recode_lines::<false, false, false, 2>,
+        (false, _) => recode_lines::<false, false, false, MAX_MOVES>,
+        (true, 1) => recode_lines::<false, false, true, 1>,
+        (true, 2) => recode_lines::<false, false, true, 2>,
+        (true, _) => recode_lines::<false, false, true, MAX_MOVES>,
     };
     // SAFETY: the caller has asked the processor; the target has just the bytes for these entries, and begins at a line where they go past the cache.
-    let judged = unsafe { recode(&lines, expected, form) };
+    let judged = unsafe { recode(From::entries(lines.source), lines.source.len(), lines.target, expected, form) };
     let Judged::Alike(Passed { others, gaps }) = judged else { return (0, 0, 0) }; // anything is as expected
     (lines.source.len(), others, gaps)
 }
@@ -67,18 +102,45 @@ pub(super) fn recode(source: &[u64], kinds: Kinds, target: &mut [u64], slot: usi
 /// See [`recode_expected`](super::recode_expected).
 pub(super) fn recode_expected(source: &[u64], expected: Expected, target: &mut [u64], slot: usize, form: Form<'_>) -> Option<Judged> {
     let lines = lines(source, target, slot, form).filter(|lines| lines.source.len() == source.len())?;
-    let recode: unsafe fn(&Lines<'_>, Expected, Form<'_>) -> Judged = match (expected.pattern.kinds.has_gaps(), moves(expected, form)) {
-        (false, 0) => recode_lines::<true, false, 0>,
-        (true, 0) => recode_lines::<true, true, 0>,
-        (false, 1) => recode_lines::<true, false, 1>,
-        (false, 2) => recode_lines::<true, false, 2>,
-        (false, _) => recode_lines::<true, false, MAX_MOVES>,
-        (true, 1) => recode_lines::<true, true, 1>,
-        (true, 2) => recode_lines::<true, true, 2>,
-        (true, _) => recode_lines::<true, true, MAX_MOVES>,
-    };
     // SAFETY: as in `recode`.
-    Some(unsafe { recode(&lines, expected, form) })
+    Some(unsafe { judging::<false>(expected, form)(From::entries(lines.source), lines.source.len(), lines.target, expected, form) })
+}
+
+/// See [`recode_lines`].
+type Recode<const GUEST: bool> = unsafe fn(From<GUEST>, usize, *mut u64, Expected, Form<'_>) -> Judged;
+
+/// The one that judges.
+fn judging<const GUEST: bool>(expected: Expected, form: Form<'_>) -> Recode<GUEST> {
+    match (expected.pattern.kinds.has_gaps(), moves(expected, form)) {
+        (false, 0) => recode_lines::<GUEST, true, false, 0>,
+        (true, 0) => recode_lines::<GUEST, true, true, 0>,
+        (false, 1) => recode_lines::<GUEST, true, false, 1>,
+        (false, 2) => recode_lines::<GUEST, true, false, 2>,
+        (false, _) => recode_lines::<GUEST, true, false, MAX_MOVES>,
+        (true, 1) => recode_lines::<GUEST, true, true, 1>,
+        (true, 2) => recode_lines::<GUEST, true, true, 2>,
+        (true, _) => recode_lines::<GUEST, true, true, MAX_MOVES>,
+    }
+}
+
+/// See [`recode_guests`](super::recode_guests).
+///
+/// # Safety
+/// As there, and the processor has what this takes.
+pub(super) unsafe fn recode_guests(from: *const u8, kept: &mut [u64], expected: Expected, onto: Onto<'_>, form: Form<'_>) -> Option<Judged> {
+    let source = From::<true> { from, kept: kept.as_mut_ptr() };
+    match onto {
+        Onto::Slots(target, slot) => {
+            let lines = lines(kept, target, slot, form).filter(|lines| lines.source.len() == kept.len())?;
+            // SAFETY: as in `recode`, and the caller's promise.
+            Some(unsafe { judging::<true>(expected, form)(source, kept.len(), lines.target, expected, form) })
+        }
+        Onto::Sparse(target, written) => {
+            let target = target.as_chunks_mut::<8>().0.first_chunk_mut::<64>().filter(|_| kept.len() == 512)?;
+            // SAFETY: as in `recode_sparse`, and the caller's promise.
+            some_lines::<true>(target, expected, form).map(|recode| unsafe { recode(source, expected, target, written, form) })
+        }
+    }
 }
 
 /// See [`recode_sparse`](super::recode_sparse).
@@ -89,18 +151,24 @@ pub(super) fn recode_sparse(
     written: &mut u64,
     form: Form<'_>,
 ) -> Option<Judged> {
+    // SAFETY: the caller has asked the processor; where lines go past the cache, the target begins at one.
+    some_lines::<false>(target, expected, form).map(|recode| unsafe { recode(From::entries(source.as_flattened()), expected, target, written, form) })
+}
+
+/// See [`recode_some_lines`].
+type RecodeSome<const GUEST: bool> = unsafe fn(From<GUEST>, Expected, &mut [[u64; 8]; 64], &mut u64, Form<'_>) -> Judged;
+
+/// The one that serves. None: this cannot be done.
+fn some_lines<const GUEST: bool>(target: &[[u64; 8]; 64], expected: Expected, form: Form<'_>) -> Option<RecodeSome<GUEST>> {
     if form.moves.len() > MAX_MOVES || form.past_cache && !target.as_ptr().addr().is_multiple_of(64) {
         return None;
     }
-    type Recode = unsafe fn(&[[u64; 8]; 64], Expected, &mut [[u64; 8]; 64], &mut u64, Form<'_>) -> Judged;
-    let recode: Recode = match moves(expected, form) {
-        0 => recode_some_lines::<0>,
-        1 => recode_some_lines::<1>,
-        2 => recode_some_lines::<2>,
-        _ => recode_some_lines::<MAX_MOVES>,
-    };
-    // SAFETY: the caller has asked the processor; where lines go past the cache, the target begins at one.
-    Some(unsafe { recode(source, expected, target, written, form) })
+    Some(match moves(expected, form) {
+        0 => recode_some_lines::<GUEST, 0>,
+        1 => recode_some_lines::<GUEST, 1>,
+        2 => recode_some_lines::<GUEST, 2>,
+        _ => recode_some_lines::<GUEST, MAX_MOVES>,
+    })
 }
 
 /// Within each 16 bytes: every eight of them back to front, or every four.
@@ -221,9 +289,7 @@ impl<const MOVES: usize> Registers<MOVES> {
     /// What becomes of eight entries, and which of its words are leaves: all bits, or none.
     #[target_feature(enable = "avx512f")]
     #[inline]
-    fn leaves<const JUDGE: bool, const GAPS: bool>(self, words: &[u64; 8], found: &mut Found) -> (__m512i, __m512i) {
-        // SAFETY: eight words.
-        let words = unsafe { _mm512_loadu_si512(words.as_ptr().cast::<__m512i>()) };
+    fn leaves<const JUDGE: bool, const GAPS: bool>(self, words: __m512i, found: &mut Found) -> (__m512i, __m512i) {
         let present = if GAPS { _mm512_cmpneq_epi64_mask(words, self.gap) } else { 0xff };
         let different = _mm512_xor_si512(words, self.pattern);
         let second = _mm512_mask_test_epi64_mask(present, different, self.test);
@@ -316,62 +382,72 @@ fn merge_lines<const GAPS: bool>(entries: &[u64], kinds: Kinds, group: &Group, f
     _mm512_reduce_or_epi64(_mm512_or_si512(different, low)) == 0
 }
 
-/// Recodes whole lines; whether they are as expected, if that is asked for, how many leaves are of the second kind, and how many entries absent.
+/// Recodes whole lines, which have so many entries; whether they are as expected, if that is asked for, how many leaves are of the second kind, and how many entries
+/// absent.
 ///
 /// # Safety
-/// All entries that the source becomes may be written to the target, which is a multiple of 64 if they go past the cache.
+/// All entries that the source becomes may be written to the target, which is a multiple of 64 if they go past the cache. All lines of the source are there.
 #[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn recode_lines<const JUDGE: bool, const GAPS: bool, const MOVES: usize>(lines: &Lines<'_>, expected: Expected, form: Form<'_>) -> Judged {
+unsafe fn recode_lines<const GUEST: bool, const JUDGE: bool, const GAPS: bool, const MOVES: usize>(
+    source: From<GUEST>,
+    entries: usize,
+    target: *mut u64,
+    expected: Expected,
+    form: Form<'_>,
+) -> Judged {
     let registers = Registers::<MOVES>::new(expected, form);
     let swap = back_to_front(form.narrow);
     let mut found = Found::nothing();
-    let mut at = lines.target.cast::<__m512i>();
+    let mut at = target.cast::<__m512i>();
     let mut put = |line: __m512i| {
         let line = if form.big { _mm512_shuffle_epi8(line, swap) } else { line };
         // SAFETY: the caller's promise: one line after the other.
         unsafe { put_line(at, line, form.past_cache) };
         at = at.wrapping_add(1);
     };
-    let sources = lines.source.as_chunks::<8>().0;
+    let lines = entries / 8;
+    // SAFETY: the caller's promise.
+    let next = |line: usize| unsafe { source.line(line) };
     match (form.parts.len(), form.narrow) {
         (1, false) => {
-            for eight in sources {
-                put(registers.leaves::<JUDGE, GAPS>(eight, &mut found).0);
+            for line in 0..lines {
+                put(registers.leaves::<JUDGE, GAPS>(next(line), &mut found).0);
             }
         }
         (1, true) => {
-            for [low, high] in sources.as_chunks::<2>().0 {
+            for pair in 0..lines / 2 {
+                let (low, high) = (next(pair * 2), next(pair * 2 + 1));
                 let (low, high) = (registers.leaves::<JUDGE, GAPS>(low, &mut found).0, registers.leaves::<JUDGE, GAPS>(high, &mut found).0);
                 put(pack(low, high));
             }
         }
         (_, false) => {
-            for eight in sources {
-                let (leaves, kept) = registers.leaves::<JUDGE, GAPS>(eight, &mut found);
+            for line in 0..lines {
+                let (leaves, kept) = registers.leaves::<JUDGE, GAPS>(next(line), &mut found);
                 for line in form.lines {
                     put(spread::<GAPS>(line, leaves, kept));
                 }
             }
         }
         (_, true) => {
-            for eight in sources {
-                let (leaves, kept) = registers.leaves::<JUDGE, GAPS>(eight, &mut found);
+            for line in 0..lines {
+                let (leaves, kept) = registers.leaves::<JUDGE, GAPS>(next(line), &mut found);
                 for [low, high] in form.lines.as_chunks::<2>().0 {
                     put(pack(spread::<GAPS>(low, leaves, kept), spread::<GAPS>(high, leaves, kept)));
                 }
             }
         }
     }
-    found.result::<GAPS>(lines.source.len(), expected.room)
+    found.result::<GAPS>(entries, expected.room)
 }
 
 /// See [`recode_sparse`](super::recode_sparse).
 ///
 /// # Safety
-/// The target is a multiple of 64 if it is written past the cache.
+/// The target is a multiple of 64 if it is written past the cache. 64 lines of the source are there.
 #[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn recode_some_lines<const MOVES: usize>(
-    source: &[[u64; 8]; 64],
+unsafe fn recode_some_lines<const GUEST: bool, const MOVES: usize>(
+    source: From<GUEST>,
     expected: Expected,
     target: &mut [[u64; 8]; 64],
     written: &mut u64,
@@ -384,23 +460,25 @@ unsafe fn recode_some_lines<const MOVES: usize>(
     let mut put = |line: usize, words: __m512i| unsafe { put_line(target[line].as_mut_ptr().cast(), words, form.past_cache) };
     // First which lines hold any leaf: to decide that line by line would be guesswork for the processor.
     let mut leaves = [0_u8; 64];
-    for (leaves, words) in leaves.iter_mut().zip(source) {
-        // SAFETY: eight words.
-        let words = unsafe { _mm512_loadu_si512(words.as_ptr().cast::<__m512i>()) };
-        *leaves = _mm512_cmpneq_epi64_mask(words, registers.gap);
+    for (line, leaves) in leaves.iter_mut().enumerate() {
+        // SAFETY: the caller's promise.
+        *leaves = _mm512_cmpneq_epi64_mask(unsafe { source.line(line) }, registers.gap);
     }
+    // What was a guest's was read, and is looked at as it was.
+    let read = From::<false> { from: if GUEST { source.kept.cast_const().cast() } else { source.from }, kept: std::ptr::null_mut() };
     // SAFETY: 64 bytes.
     let leaves = unsafe { _mm512_loadu_si512(leaves.as_ptr().cast::<__m512i>()) };
     let lines = _mm512_test_epi8_mask(leaves, leaves);
     for line in bits(lines) {
-        let (words, _) = registers.leaves::<true, true>(&source[line], &mut found);
+        // SAFETY: the caller's promise.
+        let (words, _) = registers.leaves::<true, true>(unsafe { read.line(line) }, &mut found);
         put(line, if form.big { _mm512_shuffle_epi8(words, swap) } else { words });
     }
     for line in bits(*written & !lines) {
         put(line, zero);
     }
     *written = lines;
-    found.result::<true>(source.as_flattened().len(), expected.room)
+    found.result::<true>(64 * 8, expected.room)
 }
 
 /// The numbers of the bits that are set, ascending.
