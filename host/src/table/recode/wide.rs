@@ -30,18 +30,18 @@ struct Lines<'a> {
 
 /// Lines that are read: entries, or where a guest may write them, and where these are to be kept.
 #[derive(Clone, Copy)]
-struct From<const GUEST: bool> {
+struct Source<const GUEST: bool> {
     from: *const u8,
     kept: *mut u64,
 }
 
-impl From<false> {
+impl Source<false> {
     const fn entries(entries: &[u64]) -> Self {
         Self { from: entries.as_ptr().cast(), kept: std::ptr::null_mut() }
     }
 }
 
-impl<const GUEST: bool> From<GUEST> {
+impl<const GUEST: bool> Source<GUEST> {
     /// Line `at`. One of a guest's is read once.
     ///
     /// # Safety
@@ -94,7 +94,7 @@ pub(super) fn recode(source: &[u64], kinds: Kinds, target: &mut [u64], slot: usi
         (true, _) => recode_lines::<false, false, true, MAX_MOVES>,
     };
     // SAFETY: the caller has asked the processor; the target has just the bytes for these entries, and begins at a line where they go past the cache.
-    let judged = unsafe { recode(From::entries(lines.source), lines.source.len(), lines.target, expected, form) };
+    let judged = unsafe { recode(Source::entries(lines.source), lines.source.len(), lines.target, expected, form) };
     let Judged::Alike(Passed { others, gaps }) = judged else { return (0, 0, 0) }; // anything is as expected
     (lines.source.len(), others, gaps)
 }
@@ -103,11 +103,11 @@ pub(super) fn recode(source: &[u64], kinds: Kinds, target: &mut [u64], slot: usi
 pub(super) fn recode_expected(source: &[u64], expected: Expected, target: &mut [u64], slot: usize, form: Form<'_>) -> Option<Judged> {
     let lines = lines(source, target, slot, form).filter(|lines| lines.source.len() == source.len())?;
     // SAFETY: as in `recode`.
-    Some(unsafe { judging::<false>(expected, form)(From::entries(lines.source), lines.source.len(), lines.target, expected, form) })
+    Some(unsafe { judging::<false>(expected, form)(Source::entries(lines.source), lines.source.len(), lines.target, expected, form) })
 }
 
 /// See [`recode_lines`].
-type Recode<const GUEST: bool> = unsafe fn(From<GUEST>, usize, *mut u64, Expected, Form<'_>) -> Judged;
+type Recode<const GUEST: bool> = unsafe fn(Source<GUEST>, usize, *mut u64, Expected, Form<'_>) -> Judged;
 
 /// The one that judges.
 fn judging<const GUEST: bool>(expected: Expected, form: Form<'_>) -> Recode<GUEST> {
@@ -128,7 +128,7 @@ fn judging<const GUEST: bool>(expected: Expected, form: Form<'_>) -> Recode<GUES
 /// # Safety
 /// As there, and the processor has what this takes.
 pub(super) unsafe fn recode_guests(from: *const u8, kept: &mut [u64], expected: Expected, onto: Onto<'_>, form: Form<'_>) -> Option<Judged> {
-    let source = From::<true> { from, kept: kept.as_mut_ptr() };
+    let source = Source::<true> { from, kept: kept.as_mut_ptr() };
     match onto {
         Onto::Slots(target, slot) => {
             let lines = lines(kept, target, slot, form).filter(|lines| lines.source.len() == kept.len())?;
@@ -152,11 +152,12 @@ pub(super) fn recode_sparse(
     form: Form<'_>,
 ) -> Option<Judged> {
     // SAFETY: the caller has asked the processor; where lines go past the cache, the target begins at one.
-    some_lines::<false>(target, expected, form).map(|recode| unsafe { recode(From::entries(source.as_flattened()), expected, target, written, form) })
+    some_lines::<false>(target, expected, form)
+        .map(|recode| unsafe { recode(Source::entries(source.as_flattened()), expected, target, written, form) })
 }
 
 /// See [`recode_some_lines`].
-type RecodeSome<const GUEST: bool> = unsafe fn(From<GUEST>, Expected, &mut [[u64; 8]; 64], &mut u64, Form<'_>) -> Judged;
+type RecodeSome<const GUEST: bool> = unsafe fn(Source<GUEST>, Expected, &mut [[u64; 8]; 64], &mut u64, Form<'_>) -> Judged;
 
 /// The one that serves. None: this cannot be done.
 fn some_lines<const GUEST: bool>(target: &[[u64; 8]; 64], expected: Expected, form: Form<'_>) -> Option<RecodeSome<GUEST>> {
@@ -389,7 +390,7 @@ fn merge_lines<const GAPS: bool>(entries: &[u64], kinds: Kinds, group: &Group, f
 /// All entries that the source becomes may be written to the target, which is a multiple of 64 if they go past the cache. All lines of the source are there.
 #[target_feature(enable = "avx512f,avx512bw")]
 unsafe fn recode_lines<const GUEST: bool, const JUDGE: bool, const GAPS: bool, const MOVES: usize>(
-    source: From<GUEST>,
+    source: Source<GUEST>,
     entries: usize,
     target: *mut u64,
     expected: Expected,
@@ -447,7 +448,7 @@ unsafe fn recode_lines<const GUEST: bool, const JUDGE: bool, const GAPS: bool, c
 /// The target is a multiple of 64 if it is written past the cache. 64 lines of the source are there.
 #[target_feature(enable = "avx512f,avx512bw")]
 unsafe fn recode_some_lines<const GUEST: bool, const MOVES: usize>(
-    source: From<GUEST>,
+    source: Source<GUEST>,
     expected: Expected,
     target: &mut [[u64; 8]; 64],
     written: &mut u64,
@@ -465,7 +466,7 @@ unsafe fn recode_some_lines<const GUEST: bool, const MOVES: usize>(
         *leaves = _mm512_cmpneq_epi64_mask(unsafe { source.line(line) }, registers.gap);
     }
     // What was a guest's was read, and is looked at as it was.
-    let read = From::<false> { from: if GUEST { source.kept.cast_const().cast() } else { source.from }, kept: std::ptr::null_mut() };
+    let read = Source::<false> { from: if GUEST { source.kept.cast_const().cast() } else { source.from }, kept: std::ptr::null_mut() };
     // SAFETY: 64 bytes.
     let leaves = unsafe { _mm512_loadu_si512(leaves.as_ptr().cast::<__m512i>()) };
     let lines = _mm512_test_epi8_mask(leaves, leaves);
