@@ -381,7 +381,6 @@ impl<'a, M: EntryMemory + ?Sized, V: Visitor> Walker<'a, M, V> {
         let mut receiver =
             self.usual_run(&usual, at, entries, span).and_then(|run| self.visitor.receive(&run)).filter(|receiver| receiver.count >= count);
         let Some(mut passing) = receiver.as_mut().and_then(|receiver| Passing::new(receiver, &usual)) else {
-            drop(receiver);
             return self.read(address, entries).map(|()| None);
         };
         let nearby = self.memory.read_entries_passing(Gpa(address), self.layout, entries, &mut passing).map_err(|_| Cause::Missing)?;

@@ -85,7 +85,7 @@ fn lookups_are_explained_as_well() {
     assert!(said().is_empty());
     ioasid.lookup().unwrap();
     let lookups = "in software: lookups of the VMM's own device models".to_owned();
-    assert_eq!(said(), [lookups.clone()]);
+    assert_eq!(said(), std::slice::from_ref(&lookups));
     let device = context.connect("nic").unwrap();
     ioasid.attach(&device, None).unwrap();
     assert_eq!(said(), ["device nic: bound as it is: the guest's intel-vtd/first-stage levels=0x4 root=0x100000".to_owned(), lookups]);
