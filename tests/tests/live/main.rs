@@ -22,3 +22,4 @@ mod second_stage;
 mod space;
 mod stages;
 mod support;
+mod ways;

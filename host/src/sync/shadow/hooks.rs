@@ -51,7 +51,6 @@ impl Shadow {
         self.judge = Judge::new(format, plan.levels.len());
         self.words = Words::new(plan.levels.len());
         self.plan = plan;
-        self.scratch.way.forget();
         for root in 0..self.roots.len() {
             let whole = self.root_span(root);
             Pass::new(self, memory, budget, changes).root_anew(root, whole);
