@@ -7,6 +7,7 @@
 //! inline assembly does it.
 #![allow(unsafe_code)]
 
+use std::marker::PhantomData;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use vm_memory::bitmap::BitmapSlice;
@@ -269,6 +270,26 @@ unsafe fn compare_lines(mut from: *const u8, known: &[u64], fresh: &mut [u64]) -
     changed
 }
 
+/// Entries of 8 bytes in the processor's order where a guest may write them: they begin at a multiple of 16, and all of them may be read.
+#[derive(Debug)]
+pub(crate) struct GuestEntries<'a> {
+    first: *const u8,
+    count: usize,
+    guard: PhantomData<&'a ()>,
+}
+
+impl GuestEntries<'_> {
+    /// The first of them.
+    pub(crate) const fn first(&self) -> *const u8 {
+        self.first
+    }
+
+    /// How many there are.
+    pub(crate) const fn len(&self) -> usize {
+        self.count
+    }
+}
+
 /// [`load`] of entries that are written on at the same time, if that can be done; otherwise `passing` is as it was.
 #[inline]
 pub(super) fn load_passing<B: BitmapSlice>(
@@ -280,9 +301,9 @@ pub(super) fn load_passing<B: BitmapSlice>(
     let guard = slice.ptr_guard();
     let first = guard.as_ptr();
     if layout.bytes == 8 && layout.order.is_native() && first.addr().is_multiple_of(16) && slice.len() / 8 >= entries.len() {
-        // SAFETY: a `VolatileSlice` vouches for its bytes being valid for reading while the guard lives; these are aligned and within it.
-        let passed = unsafe { passing.read(first, entries) };
-        if passed {
+        // A `VolatileSlice` vouches for its bytes being valid for reading while the guard lives; these are aligned and within it.
+        let there = GuestEntries { first, count: entries.len(), guard: PhantomData };
+        if passing.read(&there, entries) {
             return true;
         }
     }

@@ -6,6 +6,7 @@ mod entries;
 mod map;
 mod marks;
 
+pub(crate) use atomic::GuestEntries;
 pub use atomic::Nearby;
 #[cfg(all(target_arch = "x86_64", not(miri)))]
 pub(crate) use atomic::wide::line as guest_line;

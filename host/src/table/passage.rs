@@ -5,6 +5,7 @@
 //! at as always.
 
 use crate::Span;
+use crate::memory::GuestEntries;
 use crate::table::lanes::Pattern;
 use crate::table::recode::{Expected, Form, Group, Judged, Onto, Passed, merge, recode_expected, recode_guests, recode_sparse};
 
@@ -107,21 +108,15 @@ impl<'a, 'b> Passing<'a, 'b> {
         is_plain.then(|| Self { receiver, expected: usual.expected(), judged: None })
     }
 
-    /// Reads entries of 8 bytes in the processor's order from where a guest may write them, each once, and writes what becomes of them. False: this cannot be done, and
-    /// nothing was read.
-    ///
-    /// # Safety
-    /// `from` is a multiple of 16, and the entries may be read there.
-    #[allow(unsafe_code)]
+    /// Reads a guest's entries, each once, into as many of the reader's, and writes what becomes of them. False: this cannot be done, and nothing was read.
     #[inline]
-    pub(crate) unsafe fn read(&mut self, from: *const u8, entries: &mut [u64]) -> bool {
+    pub(crate) fn read(&mut self, from: &GuestEntries<'_>, entries: &mut [u64]) -> bool {
         let Receiver { form, table, slot, written, .. } = &mut *self.receiver;
         let onto = match written.as_deref_mut() {
             Some(written) => Onto::Sparse(table, written),
             None => Onto::Slots(table, *slot),
         };
-        // SAFETY: the caller's promise.
-        self.judged = unsafe { recode_guests(from, entries, self.expected, onto, *form) };
+        self.judged = recode_guests(from, entries, self.expected, onto, *form);
         self.judged.is_some()
     }
 }

@@ -8,6 +8,7 @@ mod tests;
 #[cfg(all(target_arch = "x86_64", not(miri)))]
 mod wide;
 
+use crate::memory::GuestEntries;
 use crate::table::geometry::Move;
 use crate::table::lanes::{Pattern, for_all_lanes, stream};
 use crate::table::leaves::Kinds;
@@ -130,17 +131,14 @@ pub(super) enum Onto<'a> {
     Sparse(&'a mut [u64], &'a mut u64),
 }
 
-/// Reads as many entries of 8 bytes in the processor's order as are `kept` from where a guest may write them, each once, and [recodes](recode_expected) them at the same
-/// time. None: not with these entries, or not on this processor, and nothing was read.
-///
-/// # Safety
-/// `from` is a multiple of 16, and the entries may be read there.
+/// Reads a guest's entries, each once, to be `kept`, and [recodes](recode_expected) them at the same time. None: not with these entries, or not on this processor, and
+/// nothing was read.
 #[inline]
-pub(super) unsafe fn recode_guests(from: *const u8, kept: &mut [u64], expected: Expected, onto: Onto<'_>, form: Form<'_>) -> Option<Judged> {
+pub(super) fn recode_guests(from: &GuestEntries<'_>, kept: &mut [u64], expected: Expected, onto: Onto<'_>, form: Form<'_>) -> Option<Judged> {
     #[cfg(all(target_arch = "x86_64", not(miri)))]
-    if has_one_pass() {
-        // SAFETY: the caller's promise, and the processor was asked.
-        return unsafe { wide::recode_guests(from, kept, expected, onto, form) };
+    if has_one_pass() && from.len() == kept.len() {
+        // SAFETY: all of these may be read, and begin at a multiple of 16; the processor was asked.
+        return unsafe { wide::recode_guests(from.first(), kept, expected, onto, form) };
     }
     let _ = (from, kept, expected, onto, form);
     None

@@ -126,7 +126,7 @@ fn judging<const GUEST: bool>(expected: Expected, form: Form<'_>) -> Recode<GUES
 /// See [`recode_guests`](super::recode_guests).
 ///
 /// # Safety
-/// As there, and the processor has what this takes.
+/// As many entries as are `kept` may be read at `from`, which is a multiple of 16, and the processor has what this takes.
 pub(super) unsafe fn recode_guests(from: *const u8, kept: &mut [u64], expected: Expected, onto: Onto<'_>, form: Form<'_>) -> Option<Judged> {
     let source = Source::<true> { from, kept: kept.as_mut_ptr() };
     match onto {
