@@ -138,17 +138,18 @@ pub(super) fn changed_lines(known: &[u64], fresh: &[u64]) -> u128 {
 #[derive(Debug)]
 pub struct VmMemory<'a, M: ?Sized>(pub &'a M);
 
-impl<M: GuestMemory + ?Sized> EntryMemory for VmMemory<'_, M> {
-    fn read_entries(&self, address: Gpa, layout: EntryLayout, entries: &mut [u64]) -> Result<(), ReadError> {
-        self.read_entries_nearby(address, layout, entries).map(|_| ())
-    }
-
-    fn read_entries_nearby(&self, address: Gpa, layout: EntryLayout, entries: &mut [u64]) -> Result<Nearby, ReadError> {
+impl<M: GuestMemory + ?Sized> VmMemory<'_, M> {
+    /// Entries that are written on, if somebody is there to do it.
+    fn read(&self, address: Gpa, layout: EntryLayout, entries: &mut [u64], passing: Option<&mut Passing<'_, '_>>) -> Result<Nearby, ReadError> {
         let size = usize::from(layout.bytes);
         // Most memory is plain memory, whose regions can be asked without an iterator over slices.
         let plain = self.0.physical_memory().and_then(|memory| memory.to_region_addr(GuestAddress(address.0)));
         if let Some(slice) = plain.and_then(|(region, at)| region.get_slice(at, entries.len() * size).ok()) {
-            return if atomic::load(&slice, layout, entries) { Ok(atomic::nearby(&slice)) } else { Err(ReadError(address)) };
+            let loaded = match passing {
+                Some(passing) => atomic::load_passing(&slice, layout, entries, passing),
+                None => atomic::load(&slice, layout, entries),
+            };
+            return if loaded { Ok(atomic::nearby(&slice)) } else { Err(ReadError(address)) };
         }
         let mut nearby = Nearby::UNKNOWN;
         let slices = self.0.get_slices(GuestAddress(address.0), entries.len() * size, Permissions::Read).map_err(|_| ReadError(address))?;
@@ -171,6 +172,16 @@ impl<M: GuestMemory + ?Sized> EntryMemory for VmMemory<'_, M> {
         }
         Ok(nearby)
     }
+}
+
+impl<M: GuestMemory + ?Sized> EntryMemory for VmMemory<'_, M> {
+    fn read_entries(&self, address: Gpa, layout: EntryLayout, entries: &mut [u64]) -> Result<(), ReadError> {
+        self.read_entries_nearby(address, layout, entries).map(|_| ())
+    }
+
+    fn read_entries_nearby(&self, address: Gpa, layout: EntryLayout, entries: &mut [u64]) -> Result<Nearby, ReadError> {
+        self.read(address, layout, entries, None)
+    }
 
     fn read_entries_passing(
         &self,
@@ -179,12 +190,7 @@ impl<M: GuestMemory + ?Sized> EntryMemory for VmMemory<'_, M> {
         entries: &mut [u64],
         passing: &mut Passing<'_, '_>,
     ) -> Result<Nearby, ReadError> {
-        let plain = self.0.physical_memory().and_then(|memory| memory.to_region_addr(GuestAddress(address.0)));
-        match plain.and_then(|(region, at)| region.get_slice(at, entries.len() * usize::from(layout.bytes)).ok()) {
-            Some(slice) if atomic::load_passing(&slice, layout, entries, passing) => Ok(atomic::nearby(&slice)),
-            Some(_) => Err(ReadError(address)),
-            None => self.read_entries_nearby(address, layout, entries),
-        }
+        self.read(address, layout, entries, Some(passing))
     }
 
     #[inline]

@@ -83,16 +83,7 @@ fn lines<'a>(source: &'a [u64], target: &mut [u64], slot: usize, form: Form<'_>)
 pub(super) fn recode(source: &[u64], kinds: Kinds, target: &mut [u64], slot: usize, form: Form<'_>) -> (usize, u64, u64) {
     let Some(lines) = lines(source, target, slot, form) else { return (0, 0, 0) };
     let expected = Expected { pattern: Pattern { mask: 0, kinds, address: 0, moved: Move::default() }, first: 0, room: 0 };
-    let recode: Recode<false> = match (kinds.has_gaps(), moves(expected, form)) {
-        (false, 0) => recode_lines::<false, false, false, 0>,
-        (true, 0) => recode_lines::<false, false, true, 0>,
-        (false, 1) => recode_lines::<false, false, false, 1>,
-        (false, 2) => recode_lines::<false, false, false, 2>,
-        (false, _) => recode_lines::<false, false, false, MAX_MOVES>,
-        (true, 1) => recode_lines::<false, false, true, 1>,
-        (true, 2) => recode_lines::<false, false, true, 2>,
-        (true, _) => recode_lines::<false, false, true, MAX_MOVES>,
-    };
+    let recode = whole_lines::<false, false>(expected, form);
     // SAFETY: the caller has asked the processor; the target has just the bytes for these entries, and begins at a line where they go past the cache.
     let judged = unsafe { recode(Source::entries(lines.source), lines.source.len(), lines.target, expected, form) };
     let Judged::Alike(Passed { others, gaps }) = judged else { return (0, 0, 0) }; // anything is as expected
@@ -103,23 +94,23 @@ pub(super) fn recode(source: &[u64], kinds: Kinds, target: &mut [u64], slot: usi
 pub(super) fn recode_expected(source: &[u64], expected: Expected, target: &mut [u64], slot: usize, form: Form<'_>) -> Option<Judged> {
     let lines = lines(source, target, slot, form).filter(|lines| lines.source.len() == source.len())?;
     // SAFETY: as in `recode`.
-    Some(unsafe { judging::<false>(expected, form)(Source::entries(lines.source), lines.source.len(), lines.target, expected, form) })
+    Some(unsafe { whole_lines::<false, true>(expected, form)(Source::entries(lines.source), lines.source.len(), lines.target, expected, form) })
 }
 
 /// See [`recode_lines`].
 type Recode<const GUEST: bool> = unsafe fn(Source<GUEST>, usize, *mut u64, Expected, Form<'_>) -> Judged;
 
-/// The one that judges.
-fn judging<const GUEST: bool>(expected: Expected, form: Form<'_>) -> Recode<GUEST> {
+/// The one that serves.
+fn whole_lines<const GUEST: bool, const JUDGE: bool>(expected: Expected, form: Form<'_>) -> Recode<GUEST> {
     match (expected.pattern.kinds.has_gaps(), moves(expected, form)) {
-        (false, 0) => recode_lines::<GUEST, true, false, 0>,
-        (true, 0) => recode_lines::<GUEST, true, true, 0>,
-        (false, 1) => recode_lines::<GUEST, true, false, 1>,
-        (false, 2) => recode_lines::<GUEST, true, false, 2>,
-        (false, _) => recode_lines::<GUEST, true, false, MAX_MOVES>,
-        (true, 1) => recode_lines::<GUEST, true, true, 1>,
-        (true, 2) => recode_lines::<GUEST, true, true, 2>,
-        (true, _) => recode_lines::<GUEST, true, true, MAX_MOVES>,
+        (false, 0) => recode_lines::<GUEST, JUDGE, false, 0>,
+        (true, 0) => recode_lines::<GUEST, JUDGE, true, 0>,
+        (false, 1) => recode_lines::<GUEST, JUDGE, false, 1>,
+        (false, 2) => recode_lines::<GUEST, JUDGE, false, 2>,
+        (false, _) => recode_lines::<GUEST, JUDGE, false, MAX_MOVES>,
+        (true, 1) => recode_lines::<GUEST, JUDGE, true, 1>,
+        (true, 2) => recode_lines::<GUEST, JUDGE, true, 2>,
+        (true, _) => recode_lines::<GUEST, JUDGE, true, MAX_MOVES>,
     }
 }
 
@@ -133,7 +124,7 @@ pub(super) unsafe fn recode_guests(from: *const u8, kept: &mut [u64], expected: 
         Onto::Slots(target, slot) => {
             let lines = lines(kept, target, slot, form).filter(|lines| lines.source.len() == kept.len())?;
             // SAFETY: as in `recode`, and the caller's promise.
-            Some(unsafe { judging::<true>(expected, form)(source, kept.len(), lines.target, expected, form) })
+            Some(unsafe { whole_lines::<true, true>(expected, form)(source, kept.len(), lines.target, expected, form) })
         }
         Onto::Sparse(target, written) => {
             let target = target.as_chunks_mut::<8>().0.first_chunk_mut::<64>().filter(|_| kept.len() == 512)?;
