@@ -15,7 +15,7 @@ use stagecraft::table::{AddressSpace, Arena, Builder, Collector, FaultAt, Mappin
 use stagecraft::{Gpa, Span};
 use stagecraft_tests::reference;
 use stagecraft_tests::reference::generate::{Format, Options, Rng, generate_with, share_empty_tables};
-use stagecraft_tests::reference::snapshot::Memory;
+use stagecraft_tests::reference::snapshot::{Memory, Page};
 use stagecraft_tests::reference::tables;
 use stagecraft_tests::reference::walk::Walker;
 
@@ -92,19 +92,19 @@ fn open(config: &TableConfig) -> Table {
 /// Memory that remembers which entries were read.
 #[derive(Default)]
 struct Pages {
-    pages: BTreeMap<u64, [u8; 4096]>,
+    pages: BTreeMap<u64, Page>,
     read: RefCell<BTreeMap<u64, u64>>,
 }
 
 impl Pages {
     /// Fills a table of 512 entries.
     fn fill(&mut self, table: u64, entry: u64) {
-        self.pages.insert(table, [0; 4096]);
+        self.pages.insert(table, Page::zeroed());
         (0..512).for_each(|index| self.put(table, index, entry));
     }
 
     fn put(&mut self, table: u64, index: u64, entry: u64) {
-        self.pages.entry(table).or_insert([0; 4096])[index as usize * 8..][..8].copy_from_slice(&entry.to_le_bytes());
+        self.pages.entry(table).or_insert_with(Page::zeroed)[index as usize * 8..][..8].copy_from_slice(&entry.to_le_bytes());
     }
 }
 

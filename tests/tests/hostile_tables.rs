@@ -71,7 +71,7 @@ const PAGE: u64 = 0x4000_0000;
 
 /// A reader that shares no code with the engine, of the same bytes.
 fn reference_memory(pages: &Pages) -> Memory {
-    let pages = pages.0.iter().map(|(address, bytes)| (*address, bytes[..].try_into().unwrap())).collect();
+    let pages = pages.0.iter().map(|(address, bytes)| (*address, <[u8; 4096]>::try_from(&bytes[..]).unwrap().into())).collect();
     Memory { pages }
 }
 

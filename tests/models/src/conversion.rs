@@ -240,7 +240,7 @@ pub fn converted(production: &Production, snapshot: &stagecraft::snapshot::Snaps
     let mut memory = Memory::default();
     for (address, words) in conversion.arena.pages() {
         let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
-        memory.pages.insert(address.0, std::array::from_fn(|index| bytes[index]));
+        memory.pages.insert(address.0, std::array::from_fn(|index| bytes[index]).into());
     }
     let Some(table) = conversion.tables.into_iter().next() else { bail!("nothing was converted") };
     Ok(Converted { tables: for_model(&table.table)?, memory, table })

@@ -312,7 +312,7 @@ pub fn second_stage(memory: &Memory, truth: &[Run], granule: u64, block: u64, ac
                 leaves.insert(start + offset, Run { iova: start + offset, address: next + offset, size: granule, access: Access::RW });
             }
         }
-        moved.pages.insert(leaves[&start].address + page % block, *content);
+        moved.pages.insert(leaves[&start].address + page % block, content.clone());
     }
     // Most of what the first stage maps keeps together in 64 KiB, so that there is something for larger pages; the rest is scattered.
     let mut chunks: BTreeMap<u64, Option<(u64, Access)>> = BTreeMap::new();

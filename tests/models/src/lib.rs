@@ -157,7 +157,7 @@ pub trait Model {
         let pages: Vec<u64> = self.structures().into_iter().chain(self.machine().tables()).collect();
         for page in pages {
             let bytes = self.machine().qtest.read(page, 4096)?;
-            snapshot.memory.pages.insert(page, std::array::from_fn(|index| bytes[index]));
+            snapshot.memory.pages.insert(page, std::array::from_fn(|index| bytes[index]).into());
         }
         self.detach()?;
         let board = self.machine().board();

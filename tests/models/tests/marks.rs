@@ -97,7 +97,7 @@ fn first_stage_entries_are_marked_as_the_model_marks_them() {
         let mut by_model = Memory::default();
         for page in space.memory.pages.keys() {
             let bytes = model.machine().qtest.read(*page, 4096).unwrap();
-            by_model.pages.insert(*page, bytes.try_into().unwrap());
+            by_model.pages.insert(*page, <[u8; 4096]>::try_from(bytes).unwrap().into());
         }
 
         assert_eq!(differences(&by_model, &by_reference), [], "seed {seed}: the model and the reference");

@@ -5,7 +5,9 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::ops::{Deref, DerefMut};
 use std::path::Path;
+use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
 
@@ -15,11 +17,43 @@ use super::{Access, Problem, Run};
 /// The size of a page in `pages.bin`.
 pub const PAGE: u64 = 4096;
 
+/// The bytes of a page of 4 KiB. Copies share them until one is written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Page(Arc<[u8; 4096]>);
+
+impl Page {
+    /// A page of zeroes.
+    #[must_use]
+    pub fn zeroed() -> Self {
+        [0; 4096].into()
+    }
+}
+
+impl From<[u8; 4096]> for Page {
+    fn from(bytes: [u8; 4096]) -> Self {
+        Self(Arc::new(bytes))
+    }
+}
+
+impl Deref for Page {
+    type Target = [u8; 4096];
+
+    fn deref(&self) -> &[u8; 4096] {
+        &self.0
+    }
+}
+
+impl DerefMut for Page {
+    fn deref_mut(&mut self) -> &mut [u8; 4096] {
+        Arc::make_mut(&mut self.0)
+    }
+}
+
 /// Physical memory as far as it is known: pages of 4 KiB by address.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Memory {
     /// The pages.
-    pub pages: BTreeMap<u64, [u8; 4096]>,
+    pub pages: BTreeMap<u64, Page>,
 }
 
 impl Memory {
@@ -58,7 +92,7 @@ impl Memory {
     /// Writes eight bytes, adding the page if it was not there.
     pub fn write(&mut self, address: u64, value: u64, big_endian: bool) {
         assert_eq!(address % 8, 0, "entries are aligned");
-        let page = self.pages.entry(address - address % PAGE).or_insert([0; 4096]);
+        let page = self.pages.entry(address - address % PAGE).or_insert_with(Page::zeroed);
         let start = (address % PAGE) as usize;
         let bytes = if big_endian { value.to_be_bytes() } else { value.to_le_bytes() };
         page[start..start + 8].copy_from_slice(&bytes);
@@ -68,7 +102,7 @@ impl Memory {
     pub fn add_zeroed(&mut self, address: u64, size: u64) {
         let mut page = address - address % PAGE;
         while page < address + size {
-            self.pages.entry(page).or_insert([0; 4096]);
+            self.pages.entry(page).or_insert_with(Page::zeroed);
             page += PAGE;
         }
     }
@@ -262,7 +296,7 @@ impl Snapshot {
         }
         for (address, page) in addresses.iter().zip(content.chunks_exact(4096)) {
             let address = number(address).filter(|address| address % PAGE == 0).ok_or_else(|| malformed("pages"))?;
-            snapshot.memory.pages.insert(address, page.try_into().unwrap());
+            snapshot.memory.pages.insert(address, <[u8; 4096]>::try_from(page).unwrap().into());
         }
         Ok(snapshot)
     }
@@ -330,7 +364,7 @@ impl Snapshot {
         fs::write(folder.join("snapshot.json"), serde_json::to_vec(&Value::Object(root))?)?;
         let mut content = Vec::with_capacity(self.memory.pages.len() * 4096);
         for page in self.memory.pages.values() {
-            content.extend_from_slice(page);
+            content.extend_from_slice(page.as_slice());
         }
         fs::write(folder.join("pages.bin"), content)
     }

@@ -244,7 +244,7 @@ pub fn arena_memory(arena: &Arena) -> Memory {
         for (bytes, word) in page.chunks_exact_mut(8).zip(words) {
             bytes.copy_from_slice(&word.to_ne_bytes());
         }
-        memory.pages.insert(address.0, page);
+        memory.pages.insert(address.0, page.into());
     }
     memory
 }

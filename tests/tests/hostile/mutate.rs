@@ -129,7 +129,7 @@ fn mutate_once(snapshot: &mut Snapshot, rng: &mut Rng, words: Words) -> String {
         7 => {
             for _ in 0..=rng.below(4) {
                 let (one, other) = (page(snapshot, rng), page(snapshot, rng));
-                let (first, second) = (snapshot.memory.pages[&one], snapshot.memory.pages[&other]);
+                let (first, second) = (snapshot.memory.pages[&one].clone(), snapshot.memory.pages[&other].clone());
                 snapshot.memory.pages.insert(one, second);
                 snapshot.memory.pages.insert(other, first);
             }

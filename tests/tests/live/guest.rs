@@ -107,7 +107,7 @@ impl Guest {
         for address in (0..MEMORY).step_by(4096) {
             let mut page = [0; 4096];
             self.memory.read_slice(&mut page, GuestAddress(address)).unwrap();
-            memory.pages.insert(address, page);
+            memory.pages.insert(address, page.into());
         }
         memory
     }

@@ -109,7 +109,7 @@ fn put_behind(first: Generated, second: tables::TableConfig, rng: &mut Rng, rest
     let second = build(second, &list, rng, Options { restrictions, ..Options::default() });
     let mut memory = second.snapshot.memory;
     for (page, content) in &first.snapshot.memory.pages {
-        memory.pages.insert(leaves[page].address, *content);
+        memory.pages.insert(leaves[page].address, content.clone());
     }
     Both { first, second: second.config, memory, outer: list }
 }
@@ -224,7 +224,7 @@ impl Case {
         let Some(page) = self.some_page(rng) else { return "nothing left".to_owned() };
         let memory = &mut self.snapshot.memory;
         let target = 0x28_0000_0000 + rng.below(1 << 16) * PAGE;
-        let content = memory.pages[&page];
+        let content = memory.pages[&page].clone();
         memory.pages.insert(target, content);
         if rng.percent(50) {
             memory.pages.remove(&page);

@@ -149,7 +149,7 @@ impl Host {
             let mut page = [0; 4096];
             self.region.get_slice(offset, 4096).unwrap().copy_to(&mut page[..]);
             if page != [0; 4096] {
-                memory.pages.insert(HOST_BASE + offset as u64, page);
+                memory.pages.insert(HOST_BASE + offset as u64, page.into());
             }
         }
         // What an entry can point to in the region and is zero is there, too.

@@ -186,7 +186,7 @@ impl Guest {
         for page in &self.pages {
             let mut bytes = [0; 4096];
             self.memory.read_slice(&mut bytes, GuestAddress(*page)).expect("tables are in memory");
-            memory.pages.insert(*page, bytes);
+            memory.pages.insert(*page, bytes.into());
         }
         memory
     }

@@ -31,7 +31,7 @@ fn devices_of_real_guests_reach_what_their_drivers_mapped() {
         let ranges: Vec<_> = ram.map(|region| (GuestAddress(region.span.first), region.span.length_minus_one() as usize + 1)).collect();
         let memory = GuestMemoryMmap::from_ranges(&ranges).unwrap();
         for (page, content) in &reference::snapshot::Snapshot::load(&folder).unwrap().memory.pages {
-            memory.write_slice(content, GuestAddress(*page)).unwrap();
+            memory.write_slice(content.as_slice(), GuestAddress(*page)).unwrap();
         }
         let streams = reference::snapshot::load_expected(&folder).unwrap();
         let ids: Vec<u64> = streams.iter().map(|stream| stream.id).collect();

@@ -38,7 +38,7 @@ pub fn nest(first: Generated, second: TableConfig, extra: &Memory, seed: u64) ->
     let mut next = 0x20_0000_0000;
     for (page, content) in first.snapshot.memory.pages.iter().chain(&extra.pages) {
         pages.insert(*page, Run { iova: *page, address: next, size: 4096, access: Access::RW });
-        memory.pages.insert(next, *content);
+        memory.pages.insert(next, content.clone());
         next += 4096;
     }
     // Some pages of what the guest maps: the first ones, one of them missing now and then, and the last one.

@@ -216,7 +216,7 @@ impl Structures {
         for page in &self.used {
             let mut bytes = [0; 4096];
             self.memory.read_slice(&mut bytes, GuestAddress(*page)).expect("structures are in memory");
-            memory.pages.insert(*page, bytes);
+            memory.pages.insert(*page, bytes.into());
         }
         memory
     }
