@@ -1,19 +1,54 @@
 //! A plugin under supervision: what it said is kept, how long it waits, whom it makes room for.
 #![allow(clippy::unwrap_used)]
 
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
-use stagecraft::plugin::{Config, Engine, Health, Limits, Plugin, Policy, SuperviseError, Supervised, Supervisor, TableConfig};
-use stagecraft::table::{Format as _, FormatError, Meaning};
-use stagecraft_plugin_hostile::mode;
+use stagecraft::plugin::{
+    Config, Difference, Engine, Health, Limits, Plugin, Policy, ReplaceError, SuperviseError, Supervised, Supervisor, TableConfig,
+};
+use stagecraft::sync::{NestedTable, RegionTables};
+use stagecraft::table::{Format as _, FormatError, Meaning, Piece};
+use stagecraft::{Attributes, Change, Gpa, Span};
+use stagecraft_plugin_hostile::{mode, version};
+use vm_memory::MmapRegion;
 
 const HOSTILE: &[u8] = include_bytes!("../hostile/built/hostile.wasm");
 const LEAF: u64 = 0b101;
 const ALLERGEN: u64 = 1 << 9;
 
+fn engine() -> &'static Engine {
+    static ENGINE: OnceLock<Engine> = OnceLock::new();
+    ENGINE.get_or_init(|| Engine::new(Config::default()).unwrap())
+}
+
 fn plugin() -> Plugin {
     static PLUGIN: OnceLock<Plugin> = OnceLock::new();
-    PLUGIN.get_or_init(|| Plugin::load(&Engine::new(Config::default()).unwrap(), HOSTILE).unwrap()).clone()
+    PLUGIN.get_or_init(|| Plugin::load(engine(), HOSTILE).unwrap()).clone()
+}
+
+/// Another version of it.
+fn of_version(other: u8) -> Plugin {
+    let mut bytes = HOSTILE.to_vec();
+    let place = bytes.windows(version::MARK.len()).position(|window| window == version::MARK).unwrap();
+    bytes[place + version::MARK.len()] = other;
+    Plugin::load(engine(), &bytes).unwrap()
+}
+
+/// A host table of the plugin's format.
+fn host_table(supervisor: &Supervisor, mode: u64) -> NestedTable<RegionTables> {
+    let memory = RegionTables::new(Arc::new(MmapRegion::new(1 << 20).unwrap()), Gpa(1 << 40));
+    NestedTable::new(Box::new(supervisor.open(&config(mode, 1 << 40)).unwrap()), memory).unwrap()
+}
+
+const EXECUTABLE: Attributes = Attributes::READ.with(Attributes::EXECUTE);
+const WRITABLE: Attributes = Attributes::READ.with(Attributes::WRITE);
+
+/// A page of 4 KiB comes; whether the table has it.
+fn map(table: &mut NestedTable<RegionTables>, page: u64, attributes: Attributes) -> bool {
+    let iova = Span::of_log2(page << 12, 12);
+    table.apply(&[Change::Map(Piece { iova, address: page << 12, attributes })]);
+    table.completed();
+    table.has(stagecraft::Iova(iova.first))
 }
 
 fn config(mode: u64, root: u64) -> TableConfig {
@@ -141,4 +176,54 @@ fn a_cold_question_that_fails_costs_its_instance_only() {
     assert!(matches!(decode(mode::WELL), Err(SuperviseError::Waiting { .. })));
     assert_eq!(decode(mode::WELL).unwrap().len(), 2);
     assert!(ask(&mut format, LEAF).is_ok());
+}
+
+#[test]
+fn a_new_version_writes_the_leaves_of_live_host_tables_as_the_old_one() {
+    let supervisor = Supervisor::new(plugin(), Policy::default());
+    let mut table = host_table(&supervisor, mode::WELL);
+    // Nothing has been written yet.
+    for other in [version::ENCODES_OTHERWISE, version::FIRST] {
+        supervisor.replace(of_version(other)).unwrap();
+    }
+    assert!(map(&mut table, 0, WRITABLE));
+    let error = supervisor.replace(of_version(version::ENCODES_OTHERWISE)).unwrap_err();
+    assert!(matches!(&error, ReplaceError::Differs(Difference::Answer { .. })), "{error}");
+    assert!(error.to_string().contains("leaf"), "{error}");
+    // The old one goes on, and so does one that agrees, with what was asked before and with what was not.
+    assert!(map(&mut table, 1, WRITABLE) && map(&mut table, 2, Attributes::READ));
+    supervisor.replace(of_version(version::DECODES_OTHERWISE)).unwrap();
+    assert!(map(&mut table, 3, WRITABLE) && map(&mut table, 4, EXECUTABLE));
+    assert_eq!(table.figures().format_failures, 0);
+}
+
+#[test]
+fn leaves_that_kill_a_plugin_are_missing_alone() {
+    let supervisor = Supervisor::new(plugin(), Policy::default());
+    let mut table = host_table(&supervisor, mode::ALLERGIC);
+    assert!(map(&mut table, 0, WRITABLE) && !map(&mut table, 1, EXECUTABLE));
+    assert!(matches!(supervisor.health(), Health::Waiting(_)), "{:?}", supervisor.health());
+    // What was said before is written by a plugin that waits; what was not waits with it.
+    assert!(map(&mut table, 2, WRITABLE) && !map(&mut table, 3, Attributes::READ));
+    for page in 4..100 {
+        assert!(!map(&mut table, page, EXECUTABLE));
+        supervisor.pass();
+    }
+    let figures = supervisor.figures();
+    assert_eq!((figures.failures, figures.quarantines), (u64::from(Policy::default().attempts), 0), "{figures:?}");
+    assert!(map(&mut table, 100, Attributes::READ));
+    // What was not answered is offered again, and is there or waits.
+    let lacking = [Span::of_log2(1 << 12, 12), Span { first: 3 << 12, last: (100 << 12) - 1 }];
+    assert_eq!(table.unanswered(), lacking);
+    let pieces = |attributes| move |page: u64| Change::Map(Piece { iova: Span::of_log2(page << 12, 12), address: page << 12, attributes });
+    while let Some(wanted) = table.wants() {
+        let pieces: Vec<Change> =
+            (wanted.first >> 12..=wanted.last >> 12).map(|page| pieces(if page == 3 { Attributes::READ } else { EXECUTABLE })(page)).collect();
+        table.offer(wanted, &pieces);
+        table.completed();
+        if table.has(stagecraft::Iova(3 << 12)) {
+            break;
+        }
+    }
+    assert_eq!(table.unanswered(), [lacking[0], Span { first: 4 << 12, last: (100 << 12) - 1 }]);
 }

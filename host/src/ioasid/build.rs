@@ -67,7 +67,12 @@ impl Space {
                 return Ok(Built::Areas);
             }
             let what = candidate.what();
-            match self.make(state, device, wish.company, candidate) {
+            let made = self.make(state, device, wish.company, candidate).and_then(|made| {
+                // Nothing takes the place of what is whole before it is whole itself.
+                let is_whole = wish.better_than.is_none() || !made.0.lacks_answers();
+                is_whole.then_some(made).ok_or_else(|| Refusal::new(Property::Format, "the host's format failed").into())
+            });
+            match made {
                 Ok((host, report)) => {
                     tracing::debug!(%strategy, what, "chosen");
                     self.context().count(Counter::of(strategy), 1);

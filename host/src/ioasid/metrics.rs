@@ -98,6 +98,8 @@ mod counted {
         pub questions: u64,
         /// Patterns of guests' entries whose meaning is remembered: such entries cost no question.
         pub patterns: u64,
+        /// Spans in which pieces are not mapped because a host's format failed: it is asked again with each operation.
+        pub unanswered: u64,
         /// Leaves of guests that are followed.
         pub leaves: u64,
         /// Bytes of guest memory that count as pinned.
@@ -136,6 +138,7 @@ mod counted {
                 ioasids: stats.len() as u64,
                 questions: of(Counter::Questions) + stats.iter().map(|stats| stats.questions).sum::<u64>(),
                 patterns: stats.iter().map(|stats| stats.patterns).sum(),
+                unanswered: stats.iter().map(|stats| stats.unanswered).sum(),
                 leaves: stats.iter().map(|stats| stats.leaves).sum(),
                 pinned_bytes,
                 pinned_limit,

@@ -165,6 +165,13 @@ pub(super) enum Host {
     Areas(Box<Engine<Areas>>),
 }
 
+impl Host {
+    /// Whether pages are missing because the host's format did not say how they are written.
+    pub(super) fn lacks_answers(&self) -> bool {
+        matches!(self, Self::Table(_, engine) if !engine.sink().table().unanswered().is_empty())
+    }
+}
+
 /// Devices and PASIDs of them.
 pub(super) type Users = Vec<(Weak<Connected>, Option<Pasid>)>;
 

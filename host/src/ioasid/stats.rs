@@ -30,6 +30,8 @@ pub struct Stats {
     /// Spans in which pieces are not mapped because there was no memory for tables: [`Ioasid::synchronise`] and [`Ioasid::recover`] try them again. What was
     /// beyond a limit of areas or of lookups counts as well, since the beginning.
     pub without_memory: u64,
+    /// Spans in which pieces are not mapped because the host's format failed when it was asked how their pages are written: it is asked again with each operation.
+    pub unanswered: u64,
     /// Bytes that the hosts' formats refuse, since the beginning.
     pub refused_bytes: u128,
     /// Devices and PASIDs that are attached.
@@ -72,6 +74,7 @@ impl Ioasid {
                 stats.table_bytes += table.memory().bytes();
                 stats.questions += figures.questions;
                 stats.without_memory += table.refused().len() as u64;
+                stats.unanswered += table.unanswered().len() as u64;
                 stats.refused_bytes += table.losses().refused_bytes();
                 stats.follow(engine);
             }

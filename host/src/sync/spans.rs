@@ -28,6 +28,12 @@ impl Spans {
         &self.list
     }
 
+    /// The first span, or the rest of it, that has addresses from `first` on.
+    pub(crate) fn at_or_behind(&self, first: u64) -> Option<Span> {
+        let span = self.list.get(self.list.partition_point(|span| span.last < first))?;
+        Some(Span { first: span.first.max(first), ..*span })
+    }
+
     /// Adds a span; where there are too many, the two that are nearest to each other become one.
     pub(crate) fn add(&mut self, span: Span) {
         let from = self.list.partition_point(|other| other.last.saturating_add(1) < span.first);
@@ -75,6 +81,11 @@ mod tests {
         spans.remove(span(50, 50));
         spans.remove(span(u64::MAX, u64::MAX));
         assert_eq!(spans.as_slice(), [span(0, 2), span(45, 49), span(51, 60)]);
+        assert_eq!(
+            [0, 1, 3, 49, 50, 60, 61].map(|first| spans.at_or_behind(first)),
+            [span(0, 2), span(1, 2), span(45, 49), span(49, 49), span(51, 60), span(60, 60)].map(Some).into_iter().chain([None]).collect::<Vec<_>>()
+                [..]
+        );
         spans.remove(Span::ALL);
         assert!(spans.as_slice().is_empty());
     }

@@ -110,7 +110,7 @@ pub mod mode {
     pub const NOTE: u64 = 34;
     /// An instance panics at its fourth `decode`.
     pub const WEARS_OUT: u64 = 35;
-    /// Panics in `decode` of patterns with bit 9, in `lookup` where the word has bit 9, and in `decode_commands` of the byte 0xde.
+    /// Panics in `encode_leaf` of what may be executed, in `decode` of patterns with bit 9, in `lookup` where the word has bit 9, and in `decode_commands` of the byte 0xde.
     pub const ALLERGIC: u64 = 36;
 }
 
@@ -327,6 +327,7 @@ impl Format for Radix {
     }
 
     fn encode_leaf(&self, level: u8, size_log2: u8, attributes: Attributes) -> Option<Encoded> {
+        assert!(self.mode != mode::ALLERGIC || !attributes.execute, "told to panic at a leaf that may be executed");
         if size_log2 != 30 - 9 * level || !attributes.read {
             return None;
         }

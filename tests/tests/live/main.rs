@@ -7,6 +7,7 @@ mod behaviour;
 mod configs;
 mod empties;
 mod equality;
+mod failing;
 mod guest;
 mod hardware;
 mod holes;

@@ -122,8 +122,13 @@ pub struct Host {
 
 impl Host {
     pub fn new(config: &TableConfig, bytes: usize) -> Self {
+        Self::of(format(config), config, bytes)
+    }
+
+    /// The same with another format, which writes the same tables.
+    pub fn of(format: Box<dyn Format>, config: &TableConfig, bytes: usize) -> Self {
         let region = Arc::new(MmapRegion::new(bytes).unwrap());
-        let table = NestedTable::new(format(config), RegionTables::new(Arc::clone(&region), Gpa(HOST_BASE))).unwrap();
+        let table = NestedTable::new(format, RegionTables::new(Arc::clone(&region), Gpa(HOST_BASE))).unwrap();
         let mut config = config.clone();
         for (setting, address) in table.roots() {
             config.settings.set(setting, address.0);

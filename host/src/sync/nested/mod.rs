@@ -86,7 +86,7 @@ pub struct NestedFigures {
     pub questions: u64,
     /// How often pieces, or parts of pieces, were not mapped because there was no memory for tables.
     pub without_memory: u64,
-    /// Pieces that are not mapped because the format failed or contradicted itself.
+    /// How often pieces, or parts of pieces, were not mapped because the format failed or contradicted itself.
     pub format_failures: u64,
 }
 
@@ -130,6 +130,12 @@ pub struct NestedTable<M> {
     refused: Spans,
     /// Memory was given back since one was refused.
     released: bool,
+    /// Where pieces are missing because the format failed.
+    unanswered: Spans,
+    /// It is asked about them again: once for each commit while it fails.
+    asks_again: bool,
+    /// Where that begins.
+    next_asked: u64,
     /// The batch that is applied replaces leaves by the same, as far as the guest knows.
     keeps_marks: bool,
     /// Guest-physical addresses that were written through leaves that are gone, while somebody wants to know.
@@ -179,6 +185,12 @@ impl<M> NestedTable<M> {
     #[must_use]
     pub fn refused(&self) -> &[Span] {
         self.refused.as_slice()
+    }
+
+    /// IOVAs at which mapped pieces may be missing because the format failed: ascending, and few. Where they would be many, more rather than less.
+    #[must_use]
+    pub fn unanswered(&self) -> &[Span] {
+        self.unanswered.as_slice()
     }
 
     /// Whether a leaf stands where hardware looks an IOVA up.
@@ -237,6 +249,9 @@ impl<M: TableMemory> NestedTable<M> {
             full: false,
             refused: Spans::default(),
             released: false,
+            unanswered: Spans::default(),
+            asks_again: false,
+            next_asked: 0,
             keeps_marks: false,
             log: None,
             begins: false,
@@ -284,6 +299,7 @@ impl<M: TableMemory> NestedTable<M> {
     /// The same, of IOVAs that units look up.
     fn apply_all(&mut self, batch: &[Change]) -> &Needed {
         self.full = false;
+        self.plan.leaves.failed = false;
         if let [change] = batch
             && self.apply_near(change)
         {
@@ -390,17 +406,22 @@ impl<M: TableMemory> NestedTable<M> {
         }
         self.needed.spans.clear();
         self.needed.tables = false;
+        self.asks_again = !self.unanswered.as_slice().is_empty();
     }
 
     /// As [`Sink::wants`] says.
     #[must_use]
     pub fn wants(&self) -> Option<Span> {
-        self.refused.as_slice().first().copied().filter(|_| self.released || self.memory.may_come())
+        let unanswered = || self.unanswered.at_or_behind(self.next_asked).or_else(|| self.unanswered.at_or_behind(0));
+        let refused = || self.refused.as_slice().first().copied().filter(|_| self.released || self.memory.may_come());
+        self.asks_again.then(unanswered).flatten().or_else(refused)
     }
 
     /// As [`Sink::offer`] says.
     pub fn offer(&mut self, span: Span, pieces: &[Change]) {
         self.refused.remove(span);
+        self.unanswered.remove(span);
+        self.next_asked = span.last.wrapping_add(1);
         // What stands at the ends of refused spans is the border of a slot or of a piece: cut there, no page becomes smaller.
         let pieces: Vec<Change> = pieces.iter().filter_map(piece_of).filter_map(|piece| piece.within(span)).map(Change::Map).collect();
         self.apply(&pieces);
@@ -604,6 +625,8 @@ impl<M: TableMemory> NestedTable<M> {
         let Some(part) = piece.iova.intersection(slot.span) else { return true };
         let Some(leaves) = self.plan.leaves.of(slot.chain, slot.number, piece.attributes) else {
             self.format_failures += 1;
+            self.unanswered.add(part);
+            self.asks_again = false;
             return true;
         };
         let smallest = leaves.iter().zip(&slot.chain.rungs).filter_map(|(leaf, rung)| Some((&leaf.as_ref()?.0, rung.lsb))).next_back();

@@ -50,6 +50,8 @@ pub(super) struct Leaves {
     pub(super) takes_dirty: bool,
     known: HashMap<(usize, Attributes), OfRungs>,
     recent: Option<(usize, Attributes, OfRungs)>,
+    /// The format failed in this batch: nobody asks again.
+    pub(super) failed: bool,
 }
 
 const fn fills_slots(rung: &Rung) -> bool {
@@ -59,7 +61,7 @@ const fn fills_slots(rung: &Rung) -> bool {
 impl HostPlan {
     pub(super) fn new(format: Box<dyn Format>) -> Result<Self, BuildError> {
         let target = Target::new(format)?;
-        let leaves = Leaves { target, takes_accessed: false, takes_dirty: false, known: HashMap::new(), recent: None };
+        let leaves = Leaves { target, takes_accessed: false, takes_dirty: false, known: HashMap::new(), recent: None, failed: false };
         let mut this = Self { chains: Vec::new(), windows: Vec::new(), leaves };
         for root in this.geometry().roots.clone() {
             let same = |chain: &Arc<Chain>| chain.setting == root.setting && chain.rungs[0].kind == root.level;
@@ -107,25 +109,34 @@ impl Leaves {
         self.recent = None;
     }
 
-    /// How leaves with `attributes` are written in each rung of a chain, which has this number: asked once. None: the format failed or contradicted itself.
+    /// How leaves with `attributes` are written in each rung of a chain, which has this number: asked once. None: the format failed or contradicted itself, now or earlier in this
+    /// batch.
     #[inline]
     pub(super) fn of(&mut self, chain: &Chain, number: usize, attributes: Attributes) -> Option<&[Option<(Leaf, Tracks)>]> {
         let clean = self.takes_dirty && attributes.contains(Attributes::WRITE);
         let asked = if clean { attributes.with(Attributes::WRITABLE_WHEN_DIRTY).without(Attributes::DIRTY) } else { attributes };
         if !matches!(&self.recent, Some((of, known, _)) if *of == number && *known == asked) {
-            self.recent = Some((number, asked, self.of_slowly(chain, number, asked).ok()?));
+            self.recent = Some((number, asked, self.of_slowly(chain, number, asked)?));
         }
         self.recent.as_ref().map(|(_, _, leaves)| &**leaves)
     }
 
     #[inline(never)]
-    fn of_slowly(&mut self, chain: &Chain, number: usize, asked: Attributes) -> Result<OfRungs, BuildError> {
+    fn of_slowly(&mut self, chain: &Chain, number: usize, asked: Attributes) -> Option<OfRungs> {
         if let Some(known) = self.known.get(&(number, asked)) {
-            return Ok(Arc::clone(known));
+            return Some(Arc::clone(known));
         }
-        let leaves: OfRungs = chain.rungs.iter().map(|rung| self.leaf(rung, asked)).collect::<Result<_, _>>()?;
+        if self.failed {
+            return None;
+        }
+        let leaves: Result<OfRungs, BuildError> = chain.rungs.iter().map(|rung| self.leaf(rung, asked)).collect();
+        let leaves = leaves.inspect_err(|error| {
+            tracing::debug!(%error, %asked, "the host's format does not say how pages are written");
+            self.failed = true;
+        });
+        let leaves = leaves.ok()?;
         self.known.insert((number, asked), Arc::clone(&leaves));
-        Ok(leaves)
+        Some(leaves)
     }
 
     /// A leaf as large as a slot.
