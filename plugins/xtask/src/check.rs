@@ -1,6 +1,7 @@
 //! `cargo xtask test`: everything that must hold before a change goes in, and nothing skipped silently.
 
 use anyhow::{Context as _, Result, bail};
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Instant;
@@ -51,6 +52,9 @@ pub enum Strict {
 /// Runs all steps and says at the end what ran and what did not.
 pub fn run(root: &Path, strict: Strict) -> Result<()> {
     let mut summary = Vec::new();
+    let left_out = root.join("target/skipped.txt");
+    std::fs::create_dir_all(root.join("target")).context("target")?;
+    std::fs::write(&left_out, "").with_context(|| left_out.display().to_string())?;
     println!("== built plugins");
     crate::check_plugins(root)?;
     summary.push("passed   built plugins".to_owned());
@@ -64,7 +68,8 @@ pub fn run(root: &Path, strict: Strict) -> Result<()> {
             continue;
         }
         let start = Instant::now();
-        let status = cargo(root).args(step.arguments).envs(step.environment.iter().copied()).status().context("running cargo")?;
+        let environment = step.environment.iter().copied();
+        let status = cargo(root).args(step.arguments).envs(environment).env("STAGECRAFT_SKIPPED", &left_out).status().context("running cargo")?;
         if !status.success() {
             bail!("{} failed: cargo {}", step.name, step.arguments.join(" "));
         }
@@ -81,6 +86,7 @@ pub fn run(root: &Path, strict: Strict) -> Result<()> {
         Ok(()) => "ran      with QEMU's IOMMU models".to_owned(),
         Err(reason) => format!("SKIPPED  tables judged by QEMU's IOMMU models: {reason} (tests/models/install-qemu installs it on Debian)"),
     });
+    summary.extend(left_out_by_tests(&std::fs::read_to_string(&left_out).with_context(|| left_out.display().to_string())?));
     println!("== what ran");
     for line in &summary {
         println!("{line}");
@@ -92,6 +98,14 @@ pub fn run(root: &Path, strict: Strict) -> Result<()> {
             Ok(()) => Ok(()),
             Err(reason) => bail!("QEMU's IOMMU models cannot be asked: {reason}; tests/models/install-qemu installs them on Debian"),
         },
+    }
+}
+
+/// What tests said that they left out, each once.
+fn left_out_by_tests(lines: &str) -> Vec<String> {
+    match lines.lines().collect::<BTreeSet<&str>>() {
+        none if none.is_empty() => vec!["ran      with userfaultfd, and with all that this processor has".to_owned()],
+        some => some.into_iter().map(|what| format!("SKIPPED  {what}")).collect(),
     }
 }
 

@@ -23,7 +23,7 @@ fn a_guest_that_only_writes_is_followed() {
     let uffd = match UffdWatcher::new(&space, Writers::UserMode) {
         Ok(uffd) => uffd,
         Err(error @ (WatchError::Forbidden(_) | WatchError::NoUserfaultfd | WatchError::NoWriteProtection)) => {
-            println!("skipped: {error}");
+            stagecraft_tests::skipped(&format!("a guest that is watched with userfaultfd: {error}"));
             return;
         }
         Err(error) => panic!("{error}"),
