@@ -14,7 +14,7 @@ use super::space::Space;
 use super::watch::Watched;
 use super::{ContextLimits, Device, Error, GuestMemory, Ioasid, MemoryRegion, PlainTables, Property, Refusal, Request, SpaceId, TableSupply};
 use crate::kernel::handle::{Device as Bound, FaultQueue, Hwpt, Ioas, PageTable};
-use crate::kernel::{Errno, HwInfo, HwptFlags, IovaRanges, Kernel};
+use crate::kernel::{Errno, HwInfo, HwptFlags, IovaRanges, Kernel, Pasid};
 use crate::pins::{Backing, PinError, Pins, Region};
 use crate::plugin::{Offer, Plugins, Policy, Supervisors, TableConfig};
 use crate::sync::{Report, Watcher};
@@ -431,12 +431,12 @@ impl Context {
         lock(&self.0.spaces).values().filter_map(Weak::upgrade).map(Ioasid).collect()
     }
 
-    /// Whether an IOASID serves a device too: whether attaching would succeed, as far as that can be known without doing it.
+    /// Whether an IOASID serves a device too, or a PASID of it: whether attaching would succeed, as far as that can be known without doing it.
     ///
     /// # Errors
     /// The property that says no.
-    pub fn serves(&self, ioasid: &Ioasid, device: &Device) -> Result<(), Refusal> {
-        ioasid.serves(device)
+    pub fn serves(&self, ioasid: &Ioasid, device: &Device, pasid: Option<Pasid>) -> Result<(), Refusal> {
+        ioasid.serves(device, pasid)
     }
 
     /// `length` bytes of guest memory from `address` on were written: tells every IOASID with tables there, but those that have

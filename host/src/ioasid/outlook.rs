@@ -32,13 +32,14 @@ impl Ioasid {
         }
     }
 
-    /// Whether it serves a device too: whether attaching would succeed, or for one that is attached elsewhere replacing, as far as that can be known without doing it. What
-    /// only an attempt shows is whether the kernel makes what the strategy takes, and whether memory and limits suffice.
+    /// Whether it serves a device too, or a PASID of it: whether attaching would succeed, or for one that is attached elsewhere replacing, as far as that can be known
+    /// without doing it. What only an attempt shows is whether the kernel makes what the strategy takes, whether memory and limits suffice, and whether room for a PASID
+    /// can be made in what others use.
     ///
     /// # Errors
     /// The property that says no.
-    pub fn serves(&self, device: &Device) -> Result<(), Refusal> {
-        match self.0.outlook(&device.0, None) {
+    pub fn serves(&self, device: &Device, pasid: Option<Pasid>) -> Result<(), Refusal> {
+        match self.0.outlook(&device.0, pasid) {
             Ok(Explanation { chosen: Some(_), .. }) => Ok(()),
             Ok(none) => Err(Refusal::new(Property::Strategy, format!("device {}: {}", device.label(), none.why_not()))),
             Err(Error::Refused(refusal)) => Err(refusal),
@@ -80,7 +81,8 @@ impl Space {
         if let Some(span) = memory {
             return Err(not_reached(device, span).into());
         }
-        if let Content::Managed(managed) = &state.content {
+        // What a device must not translate is what it asks for without PASID: the kernel keeps it free for nobody else.
+        if let (Content::Managed(managed), None) = (&state.content, pasid) {
             let span = |(first, mapping): (&u64, &super::managed::Mapping)| Span { first: *first, last: mapping.last };
             if let Some(span) = managed.mappings().iter().map(span).find(|span| outside(&device.capabilities().iova, *span)) {
                 return Err(Refusal::new(Property::Iova, format!("{span} is mapped, and device {} cannot use all of it", device.label())).into());
@@ -93,7 +95,7 @@ impl Space {
         let is_managed = matches!(state.content, Content::Managed(_));
         match self.shared(state, device, pasid, company)?.0.map(|place| &state.parts[place]) {
             Some(part) if !company || part.has_pasids() => {
-                let outside = part.recorder().and_then(|_| self.memory_outside(device));
+                let outside = part.recorder().filter(|_| pasid.is_none()).and_then(|_| self.memory_outside(device));
                 return Ok(Outlook { explanation: part.explain(), takes_faults: part.takes_faults(is_managed), outside });
             }
             // It is made anew, so that PASIDs get in.

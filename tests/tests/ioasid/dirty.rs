@@ -241,7 +241,7 @@ fn where_it_cannot_be_had_another_strategy_is_taken_or_none() {
         ioasid.track_dirty(true).unwrap();
         assert!(rig.writes("nic", 0));
         assert_eq!(pages(&ioasid.dirty(ALL, true).unwrap()), [0], "{host:?}");
-        let refusal = ioasid.serves(&disk).unwrap_err();
+        let refusal = ioasid.serves(&disk, None).unwrap_err();
         assert_eq!((refusal.property, refusal.reason.as_str()), (Property::DirtyTracking, "what device disk writes cannot be recorded"));
         assert!(ioasid.explain_for(&disk, None).unwrap().to_string().contains("what device disk writes cannot be recorded"));
         // Who did not ask is told when it is too late.

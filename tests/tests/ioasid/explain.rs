@@ -102,7 +102,7 @@ fn where_nothing_can_be_had_all_reasons_are_said() {
     let expected = "device nic: not bound as it is: unit 1 of the path takes no tables of its users; not converted, nested: unit 1 of the path takes no tables of \
                     its users; not mapped by the kernel: the request does not allow it; not in software: a device's DMA does not go through software";
     assert_eq!((refusal.property, refusal.reason.as_str()), (Property::Strategy, expected));
-    assert_eq!(ioasid.serves(&device).unwrap_err().property, Property::Strategy);
+    assert_eq!(ioasid.serves(&device, None).unwrap_err().property, Property::Strategy);
     assert_eq!(rig.dma("nic", 0), None);
 }
 

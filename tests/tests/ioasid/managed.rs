@@ -188,9 +188,9 @@ fn what_does_not_fit_is_refused_with_the_property() {
     let ioasid = context.allocate(Request::managed()).unwrap();
     // Where x86 units have their interrupts an SMMU has nothing, and the reverse.
     ioasid.map(span(0xfee0_0000, 0x1000), Target::Guest(Gpa(DATA)), BOTH).unwrap();
-    assert_eq!(ioasid.serves(&nic).unwrap_err().property, Property::Iova);
+    assert_eq!(ioasid.serves(&nic, None).unwrap_err().property, Property::Iova);
     assert_eq!(property(ioasid.attach(&nic, None).map(drop)), Property::Iova);
-    ioasid.serves(&disk).unwrap();
+    ioasid.serves(&disk, None).unwrap();
     ioasid.attach(&disk, None).unwrap();
     assert_eq!(rig.dma("disk", 0xfee0_0000), Some(DATA));
     assert_eq!(property(ioasid.attach(&disk, None).map(drop)), Property::Attachment);

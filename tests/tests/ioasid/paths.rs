@@ -66,14 +66,14 @@ fn a_table_for_one_unit_is_refused_for_another_or_made_twice() {
         let context = rig.context();
         let [nic, second, disk] = ["nic", "second", "disk"].map(|label| context.connect(label).unwrap());
         let once = context.allocate(Request::guest(guest.view())).unwrap();
-        once.serves(&disk).unwrap();
+        once.serves(&disk, None).unwrap();
         once.attach(&nic, None).unwrap();
-        context.serves(&once, &second).unwrap();
+        context.serves(&once, &second, None).unwrap();
         let before = rig.sim.objects();
         once.attach(&second, None).unwrap();
         assert_eq!(rig.sim.objects(), before, "devices behind one unit share what there is");
         assert_eq!(rig.dma("second", 0x1000), Some(DATA));
-        let refused = once.serves(&disk).unwrap_err();
+        let refused = once.serves(&disk, None).unwrap_err();
         let expected = "device disk is behind another unit than device nic, for which a table was made (converted, nested: intel-vtd/first-stage levels=0x5); \
                         the request does not allow a second one";
         assert_eq!((refused.property, refused.reason.as_str()), (Property::Unit, expected));

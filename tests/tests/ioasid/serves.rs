@@ -76,7 +76,7 @@ fn busy_with_pasids(rng: &mut Rng, context: &Context, devices: &[Device]) -> Ioa
 
 #[test]
 fn what_is_answered_is_what_attaching_says() {
-    let (mut yes, mut no) = (0, Vec::new());
+    let (mut yes, mut pasids, mut no_room, mut no) = (0, 0, 0, Vec::new());
     for seed in 0..400 {
         let mut rng = Rng::new(seed);
         let rig = machine(&mut rng);
@@ -91,22 +91,28 @@ fn what_is_answered_is_what_attaching_says() {
             }
             for _ in 0..8 {
                 let device = &devices[rng.below(4) as usize];
-                if device.attached().contains(&(None, ioasid.id())) {
-                    device.detach(None).unwrap();
+                let pasid = rng.percent(25).then(|| Pasid(3));
+                if device.attached().contains(&(pasid, ioasid.id())) {
+                    device.detach(pasid).unwrap();
                     continue;
                 }
-                let (said, explained) = (ioasid.serves(device), ioasid.explain_for(device, None).unwrap());
-                let done = ioasid.attach(device, None);
-                let which = format!("seed {seed}: {} to {request:?}: {said:?}, {done:?}\n{explained}", device.label());
-                assert_eq!(explained.chosen.is_some(), done.is_ok(), "{which}");
+                let (said, explained) = (ioasid.serves(device, pasid), ioasid.explain_for(device, pasid).unwrap());
+                let done = ioasid.attach(device, pasid);
+                let which = format!("seed {seed}: {}, {pasid:?}, to {request:?}: {said:?}, {done:?}\n{explained}", device.label());
+                assert_eq!(explained.chosen.is_some(), said.is_ok(), "{which}");
                 match (&said, &done) {
                     (Ok(()), Ok(_)) => {
                         let now = ioasid.explain();
-                        // What was made anew says why.
+                        // What was made anew says why; to make room for PASIDs it may have become another one.
                         let is_anew = |known: &Explanation| known.chosen == explained.chosen && known.to_string().contains("uses PASIDs");
-                        assert!(now.contains(&explained) || now.iter().any(is_anew), "{which}\n{now:?}");
+                        let has_pasids =
+                            devices.iter().any(|device| device.attached().iter().any(|(pasid, id)| pasid.is_some() && *id == ioasid.id()));
+                        assert!(has_pasids || now.contains(&explained) || now.iter().any(is_anew), "{which}\n{now:?}");
                         yes += 1;
+                        pasids += u32::from(pasid.is_some());
                     }
+                    // There was no room for it.
+                    (Ok(()), Err(Error::Refused(done))) if pasid.is_some() && done.property == Property::Pasid => no_room += 1,
                     (Err(said), Err(Error::Refused(done))) => {
                         assert_eq!(said.property, done.property, "{which}");
                         no.push(said.property);
@@ -118,7 +124,10 @@ fn what_is_answered_is_what_attaching_says() {
         rig.assert_clean();
     }
     let seen = |property| no.contains(&property);
-    assert!(yes > 500 && seen(Property::Strategy) && seen(Property::Unit) && seen(Property::Pasid), "{yes} {no:?}");
+    assert!(
+        yes > 500 && pasids > 50 && no_room < 5 && seen(Property::Strategy) && seen(Property::Unit) && seen(Property::Pasid),
+        "{yes} {pasids} {no_room} {no:?}"
+    );
     assert!(seen(Property::PageRequests) && seen(Property::DirtyTracking) && seen(Property::Iova), "{no:?}");
 }
 
@@ -133,16 +142,16 @@ fn company_is_asked_about() {
         let elsewhere = context.allocate(Request::managed()).unwrap();
         elsewhere.attach(&nic, Some(Pasid(1))).unwrap();
         let native = context.allocate(Request::guest(guest.view()).with_strategies(&[Strategy::Native])).unwrap();
-        let refused = native.serves(&nic).unwrap_err();
+        let refused = native.serves(&nic, None).unwrap_err();
         assert!(refused.reason.contains("PASIDs of the device belong to the owner"), "{refused}");
         assert_eq!(native.explain_for(&nic, None).unwrap().chosen, None);
         // The same where there is a part of the unit already.
-        native.serves(&disk).unwrap();
+        native.serves(&disk, None).unwrap();
         native.attach(&disk, None).unwrap();
-        assert_eq!(native.serves(&nic).unwrap_err().property, Property::Pasid);
+        assert_eq!(native.serves(&nic, None).unwrap_err().property, Property::Pasid);
         assert!(matches!(native.attach(&nic, None), Err(Error::Refused(refusal)) if refusal.property == Property::Pasid));
         nic.detach(Some(Pasid(1))).unwrap();
-        native.serves(&nic).unwrap();
+        native.serves(&nic, None).unwrap();
         native.attach(&nic, None).unwrap();
     }
 }

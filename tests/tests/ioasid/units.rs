@@ -556,7 +556,7 @@ fn a_table_that_nobody_uses_is_no_second_one() {
             for round in 0..3 {
                 for (device, other) in [(&nic, &disk), (&disk, &second)] {
                     let explained = ioasid.explain_for(device, None).unwrap();
-                    assert_eq!(ioasid.serves(device), Ok(()), "round {round}: {}", device.label());
+                    assert_eq!(ioasid.serves(device, None), Ok(()), "round {round}: {}", device.label());
                     ioasid.attach(device, None).unwrap();
                     assert_eq!(
                         (ioasid.strategies(), ioasid.explain()),
@@ -565,7 +565,7 @@ fn a_table_that_nobody_uses_is_no_second_one() {
                         device.label()
                     );
                     // While it is used, there is no second one.
-                    assert_eq!(ioasid.serves(other).unwrap_err().property, Property::Unit);
+                    assert_eq!(ioasid.serves(other, None).unwrap_err().property, Property::Unit);
                     assert!(matches!(ioasid.attach(other, None), Err(Error::Refused(refusal)) if refusal.property == Property::Unit));
                     if request.kind != Request::requests().kind {
                         assert_eq!(rig.dma(device.label(), 0x1000), Some(own(0)), "round {round}: {}", device.label());
@@ -603,7 +603,7 @@ fn a_table_that_could_not_be_left_keeps_nobody_from_the_kernels_own() {
             let happened = !rig.sim.disarm();
             if switched.is_ok() && ioasid.strategies() == [Strategy::Nested] {
                 stayed += 1;
-                assert_eq!(ioasid.serves(&disk), Ok(()), "call {nth}");
+                assert_eq!(ioasid.serves(&disk, None), Ok(()), "call {nth}");
                 ioasid.attach(&disk, None).unwrap();
                 assert_eq!(ioasid.strategies(), [Strategy::Nested, Strategy::Native], "call {nth}");
                 assert_eq!((rig.dma("nic", 0x1000), rig.dma("disk", 0x1000)), (Some(0x1000), Some(0x1000)), "call {nth}");
@@ -649,7 +649,7 @@ fn those_who_wait_come_back_to_what_they_had() {
             rig.sim.disarm();
             assert_eq!(found(), (None, None));
             if !with_pasid {
-                assert_eq!(ioasid.serves(&disk).unwrap_err().property, Property::Unit);
+                assert_eq!(ioasid.serves(&disk, None).unwrap_err().property, Property::Unit);
                 assert!(matches!(ioasid.attach(&disk, None), Err(Error::Refused(refusal)) if refusal.property == Property::Unit));
             }
             if with_pasid {

@@ -21,7 +21,7 @@ fn said(arch: Arch, host: &UnitConfig, wish: TableConfig) -> (String, Option<u64
         Err(Error::Refused(refusal)) => {
             assert_eq!((refusal.property, before.chosen.is_none()), (Property::Strategy, true));
             assert!(before.rejected.iter().all(|rejected| refusal.reason.contains(&rejected.reasons.join("; "))), "{refusal}");
-            assert_eq!(ioasid.serves(&device).unwrap_err(), refusal);
+            assert_eq!(ioasid.serves(&device, None).unwrap_err(), refusal);
         }
         Err(error) => panic!("{error}"),
     }

@@ -239,7 +239,7 @@ impl<'a> Session<'a> {
         let request = Request::guest(self.view(view, tag)).with_second_table().with_limits(limits);
         let with = |strategies: &[Strategy], page_requests: bool| Request { page_requests, ..request.clone() }.with_strategies(strategies);
         let mut made = self.context.allocate(with(wanted, self.setup.requests));
-        let served = |ioasid: &Ioasid| self.devices.iter().all(|device| ioasid.serves(device).is_ok());
+        let served = |ioasid: &Ioasid| self.devices.iter().all(|device| ioasid.serves(device, None).is_ok());
         if made.as_ref().is_ok_and(|ioasid| !served(ioasid)) {
             self.coverage.add("requests with a strategy that cannot be had".to_owned());
             made = self.context.allocate(with(&Strategy::ALL, false));
