@@ -10,24 +10,22 @@ const IOVA: u64 = 0x1234_5000;
 
 /// A unit whose devices have PASIDs: these bits are set in its registers.
 fn rig(arch: Arch, bits: &[(&str, u64)]) -> Rig {
-    let mut registers = arch.registers();
-    for (name, bits) in bits {
-        registers.iter_mut().filter(|(known, _)| known == name).for_each(|(_, value)| *value |= bits);
-    }
-    Rig::with(Guest::new(arch), Supervisor::new(plugin(arch.kind()), Policy::default()), arch.kind(), registers, Limits::default())
+    Rig::with(Guest::new(arch), Supervisor::new(plugin(arch.kind()), Policy::default()), arch.kind(), arch.registers_and(bits), Limits::default())
 }
 
 /// A first-stage table of x86, which AMD's guests and Intel's have, of one page: present, writable, a user's, accessed and dirty.
 fn table(guest: &Guest, address: u64) -> u64 {
     let root = guest.new_table();
-    let mut table = root;
-    for shift in [39, 30, 21] {
-        let next = guest.new_table();
-        guest.store(table + (IOVA >> shift & 0x1ff) * 8, next | 0x27);
-        table = next;
-    }
-    guest.store(table + (IOVA >> 12 & 0x1ff) * 8, address | 0x67);
+    guest.store(guest.first_stage_slot(root, IOVA).0, address | 0x67);
     root
+}
+
+/// AMD: the first device's requests go by the guest CR3 table at `directory`, those without PASID by its first entry.
+pub fn guest_cr3_table(guest: &Guest, directory: u64, domain: u64) {
+    // V, TV, GIoV, GV, IR, IW; GLX 0; the directory's address in three parts.
+    let at = guest.structure(ONE);
+    guest.store(at + 8, domain | (directory >> 15 & 0xffff) << 16 | (directory >> 31) << 43);
+    guest.store(at, 3 | 3 << 61 | 1 << 54 | 1 << 55 | (directory >> 12 & 7) << 58);
 }
 
 /// AMD: a guest CR3 table entry is changed, and all pages of its PASID are to be forgotten. There is no other command for it but that for the whole device.
@@ -41,10 +39,7 @@ fn a_guest_cr3_table_entry_goes_with_the_pages_of_its_pasid() {
     let roots = [DATA, DATA + 0x1000].map(|address| table(guest, address));
     guest.store(directory, roots[0] | 1);
     guest.store(directory + 8, roots[0] | 1);
-    // V, TV, GIoV, GV, IR, IW; GLX 0; the directory's address in three parts.
-    let at = guest.structure(ONE);
-    guest.store(at + 8, domain | (directory >> 15 & 0xffff) << 16 | (directory >> 31) << 43);
-    guest.store(at, 3 | 3 << 61 | 1 << 54 | 1 << 55 | (directory >> 12 & 7) << 58);
+    guest_cr3_table(guest, directory, domain);
     rig.viommu.connect(ONE, true);
     let reads = |rig: &Rig| [None, Some(1), Some(2)].map(|pasid| rig.reads_with(ONE, pasid, IOVA));
     assert_eq!(reads(&rig), [Some(DATA), Some(DATA), None]);
@@ -61,24 +56,31 @@ fn a_guest_cr3_table_entry_goes_with_the_pages_of_its_pasid() {
     assert_eq!(reads(&rig), [Some(DATA), None, Some(DATA + 0x1000)]);
 }
 
+/// ND, FS1GP; DT, PASID, PSS, SMTS, FSTS; TTM 1.
+pub const SCALABLE: [(&str, u64); 3] = [("CAP", 6 | 1 << 56), ("ECAP", 1 << 2 | 19 << 35 | 1 << 40 | 1 << 43 | 1 << 47), ("RTADDR", 1 << 10)];
+
 /// A unit in scalable mode: its directory, and a table for each PASID and the device itself.
 fn scalable() -> (Rig, u64, [u64; 2]) {
-    // ND, FS1GP; DT, PASID, PSS, SMTS, FSTS; TTM 1.
-    let bits = [("CAP", 6 | 1 << 56), ("ECAP", 1 << 2 | 19 << 35 | 1 << 40 | 1 << 43 | 1 << 47), ("RTADDR", 1 << 10)];
-    let rig = rig(Arch::Vtd, &bits);
+    let rig = rig(Arch::Vtd, &SCALABLE);
     let guest = &rig.guest;
-    let (contexts, directory, entries) = (guest.new_table(), guest.new_table(), guest.new_table());
     let roots = [DATA, DATA + 0x1000].map(|address| table(guest, address));
-    guest.store(guest.structures, contexts | 1);
-    // P, PASIDE.
-    guest.store(contexts + ONE * 32, directory | 1 | 1 << 3);
-    guest.store(directory, entries | 1);
+    let entries = scalable_entries(guest);
     entry(guest, entries, 0, roots[0], 3);
     (rig, entries, roots)
 }
 
+/// The PASID entries of the first device, in scalable mode.
+pub fn scalable_entries(guest: &Guest) -> u64 {
+    let (contexts, directory, entries) = (guest.new_table(), guest.new_table(), guest.new_table());
+    guest.store(guest.structures, contexts | 1);
+    // P, PASIDE.
+    guest.store(contexts + ONE * 32, directory | 1 | 1 << 3);
+    guest.store(directory, entries | 1);
+    entries
+}
+
 /// A PASID entry: P, PGTT 1; DID; the table.
-fn entry(guest: &Guest, entries: u64, pasid: u64, root: u64, domain: u64) {
+pub fn entry(guest: &Guest, entries: u64, pasid: u64, root: u64, domain: u64) {
     guest.store(entries + pasid * 64 + 16, root);
     guest.store(entries + pasid * 64 + 8, domain);
     guest.store(entries + pasid * 64, 1 | 1 << 6);

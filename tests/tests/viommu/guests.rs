@@ -82,8 +82,15 @@ impl Arch {
             Self::Amd => ("EXT_FEATURES", 1),
             Self::Riscv => ("CAPABILITIES", 25),
         };
+        self.registers_and(&[(name, 1 << bit)])
+    }
+
+    /// With these bits set as well.
+    pub fn registers_and(self, bits: &[(&str, u64)]) -> Vec<(String, u64)> {
         let mut registers = self.registers();
-        registers.iter_mut().filter(|(known, _)| known == name).for_each(|(_, value)| *value |= 1 << bit);
+        for (name, bits) in bits {
+            registers.iter_mut().filter(|(known, _)| known == name).for_each(|(_, value)| *value |= bits);
+        }
         registers
     }
 
@@ -262,6 +269,19 @@ impl Guest {
             table = self.arch.address(self.load(slot));
         }
         Gpa(table + (iova >> (12 + 9 * height) & 0x1ff) * 8)
+    }
+
+    /// The same in a first-stage table of x86, which AMD's guests and Intel's have: pointers are present, writable and a user's.
+    pub fn first_stage_slot(&self, root: u64, iova: u64) -> Gpa {
+        let mut table = root;
+        for shift in [39, 30, 21] {
+            let slot = table + (iova >> shift & 0x1ff) * 8;
+            if self.load(slot) == 0 {
+                self.store(slot, self.new_table() | 7);
+            }
+            table = self.load(slot) & 0x000f_ffff_ffff_f000;
+        }
+        Gpa(table + (iova >> 12 & 0x1ff) * 8)
     }
 
     /// Maps a page, and says where the entry is.

@@ -5,7 +5,7 @@ use std::sync::{Arc, OnceLock};
 
 use stagecraft::ioasid::{Context, GuestMemory, GuestView, Request, Setup, Shared, Strategy, TableSupply};
 use stagecraft::kernel::Kernel;
-use stagecraft::kernel::sim::{DeviceConfig, Sim, SimBuilder, UnitConfig};
+use stagecraft::kernel::sim::{Device, DeviceConfig, Sim, SimBuilder, UnitConfig};
 use stagecraft::memory::{EntryLayout, EntryMemory, MarkMemory, ReadError, WriteError};
 use stagecraft::plugin::{Config, Engine, Outcome, Plugins, Policy, Supervisors, Translated};
 use stagecraft::sync;
@@ -41,16 +41,26 @@ impl Rig {
         Request::guest(GuestView { outcome: Outcome::Bypass, id: 0 })
     }
 
-    fn with(arch: Arch, host: UnitConfig, template: Request) -> Self {
+    pub fn with(arch: Arch, host: UnitConfig, template: Request) -> Self {
+        Self::with_registers(arch, arch.registers(), host, template)
+    }
+
+    /// A guest whose unit has other registers.
+    pub fn with_registers(arch: Arch, registers: Vec<(String, u64)>, host: UnitConfig, template: Request) -> Self {
         let guest = Guest::new(arch);
         for page in 0..64 {
             guest.store(DATA + (page << 12), DATA + (page << 12));
         }
-        Self::over(guest, host, template, |setup| Context::with(setup).unwrap())
+        Self::made(guest, registers, host, template, |setup| Context::with(setup).unwrap())
     }
 
     /// A machine with a guest in it, whose context is made or restored.
     pub fn over(guest: Guest, host: UnitConfig, template: Request, context: impl FnOnce(Setup) -> Context) -> Self {
+        let registers = guest.arch.registers();
+        Self::made(guest, registers, host, template, context)
+    }
+
+    fn made(guest: Guest, registers: Vec<(String, u64)>, host: UnitConfig, template: Request, context: impl FnOnce(Setup) -> Context) -> Self {
         let arch = guest.arch;
         let mut builder = SimBuilder::new();
         let unit = builder.unit(host);
@@ -72,7 +82,7 @@ impl Rig {
         let mut spaces = ContextSpaces::new(context(setup), template);
         spaces.connect(ONE, "one").unwrap();
         spaces.connect(TWO, "two").unwrap();
-        let unit = ViommuConfig { kind: arch.kind().to_owned(), registers: arch.registers(), map: Guest::map(), limits: Limits::default() };
+        let unit = ViommuConfig { kind: arch.kind().to_owned(), registers, map: Guest::map(), limits: Limits::default() };
         let supervisor = supervisors.by_unit(arch.kind()).unwrap();
         let viommu = Viommu::new(supervisor, unit, guest.memory.clone(), spaces, Box::new(watched.clone()));
         Self { viommu, guest, sim, supervisors, watched }
@@ -80,13 +90,30 @@ impl Rig {
 
     pub fn reads(&self, id: u64, iova: u64) -> Option<u64> {
         let mut bytes = [0; 8];
-        self.sim.device(if id == ONE { "one" } else { "two" }).unwrap().read(None, Iova(iova), &mut bytes).ok()?;
+        self.device(id).read(None, Iova(iova), &mut bytes).ok()?;
         Some(u64::from_le_bytes(bytes))
     }
 
     pub fn commands(&mut self, commands: &[Vec<u8>]) -> Handled {
         let batch = [commands.concat(), self.guest.arch.wait()].concat();
         self.viommu.commands(&batch).unwrap()
+    }
+
+    /// A device, for DMA.
+    pub fn device(&self, id: u64) -> Device {
+        self.sim.device(if id == ONE { "one" } else { "two" }).unwrap()
+    }
+
+    /// Everybody goes, and nothing is left in the kernel.
+    pub fn end(mut self, what: &str) {
+        for id in [ONE, TWO] {
+            self.viommu.disconnect(id);
+            self.viommu.host_mut().disconnect(id);
+        }
+        assert!(self.watched.0.lock().unwrap().is_empty(), "{what}");
+        let Self { viommu, sim, .. } = self;
+        drop(viommu);
+        assert_eq!((sim.objects(), sim.pinned_pages(), sim.areas()), (0, 0, 0), "{what}: nothing is left in the kernel");
     }
 
     pub fn strategy(&self, id: u64) -> Strategy {
@@ -151,16 +178,9 @@ fn follow(arch: Arch, host: UnitConfig) -> Strategy {
     let at = rig.guest.structure(ONE);
     rig.viommu.table_written(Gpa(at), 32);
     assert_eq!((rig.reads(ONE, IOVA + 0x2000), rig.reads(TWO, DATA)), (None, Some(DATA)), "{what}");
-    for id in [ONE, TWO] {
-        rig.viommu.disconnect(id);
-        rig.viommu.host_mut().disconnect(id);
-    }
-    assert!(rig.watched.0.lock().unwrap().is_empty(), "{what}");
     assert!(rig.supervisors.known().iter().all(|supervisor| supervisor.figures().failures == 0), "{what}");
     assert_eq!(rig.viommu.figures().host_errors, 0, "{what}");
-    let Rig { viommu, sim, .. } = rig;
-    drop(viommu);
-    assert_eq!((sim.objects(), sim.pinned_pages(), sim.areas()), (0, 0, 0), "{what}: nothing is left in the kernel");
+    rig.end(&what);
     strategy
 }
 
@@ -173,6 +193,14 @@ fn types_can_be_sent_and_shared() {
     shared::<std::sync::Mutex<Viommu<GuestMemoryMmap, ContextSpaces>>>();
     shared::<ContextSpaces>();
     shared::<Context>();
+    shared::<GuestMemory>();
+    shared::<Plugins>();
+    shared::<Sim>();
+    shared::<Device>();
+    shared::<stagecraft::pins::Pins>();
+    shared::<stagecraft::virtio_iommu::Device>();
+    shared::<stagecraft::lookup::Updater>();
+    shared::<stagecraft::lookup::LookupIommu<fn(&stagecraft::lookup::Miss) -> Result<(), String>>>();
     shared::<stagecraft::ioasid::Device>();
     shared::<stagecraft::ioasid::Ioasid>();
     shared::<stagecraft::ioasid::Saved>();
