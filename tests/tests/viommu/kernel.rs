@@ -3,14 +3,14 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use stagecraft::ioasid::{Context, GuestMemory, GuestView, Request, Setup, Shared, Strategy, TableSupply};
+use stagecraft::ioasid::{Context, GuestMemory, GuestView, Ioasid, Request, Setup, Shared, Strategy, TableSupply};
 use stagecraft::kernel::Kernel;
 use stagecraft::kernel::sim::{Device, DeviceConfig, Sim, SimBuilder, UnitConfig};
 use stagecraft::memory::{EntryLayout, EntryMemory, MarkMemory, ReadError, WriteError};
 use stagecraft::plugin::{Config, Engine, Outcome, Plugins, Policy, Supervisors, Translated};
 use stagecraft::sync;
 use stagecraft::viommu::{AddressSpaces, ContextSpaces, Handled, Limits, StreamState, UnitConfig as ViommuConfig, Viommu, Way};
-use stagecraft::{Gpa, Iova};
+use stagecraft::{Gpa, Iova, Span};
 use vm_memory::GuestMemoryMmap;
 
 use super::behaviour::{ONE, TWO, Watched, without_pasid};
@@ -116,10 +116,15 @@ impl Rig {
         assert_eq!((sim.objects(), sim.pinned_pages(), sim.areas()), (0, 0, 0), "{what}: nothing is left in the kernel");
     }
 
+    /// The address space that a device is in.
+    pub fn space(&self, id: u64) -> Option<&Ioasid> {
+        let Some(StreamState::Space(number)) = self.viommu.stream(without_pasid(id)) else { return None };
+        let (id, _) = self.viommu.space(*number)?;
+        self.viommu.host().ioasid(id)
+    }
+
     pub fn strategy(&self, id: u64) -> Strategy {
-        let Some(StreamState::Space(number)) = self.viommu.stream(without_pasid(id)) else { panic!("no space") };
-        let (id, _) = self.viommu.space(*number).unwrap();
-        self.viommu.host().ioasid(id).unwrap().strategies()[0]
+        self.space(id).unwrap().strategies()[0]
     }
 }
 
@@ -226,19 +231,35 @@ fn every_guest_is_followed_on_every_unit() {
     assert!(strategies.contains(&Strategy::Nested) && strategies.contains(&Strategy::Areas), "{strategies:?}");
 }
 
-/// Guest memory that counts how often tables are read.
-struct Counting(Shared<GuestMemoryMmap>, AtomicU64);
+/// Guest memory that counts how often tables are read: those of a span, and others.
+pub struct Counting {
+    memory: Shared<GuestMemoryMmap>,
+    counted: Span,
+    reads: [AtomicU64; 2],
+}
+
+impl Counting {
+    pub fn new(memory: &GuestMemoryMmap, counted: Span) -> Self {
+        Self { memory: Shared(memory.clone()), counted, reads: Default::default() }
+    }
+
+    /// Reads of the span since the last time, and others.
+    pub fn take(&self) -> (u64, u64) {
+        let [counted, others] = self.reads.each_ref().map(|reads| reads.swap(0, Ordering::Relaxed));
+        (counted, others)
+    }
+}
 
 impl EntryMemory for Counting {
     fn read_entries(&self, address: Gpa, layout: EntryLayout, entries: &mut [u64]) -> Result<(), ReadError> {
-        self.1.fetch_add(1, Ordering::Relaxed);
-        self.0.read_entries(address, layout, entries)
+        self.reads[usize::from(!self.counted.contains(address.0))].fetch_add(1, Ordering::Relaxed);
+        self.memory.read_entries(address, layout, entries)
     }
 }
 
 impl MarkMemory for Counting {
     fn compare_exchange_entry(&self, address: Gpa, layout: EntryLayout, old: u64, new: u64) -> Result<bool, WriteError> {
-        self.0.compare_exchange_entry(address, layout, old, new)
+        self.memory.compare_exchange_entry(address, layout, old, new)
     }
 }
 
@@ -254,7 +275,7 @@ fn the_first_attachment_reads_a_space_once_and_reports_it() {
         }
         rig.guest.translate(ONE, root, 7);
         let plain = GuestMemory::of_mmap(&rig.guest.memory).unwrap();
-        let counting = Arc::new(Counting(Shared(rig.guest.memory.clone()), AtomicU64::new(0)));
+        let counting = Arc::new(Counting::new(&rig.guest.memory, Span::ALL));
         let memory = GuestMemory::new(Arc::clone(&counting), plain.regions().to_vec()).unwrap();
         let kernel: Arc<dyn Kernel> = Arc::clone(&rig.sim) as Arc<dyn Kernel>;
         let sim = Arc::clone(&rig.sim);
@@ -277,13 +298,13 @@ fn the_first_attachment_reads_a_space_once_and_reports_it() {
         spaces.connect(TWO, "two").unwrap();
         let watched = Watched::default();
         let (id, report) = spaces.allocate(&way, sync::Way::blocked(), Box::new(watched.clone())).unwrap();
-        assert_eq!((report, counting.1.load(Ordering::Relaxed)), (sync::Report::default(), 0));
+        assert_eq!((report, counting.take()), (sync::Report::default(), (0, 0)));
         let report = spaces.attach(without_pasid(ONE), id).unwrap();
         assert_eq!((report.changes, report.blocked_count), (3, 0), "nesting: {nesting}");
         // Four tables, each in one page.
-        assert_eq!((counting.1.load(Ordering::Relaxed), watched.0.lock().unwrap().len()), (4, 4), "nesting: {nesting}");
+        assert_eq!((counting.take(), watched.0.lock().unwrap().len()), ((4, 0), 4), "nesting: {nesting}");
         assert_eq!(spaces.attach(without_pasid(TWO), id).unwrap(), sync::Report::default());
-        assert_eq!(counting.1.load(Ordering::Relaxed), 4, "nobody reads for the second device");
+        assert_eq!(counting.take(), (0, 0), "nobody reads for the second device");
         spaces.detach(without_pasid(ONE)).unwrap();
         spaces.detach(without_pasid(TWO)).unwrap();
         spaces.release(id);
