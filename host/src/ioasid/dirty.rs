@@ -74,7 +74,9 @@ impl Context {
         ioasids = self.ioasids();
         *record = None;
         for ioasid in &ioasids {
-            if let Err(error) = ioasid.0.record(&mut ioasid.0.lock(), on) {
+            // The lock is not held any more when all are told to end.
+            let begun = ioasid.0.record(&mut ioasid.0.lock(), on);
+            if let Err(error) = begun {
                 ioasids.iter().for_each(|ioasid| drop(ioasid.0.record(&mut ioasid.0.lock(), false)));
                 return Err(error);
             }
