@@ -1,8 +1,10 @@
 //! Marks and logs of what devices wrote.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use stagecraft::ioasid::{Context, Device, Error, GuestView, Ioasid, Property, Request, Strategy, Target};
+use stagecraft::kernel::Errno;
 use stagecraft::kernel::sim::UnitConfig;
 use stagecraft::plugin::Outcome;
 use stagecraft::table::Piece;
@@ -187,7 +189,7 @@ fn of_areas_what_is_cut_is_told_exactly_and_what_goes_as_a_whole() {
     assert_eq!((told(), told()), (vec![10], vec![]));
     // Where the kernel does not answer, all of it may have been written.
     assert!(rig.writes("nic", 0x20_b000));
-    rig.sim.fail_nth(1, stagecraft::kernel::Errno::ENOMEM);
+    rig.sim.fail_nth(1, Errno::ENOMEM);
     let gone = told();
     assert!(gone.len() == 511 && !gone.contains(&5), "{gone:?}");
 }
@@ -369,6 +371,92 @@ fn a_copy_of_pages_that_were_told_is_equal_in_the_end() {
             assert!(lost.is_empty(), "{what}: pages {lost:x?} of {} writes", done.load(Ordering::Relaxed));
         }
         rig.assert_clean();
+    }
+}
+
+/// What somebody does who copies a guest's memory; whatever the kernel refuses once is asked for again.
+struct Copier<'a> {
+    rig: &'a Rig,
+    what: String,
+    written: BTreeSet<u64>,
+}
+
+impl Copier<'_> {
+    /// The second time it is well.
+    fn twice<T>(&self, act: impl Fn() -> Result<T, Error>) -> T {
+        act().unwrap_or_else(|error| {
+            assert!(!self.rig.sim.disarm(), "{}: {error}", self.what);
+            act().unwrap_or_else(|error| panic!("{}: again: {error}", self.what))
+        })
+    }
+
+    fn writes(&mut self, label: &str, iova: u64, page: u64) {
+        assert!(self.rig.writes(label, iova), "{}: {iova:#x}", self.what);
+        self.written.insert(page);
+    }
+
+    /// What was written is told, also after a call that failed.
+    fn reads(&mut self, context: &Context, clear: bool) {
+        let told = pages(&self.twice(|| context.dirty(ALL, clear)));
+        let lost: Vec<u64> = self.written.iter().filter(|page| !told.contains(page)).copied().collect();
+        assert!(lost.is_empty(), "{}: {lost:?} were written, and {told:?} told", self.what);
+        if clear {
+            self.written.clear();
+        }
+    }
+
+    fn copies(&mut self, guest: &Guest) {
+        let rig = self.rig;
+        (0..8).for_each(|page| guest.put(page << 12, DATA + (page << 12), true));
+        let context = self.twice(|| Context::with(rig.setup()));
+        let [nic, disk] = ["nic", "disk"].map(|label| self.twice(|| context.connect(label)));
+        let [ioasid, other] = [&nic, &disk].map(|device| {
+            let ioasid = self.twice(|| context.allocate(tracked(Request::guest(guest.view()))));
+            self.twice(|| ioasid.attach(device, None));
+            ioasid
+        });
+        self.twice(|| context.track_dirty(true).inspect_err(|_| assert!(context.dirty(ALL, true).is_err(), "nobody records")));
+        self.reads(&context, false);
+        (self.writes("nic", 0x1000, 1), self.writes("disk", 0x6000, 6));
+        self.reads(&context, true);
+        (self.writes("nic", 0x1000, 1), self.writes("disk", 0x2000, 2));
+        self.reads(&context, false);
+        self.twice(|| ioasid.switch(GuestView { outcome: Outcome::Bypass, id: 0 }));
+        self.writes("nic", DATA + 0x3000, 3);
+        self.reads(&context, true);
+        self.writes("nic", DATA + 0x4000, 4);
+        self.twice(|| ioasid.switch(guest.view()));
+        (self.writes("nic", 0x5000, 5), self.writes("disk", 0x7000, 7));
+        self.twice(|| nic.detach(None));
+        drop(ioasid);
+        self.reads(&context, true);
+        self.twice(|| context.track_dirty(false));
+        assert!(context.dirty(ALL, true).is_err(), "{}: nobody records", self.what);
+        self.twice(|| disk.detach(None));
+        drop(other);
+    }
+}
+
+#[test]
+fn whatever_fails_of_a_copy_nothing_is_lost() {
+    for (arch, host, strategy) in cases() {
+        let rig = Rig::new(std::slice::from_ref(&host), &[("nic", &[0]), ("disk", &[0])]);
+        for steps in [false, true] {
+            for n in 1.. {
+                let what = format!("{arch:?} on {:?}: {strategy}, {} {n}", host.kind, if steps { "step" } else { "call" });
+                match steps {
+                    false => rig.sim.fail_nth(n, Errno::ENOMEM),
+                    true => rig.sim.fail_step_nth(n, Errno::ENOMEM),
+                }
+                Copier { rig: &rig, what, written: BTreeSet::new() }.copies(&Guest::new(arch, &rig.memory));
+                let is_over = rig.sim.disarm();
+                rig.assert_clean();
+                if is_over {
+                    assert!(n > 8, "{arch:?} on {:?}: {n}", host.kind);
+                    break;
+                }
+            }
+        }
     }
 }
 

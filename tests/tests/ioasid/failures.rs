@@ -3,8 +3,10 @@
 use std::fmt::Debug;
 use std::sync::Arc;
 
+use stagecraft::Iova;
 use stagecraft::ioasid::{Context, Device, Error, Ioasid, Request, Setup, Strategy};
 use stagecraft::kernel::Errno;
+use stagecraft::kernel::sim::Reason;
 
 use crate::guests::{Arch, Guest};
 use crate::rig::{DATA, Deaf, EVERYTHING, Rig, page, unit};
@@ -263,6 +265,60 @@ fn a_kernel_that_fails_from_the_nth_call_on_keeps_devices_from_what_is_gone() {
                 continue;
             }
             assert!(lives > 4 && blocked >= 2, "{arch:?} on {host:?}, {strategy}, {failing:?}: {lives} lives, devices blocked in {blocked}");
+        }
+    }
+}
+
+/// A device waits for a page, and the kernel refuses the n-th call of whoever serves it: nobody waits for ever, nothing is left, and the next time it is served.
+#[test]
+fn a_page_request_whose_answer_fails_leaves_nothing() {
+    for (arch, host) in [(Arch::Arm, Arch::Vtd), (Arch::Vtd, Arch::Arm), (Arch::Riscv, Arch::Vtd)] {
+        let rig = Rig::new(&[unit(host)], &[("nic", &[0])]);
+        rig.sim.set_patience(5_000);
+        let dma = rig.sim.device("nic").unwrap();
+        for n in 1.. {
+            let (guest, mut fired) = (Guest::new(arch, &rig.memory), false);
+            {
+                guest.map(0x2000, DATA, false);
+                let context = rig.context();
+                let device = context.connect("nic").unwrap();
+                let request = Request::guest(guest.view()).with_page_requests().with_strategies(&[Strategy::Nested]);
+                let ioasid = context.allocate(request).unwrap();
+                ioasid.attach(&device, None).unwrap();
+                assert_eq!(rig.dma("nic", 0x2000), Some(DATA));
+                // Another page in its place, and nobody says so.
+                guest.map(0x2000, DATA + 0x1000, true);
+                std::thread::scope(|scope| {
+                    let write = scope.spawn(|| dma.write(None, Iova(0x2000), &[1]));
+                    while !write.is_finished() {
+                        if !fired {
+                            rig.sim.fail_nth(n, Errno::ENOMEM);
+                        }
+                        let served = ioasid.serve_faults();
+                        fired |= !rig.sim.disarm();
+                        let found = rig.dma("nic", 0x2000);
+                        assert!([None, Some(DATA), Some(DATA + 0x1000)].contains(&found), "{served:?}");
+                        if served.is_err() {
+                            // What was read and not answered is refused when the device goes.
+                            ioasid.serve_faults().unwrap();
+                            device.detach(None).unwrap();
+                            ioasid.attach(&device, None).unwrap();
+                        }
+                        std::thread::yield_now();
+                    }
+                    let written = write.join().unwrap();
+                    assert!(written.is_ok() || fired, "{arch:?} on {host:?}: refused, and nothing had failed");
+                    let waited = written.is_err_and(|fault| fault.reason == Reason::TimedOut);
+                    assert!(!waited, "{arch:?} on {host:?}: nobody answered, or said so: call {n}");
+                });
+                assert!(rig.writes("nic", 0x2000), "{arch:?} on {host:?}: call {n}");
+                assert_eq!((rig.dma("nic", 0x2000), ioasid.stats().blocked), (Some(DATA + 0x1000), 0));
+            }
+            rig.assert_clean();
+            if !fired {
+                assert!(n > 2, "{arch:?} on {host:?}: {n}");
+                break;
+            }
         }
     }
 }

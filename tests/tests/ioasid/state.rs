@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 
 use stagecraft::ioasid::{Context, Error, Property, Request, Restored, Saved, Strategy, Target};
+use stagecraft::kernel::Errno;
 use stagecraft::kernel::sim::UnitConfig;
 use stagecraft::sync::Watcher;
 use stagecraft::table::Piece;
@@ -129,6 +130,46 @@ fn what_makes_no_sense_is_refused_and_leaves_nothing() {
     assert!(matches!(restore(&changed("\"arm-smmuv3/stage1\"", "\"arm-smmuv3/stage9\"")), Error::Plugins(_)));
     assert!(matches!(restore(&changed("[\"granule\",4096]", "[\"granule\",5]")), Error::Call(_)));
     assert!(matches!(restore(&changed("\"label\":\"gpu\"", "\"label\":\"fan\"")), Error::Kernel { .. }));
+}
+
+/// Whatever call or step of the other host's kernel fails while a context is made again: nothing is left, and it is made the next time.
+#[test]
+fn a_restore_that_fails_leaves_nothing() {
+    for (arch, host) in [(Arch::Arm, unit(Arch::Vtd)), (Arch::Vtd, unit(Arch::Arm)), (Arch::Riscv, unit(Arch::Amd).without_nesting())] {
+        let first = machine(unit(Arch::Vtd));
+        let guest = Guest::new(arch, &first.memory);
+        let (context, _devices, _ioasids, _own) = original(&first, &guest);
+        let saved = context.save();
+        let second = arrive(&first, host);
+        let own = Arc::new(MmapRegion::new(0x1000).unwrap());
+        second.sim.register_region(Arc::clone(&own)).unwrap();
+        let restore = || saved.clone().restore(second.setup(), |_, _| Some(own.as_ptr() as u64));
+        for steps in [false, true] {
+            for n in 1.. {
+                match steps {
+                    false => second.sim.fail_nth(n, Errno::ENOMEM),
+                    true => second.sim.fail_step_nth(n, Errno::ENOMEM),
+                }
+                let result = restore();
+                let is_over = second.sim.disarm();
+                // What was made up for is whole.
+                let is_made = result.is_ok_and(|restored| {
+                    check(&second, &own);
+                    restored.context.save() == saved
+                });
+                second.assert_clean();
+                assert!(["nic", "disk", "gpu"].iter().all(|label| second.dma(label, 0x1008).is_none()), "{arch:?}: {n}");
+                if is_over {
+                    assert!(is_made && n > 10, "{arch:?}: {n}");
+                    break;
+                }
+                if n % 8 == 0 {
+                    drop(restore().unwrap());
+                    second.assert_clean();
+                }
+            }
+        }
+    }
 }
 
 /// Pages with tables, as a VMM's watcher hears of them.
