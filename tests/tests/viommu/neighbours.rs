@@ -150,7 +150,7 @@ fn a_neighbour_at_its_limits_costs_others_nothing() {
             }
             // What was blocked is looked at once more now and then: no more than there may be of it.
             assert_eq!(quiet.elsewhere, 0, "{what}");
-            assert!(loud.elsewhere <= 2 * LIMITS.table_pages as u64, "{what}: {}", loud.elsewhere);
+            assert!(loud.elsewhere <= 2 * LIMITS.table_pages, "{what}: {}", loud.elsewhere);
             [quiet, loud].into_iter().for_each(|life| life.rig.end(&what));
         }
     }
