@@ -159,11 +159,26 @@ impl Guest {
 
     /// A table of pages in the place of a large page.
     pub fn split(&self, iova: u64, address: u64, writes: bool) {
+        self.split_but(iova, address, writes, None);
+    }
+
+    /// The same, and one of the pages, with this number, has another entry; where the table's entry is.
+    pub fn split_but(&self, iova: u64, address: u64, writes: bool, other: Option<(u64, u64)>) -> u64 {
         let table = self.table();
         for index in 0..512 {
-            self.store(table + index * 8, self.arch.leaf(address + (index << 12), 0, writes));
+            let entry = other.filter(|(number, _)| *number == index).map(|(_, entry)| entry);
+            self.store(table + index * 8, entry.unwrap_or(self.arch.leaf(address + (index << 12), 0, writes)));
         }
-        self.store(self.slot(iova, 1), self.arch.table(table, 1));
+        let slot = self.slot(iova, 1);
+        self.store(slot, self.arch.table(table, 1));
+        slot
+    }
+
+    /// The root stands elsewhere from now on, and says the same.
+    pub fn move_root(&self) {
+        let (from, to) = (self.root(), self.table());
+        (0..512).for_each(|index| self.store(to + index * 8, self.load(from + index * 8)));
+        self.root.store(to, Ordering::Relaxed);
     }
 
     pub fn unmap(&self, iova: u64) -> u64 {

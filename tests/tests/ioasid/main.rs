@@ -13,6 +13,7 @@ mod dirty;
 mod explain;
 mod failures;
 mod guests;
+mod hitless;
 mod idle;
 mod managed;
 mod memory;

@@ -5,7 +5,7 @@ use std::sync::{Arc, OnceLock};
 
 use crate::guests::Arch;
 use stagecraft::ioasid::{Context, GuestMemory, Setup, TableSupply};
-use stagecraft::kernel::sim::{DeviceConfig, Sim, SimBuilder, UnitConfig, UnitIndex};
+use stagecraft::kernel::sim::{DeviceConfig, DmaAccess, Sim, SimBuilder, UnitConfig, UnitIndex};
 use stagecraft::kernel::{Before, Errno, Invalidate, InvalidateError, Kernel, Pasid};
 use stagecraft::plugin::queue::{Effect, Invalidation, Scope};
 use stagecraft::plugin::{Config, Engine, Plugins};
@@ -64,9 +64,17 @@ impl Rig {
     }
 
     pub fn dma_of(&self, label: &str, pasid: Option<Pasid>, iova: u64) -> Option<u64> {
-        use stagecraft::kernel::sim::DmaAccess;
+        self.gets_to(label, pasid, iova, DmaAccess::Read)
+    }
+
+    /// Where in guest memory an access of a device gets to.
+    pub fn reaches(&self, label: &str, iova: u64, access: DmaAccess) -> Option<u64> {
+        self.gets_to(label, None, iova, access)
+    }
+
+    fn gets_to(&self, label: &str, pasid: Option<Pasid>, iova: u64, access: DmaAccess) -> Option<u64> {
         let device = self.sim.device(label).unwrap();
-        let found = device.translate(pasid, Iova(iova), DmaAccess::Read).ok()?;
+        let found = device.translate(pasid, Iova(iova), access).ok()?;
         let region = vm_memory::GuestMemoryBackend::iter(&*self.memory).next().unwrap();
         found.user_address.checked_sub(vm_memory::GuestMemoryRegion::get_host_address(region, vm_memory::MemoryRegionAddress(0)).unwrap() as u64)
     }
