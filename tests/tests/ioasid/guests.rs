@@ -41,7 +41,7 @@ impl Arch {
     }
 
     /// A table in a table at a height above the last level (0).
-    const fn table(self, next: u64, height: u32) -> u64 {
+    pub const fn table(self, next: u64, height: u32) -> u64 {
         match self {
             Self::Arm => next | 0b11,
             // Present, write, user, accessed.
@@ -50,6 +50,23 @@ impl Arch {
             Self::Amd => next | 1 | (height as u64) << 9 | 3 << 61,
             Self::Riscv => next >> 2 | 1,
         }
+    }
+
+    /// The same, and nothing that it leads to may be written: where a format can say so.
+    pub const fn read_only_table(self, next: u64, height: u32) -> u64 {
+        let table = self.table(next, height);
+        match self {
+            // APTable[1].
+            Self::Arm => table | 1 << 62,
+            Self::Vtd => table & !2,
+            Self::Amd => table & !(1 << 62),
+            Self::Riscv => table,
+        }
+    }
+
+    /// Whether it can.
+    pub const fn has_read_only_tables(self) -> bool {
+        !matches!(self, Self::Riscv)
     }
 
     /// A leaf.

@@ -21,6 +21,7 @@ mod moves;
 mod paths;
 mod requests;
 mod rig;
+mod scribbled;
 mod serves;
 mod state;
 mod threads;
