@@ -10,7 +10,7 @@ use stagecraft::kernel::{Before, Errno, Invalidate, InvalidateError, Kernel, Pas
 use stagecraft::plugin::queue::{Effect, Invalidation, Scope};
 use stagecraft::plugin::{Config, Engine, Plugins};
 use stagecraft::{Iova, Span};
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress};
 
 /// Guest memory is from 0 up to here.
 pub const MEMORY: u64 = 32 << 20;
@@ -75,8 +75,13 @@ impl Rig {
     fn gets_to(&self, label: &str, pasid: Option<Pasid>, iova: u64, access: DmaAccess) -> Option<u64> {
         let device = self.sim.device(label).unwrap();
         let found = device.translate(pasid, Iova(iova), access).ok()?;
-        let region = vm_memory::GuestMemoryBackend::iter(&*self.memory).next().unwrap();
-        found.user_address.checked_sub(vm_memory::GuestMemoryRegion::get_host_address(region, vm_memory::MemoryRegionAddress(0)).unwrap() as u64)
+        found.user_address.checked_sub(self.memory_at())
+    }
+
+    /// Where guest memory is in this process.
+    pub fn memory_at(&self) -> u64 {
+        let region = GuestMemoryBackend::iter(&*self.memory).next().unwrap();
+        region.get_host_address(MemoryRegionAddress(0)).unwrap() as u64
     }
 
     /// Whether a device may write there.

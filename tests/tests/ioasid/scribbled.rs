@@ -5,9 +5,9 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use stagecraft::ioasid::{Ioasid, Request, Strategy};
+use stagecraft::ioasid::{Ioasid, Request, SpaceLimits, Strategy};
 use stagecraft::kernel::sim::{Device, DmaAccess};
-use stagecraft::lookup::Lookup;
+use stagecraft::lookup::{Limits, Lookup};
 use stagecraft::{Access, Gpa, Iova};
 use stagecraft_tests::reference::generate::Rng;
 
@@ -158,9 +158,10 @@ impl Walk {
     }
 }
 
-/// All accesses that somebody tries: pages that have entries, and some that are only in blocks.
+/// All accesses that somebody tries: pages that have entries, some that are only in blocks, and the last one of memory and what is behind it.
 fn walks() -> Vec<Walk> {
-    let iovas = (0..2).flat_map(|top| (0..3).flat_map(move |block| (0..10).map(move |page| top << 30 | block << 21 | page << 12)));
+    let pages = (0..3).flat_map(|block| (0..10).map(move |page| block << 21 | page << 12)).chain([MEMORY - PAGE, MEMORY]);
+    let iovas = pages.flat_map(|page| [0, 1].map(|top| top << 30 | page));
     iovas.flat_map(|iova| [false, true].map(|writes| Walk { iova, writes })).collect()
 }
 
@@ -221,7 +222,10 @@ fn nobody_gets_what_never_stood_there(host: Arch, arch: Arch, strategy: Strategy
     slots.iter().for_each(|slot| write(&mut rng, *slot, 0));
     let context = rig.context();
     let nic = context.connect("nic").unwrap();
-    let ioasid = context.allocate(Request::guest(guest.view()).with_strategies(&[strategy, Strategy::Software])).unwrap();
+    // So few nodes of lookups that they are used again and again.
+    let limits = SpaceLimits { lookup: Limits { nodes: 32 }, ..SpaceLimits::default() };
+    let request = Request::guest(guest.view()).with_limits(limits).with_strategies(&[strategy, Strategy::Software]);
+    let ioasid = context.allocate(request).unwrap();
     let lookup = ioasid.lookup().unwrap();
     if strategy != Strategy::Software {
         ioasid.attach(&nic, None).unwrap();
