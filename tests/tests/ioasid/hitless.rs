@@ -37,17 +37,26 @@ fn stay() -> Vec<u64> {
     split.into_iter().chain((0..16).map(|index| SMALL + index * 2 * PAGE)).collect()
 }
 
+/// An array of invalidations, kept.
+#[derive(Debug)]
+struct Kept {
+    target: InvalidateTarget,
+    data_type: u32,
+    entry_length: u32,
+    entries: Vec<u8>,
+}
+
 /// A kernel whose units forget what they know whenever they are asked to: each transaction after that walks.
 #[derive(Debug)]
 struct Forgetting {
     kernel: Arc<dyn Kernel>,
-    /// The first array for each target, which is for all that the guest has.
-    first: Mutex<Vec<(InvalidateTarget, u32, u32, Vec<u8>)>>,
+    /// The first for each target, which is for all that the guest has.
+    first: Mutex<Vec<Kept>>,
 }
 
 impl Forgetting {
     fn forget(&self) {
-        for (target, data_type, entry_length, entries) in &*self.first.lock().unwrap() {
+        for Kept { target, data_type, entry_length, entries } in &*self.first.lock().unwrap() {
             // A target that is gone has nothing to forget.
             let _ = self.kernel.hwpt_invalidate(&Invalidate { target: *target, data_type: *data_type, entry_length: *entry_length, entries });
         }
@@ -61,8 +70,9 @@ impl Before for Forgetting {
 
     fn invalidate(&self, request: &Invalidate<'_>) -> Result<u32, InvalidateError> {
         let mut first = self.first.lock().unwrap();
-        if !request.entries.is_empty() && first.iter().all(|(target, ..)| *target != request.target) {
-            first.push((request.target, request.data_type, request.entry_length, request.entries.to_vec()));
+        if !request.entries.is_empty() && first.iter().all(|kept| kept.target != request.target) {
+            let Invalidate { target, data_type, entry_length, entries } = *request;
+            first.push(Kept { target, data_type, entry_length, entries: entries.to_vec() });
         }
         drop(first);
         self.kernel.hwpt_invalidate(request)

@@ -208,7 +208,7 @@ fn tell(ioasid: &Ioasid, rng: &mut Rng) {
 
 /// One after the other of all epochs, while somebody writes and somebody looks; how often something was found.
 fn nobody_gets_what_never_stood_there(host: Arch, arch: Arch, strategy: Strategy, seed: u64) -> u64 {
-    const EPOCHS: u64 = 12;
+    const EPOCHS: u64 = 8;
     let what = format!("{arch:?} on {host:?}, {strategy}");
     let unit = if strategy == Strategy::Areas { unit(host).without_nesting() } else { unit(host) };
     let rig = Rig::new(&[unit], &[("nic", &[0])]);
