@@ -91,7 +91,7 @@ fn what_is_answered_is_what_attaching_says() {
             }
             for _ in 0..8 {
                 let device = &devices[rng.below(4) as usize];
-                let pasid = rng.percent(25).then(|| Pasid(3));
+                let pasid = rng.percent(25).then_some(Pasid(3));
                 if device.attached().contains(&(pasid, ioasid.id())) {
                     device.detach(pasid).unwrap();
                     continue;
