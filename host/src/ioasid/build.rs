@@ -67,12 +67,11 @@ impl Space {
                 return Ok(Built::Areas);
             }
             let what = candidate.what();
-            let made = self.make(state, device, wish.company, candidate).and_then(|made| {
+            match self.make(state, device, wish.company, candidate) {
                 // Nothing takes the place of what is whole before it is whole itself.
-                let is_whole = wish.better_than.is_none() || !made.0.lacks_answers();
-                is_whole.then_some(made).ok_or_else(|| Refusal::new(Property::Format, "the host's format failed").into())
-            });
-            match made {
+                Ok((host, _)) if wish.better_than.is_some() && host.lacks_answers() => {
+                    explanation.reject(strategy, vec![Refusal::new(Property::Format, "the host's format failed").to_string()]);
+                }
                 Ok((host, report)) => {
                     tracing::debug!(%strategy, what, "chosen");
                     self.context().count(Counter::of(strategy), 1);

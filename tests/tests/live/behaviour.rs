@@ -7,14 +7,14 @@ use stagecraft::memory::{Budget, Limits, MemoryMap};
 use stagecraft::plugin::queue::{Effect, Invalidation, Scope};
 use stagecraft::plugin::{TableConfig, Tag};
 use stagecraft::sync::{Live, Reason, Shadow, ShadowLimits, Sink, Unwatched, Watcher};
-use stagecraft::table::{Encoded, Finding, Format, FormatError, Geometry, Mapping, Meaning, Table};
+use stagecraft::table::{Mapping, Table};
 use stagecraft::{Attributes, Change, Gpa, Span};
 use stagecraft_tests::reference::generate::Rng;
 use stagecraft_tests::reference::walk::Walker;
 
 use super::equality::{assert_same, clipped, converted};
 use super::guest::{DATA, Guest, MEMORY, PS, RO, RW};
-use super::support::{Host, format, walk};
+use super::support::{Failing, Host, format, walk};
 
 const HOST: (&str, &[(&str, u64)]) = ("arm-smmuv3/stage1", &[("granule", 4096), ("input-bits", 48), ("output-bits", 48)]);
 
@@ -184,45 +184,11 @@ fn limits_block_what_is_beyond_them_and_nothing_else() {
     assert_in_step(&guest, &live);
 }
 
-/// A format that fails from when it is told to.
-pub struct Failing(pub Box<dyn Format>, pub Arc<AtomicBool>);
-
-impl Failing {
-    fn check(&self) -> Result<(), FormatError> {
-        if self.1.load(Ordering::Relaxed) { Err("it trapped".into()) } else { Ok(()) }
-    }
-}
-
-impl Format for Failing {
-    fn geometry(&mut self) -> Result<Geometry, FormatError> {
-        self.check()?;
-        self.0.geometry()
-    }
-    fn decode(&mut self, level: u8, inherited: u64, pattern: u64) -> Result<Meaning, FormatError> {
-        self.check()?;
-        self.0.decode(level, inherited, pattern)
-    }
-    fn decode_entry(&mut self, level: u8, inherited: u64, entry: u64) -> Result<Meaning, FormatError> {
-        self.check()?;
-        self.0.decode_entry(level, inherited, entry)
-    }
-    fn explain(&mut self, level: u8, inherited: u64, pattern: u64) -> Result<Vec<Finding>, FormatError> {
-        self.check()?;
-        self.0.explain(level, inherited, pattern)
-    }
-    fn encode_leaf(&mut self, level: u8, size_log2: u8, attributes: Attributes) -> Result<Option<Encoded>, FormatError> {
-        self.0.encode_leaf(level, size_log2, attributes)
-    }
-    fn encode_table(&mut self, level: u8, next: u8) -> Result<Option<u64>, FormatError> {
-        self.0.encode_table(level, next)
-    }
-}
-
 #[test]
 fn a_format_that_fails_blocks_unknown_patterns_and_comes_back() {
     let (guest, fails) = (Guest::new(), Arc::new(AtomicBool::new(false)));
     guest.set(0, 0, DATA | RW);
-    let failing = Failing(format(&guest.config()), Arc::clone(&fails));
+    let failing = Failing::to_read(format(&guest.config()), Arc::clone(&fails));
     let shadow = Shadow::open(Box::new(failing), Guest::map(), ShadowLimits::default(), Box::new(Unwatched)).unwrap();
     let mut live = Live::new(shadow, Host::new(&TableConfig::new(HOST.0, HOST.1), 8 << 20), Tag::default(), 0, 1 << 10);
     live.synchronise(&guest.view()).unwrap();

@@ -5,10 +5,10 @@ use std::sync::{Arc, Mutex};
 use stagecraft::Attributes;
 use stagecraft::plugin::{TableConfig, Tag};
 use stagecraft::sync::{Live, Shadow, ShadowLimits, Unwatched};
-use stagecraft::table::{Encoded, Finding, Format, FormatError, Geometry, Mapping, Meaning, Table};
+use stagecraft::table::{Format, Mapping, Table};
 
 use super::guest::{DATA, Guest, PS, RO, RW};
-use super::support::{Host, format, walk};
+use super::support::{Failing, Host, format, walk};
 
 /// Not used yet.
 const FRESH: u64 = 0b111;
@@ -17,7 +17,6 @@ const FRESH: u64 = 0b111;
 type Unsaid = fn(Attributes) -> bool;
 
 /// That, and how often the format was asked for it.
-#[derive(Clone)]
 struct Silence(Arc<Mutex<(Unsaid, u64)>>);
 
 impl Silence {
@@ -25,38 +24,20 @@ impl Silence {
         self.0.lock().unwrap().0 = what;
     }
 
+    /// A host's format that does not say it.
+    fn of(&self, format: Box<dyn Format>) -> Failing {
+        let silence = Arc::clone(&self.0);
+        Failing::to_write(format, move |attributes| {
+            let (is_silent, failures) = &mut *silence.lock().unwrap();
+            let fails = is_silent(attributes);
+            *failures += u64::from(fails);
+            fails
+        })
+    }
+
     /// How often it failed since this was asked.
     fn failures(&self) -> u64 {
         std::mem::take(&mut self.0.lock().unwrap().1)
-    }
-}
-
-/// A host's format that does not say some things.
-struct Silent(Box<dyn Format>, Silence);
-
-impl Format for Silent {
-    fn geometry(&mut self) -> Result<Geometry, FormatError> {
-        self.0.geometry()
-    }
-    fn decode(&mut self, level: u8, inherited: u64, pattern: u64) -> Result<Meaning, FormatError> {
-        self.0.decode(level, inherited, pattern)
-    }
-    fn decode_entry(&mut self, level: u8, inherited: u64, entry: u64) -> Result<Meaning, FormatError> {
-        self.0.decode_entry(level, inherited, entry)
-    }
-    fn explain(&mut self, level: u8, inherited: u64, pattern: u64) -> Result<Vec<Finding>, FormatError> {
-        self.0.explain(level, inherited, pattern)
-    }
-    fn encode_leaf(&mut self, level: u8, size_log2: u8, attributes: Attributes) -> Result<Option<Encoded>, FormatError> {
-        let (is_silent, failures) = &mut *self.1.0.lock().unwrap();
-        if is_silent(attributes) {
-            *failures += 1;
-            return Err("it trapped".into());
-        }
-        self.0.encode_leaf(level, size_log2, attributes)
-    }
-    fn encode_table(&mut self, level: u8, next: u8) -> Result<Option<u64>, FormatError> {
-        self.0.encode_table(level, next)
     }
 }
 
@@ -80,7 +61,7 @@ impl Rig {
         let (guest, silence) = (Guest::new(), Silence(Arc::new(Mutex::new((|_| false, 0)))));
         guest.put(0, 0, DATA | RW);
         let config = TableConfig::new("riscv-iommu/first-stage", &[("levels", 4)]);
-        let host = Host::of(Box::new(Silent(format(&config), silence.clone())), &config, 8 << 20);
+        let host = Host::of(Box::new(silence.of(format(&config))), &config, 8 << 20);
         let shadow = Shadow::open(format(&guest.config()), Guest::map(), ShadowLimits::default(), Box::new(Unwatched)).unwrap();
         let live = Live::new(shadow, host, Tag::default(), 0, 1 << 10);
         let mut this = Self { guest, silence, live };

@@ -13,11 +13,11 @@ use stagecraft_tests::reference::Run;
 use stagecraft_tests::reference::generate::Rng;
 use stagecraft_tests::reference::walk::Walker;
 
-use super::behaviour::{Failing, Watched, range};
+use super::behaviour::{Watched, range};
 use super::equality::seeds;
 use super::guest::{DATA, Guest, MEMORY, PS, RO, RW};
 use super::stages::{Both, Pair, both_writable};
-use super::support::{Model, View, append, format};
+use super::support::{Failing, Model, View, append, format};
 use crate::configs::plugin_config;
 
 /// A sink that insists on the order of changes, and keeps what they say.
@@ -423,7 +423,7 @@ fn a_way_that_cannot_be_taken_changes_nothing() {
     let second = Second::identity(&guest);
     guest.put(0, 0, DATA | RW);
     let mut live = live(&guest, second.way(), ShadowLimits::default(), Box::new(Unwatched));
-    let failing = |config: &TableConfig| -> Box<dyn Format> { Box::new(Failing(format(config), Arc::new(AtomicBool::new(true)))) };
+    let failing = |config: &TableConfig| -> Box<dyn Format> { Box::new(Failing::to_read(format(config), Arc::new(AtomicBool::new(true)))) };
     for way in [
         Way::tables(format(&guest.config()), failing(&second.config())),
         Way::tables(failing(&guest.config()), format(&second.config())),
@@ -435,7 +435,7 @@ fn a_way_that_cannot_be_taken_changes_nothing() {
     }
     // A format of the second stage that fails later blocks what it does not know, and comes back.
     let fails = Arc::new(AtomicBool::new(false));
-    let outer = Box::new(Failing(format(&second.config()), Arc::clone(&fails)));
+    let outer = Box::new(Failing::to_read(format(&second.config()), Arc::clone(&fails)));
     assert_eq!(live.switch(Way::tables(format(&guest.config()), outer), &guest.view()).unwrap().changes, 0);
     fails.store(true, Ordering::Relaxed);
     second.set(DATA, 1, DATA | R | PS);

@@ -1,13 +1,14 @@
 //! What the tests of live address spaces share: guests whose memory can be changed, a model of what was told, and hosts.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, RwLock};
 
 use stagecraft::memory::{Budget, EntryMemory, Limits, MemoryMap};
 use stagecraft::plugin::TableConfig;
 use stagecraft::sync::{CommitError, Committer, Needed, NestedTable, RegionTables, Sink};
-use stagecraft::table::{Collector, Format, Mapping, Piece, Table, WalkError};
-use stagecraft::{Change, Gpa, Span};
+use stagecraft::table::{Collector, Encoded, Finding, Format, FormatError, Geometry, Mapping, Meaning, Piece, Table, WalkError};
+use stagecraft::{Attributes, Change, Gpa, Span};
 use stagecraft_tests::reference::snapshot::Memory;
 use vm_memory::{MmapRegion, VolatileMemory};
 
@@ -187,6 +188,54 @@ impl Sink for Host {
     fn offer(&mut self, span: Span, pieces: &[Change]) {
         self.model.insist_on(span, pieces);
         self.table.offer(span, pieces);
+    }
+}
+
+/// A format that fails: asked what an entry is, or for a leaf with attributes.
+pub struct Failing {
+    format: Box<dyn Format>,
+    fails: Box<dyn FnMut(Option<Attributes>) -> bool + Send>,
+}
+
+impl Failing {
+    /// One that cannot read entries from when it is told to.
+    pub fn to_read(format: Box<dyn Format>, fails: Arc<AtomicBool>) -> Self {
+        Self { format, fails: Box::new(move |leaf| leaf.is_none() && fails.load(Ordering::Relaxed)) }
+    }
+
+    /// One that cannot write some leaves.
+    pub fn to_write(format: Box<dyn Format>, mut fails: impl FnMut(Attributes) -> bool + Send + 'static) -> Self {
+        Self { format, fails: Box::new(move |leaf| leaf.is_some_and(&mut fails)) }
+    }
+
+    fn check(&mut self, leaf: Option<Attributes>) -> Result<(), FormatError> {
+        if (self.fails)(leaf) { Err("it trapped".into()) } else { Ok(()) }
+    }
+}
+
+impl Format for Failing {
+    fn geometry(&mut self) -> Result<Geometry, FormatError> {
+        self.check(None)?;
+        self.format.geometry()
+    }
+    fn decode(&mut self, level: u8, inherited: u64, pattern: u64) -> Result<Meaning, FormatError> {
+        self.check(None)?;
+        self.format.decode(level, inherited, pattern)
+    }
+    fn decode_entry(&mut self, level: u8, inherited: u64, entry: u64) -> Result<Meaning, FormatError> {
+        self.check(None)?;
+        self.format.decode_entry(level, inherited, entry)
+    }
+    fn explain(&mut self, level: u8, inherited: u64, pattern: u64) -> Result<Vec<Finding>, FormatError> {
+        self.check(None)?;
+        self.format.explain(level, inherited, pattern)
+    }
+    fn encode_leaf(&mut self, level: u8, size_log2: u8, attributes: Attributes) -> Result<Option<Encoded>, FormatError> {
+        self.check(Some(attributes))?;
+        self.format.encode_leaf(level, size_log2, attributes)
+    }
+    fn encode_table(&mut self, level: u8, next: u8) -> Result<Option<u64>, FormatError> {
+        self.format.encode_table(level, next)
     }
 }
 

@@ -32,6 +32,17 @@ pub struct Rig {
     pub watched: Watched,
 }
 
+/// Devices go, and so does their vIOMMU: nobody watches anything, and nothing is left in the kernel.
+pub fn nothing_is_left(mut viommu: Viommu<GuestMemoryMmap, ContextSpaces>, devices: &[u64], watched: &Watched, sim: &Sim, what: &str) {
+    for id in devices {
+        viommu.disconnect(*id);
+        viommu.host_mut().disconnect(*id);
+    }
+    assert!(watched.0.lock().unwrap().is_empty(), "{what}");
+    drop(viommu);
+    assert_eq!((sim.objects(), sim.pinned_pages(), sim.areas()), (0, 0, 0), "{what}: nothing is left in the kernel");
+}
+
 impl Rig {
     pub fn new(arch: Arch, host: UnitConfig) -> Self {
         Self::with(arch, host, Self::template())
@@ -105,15 +116,8 @@ impl Rig {
     }
 
     /// Everybody goes, and nothing is left in the kernel.
-    pub fn end(mut self, what: &str) {
-        for id in [ONE, TWO] {
-            self.viommu.disconnect(id);
-            self.viommu.host_mut().disconnect(id);
-        }
-        assert!(self.watched.0.lock().unwrap().is_empty(), "{what}");
-        let Self { viommu, sim, .. } = self;
-        drop(viommu);
-        assert_eq!((sim.objects(), sim.pinned_pages(), sim.areas()), (0, 0, 0), "{what}: nothing is left in the kernel");
+    pub fn end(self, what: &str) {
+        nothing_is_left(self.viommu, &[ONE, TWO], &self.watched, &self.sim, what);
     }
 
     /// The address space that a device is in.

@@ -15,7 +15,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestM
 
 use super::behaviour::{ONE, Watched, without_pasid};
 use super::guests::{Arch, DATA, Guest, MEMORY};
-use super::kernel::plugins;
+use super::kernel::{nothing_is_left, plugins};
 
 const IOVA: u64 = 0x12_3456_7000;
 /// Memory that comes and goes.
@@ -123,13 +123,8 @@ impl Rig {
         events.records.len()
     }
 
-    fn end(mut self, what: &str) {
-        self.viommu.disconnect(ONE);
-        self.viommu.host_mut().disconnect(ONE);
-        assert!(self.watched.0.lock().unwrap().is_empty(), "{what}");
-        let Self { viommu, sim, .. } = self;
-        drop(viommu);
-        assert_eq!((sim.objects(), sim.pinned_pages(), sim.areas()), (0, 0, 0), "{what}: nothing is left in the kernel");
+    fn end(self, what: &str) {
+        nothing_is_left(self.viommu, &[ONE], &self.watched, &self.sim, what);
     }
 }
 
