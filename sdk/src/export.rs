@@ -30,9 +30,9 @@ pub use bindings::*;
 use crate::queue::Access;
 use crate::unit::lookup_and_refuse;
 use crate::{
-    Attributes, BlockKind, Blocked, ByteOrder, Command, Direct, Error, Event, EventRecord, Extent, FaultKind, Format, GuestMemory, Intercept,
-    InvalidationTarget, Meaning, Need, Note, Outcome, PageRequest, Place, RangeEntry, Recipe, Registers, Requester, Settings, Severity, TableConfig,
-    Tag, Translated, Unit, Window,
+    Attributes, BlockKind, Blocked, BlockedDma, ByteOrder, Command, Direct, Error, Event, EventRecord, Extent, FaultKind, Format, GuestMemory,
+    Intercept, InvalidationTarget, Meaning, Need, Note, Outcome, PageRequest, Place, RangeEntry, Recipe, Registers, Requester, Settings, Severity,
+    TableConfig, Tag, Translated, Unit, Window,
 };
 
 /// [`GuestMemory`] through the component's import.
@@ -211,6 +211,23 @@ pub fn encode_page_request<U: Unit>(
     let request = PageRequest { id, pasid, address, read, write, execute, privileged, group, last };
     let EventRecord { queue, bytes } = U::encode_page_request(&registers_in(unit, registers), &request).map_err(error_out)?;
     Ok(queue::EventRecord { queue, bytes })
+}
+
+/// `queue.decode-event` of unit `U`.
+///
+/// # Errors
+/// As [`Unit::decode_event`].
+pub fn decode_event<U: Unit>(record: &[u8]) -> Result<Option<queue::BlockedDma>, types::Error> {
+    install_panic_hook();
+    let blocked = U::decode_event(record).map_err(error_out)?;
+    Ok(blocked.map(|BlockedDma { id, pasid, iova, access, privileged }| {
+        let access = match access {
+            Access::Read => queue::Access::Read,
+            Access::Write => queue::Access::Write,
+            Access::Execute => queue::Access::Execute,
+        };
+        queue::BlockedDma { id, pasid, iova, access, privileged }
+    }))
 }
 
 /// `detect.offers` of unit `U`.
@@ -490,6 +507,9 @@ macro_rules! export_format {
                     request: queue::PageRequest,
                 ) -> Result<queue::EventRecord, types::Error> {
                     export::encode_page_request::<$unit>(&unit, registers, &request)
+                }
+                fn decode_event(bytes: Vec<u8>) -> Result<Option<queue::BlockedDma>, types::Error> {
+                    export::decode_event::<$unit>(&bytes)
                 }
             }
 

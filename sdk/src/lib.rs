@@ -21,7 +21,7 @@ pub use format::{
     Attributes, ByteOrder, Encoded, FaultKind, Finding, Findings, Format, Geometry, Kind, Level, Mark, Meaning, MemoryType, Missing, Need, Next,
     Root, Segment, Severity, Shape,
 };
-pub use queue::{Answer, Command, Effect, Event, EventRecord, PageRequest, Response, Scope};
+pub use queue::{Answer, BlockedDma, Command, Effect, Event, EventRecord, PageRequest, Response, Scope};
 pub use unit::{
     Binding, BlockKind, Blocked, Direct, Extent, GuestMemory, Intercept, InvalidationTarget, Note, Offer, Outcome, Place, PlaceToBind, RangeEntry,
     Recipe, Registers, Requester, Structure, Tag, Translated, Unit, Window,

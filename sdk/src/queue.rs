@@ -269,6 +269,21 @@ pub struct PageRequest {
     pub last: bool,
 }
 
+/// A request of a device that a unit of the host's refused. The WIT says what each field means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockedDma {
+    /// The device's number in the vIOMMU.
+    pub id: u64,
+    /// PASID or SubstreamID.
+    pub pasid: Option<u32>,
+    /// What it asked for; zero where the record does not say.
+    pub iova: u64,
+    /// What it wanted to do there; to read, where the record does not say.
+    pub access: Access,
+    /// It asked with privilege.
+    pub privileged: bool,
+}
+
 /// The bytes of an event record.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EventRecord {
@@ -276,6 +291,15 @@ pub struct EventRecord {
     pub queue: String,
     /// The record.
     pub bytes: Vec<u8>,
+}
+
+/// The little-endian words of a record that has `N` of them.
+///
+/// # Errors
+/// [`Error::Invalid`](crate::Error::Invalid) for another length.
+pub fn record_words<const N: usize>(record: &[u8], section: &str) -> Result<[u64; N], crate::Error> {
+    let words = <[u64; N]>::try_from(crate::bits::words(record)).ok().filter(|_| record.len() == N * 8);
+    words.ok_or_else(|| crate::Error::invalid("record", record.len() as u64, section, &format!("a record has {} bytes", N * 8)))
 }
 
 impl EventRecord {

@@ -1,6 +1,6 @@
 //! From a unit's registers to the tables that a device uses.
 
-use crate::{Attributes, Command, Error, Event, EventRecord, PageRequest, Severity, TableConfig};
+use crate::{Attributes, BlockedDma, Command, Error, Event, EventRecord, PageRequest, Severity, TableConfig};
 
 /// Reads guest memory on behalf of [`Unit::lookup`]; bounded by the host. Read a structure once, whole, and keep it.
 pub trait GuestMemory {
@@ -477,6 +477,15 @@ pub trait Unit {
     fn encode_page_request(registers: &Registers, request: &PageRequest) -> Result<EventRecord, Error> {
         let _ = (registers, request);
         Err(Error::Unsupported("page requests of this architecture".to_owned()))
+    }
+
+    /// The request that `record` is about, which the host's kernel handed out for a vIOMMU of this architecture; none if it is about no request of a device's own.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] if the kernel has no such vIOMMU, or this plugin does not know its records; [`Error::Invalid`] for a part of a record.
+    fn decode_event(record: &[u8]) -> Result<Option<BlockedDma>, Error> {
+        let _ = record;
+        Err(Error::Unsupported("the kernel's records of this architecture".to_owned()))
     }
 }
 

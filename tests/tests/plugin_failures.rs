@@ -4,13 +4,13 @@ use std::fmt::Write as _;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
-use stagecraft::plugin::queue::{Effect, Event, EventAccess, MAX_COMMAND_BYTES, Scope};
+use stagecraft::plugin::queue::{BlockedDma, Effect, Event, EventAccess, MAX_COMMAND_BYTES, Scope};
 use stagecraft::plugin::{
     BlockKind, Blocked, CallError, Config, DetectMemory, Direct, Engine, Instance, Limits, Notes, Outcome, PlaceToBind, Plugin, PluginFormat,
     Refusal, Requester, Settings, TableConfig, Ticker, Translated,
 };
 use stagecraft::table::{FaultKind, Format as _, FormatError, Meaning, Missing, Need, Next, Severity, Window};
-use stagecraft::{Attributes, Span};
+use stagecraft::{Attributes, Iova, Span};
 use stagecraft_plugin_hostile::{bad, mode};
 
 const HOSTILE: &[u8] = include_bytes!("../hostile/built/hostile.wasm");
@@ -399,6 +399,22 @@ fn commands_and_events_pass_the_sandbox_checked() {
     assert_eq!((&*record.queue, record.bytes), ("log", words));
     assert!(nonsense(&encode(mode::LONG_RECORD).expect_err("nonsense")).contains("an event record of 100000 bytes"));
     assert!(matches!(encode(mode::UNSUPPORTED), Err(CallError::Refused { refusal: Refusal::Unsupported(_), .. })));
+}
+
+#[test]
+fn what_records_of_the_host_are_said_to_be_about_is_checked() {
+    let decode = |record: &[u8]| plugin().instantiate().expect("an instance").decode_event(record);
+    let request = BlockedDma {
+        requester: Requester { id: 0x38, pasid: Some(0xf_ffff) },
+        iova: Iova(0x1234_5678),
+        access: EventAccess::Execute,
+        privileged: true,
+    };
+    assert_eq!((decode(&[0; 256]), decode(&[1])), (Ok(None), Ok(Some(request))));
+    assert!(nonsense(&decode(&[2]).expect_err("nonsense")).contains("0x100000"));
+    assert!(matches!(decode(&[3]), Err(CallError::Trap { .. })), "{:?}", decode(&[3]));
+    assert!(matches!(decode(&[]), Err(CallError::Refused { refusal: Refusal::Invalid { .. }, .. })));
+    assert!(matches!(decode(&[0; 257]), Err(CallError::TooLong { bytes: 257, limit: 256, .. })));
 }
 
 #[test]

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Weak};
 
 use super::device::Connected;
+use super::events::Told;
 use super::memory::compare;
 use super::metrics::{Counter, Counters};
 use super::parent::{Parent, Under};
@@ -72,6 +73,7 @@ pub(super) struct Inner {
     devices: Mutex<BTreeMap<String, Weak<Connected>>>,
     units: Mutex<Vec<Unit>>,
     parents: Mutex<[Weak<Parent>; 3]>,
+    told: Arc<Told>,
     memory: RwLock<GuestMemory>,
     /// Held for reading while page tables are made, which have all of guest memory at first, and for writing while that changes. Taken before all other locks.
     /// In it: memory that went, and that the kernel still has because a call failed.
@@ -164,6 +166,20 @@ impl Inner {
 
     pub(super) const fn watched(&self) -> Option<&Arc<Watched>> {
         self.watched.as_ref()
+    }
+
+    /// Those that there are.
+    pub(super) fn parents(&self) -> Vec<Arc<Parent>> {
+        lock(&self.parents).iter().filter_map(Weak::upgrade).collect()
+    }
+
+    pub(super) const fn told(&self) -> &Arc<Told> {
+        &self.told
+    }
+
+    /// Devices that are connected.
+    pub(super) fn connected(&self) -> Vec<Arc<Connected>> {
+        lock(&self.devices).values().filter_map(Weak::upgrade).collect()
     }
 
     /// The parent of nested tables; made when it is first needed, and gone with the last that needs it.
@@ -307,6 +323,7 @@ impl Context {
             devices: Mutex::default(),
             units: Mutex::default(),
             parents: Mutex::default(),
+            told: Arc::default(),
             memory: RwLock::new(memory),
             gate: RwLock::default(),
             pins,
@@ -356,7 +373,7 @@ impl Context {
     /// All connected devices, by label.
     #[must_use]
     pub fn devices(&self) -> Vec<Device> {
-        lock(&self.0.devices).values().filter_map(Weak::upgrade).map(Device).collect()
+        self.0.connected().into_iter().map(Device).collect()
     }
 
     /// The union over all connected devices, with who offers what.
@@ -470,7 +487,7 @@ impl Context {
         let mut leaving = self.0.gate.write().unwrap_or_else(PoisonError::into_inner);
         let before = self.0.memory();
         let ((kept, gone), (_, come)) = (compare(before.regions(), memory.regions()), compare(memory.regions(), before.regions()));
-        let parents: Vec<Arc<Parent>> = lock(&self.0.parents).iter().filter_map(Weak::upgrade).collect();
+        let parents = self.0.parents();
         let mut reports = BTreeMap::new();
         // What goes is first out of all tables, and only then unknown to the kernel.
         if !gone.is_empty() {

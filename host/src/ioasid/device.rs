@@ -148,6 +148,10 @@ impl Connected {
         &self.label
     }
 
+    pub(super) const fn virtual_id(&self) -> u64 {
+        self.virtual_id
+    }
+
     pub(super) const fn capabilities(&self) -> &Capabilities {
         &self.capabilities
     }

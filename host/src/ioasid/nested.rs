@@ -91,7 +91,10 @@ impl Bound {
             return Err(Refusal::new(Property::Pasid, OWNERS_PASIDS).into());
         }
         let recipe = invalidation.ok_or_else(|| Refusal::new(Property::Invalidation, "nothing that is cached of such a table can be dropped"))?;
-        let viommu = viommu.map(|viommu_type| parent.viommu(device, records, viommu_type)).transpose().map_err(Error::kernel("making a vIOMMU"))?;
+        let viommu = viommu
+            .map(|viommu_type| parent.viommu(device, records, viommu_type, &table.format))
+            .transpose()
+            .map_err(Error::kernel("making a vIOMMU"))?;
         let flags = if pasids { device.pasid_flag() } else { HwptFlags::NONE };
         let recorder = parent.nest(device, records).map_err(Error::kernel("making a page table for nested ones"))?;
         let hwpt = match &viommu {

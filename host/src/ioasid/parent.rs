@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::context::Inner;
 use super::device::Connected;
+use super::events::{Events, Told};
 use super::record::{Mapped, Recorder};
 use super::tables::TablePool;
 use super::{Error, MemoryRegion, Property, Refusal};
@@ -33,11 +34,20 @@ struct OfUnit {
     /// They can record which pages are written.
     records: bool,
     // Dropped before what they stand on.
-    viommus: Vec<(u32, Viommu)>,
+    viommus: Vec<OfType>,
     /// For nested page tables.
     nest: Option<Arc<Recorder>>,
     /// For devices: without PASIDs, and with.
     direct: [Option<Arc<Recorder>>; 2],
+}
+
+/// The vIOMMU of a type.
+#[derive(Debug)]
+struct OfType {
+    viommu_type: u32,
+    /// What it tells of refused requests; none if the kernel has no such queue.
+    events: Option<Events>,
+    viommu: Viommu,
 }
 
 impl OfUnit {
@@ -57,6 +67,7 @@ pub(super) struct Parent {
     pool: Arc<TablePool>,
     numbers: Mutex<Numbers>,
     mapped: Arc<Mapped>,
+    told: Arc<Told>,
     ioas: Ioas,
 }
 
@@ -84,7 +95,7 @@ impl Parent {
         };
         let pool = TablePool::new(ioas.clone(), context.supply(), memory.tables(), flags, context.table_budget());
         let numbers = Mutex::new(Numbers { next: 1, free: BTreeSet::new() });
-        Ok(Arc::new(Self { units: Mutex::default(), pool, numbers, mapped, ioas }))
+        Ok(Arc::new(Self { units: Mutex::default(), pool, numbers, mapped, told: Arc::clone(context.told()), ioas }))
     }
 
     /// Memory for tables or context structures.
@@ -115,16 +126,25 @@ impl Parent {
         })
     }
 
-    /// The vIOMMU of a type in a device's unit.
-    pub(super) fn viommu(&self, device: &Connected, records: bool, viommu_type: u32) -> Result<Viommu, Errno> {
+    /// The vIOMMU of a type in a device's unit; `format` is one that it has tables of.
+    pub(super) fn viommu(&self, device: &Connected, records: bool, viommu_type: u32, format: &str) -> Result<Viommu, Errno> {
         self.of_unit(device, records, |of| {
-            if let Some((_, known)) = of.viommus.iter().find(|(known, _)| *known == viommu_type) {
-                return Ok(known.clone());
+            if let Some(known) = of.viommus.iter().find(|known| known.viommu_type == viommu_type) {
+                return Ok(known.viommu.clone());
             }
-            let made = of.nest(self, device)?.hwpt().viommu(device.bound(), viommu_type)?;
-            of.viommus.push((viommu_type, made.clone()));
-            Ok(made)
+            let viommu = of.nest(self, device)?.hwpt().viommu(device.bound(), viommu_type)?;
+            let events = Events::new(&viommu, viommu_type, device.unit(), format, &self.told)?;
+            of.viommus.push(OfType { viommu_type, events, viommu: viommu.clone() });
+            Ok(viommu)
         })
+    }
+
+    /// Reads what its vIOMMUs tell, all of them even if one cannot be read; how many records.
+    pub(super) fn read_events(&self) -> Result<u64, Errno> {
+        let mut units = lock(&self.units);
+        let queues = units.iter_mut().flat_map(|of| of.viommus.iter_mut()).filter_map(|of| of.events.as_mut());
+        let read: Vec<_> = queues.map(Events::read).collect();
+        read.into_iter().sum()
     }
 
     fn of_unit<T>(&self, device: &Connected, records: bool, act: impl FnOnce(&mut OfUnit) -> Result<T, Errno>) -> Result<T, Errno> {

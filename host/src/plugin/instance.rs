@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::plugin::bindings::exports::stagecraft::format::{detect, table};
 use crate::plugin::bindings::stagecraft::format::types;
-use crate::plugin::queue::{Event, EventRecord, Invalidation, MAX_COMMAND_BYTES, PageRequest};
+use crate::plugin::queue::{BlockedDma, Event, EventRecord, Invalidation, MAX_COMMAND_BYTES, MAX_RECORD_BYTES, PageRequest};
 use crate::plugin::recipe::{self, Recipe};
 use crate::plugin::store::{Pace, Sandbox};
 use crate::plugin::{BlockKind, CallError, Notes, Outcome, Plugin, Settings, TableConfig, error, outcome, queue, words};
@@ -230,6 +230,20 @@ impl Instance {
         })?;
         let record = answer.map_err(|error| self.sandbox.refused(error))?;
         queue::record(record).map_err(|what| self.sandbox.nonsense(what))
+    }
+
+    /// The request that a record of the kernel's is about: [`Kernel::read_events`](crate::kernel::Kernel::read_events). Its requester has the device's number in the vIOMMU. None if it is about
+    /// no request of a device's own.
+    ///
+    /// # Errors
+    /// [`CallError::Refused`] if the kernel has no vIOMMU of the plugin's architecture, or for a part of a record; [`CallError::TooLong`]; as [`Instance::lookup`].
+    pub fn decode_event(&mut self, record: &[u8]) -> Result<Option<BlockedDma>, CallError> {
+        if record.len() > MAX_RECORD_BYTES {
+            return Err(CallError::TooLong { what: "an event record", bytes: record.len(), limit: MAX_RECORD_BYTES });
+        }
+        let answer = self.sandbox.call(Pace::Cold, |exports, store| exports.stagecraft_format_queue().call_decode_event(store, record))?;
+        let blocked = answer.map_err(|error| self.sandbox.refused(error))?;
+        blocked.map(queue::blocked_dma).transpose().map_err(|what| self.sandbox.nonsense(what))
     }
 
     /// Which table formats a real unit accepts, given the kernel's `iommu_hw_info` data type and bytes.

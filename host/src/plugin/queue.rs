@@ -12,7 +12,7 @@ pub const MAX_COMMAND_BYTES: usize = 64 << 10;
 /// Most words of one answer: eight items for each entry of 16 bytes.
 const MAX_WORDS: usize = MAX_COMMAND_BYTES / 16 * 8 * 4;
 /// Most bytes of an event record.
-const MAX_RECORD_BYTES: usize = 256;
+pub(super) const MAX_RECORD_BYTES: usize = 256;
 
 /// What a command asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -163,6 +163,19 @@ pub struct PageRequest {
     pub group: u16,
     /// It is the last one of its group.
     pub last: bool,
+}
+
+/// A request of a device that the host refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockedDma {
+    /// Whose.
+    pub requester: Requester,
+    /// What it asked for.
+    pub iova: Iova,
+    /// What it wanted to do.
+    pub access: EventAccess,
+    /// It was a privileged request.
+    pub privileged: bool,
 }
 
 /// Groups that a requester can have at a time.
@@ -324,6 +337,20 @@ pub(super) fn record(record: wit::EventRecord) -> Result<EventRecord, String> {
         return Err(format!("an event record of {} bytes; there are 1 to {MAX_RECORD_BYTES}", bytes.len()));
     }
     Ok(EventRecord { queue: clean(&queue), bytes })
+}
+
+/// A request that the host refused, from a plugin.
+pub(super) fn blocked_dma(blocked: wit::BlockedDma) -> Result<BlockedDma, String> {
+    let wit::BlockedDma { id, pasid, iova, access, privileged } = blocked;
+    if let Some(pasid) = pasid.filter(|pasid| pasid >> 20 != 0) {
+        return Err(format!("the PASID {pasid:#x}, which has more than 20 bits"));
+    }
+    let access = match access {
+        wit::Access::Read => EventAccess::Read,
+        wit::Access::Write => EventAccess::Write,
+        wit::Access::Execute => EventAccess::Execute,
+    };
+    Ok(BlockedDma { requester: Requester { id, pasid }, iova: Iova(iova), access, privileged })
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::PageResponse;
 use super::host::{AddressSpaces, HostError, Told, Way};
-use crate::ioasid::{self, Context, Device, Error, GuestMemory, GuestView, Ioasid, Kind, Property, Refusal, Request, SpaceId};
+use crate::ioasid::{self, Context, Device, Error, GuestMemory, GuestView, HostEvents, Ioasid, Kind, Property, Refusal, Request, SpaceId};
 use crate::kernel::{self, Pasid, ResponseCode};
 use crate::lookup::Lookup;
 use crate::plugin::queue::{Answer, GROUPS, Invalidation, PageRequest};
@@ -272,6 +272,11 @@ impl AddressSpaces for ContextSpaces {
             }
         }
         Ok(requests)
+    }
+
+    fn host_events(&mut self) -> Result<HostEvents, HostError> {
+        let devices: Vec<Device> = self.devices.values().cloned().collect();
+        self.context.host_events(&devices).map_err(host_error)
     }
 
     fn answer(&mut self, responses: &[PageResponse]) -> Result<(), HostError> {

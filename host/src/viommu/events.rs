@@ -2,28 +2,16 @@
 
 use vm_memory::GuestMemory;
 
-use super::host::{AddressSpaces, Way};
+use super::host::{AddressSpaces, HostError, Way};
 use super::{Call, StreamState, Viommu};
 use crate::device::{Behind, Denied, Trace};
+use crate::ioasid::HostEvents;
 use crate::memory::{self, Budget, MemoryMap, VmMemory, Within};
-use crate::plugin::queue::{Event, EventAccess, EventRecord};
-use crate::plugin::{CallError, Outcome, Refusal, Requester, SuperviseError, TableConfig};
+use crate::plugin::queue::{BlockedDma, Event, EventAccess, EventRecord};
+use crate::plugin::{CallError, Outcome, Refusal, SuperviseError, TableConfig};
 use crate::sync::Report;
 use crate::table::{AddressSpace, Cause, Fault, FaultKind, Table, Translation};
 use crate::{Access, Iova};
-
-/// A request of a device that the host refused.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BlockedDma {
-    /// Whose.
-    pub requester: Requester,
-    /// What it asked for.
-    pub iova: Iova,
-    /// What it wanted to do.
-    pub access: EventAccess,
-    /// It was a privileged request.
-    pub privileged: bool,
-}
 
 /// What the guest is to be told.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -72,6 +60,19 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
         events.lost += beyond;
         self.figures.lost_events += beyond;
         events
+    }
+
+    /// The same for all refused requests that the host knows of. Hosts tell of them where the kernel has a vIOMMU of its unit's architecture; those that were lost on the way are
+    /// lost to the guest as well.
+    ///
+    /// # Errors
+    /// The host could not be asked. What it had told before that is for the next call.
+    pub fn serve_events(&mut self) -> Result<Events, HostError> {
+        let HostEvents { blocked, lost } = self.host.host_events()?;
+        let mut events = self.faults(&blocked);
+        events.lost += lost;
+        self.figures.lost_events += lost;
+        Ok(events)
     }
 
     /// Entries of a space are blocked: the guest hears of the first ones as of requests to nothing.

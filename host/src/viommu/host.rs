@@ -4,6 +4,7 @@ use std::fmt;
 
 use super::PageResponse;
 use crate::Gpa;
+use crate::ioasid::HostEvents;
 use crate::plugin::queue::{Invalidation, PageRequest};
 use crate::plugin::{Direct, Requester, TableConfig};
 use crate::sync::{self, Report, Watcher};
@@ -158,6 +159,14 @@ pub trait AddressSpaces {
     fn keep_only(&mut self, id: u64, attached: &[Requester]) -> Result<(), HostError> {
         let _ = (id, attached);
         Ok(())
+    }
+
+    /// Requests of devices that units refused, each once; none where nobody tells the host.
+    ///
+    /// # Errors
+    /// The kernel could not be asked.
+    fn host_events(&mut self) -> Result<HostEvents, HostError> {
+        Ok(HostEvents::default())
     }
 
     /// Page requests of devices that wait for an answer, each once; none where devices cannot ask.

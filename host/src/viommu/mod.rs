@@ -54,9 +54,10 @@ mod requests;
 mod retry;
 mod watching;
 
+pub use crate::plugin::queue::BlockedDma;
 pub use commands::{CommandError, Illegal};
 pub use context::ContextSpaces;
-pub use events::{BlockedDma, Events};
+pub use events::Events;
 pub use host::{AddressSpaces, HostError, Told, Way};
 pub use replace::ReplaceError;
 pub use requests::PageResponse;

@@ -14,11 +14,11 @@
 
 use vm_memory::GuestMemory;
 
-use super::events::{BlockedDma, Told};
+use super::events::Told;
 use super::host::{AddressSpaces, HostError};
 use super::{Call, Handled, StreamState, Viommu};
 use crate::plugin::Requester;
-use crate::plugin::queue::{Answer, Effect, EventAccess, GROUPS, GroupResponse, Invalidation, PageRequest, Scope};
+use crate::plugin::queue::{Answer, BlockedDma, Effect, EventAccess, GROUPS, GroupResponse, Invalidation, PageRequest, Scope};
 use crate::{Access, Span};
 
 /// What a device is told that asked for pages.

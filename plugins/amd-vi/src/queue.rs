@@ -6,8 +6,8 @@
 //! drivers write who changed it, and there is no other command for these tables alone.
 
 use stagecraft_sdk::bits::Field;
-use stagecraft_sdk::queue::{Access, decode_each};
-use stagecraft_sdk::{Answer, Command, Effect, Error, Event, EventRecord, FaultKind, Format, PageRequest, Registers, Response, Scope};
+use stagecraft_sdk::queue::{Access, decode_each, record_words};
+use stagecraft_sdk::{Answer, BlockedDma, Command, Effect, Error, Event, EventRecord, FaultKind, Format, PageRequest, Registers, Response, Scope};
 
 use crate::spec::registers::efr;
 use crate::spec::v1;
@@ -118,6 +118,8 @@ mod flag {
     pub(super) const NX: Field = Field::new(49, 49);
     /// A user's request.
     pub(super) const US: Field = Field::new(50, 50);
+    /// It was to interrupt.
+    pub(super) const I: Field = Field::new(51, 51);
     /// Something is there, and the access is not allowed or the entry is wrong.
     pub(super) const PR: Field = Field::new(52, 52);
     /// A write.
@@ -126,6 +128,8 @@ mod flag {
     pub(super) const PE: Field = Field::new(54, 54);
     /// A reserved bit or level.
     pub(super) const RZ: Field = Field::new(55, 55);
+    /// A device TLB asked for a translation.
+    pub(super) const TR: Field = Field::new(56, 56);
     /// The PASID's high bits.
     pub(super) const PASID_19_16: Field = Field::new(19, 16);
 }
@@ -166,6 +170,33 @@ pub(crate) fn encode(event: &Event) -> Result<EventRecord, Error> {
         _ => event.unreadable.unwrap_or(0) & !0xf,
     };
     Ok(EventRecord::of_words("event log", &[low, address]))
+}
+
+/// [`low::CODE`]: a request of a kind that the unit does not take, section 2.5.9.
+const INVALID_DEVICE_REQUEST: u64 = 8;
+
+/// The request that an event log entry is about, sections 2.5.2 to 2.5.9.
+pub(crate) fn decode_event(record: &[u8]) -> Result<Option<BlockedDma>, Error> {
+    let [low, high] = record_words::<2>(record, EVENTS)?;
+    let code = low::CODE.of(low);
+    // Others are about commands.
+    if !matches!(code, 1..=4 | INVALID_DEVICE_REQUEST) || code <= 4 && flag::I.of(low) != 0 {
+        return Ok(None);
+    }
+    let has_pasid = code != 3 && flag::GN.of(low) != 0;
+    // Requests without PASID have the address space of PASID 0, and no others do.
+    let pasid = has_pasid.then(|| (flag::PASID_19_16.of(low) << 16 | low::DOMAIN.of(low)) as u32).filter(|pasid| *pasid != 0);
+    // Of something that is not there an IO_PAGE_FAULT does not say what was wanted, and none does for translation requests.
+    let says = code <= 4 && flag::TR.of(low) == 0 && (code != 2 || flag::PR.of(low) != 0);
+    let access = match (says && flag::RW.of(low) != 0, says && has_pasid && code == 2 && flag::NX.of(low) != 0) {
+        (true, _) => Access::Write,
+        (false, true) => Access::Execute,
+        (false, false) => Access::Read,
+    };
+    let privileged = says && has_pasid && code == 2 && flag::US.of(low) == 0;
+    // Hardware errors have the address of what could not be read.
+    let iova = if matches!(code, 3 | 4) { 0 } else { high };
+    Ok(Some(BlockedDma { id: low::DEVICE.of(low), pasid, iova, access, privileged }))
 }
 
 /// Whether it is an IO_PAGE_FAULT: of a table, also of the host table on the way to a guest CR3 table, and of a PASID that has no table. INVALID_DEVICE_REQUEST, which

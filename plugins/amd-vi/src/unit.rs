@@ -22,8 +22,8 @@
 
 use stagecraft_sdk::bits::words;
 use stagecraft_sdk::{
-    Attributes, Binding, Blocked, Command, Direct, Error, EventRecord, FaultKind, Format, GuestMemory, Intercept, Offer, Outcome, PageRequest,
-    PlaceToBind, Registers, Requester, Structure, TableConfig, Tag, Translated, Unit, Window,
+    Attributes, Binding, Blocked, BlockedDma, Command, Direct, Error, EventRecord, FaultKind, Format, GuestMemory, Intercept, Offer, Outcome,
+    PageRequest, PlaceToBind, Registers, Requester, Structure, TableConfig, Tag, Translated, Unit, Window,
 };
 
 use crate::queue;
@@ -478,5 +478,9 @@ impl Unit for AmdVi {
 
     fn encode_page_request(registers: &Registers, request: &PageRequest) -> Result<EventRecord, Error> {
         queue::encode_page_request(registers, request)
+    }
+
+    fn decode_event(record: &[u8]) -> Result<Option<BlockedDma>, Error> {
+        queue::decode_event(record)
     }
 }

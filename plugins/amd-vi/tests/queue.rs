@@ -169,3 +169,38 @@ fn page_requests_and_their_answers() {
     assert_eq!(effect(0x7005_0042_0000_0038, 0x0000_11a5_0000_0000), answer(None, 0x1a5, Answer::Invalid), "without GN there is no PASID");
     assert_eq!(effect(0x7000_0000_0000_0038, 0x0000_f001_0000_0000), answer(None, 1, Answer::Failure));
 }
+
+/// Entries of the event log that the kernel hands out for a vIOMMU, section 2.5: what they are about.
+#[test]
+fn records_of_the_host() {
+    use stagecraft_sdk::BlockedDma;
+    let told = |words: [u64; 2]| AmdVi::decode_event(&words.map(u64::to_le_bytes).concat()).unwrap();
+    let iova = 0x1_2345_6789;
+    let read = BlockedDma { id: 0x138, pasid: None, iova, access: Access::Read, privileged: false };
+    // IO_PAGE_FAULT of a domain, to nothing: what else stands there means nothing.
+    assert_eq!(told([0x2000_1234_0000_0138, iova]), Some(read));
+    assert_eq!(told([0x2026_1234_0000_0138, iova]), Some(read));
+    // PR 52, RW 53, PE 54.
+    let write = BlockedDma { access: Access::Write, ..read };
+    assert_eq!(told([0x2070_1234_0000_0138, iova]), Some(write));
+    // GN 48: a PASID in two parts; NX 49, US 50. PASID 0 is that of requests without one.
+    let fetch = BlockedDma { pasid: Some(0xa_bcde), access: Access::Execute, privileged: true, ..read };
+    assert_eq!(told([0x2053_bcde_000a_0138, iova]), Some(fetch));
+    assert_eq!(told([0x2057_bcde_000a_0138, iova]), Some(BlockedDma { privileged: false, ..fetch }));
+    assert_eq!(told([0x2075_0000_0000_0138, iova]), Some(write));
+    // TR 56: a device TLB asked. I 51: an interrupt.
+    assert_eq!(told([0x2171_bcde_000a_0138, iova]), Some(BlockedDma { pasid: Some(0xa_bcde), ..read }));
+    assert_eq!(told([0x2008_1234_0000_0138, iova]), None);
+    // ILLEGAL_DEV_TABLE_ENTRY and INVALID_DEVICE_REQUEST have the device's address, hardware errors that of a structure.
+    assert_eq!(told([0x1020_0000_0000_0138, iova]), Some(write));
+    assert_eq!(told([0x8000_0000_0000_0138, iova]), Some(read));
+    assert_eq!(told([0x3020_0000_0000_0138, iova]), Some(BlockedDma { iova: 0, ..write }));
+    assert_eq!(told([0x4021_0042_0001_0138, iova]), Some(BlockedDma { iova: 0, pasid: Some(0x1_0042), ..write }));
+    // Errors of commands, a device TLB that does not answer, and what is nothing.
+    for code in [0, 5, 6, 7, 9, 0xf] {
+        assert_eq!(told([code << 60 | 0x138, iova]), None, "{code}");
+    }
+    for bytes in [0, 15, 17, 32] {
+        assert!(matches!(AmdVi::decode_event(&vec![0x20; bytes]), Err(Error::Invalid(invalid)) if invalid.value == bytes as u64), "{bytes}");
+    }
+}

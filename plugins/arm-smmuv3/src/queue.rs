@@ -9,8 +9,8 @@
 //! VAs are sign-extended from bit 55: a tag in the top byte is no part of what a walk looks at.
 
 use stagecraft_sdk::bits::Field;
-use stagecraft_sdk::queue::Access;
-use stagecraft_sdk::{Answer, Effect, Error, Event, EventRecord, FaultKind, Format, PageRequest, Registers, Response, Scope};
+use stagecraft_sdk::queue::{Access, record_words};
+use stagecraft_sdk::{Answer, BlockedDma, Effect, Error, Event, EventRecord, FaultKind, Format, PageRequest, Registers, Response, Scope};
 
 use crate::Stage2;
 use crate::spec::registers::{cr2, idr0, idr3};
@@ -252,6 +252,11 @@ const F_STE_FETCH: u64 = 0x03;
 const F_CD_FETCH: u64 = 0x09;
 const F_WALK_EABT: u64 = 0x0b;
 const F_PERMISSION: u64 = 0x13;
+/// Others that units tell of requests: unsupported ones, translated ones where these are forbidden, and two that are about caches.
+const F_UUT: u64 = 0x01;
+const F_TRANSL_FORBIDDEN: u64 = 0x07;
+const F_TLB_CONFLICT: u64 = 0x20;
+const F_CFG_CONFLICT: u64 = 0x21;
 
 /// The event record, IHI 0070 section 7.3.
 pub(crate) fn encode(event: &Event) -> Result<EventRecord, Error> {
@@ -300,6 +305,28 @@ pub(crate) fn encode(event: &Event) -> Result<EventRecord, Error> {
         _ => {}
     }
     Ok(EventRecord::of_words("EVENTQ", &words))
+}
+
+/// The request that an event record is about.
+pub(crate) fn decode_event(record: &[u8]) -> Result<Option<BlockedDma>, Error> {
+    let words = record_words::<4>(record, EVENTS)?;
+    let number = record_0::EVENT.of(words[0]);
+    let is_of_stream = NAMES.iter().any(|(_, known)| *known == number) || number == F_CFG_CONFLICT;
+    let has_address = matches!(number, F_UUT | F_TRANSL_FORBIDDEN | F_WALK_EABT | 0x10..=F_PERMISSION | F_TLB_CONFLICT);
+    if !is_of_stream && !has_address {
+        // Translation requests and page requests, and what is told of nobody.
+        return Ok(None);
+    }
+    let has_substream = record_0::SSV.of(words[0]) != 0 || number == C_BAD_SUBSTREAMID;
+    let pasid = (has_substream && number != F_STREAM_DISABLED).then(|| record_0::SUBSTREAM.of(words[0]) as u32);
+    let says = |field: Field| has_address && field.of(words[1]) != 0;
+    let access = match (!has_address || says(record_1::RNW), says(record_1::IND)) {
+        (false, _) => Access::Write,
+        (true, true) => Access::Execute,
+        (true, false) => Access::Read,
+    };
+    let iova = if has_address { words[2] } else { 0 };
+    Ok(Some(BlockedDma { id: record_0::STREAM.of(words[0]), pasid, iova, access, privileged: says(record_1::PNU) }))
 }
 
 /// The event of a walk that failed. Reserved encodings of descriptors are translation faults.

@@ -8,8 +8,8 @@
 //! ```
 
 use stagecraft_sdk::{
-    Binding, Command, Error, Event, EventRecord, GuestMemory, Offer, Outcome, PageRequest, PlaceToBind, Registers, Requester, TableConfig, Tag,
-    Translated, Unit,
+    Binding, BlockedDma, Command, Error, Event, EventRecord, GuestMemory, Offer, Outcome, PageRequest, PlaceToBind, Registers, Requester,
+    TableConfig, Tag, Translated, Unit,
 };
 
 use crate::context::{self, Contexts};
@@ -100,5 +100,9 @@ impl Unit for Smmuv3 {
 
     fn encode_page_request(registers: &Registers, request: &PageRequest) -> Result<EventRecord, Error> {
         queue::encode_page_request(registers, request)
+    }
+
+    fn decode_event(record: &[u8]) -> Result<Option<BlockedDma>, Error> {
+        queue::decode_event(record)
     }
 }

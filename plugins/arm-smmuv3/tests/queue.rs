@@ -248,3 +248,38 @@ fn page_requests_and_their_answers() {
     assert_eq!(effect([0x0000_0038_0000_0041, 0x3003]), ILLEGAL);
     assert_eq!(with(&[("IDR0", IDR0 & !0x1_0000)], [0x41, 0x2000]), ILLEGAL);
 }
+
+/// Records that the kernel hands out for a vIOMMU, section 7.3: what they are about.
+#[test]
+fn records_of_the_host() {
+    use stagecraft_sdk::BlockedDma;
+    let decode = |words: [u64; 4]| Smmuv3::decode_event(&words.map(u64::to_le_bytes).concat());
+    let told = |words| decode(words).unwrap();
+    let iova = 0xffff_8765_4321_0678;
+    let read = BlockedDma { id: 0x38, pasid: None, iova, access: Access::Read, privileged: false };
+    // F_TRANSLATION; RnW 35, class IN.
+    assert_eq!(told([0x38_0000_0010, 0x208_0000_0000, iova, 0]), Some(read));
+    // F_PERMISSION of SubstreamID 0x42; stage 2 of a write has nothing else to say of the request.
+    assert_eq!(told([0x38_0004_2813, 0x280_0000_0000, iova, 0x1000]), Some(BlockedDma { pasid: Some(0x42), access: Access::Write, ..read }));
+    // F_ACCESS of a privileged fetch: PnU 33, InD 34, RnW; InD means nothing beside writes.
+    assert_eq!(told([0x38_0000_0012, 0x20e_0000_0000, iova, 0]), Some(BlockedDma { access: Access::Execute, privileged: true, ..read }));
+    assert_eq!(told([0x38_0000_0012, 0x204_0000_0000, iova, 0]), Some(BlockedDma { access: Access::Write, ..read }));
+    // F_UUT, F_TRANSL_FORBIDDEN, F_WALK_EABT, F_ADDR_SIZE, F_TLB_CONFLICT have the address as well.
+    for number in [0x01, 0x07, 0x0b, 0x11, 0x20] {
+        assert_eq!(told([0x38_0000_0000 | number, 8 << 32, iova, 0]), Some(read), "{number:#x}");
+    }
+    // Of structures, without an address: what stands in these words is something else.
+    let of_stream = BlockedDma { iova: 0, ..read };
+    for number in [0x02, 0x03, 0x04, 0x06, 0x09, 0x0a, 0x21] {
+        assert_eq!(told([0x38_0000_0000 | number, 2 << 32, iova, iova]), Some(of_stream), "{number:#x}");
+    }
+    assert_eq!(told([0x38_ffff_f80a, 0, 0, 0]), Some(BlockedDma { pasid: Some(0xf_ffff), ..of_stream }), "C_BAD_CD");
+    assert_eq!(told([0x38_0000_1008, 0, 0, 0]), Some(BlockedDma { pasid: Some(1), ..of_stream }), "C_BAD_SUBSTREAMID, without SSV");
+    // F_BAD_ATS_TREQ, E_PAGE_REQUEST, and what is nothing.
+    for number in [0x05, 0x24, 0x00, 0x0c, 0x14, 0xff] {
+        assert_eq!(told([0x38_0000_0000 | number, 0, iova, 0]), None, "{number:#x}");
+    }
+    for bytes in [0, 31, 33, 64] {
+        assert!(matches!(Smmuv3::decode_event(&vec![0x10; bytes]), Err(Error::Invalid(invalid)) if invalid.value == bytes as u64), "{bytes}");
+    }
+}

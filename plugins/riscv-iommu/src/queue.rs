@@ -5,8 +5,8 @@
 //! entries (NL) are understood whether or not the unit has them.
 
 use stagecraft_sdk::bits::Field;
-use stagecraft_sdk::queue::{Access, decode_each};
-use stagecraft_sdk::{Answer, Command, Effect, Error, Event, EventRecord, FaultKind, Format, PageRequest, Registers, Response, Scope};
+use stagecraft_sdk::queue::{Access, decode_each, record_words};
+use stagecraft_sdk::{Answer, BlockedDma, Command, Effect, Error, Event, EventRecord, FaultKind, Format, PageRequest, Registers, Response, Scope};
 
 use crate::second_stage::SecondStage;
 use crate::spec::registers::capabilities;
@@ -179,6 +179,23 @@ pub(crate) fn encode(event: &Event, causes: &[(u16, &str)]) -> Result<EventRecor
         _ => 0,
     };
     Ok(EventRecord::of_words("fault queue", &[first, 0, event.iova, address]))
+}
+
+/// The request that a fault record is about.
+pub(crate) fn decode_event(record: &[u8]) -> Result<Option<BlockedDma>, Error> {
+    let [first, _, iova, _] = record_words::<4>(record, RECORDS)?;
+    // Untranslated requests, and translated ones.
+    let access = match record::TTYP.of(first) {
+        1 | 5 => Access::Execute,
+        2 | 6 => Access::Read,
+        3 | 7 => Access::Write,
+        // The unit's own accesses, translation requests, messages.
+        _ => return Ok(None),
+    };
+    let has_pasid = record::PV.of(first) != 0;
+    let pasid = has_pasid.then(|| record::PID.of(first) as u32);
+    let privileged = has_pasid && record::PRIV.of(first) != 0;
+    Ok(Some(BlockedDma { id: record::DID.of(first), pasid, iova, access, privileged }))
 }
 
 /// The cause of a walk that failed: access faults for what cannot be read or has too many bits, page faults else, guest-page faults in the second stage.

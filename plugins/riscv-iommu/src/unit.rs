@@ -6,8 +6,8 @@
 
 use stagecraft_sdk::bits::{Field, words};
 use stagecraft_sdk::{
-    Attributes, Binding, BlockKind, Blocked, Command, Direct, Error, Event, EventRecord, FaultKind, Format, GuestMemory, Intercept, Offer, Outcome,
-    PageRequest, PlaceToBind, Registers, Requester, Structure, TableConfig, Tag, Translated, Unit, Window,
+    Attributes, Binding, BlockKind, Blocked, BlockedDma, Command, Direct, Error, Event, EventRecord, FaultKind, Format, GuestMemory, Intercept,
+    Offer, Outcome, PageRequest, PlaceToBind, Registers, Requester, Structure, TableConfig, Tag, Translated, Unit, Window,
 };
 
 use crate::entries::WIDEST_OUTPUT;
@@ -574,5 +574,9 @@ impl Unit for RiscvIommu {
 
     fn encode_page_request(registers: &Registers, request: &PageRequest) -> Result<EventRecord, Error> {
         queue::encode_page_request(registers, request)
+    }
+
+    fn decode_event(record: &[u8]) -> Result<Option<BlockedDma>, Error> {
+        queue::decode_event(record)
     }
 }

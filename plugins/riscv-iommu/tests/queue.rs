@@ -170,3 +170,27 @@ fn page_requests_and_their_answers() {
     );
     assert_eq!(effect(0x0000_3800_0000_0084, 0x0038_f001_0000_0000), answer(0x38, None, 1, Answer::Failure));
 }
+
+/// Records that the kernel hands out for a vIOMMU, section 3.2: what they are about.
+#[test]
+fn records_of_the_host() {
+    use stagecraft_sdk::BlockedDma;
+    let told = |words: [u64; 4]| RiscvIommu::decode_event(&words.map(u64::to_le_bytes).concat()).unwrap();
+    let iova = event().iova;
+    let read = BlockedDma { id: 0xab_cdef, pasid: None, iova, access: Access::Read, privileged: false };
+    // TTYP 39:34: untranslated 1 to 3, translated 5 to 7: to fetch, to read, to write.
+    for (kind, access) in [(1, Access::Execute), (2, Access::Read), (3, Access::Write), (5, Access::Execute), (6, Access::Read), (7, Access::Write)] {
+        let words = [0xabcd_ef00_0000_000d | kind << 34, 0, iova, 0x8_1234_5679];
+        assert_eq!(told(words), Some(BlockedDma { access, ..read }), "{kind}");
+    }
+    // PV 32, PID 31:12, PRIV 33, which means nothing without a process id; cause 260.
+    assert_eq!(told([0xabcd_ef0b_5432_1104, 0, iova, 0]), Some(BlockedDma { pasid: Some(0x5_4321), privileged: true, ..read }));
+    assert_eq!(told([0xabcd_ef0a_0000_0104, 0, iova, 0]), Some(read));
+    // The unit's own accesses, a translation request, a message.
+    for kind in [0, 4, 8, 9, 31] {
+        assert_eq!(told([0xabcd_ef00_0000_000d | kind << 34, 0, iova, 0]), None, "{kind}");
+    }
+    for bytes in [0, 31, 33] {
+        assert!(matches!(RiscvIommu::decode_event(&vec![8; bytes]), Err(Error::Invalid(invalid)) if invalid.value == bytes as u64), "{bytes}");
+    }
+}

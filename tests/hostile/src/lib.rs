@@ -3,10 +3,11 @@
 //! The setting `mode` of a table, and the register `MODE` of the unit, select a [`mode`]. Mode 0 behaves well.
 
 use stagecraft_sdk::bits::{bit, mask};
+use stagecraft_sdk::queue::Access;
 use stagecraft_sdk::{
-    Attributes, Binding, Blocked, Command, Direct, Effect, Encoded, Error, Event, EventRecord, FaultKind, Finding, Findings, Format, GuestMemory,
-    InvalidationTarget, Kind, Level, Missing, Need, Next, Note, Offer, Outcome, Place, PlaceToBind, Recipe, Registers, Requester, Root, Scope,
-    Segment, Settings, Severity, Shape, TableConfig, Tag, Translated, Unit, Window,
+    Attributes, Binding, Blocked, BlockedDma, Command, Direct, Effect, Encoded, Error, Event, EventRecord, FaultKind, Finding, Findings, Format,
+    GuestMemory, InvalidationTarget, Kind, Level, Missing, Need, Next, Note, Offer, Outcome, Place, PlaceToBind, Recipe, Registers, Requester, Root,
+    Scope, Segment, Settings, Severity, Shape, TableConfig, Tag, Translated, Unit, Window,
 };
 use std::cell::Cell;
 
@@ -482,6 +483,18 @@ impl Unit for Hostile {
                 "log",
                 &[event.id, event.iova, u64::from(event.pasid.unwrap_or(0)), event.format.as_ref().map_or(0, String::len) as u64],
             )),
+        }
+    }
+
+    /// The first byte says what becomes of it: nothing, a request, one with a PASID of 21 bits, an end.
+    fn decode_event(record: &[u8]) -> Result<Option<BlockedDma>, Error> {
+        let request = BlockedDma { id: 0x38, pasid: Some(0xf_ffff), iova: 0x1234_5678, access: Access::Execute, privileged: true };
+        match record.first() {
+            Some(0) => Ok(None),
+            Some(1) => Ok(Some(request)),
+            Some(2) => Ok(Some(BlockedDma { pasid: Some(0x10_0000), ..request })),
+            Some(3) => panic!("told to panic for a record of {} bytes", record.len()),
+            _ => Err(Error::invalid("record", record.len() as u64, "", "nothing")),
         }
     }
 

@@ -13,7 +13,7 @@ use stagecraft_models::{Access, Board, FaultRecord, Model, Outcome, Tables, avai
 use stagecraft_plugin_arm_smmuv3::Smmuv3;
 use stagecraft_plugin_intel_vtd::unit::IntelVtd;
 use stagecraft_plugin_riscv_iommu::unit::RiscvIommu;
-use stagecraft_sdk::{Event, FaultKind, Registers, Unit, queue};
+use stagecraft_sdk::{BlockedDma, Error, Event, FaultKind, Registers, Unit, queue};
 use stagecraft_tests::reference::Run;
 use stagecraft_tests::reference::generate::{Options, Rng, build};
 use stagecraft_tests::reference::tables::{ArmHalf, ArmStage1, ArmStage2, TableConfig, VtdFirst, VtdSecond};
@@ -61,7 +61,7 @@ fn refused(format: &str) -> [Event; 3] {
     ]
 }
 
-/// What the model wrote, and what the plugin writes, of one request. `different` are the bits of each word that need not agree.
+/// What the model wrote, and what the plugin writes, of one request; and what the plugin reads of what the model wrote. `different` are the bits of each word that need not agree.
 fn compare<U: Unit>(model: &mut impl Model, registers: &[(&str, u64)], event: &Event, different: [u64; 4]) {
     let outcome = model.dma(event.iova, event.access == queue::Access::Write).unwrap();
     let Outcome::Fault(FaultRecord { words, .. }) = outcome else { panic!("{}: {event:x?}: {outcome:x?}", model.name()) };
@@ -71,6 +71,17 @@ fn compare<U: Unit>(model: &mut impl Model, registers: &[(&str, u64)], event: &E
     ours.resize(4, 0);
     for ((ours, theirs), different) in ours.iter().zip(words).zip(different) {
         assert_eq!(ours & !different, theirs & !different, "{}: {event:x?}: {ours:#x}, and the model {theirs:#x}", model.name());
+    }
+    // As a host's kernel would hand out the model's record: the request is found in it. Where the model says other things of requests, of what it says.
+    match U::decode_event(&words.map(u64::to_le_bytes).concat()) {
+        Ok(decoded) => {
+            let Some(BlockedDma { id, pasid, iova, access, privileged }) = decoded else { panic!("{}: {words:x?} is about nothing", model.name()) };
+            assert_eq!((id, iova, privileged), (event.id, event.iova, event.privileged), "{}: {words:x?}", model.name());
+            if different[0] == 0 {
+                assert_eq!((pasid, access), (event.pasid, event.access), "{}: {words:x?}", model.name());
+            }
+        }
+        Err(error) => assert!(matches!(error, Error::Unsupported(_)) && model.name().starts_with("intel-iommu"), "{}: {error:?}", model.name()),
     }
 }
 

@@ -20,5 +20,6 @@ mod refresh;
 mod refusing;
 mod requests;
 mod saved;
+mod served;
 mod watching;
 mod written;
