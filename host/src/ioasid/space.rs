@@ -163,6 +163,7 @@ impl Space {
                 if report.blocked_count > all.blocked_count {
                     (all.blocked, all.blocked_count) = (report.blocked, report.blocked_count);
                 }
+                all.lacks |= report.lacks;
                 all.structures |= report.structures;
                 all.illegal = all.illegal.or(report.illegal);
             }

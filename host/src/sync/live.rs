@@ -64,6 +64,8 @@ pub struct Report {
     pub blocked: Vec<Blocked>,
     /// All that were, also those for which there was room before the call ended.
     pub blocked_count: u64,
+    /// Pieces are missing in the host, for want of memory or because its format failed, and are tried again by the next call.
+    pub lacks: bool,
     /// Device structures were changed: whoever knows what leads to these tables must look again.
     pub structures: bool,
     /// The code of an illegal command, if one was among them. Commands after it were not handled, as hardware would not.
@@ -77,6 +79,7 @@ impl Report {
         self.offered += next.offered;
         self.blocked.extend(next.blocked);
         self.blocked_count += next.blocked_count;
+        self.lacks |= next.lacks;
         self.structures |= next.structures;
         self.illegal = self.illegal.or(next.illegal);
     }
@@ -294,7 +297,7 @@ impl<S: Sink> Live<S> {
         }
         self.sink.commit()?;
         let offered = if self.sink.wants().is_some() { self.offer_again()? } else { 0 };
-        Ok(Report { changes, offered, blocked, blocked_count, structures, illegal })
+        Ok(Report { changes, offered, blocked, blocked_count, lacks: self.sink.lacks(), structures, illegal })
     }
 
     /// Offers the sink what it wants, as long as it wants something else each time; how many pieces these were.

@@ -44,6 +44,11 @@ pub trait Sink: Send {
         None
     }
 
+    /// Pieces are missing that nothing but another try brings: there was no memory for them, or a host's format failed.
+    fn lacks(&self) -> bool {
+        false
+    }
+
     /// Pieces that are mapped, offered again: all those at IOVAs of `span`, which is what was wanted or its beginning. All are maps, in ascending order; those
     /// that are shown already stay as they are. Afterwards `span` is wanted again only when something changes: what is still missing there is remembered.
     fn offer(&mut self, span: Span, pieces: &[Change]) {
@@ -86,6 +91,10 @@ impl<S: Sink + ?Sized> Sink for Box<S> {
 
     fn wants(&self) -> Option<Span> {
         (**self).wants()
+    }
+
+    fn lacks(&self) -> bool {
+        (**self).lacks()
     }
 
     fn offer(&mut self, span: Span, pieces: &[Change]) {

@@ -231,6 +231,11 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
                     }
                     self.tell_blocked(number, &report, call);
                     self.schedule(Again::Space(number));
+                } else if report.lacks {
+                    if let Some(space) = self.spaces.get_mut(&number) {
+                        space.for_plugin = false;
+                    }
+                    self.schedule(Again::Space(number));
                 } else if whole {
                     self.settled(Again::Space(number));
                 }

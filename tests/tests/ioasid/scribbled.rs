@@ -280,8 +280,10 @@ fn nobody_gets_what_never_stood_there(host: Arch, arch: Arch, strategy: Strategy
                 _ => drop(ioasid.table_written(Gpa(table(TABLES - 1)), TABLES * PAGE).unwrap()),
             }
             told.store(epoch, Ordering::Release);
-            let (before, mut count) = (writes.load(Ordering::Relaxed), 0);
-            while (count < 20 || writes.load(Ordering::Relaxed) < before + 500) && !looks.is_finished() {
+            let (before, seen, mut count) = (writes.load(Ordering::Relaxed), found.load(Ordering::Relaxed), 0);
+            // Each of the three threads gets somewhere, on a machine that has other things to do as well.
+            let goes_on = |count| count < 20 || writes.load(Ordering::Relaxed) < before + 500 || found.load(Ordering::Relaxed) < seen + 20;
+            while goes_on(count) && count < 100_000 && !looks.is_finished() {
                 tell(&ioasid, &mut rng);
                 count += 1;
             }

@@ -8,6 +8,7 @@ mod failures;
 mod guests;
 mod host;
 mod kernel;
+mod lacking;
 mod marks;
 mod memory;
 mod neighbours;

@@ -461,6 +461,10 @@ impl Sink for Areas {
         self.forgotten.as_slice().first().copied().filter(|_| self.wanted.len() < self.limits.pieces)
     }
 
+    fn lacks(&self) -> bool {
+        !self.refused.is_empty()
+    }
+
     fn offer(&mut self, span: Span, pieces: &[Change]) {
         self.forgotten.remove(span);
         let unknown: Vec<Change> = pieces.iter().filter(|piece| !self.wanted.contains_key(&piece.span().first)).copied().collect();

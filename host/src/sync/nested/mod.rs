@@ -701,6 +701,10 @@ impl<M: TableMemory, C: Committer> Sink for Nested<M, C> {
         self.table.wants()
     }
 
+    fn lacks(&self) -> bool {
+        !(self.table.refused().is_empty() && self.table.unanswered().is_empty())
+    }
+
     fn offer(&mut self, span: Span, pieces: &[Change]) {
         self.table.offer(span, pieces);
     }
