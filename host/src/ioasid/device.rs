@@ -359,6 +359,15 @@ impl Device {
         &self.0.capabilities
     }
 
+    /// Whether it can ask for pages and wait for them, which [`Request::page_requests`](super::Request::page_requests) is about. The kernel tells by an attempt only: the first time, a device that
+    /// is attached to nothing is attached for a moment to where nothing is. One that is attached is not bothered, and counts as one that can.
+    ///
+    /// # Errors
+    /// [`Error::Kernel`].
+    pub fn asks_for_pages(&self) -> Result<bool, Error> {
+        self.0.asks_for_pages()
+    }
+
     /// The kernel's handle, for what this library does not do.
     #[must_use]
     pub fn bound(&self) -> &Bound {

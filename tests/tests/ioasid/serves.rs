@@ -155,3 +155,35 @@ fn company_is_asked_about() {
         native.attach(&nic, None).unwrap();
     }
 }
+
+#[test]
+fn devices_say_whether_they_ask_for_pages() {
+    for host in Arch::ALL {
+        let mut builder = SimBuilder::new();
+        let unit = builder.unit(unit(host));
+        for (requester, label, page_requests) in [(1, "asks", true), (2, "does not", false), (3, "is busy", false)] {
+            builder.device(DeviceConfig { page_requests, ..DeviceConfig::new(label, requester) }, &[unit]);
+        }
+        let sim = builder.build().unwrap();
+        let memory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY as usize)]).unwrap());
+        sim.register_memory(&memory).unwrap();
+        let rig = Rig { sim, memory };
+        let context = rig.context();
+        let [asks, does_not, is_busy] = ["asks", "does not", "is busy"].map(|label| context.connect(label).unwrap());
+        let ioasid = context.allocate(Request::managed()).unwrap();
+        ioasid.attach(&is_busy, None).unwrap();
+        for _ in 0..2 {
+            assert_eq!([&asks, &does_not, &is_busy].map(|device| device.asks_for_pages().unwrap()), [true, false, true], "{host:?}");
+        }
+        // Nobody stays where the attempt was made, and the kernel is not asked again.
+        assert_eq!((asks.attached().len(), does_not.attached().len(), is_busy.attached().len()), (0, 0, 1), "{host:?}");
+        let calls = rig.sim.calls_total();
+        assert!(asks.asks_for_pages().unwrap() && !does_not.asks_for_pages().unwrap());
+        assert_eq!(rig.sim.calls_total(), calls, "{host:?}");
+        // One that is free says so.
+        is_busy.detach(None).unwrap();
+        assert!(!is_busy.asks_for_pages().unwrap(), "{host:?}");
+        drop((ioasid, asks, does_not, is_busy, context));
+        assert_eq!((rig.sim.objects(), rig.sim.pinned_pages()), (0, 0), "{host:?}");
+    }
+}
