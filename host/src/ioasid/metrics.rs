@@ -90,7 +90,8 @@ mod counted {
         pub invalidation_failures: u64,
         /// Devices and PASIDs that were detached for that.
         pub detached: u64,
-        /// Recoverable faults: those that the kernel was asked for, and those that [`Ioasid::fault`](crate::ioasid::Ioasid::fault) was told.
+        /// Faults: recoverable ones that the kernel was asked for, those that [`Ioasid::fault`](crate::ioasid::Ioasid::fault) was told, and what
+        /// [`Context::host_events`](crate::ioasid::Context::host_events) read.
         pub faults: u64,
         /// IOASIDs.
         pub ioasids: u64,

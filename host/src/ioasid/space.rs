@@ -326,6 +326,7 @@ impl Ioasid {
     /// [`Error::Mapped`], [`Error::NotMemory`], [`Error::Kernel`]; [`Error::Refused`] by [`SpaceLimits::mappings`](super::SpaceLimits::mappings), because the span ends
     /// before it begins, or because it is not a [`Kind::Managed`] one.
     pub fn map(&self, span: Span, target: Target, access: Access) -> Result<(), Error> {
+        let _span = tracing::debug_span!("map", ioasid = self.id().0, iova = %span).entered();
         let mut state = self.0.lock();
         let State { content: Content::Managed(managed), software, .. } = &mut *state else { return Err(self.wrong_kind("map")) };
         managed.map(&self.0.context, span, target, access)?;
@@ -342,6 +343,7 @@ impl Ioasid {
     /// [`Error::NotMapped`]: a mapping would be cut, or there is none. [`Error::Kernel`]: all are there. A kernel that fails when it has removed some is told to
     /// map these again; one that it does not map again is unmapped everywhere. As for [`Ioasid::map`].
     pub fn unmap(&self, span: Span) -> Result<u64, Error> {
+        let _span = tracing::debug_span!("unmap", ioasid = self.id().0, iova = %span).entered();
         let mut state = self.0.lock();
         let State { content: Content::Managed(managed), software, .. } = &mut *state else { return Err(self.wrong_kind("unmap")) };
         if span.is_none() {

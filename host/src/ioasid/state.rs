@@ -136,6 +136,7 @@ impl Context {
     /// Writes down what devices and IOASIDs there are, what is in them, and who is attached where. Nothing may change meanwhile: the guest is to stand still.
     #[must_use]
     pub fn save(&self) -> Saved {
+        let _span = tracing::debug_span!("save").entered();
         let devices = self.devices();
         let attached = |id: SpaceId| {
             let of = |device: &Device| {
@@ -178,6 +179,7 @@ impl Saved {
         mut user: impl FnMut(SpaceId, Span) -> Option<u64>,
         mut watcher: impl FnMut(SpaceId) -> Option<Box<dyn Watcher>>,
     ) -> Result<Restored, Error> {
+        let _span = tracing::debug_span!("restore", ioasids = self.ioasids.len()).entered();
         if self.version != VERSION {
             return Err(no_sense(&format!("it is of version {}, and this is {VERSION}", self.version)));
         }

@@ -3,15 +3,15 @@
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 
-use stagecraft::ioasid::{GuestView, Request, Strategy};
+use stagecraft::ioasid::{Context, Error, GuestView, Request, Setup, Strategy, Target};
 use stagecraft::kernel::sim::Call;
 use stagecraft::plugin::Outcome;
-use stagecraft::{Access, Gpa, Iova};
+use stagecraft::{Access, Gpa, Iova, Span};
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Metadata, Subscriber};
 
 use crate::guests::{Arch, Guest};
-use crate::rig::{DATA, MEMORY, Rig, page, unit};
+use crate::rig::{DATA, Deaf, MEMORY, Rig, page, unit};
 
 #[test]
 fn counters_say_what_happened() {
@@ -41,7 +41,41 @@ fn counters_say_what_happened() {
     assert_eq!((context.metrics().invalidation_failures, rig.dma("nic", 0x1000)), (1, None));
 }
 
+/// What becomes of paths, and what goes wrong, each counted once.
+#[test]
+fn strategies_and_losses_are_counted() {
+    let rig = Rig::new(&[unit(Arch::Vtd), unit(Arch::Vtd).without_nesting()], &[("near", &[0]), ("far", &[1])]);
+    let deaf = Deaf::before(rig.kernel());
+    let context = Context::with(Setup { kernel: Arc::clone(&deaf) as _, ..rig.setup() }).unwrap();
+    let (near, far) = (context.connect("near").unwrap(), context.connect("far").unwrap());
+    let counted = || {
+        let metrics = context.metrics();
+        ([metrics.native, metrics.nested, metrics.areas], [metrics.blocked, metrics.detached, metrics.invalidation_failures])
+    };
+    let guest = Guest::new(Arch::Vtd, &rig.memory);
+    (0..3).for_each(|page| guest.put(page << 12, DATA + (page << 12), true));
+    let native = context.allocate(Request::guest(guest.view())).unwrap();
+    native.attach(&near, None).unwrap();
+    assert_eq!(counted(), ([1, 0, 0], [0, 0, 0]));
+    // Room for one of three leaves.
+    let mut request = Request::guest(guest.view());
+    request.limits.shadow.leaves = 1;
+    let areas = context.allocate(request).unwrap();
+    assert_eq!(areas.attach(&far, None).unwrap().blocked_count, 2);
+    assert_eq!(counted(), ([1, 0, 1], [2, 0, 0]));
+    // A kernel that takes no invalidation: whoever might reach what is gone is detached.
+    guest.unmap(0);
+    deaf.takes(0);
+    assert!(matches!(native.invalidate(&[page(0)]), Err(Error::Blocked(_))));
+    let (strategies, [blocked, detached, failures]) = counted();
+    assert_eq!((strategies, blocked, detached), ([1, 0, 1], 2, 1));
+    assert!(failures > 0 && deaf.hears());
+    native.recover().unwrap();
+    assert_eq!((near.attached().len(), counted().1[1]), (1, 1));
+}
+
 const READ: Access = Access { read: true, write: false };
+const ONE_PAGE: Span = Span { first: 0x1000, last: 0x1fff };
 
 /// What follows a guest's tables for lookups in software is counted as what does for a unit.
 #[test]
@@ -172,8 +206,14 @@ fn every_way_in_has_a_span() {
         let requests = context.allocate(Request::requests()).unwrap();
         requests.replace(&device, None).unwrap();
         requests.change(&[]).unwrap();
+        let managed = context.allocate(Request::managed()).unwrap();
+        managed.map(ONE_PAGE, Target::Guest(Gpa(DATA)), READ).unwrap();
+        managed.unmap(ONE_PAGE).unwrap();
         device.detach(None).unwrap();
         context.memory_changed(context.memory()).unwrap();
+        context.host_events(&[]).unwrap();
+        let other = Rig::new(&[unit(Arch::Arm)], &[("nic", &[0])]);
+        context.save().restore(other.setup(), |_, _| None).unwrap();
     };
     // Other tests come by the same places without a subscriber at the same time; a place that two threads enter for the first time may be missed once.
     for _ in 0..3 {
@@ -184,6 +224,7 @@ fn every_way_in_has_a_span() {
     }
     let names = names.0.lock().unwrap();
     let of: Vec<&str> = names.iter().filter(|(module, _)| *module == "ioasid").map(|(_, name)| *name).collect();
-    let expected = "attach build change detach fault invalidate memory_changed reconsider recover replace switch synchronise table_written";
+    let expected = "attach build change detach fault host_events invalidate map memory_changed reconsider recover replace restore save switch \
+                    synchronise table_written unmap";
     assert_eq!(of, expected.split(' ').collect::<Vec<_>>());
 }
