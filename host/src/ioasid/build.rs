@@ -162,7 +162,11 @@ impl Space {
             Candidate::Table(mut config, format) => {
                 let parent = context.parent(Under::Host)?;
                 let limits = &self.request().limits;
-                let table = NestedTable::new(format, PoolTables::new(Arc::clone(parent.pool()), limits.table_bytes))?;
+                let mut table = NestedTable::new(format, PoolTables::new(Arc::clone(parent.pool()), limits.table_bytes))?;
+                // Where its own unit would tell a guest what was accessed, the host's does; elsewhere hardware need not write for nobody.
+                if state.geometry.as_ref().is_some_and(|guest| guest.levels.iter().any(|level| level.accessed.exists())) {
+                    table.track_accessed();
+                }
                 for (setting, address) in table.roots() {
                     config.settings.set(setting, address.0);
                 }

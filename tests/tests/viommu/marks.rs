@@ -183,7 +183,7 @@ struct Page {
     used: Use,
 }
 
-/// One guest on one host, whose entries are looked at: `exact` says that the host tells which pages were written.
+/// One guest on one host, whose entries are looked at: `exact` says that the host tells which pages were used.
 fn follow(tables: Tables, promised: Promised, host: UnitConfig, strategy: Strategy, exact: bool) {
     let what = format!("{tables:?}, {promised:?}, on {}: {strategy}", host.name);
     let template = Rig::template().with_strategies(&[strategy]);
@@ -212,8 +212,8 @@ fn follow(tables: Tables, promised: Promised, host: UnitConfig, strategy: Strate
             ioasid.write_marks(Span::ALL);
         }
         for Page { iova, slot, before, used, .. } in &pages {
-            // Host tables are made with the first mark, so that all that is mapped counts as accessed.
-            let accessed = if promised.accessed { tables.accessed(*before) } else { *before };
+            let is_accessed = is_used && *used != Use::Nothing || !exact;
+            let accessed = if promised.accessed && is_accessed { tables.accessed(*before) } else { *before };
             let is_written = is_used && *used == Use::Write || !exact;
             let wanted = if promised.dirty && is_written { tables.dirty(accessed) } else { accessed };
             let found = rig.guest.load(*slot);

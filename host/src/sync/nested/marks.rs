@@ -28,8 +28,17 @@ pub(super) struct Tracks {
     /// Hardware marks the first access; otherwise it counts as accessed.
     pub(super) accessed: bool,
     pub(super) writes: Writes,
+    /// What stood here before, or in another place of the same, was marked as accessed.
+    pub(super) was_accessed: bool,
     /// It was marked, and the mark was taken away again.
     pub(super) was_dirty: bool,
+}
+
+/// What is known of a leaf that goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Used {
+    pub(super) accessed: bool,
+    pub(super) dirty: bool,
 }
 
 impl Tracks {
@@ -43,7 +52,7 @@ impl Tracks {
     }
 
     fn of(self, iova: Span, level: &Level, entry: u64) -> Marked {
-        let accessed = !self.accessed || level.accessed.is_set(entry);
+        let accessed = !self.accessed || self.was_accessed || level.accessed.is_set(entry);
         Marked { iova, accessed, dirty: self.was_dirty || self.is_written(level, entry) }
     }
 }
@@ -145,8 +154,8 @@ impl<M: TableMemory> NestedTable<M> {
         self.keeps_marks = false;
     }
 
-    /// Writes an entry where something was, and looks what hardware had marked up to then: whether it may have been written through.
-    pub(super) fn replace(&mut self, table: &HostTable, place: Place<'_>, index: u64, entry: u64) -> bool {
+    /// Writes an entry where something was, and looks what hardware had marked up to then.
+    pub(super) fn replace(&mut self, table: &HostTable, place: Place<'_>, index: u64, entry: u64) -> Used {
         let mut old = self.memory.load(table.address, self.layout, index);
         loop {
             let stood = self.memory.compare_exchange(table.address, self.layout, index, old, entry);
@@ -156,24 +165,28 @@ impl<M: TableMemory> NestedTable<M> {
             old = stood;
         }
         // Walks may be in a table until the invalidation.
-        let Slot::Leaf(tracks) = table.slots[index as usize] else { return true };
+        let Slot::Leaf(tracks) = table.slots[index as usize] else { return Used { accessed: true, dirty: true } };
         let rung = &place.chain.rungs[place.depth];
         let written = tracks.is_written(self.plan.level(rung), old);
+        let Marked { accessed, dirty, .. } = tracks.of(Span::ALL, self.plan.level(rung), old);
         let is_old = self.begins && self.keeps_marks;
         if let Some(log) = self.log.as_mut().filter(|_| written && !is_old) {
             log.add(self.plan.address(rung, old));
         }
-        tracks.was_dirty || written
+        Used { accessed, dirty }
     }
 
-    /// A leaf, or all leaves of a table, stand where others were that were written through.
-    pub(super) fn soil(&mut self, slot: &mut Slot) {
+    /// A leaf, or all leaves of a table, stand where others were that were used.
+    pub(super) fn soil(&mut self, slot: &mut Slot, used: Used) {
         match slot {
             Slot::Absent => {}
-            Slot::Leaf(tracks) => tracks.was_dirty = true,
+            Slot::Leaf(tracks) => {
+                tracks.was_accessed |= used.accessed;
+                tracks.was_dirty |= used.dirty;
+            }
             Slot::Table(id) => {
                 let Some(mut table) = self.tables.get_mut(*id as usize).and_then(Option::take) else { return };
-                table.slots.iter_mut().for_each(|slot| self.soil(slot));
+                table.slots.iter_mut().for_each(|slot| self.soil(slot, used));
                 self.tables[*id as usize] = Some(table);
             }
         }

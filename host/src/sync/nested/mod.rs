@@ -510,8 +510,9 @@ impl<M: TableMemory> NestedTable<M> {
     fn set(&mut self, table: &mut HostTable, place: Place<'_>, index: u64, mut slot: Slot, entry: u64) {
         let old = table.slots[index as usize];
         if matches!(old, Slot::Leaf(_)) && self.log.is_some() || old != Slot::Absent && self.keeps_marks {
-            if self.replace(table, place, index, entry) && self.keeps_marks {
-                self.soil(&mut slot);
+            let used = self.replace(table, place, index, entry);
+            if self.keeps_marks {
+                self.soil(&mut slot, used);
             }
         } else {
             self.memory.store(table.address, self.layout, index, entry);

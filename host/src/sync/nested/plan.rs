@@ -156,6 +156,6 @@ impl Leaves {
             true => Writes::Unseen,
         };
         let accessed = level.accessed.exists() && !level.accessed.is_set(leaf.pattern);
-        Ok(Some((leaf, Tracks { accessed, writes, was_dirty: false })))
+        Ok(Some((leaf, Tracks { accessed, writes, was_accessed: false, was_dirty: false })))
     }
 }
