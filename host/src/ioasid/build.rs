@@ -90,6 +90,8 @@ impl Space {
                         stale: false,
                         record: None,
                         counters: self.context().counters(),
+                        marks_left: Arc::clone(self.context().marks_left()),
+                        was_used: false,
                     };
                     if let Some(log) = &state.written {
                         part.begin_record(&state.content, &state.told(), log)?;
@@ -164,9 +166,7 @@ impl Space {
                 let limits = &self.request().limits;
                 let mut table = NestedTable::new(format, PoolTables::new(Arc::clone(parent.pool()), limits.table_bytes))?;
                 // Where its own unit would tell a guest what was accessed, the host's does; elsewhere hardware need not write for nobody.
-                if state.geometry.as_ref().is_some_and(|guest| guest.levels.iter().any(|level| level.accessed.exists())) {
-                    table.track_accessed();
-                }
+                table.track_accessed(state.marks_accessed);
                 for (setting, address) in table.roots() {
                     config.settings.set(setting, address.0);
                 }

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, We
 
 use super::device::Connected;
 use super::events::Told;
+use super::left::Left;
 use super::memory::compare;
 use super::metrics::{Counter, Counters};
 use super::parent::{Parent, Under};
@@ -89,6 +90,7 @@ pub(super) struct Inner {
     next_space: AtomicU64,
     next_virtual_id: AtomicU64,
     record: Mutex<Option<Log>>,
+    marks_left: Arc<Left>,
     /// Devices and PASIDs that were detached because the kernel failed, since the context was made.
     lost: AtomicU64,
 }
@@ -246,6 +248,11 @@ impl Inner {
         Ok(known)
     }
 
+    /// Marks that host tables had which are gone.
+    pub(super) const fn marks_left(&self) -> &Arc<Left> {
+        &self.marks_left
+    }
+
     /// What is kept of IOASIDs that are gone, while writes are recorded.
     pub(super) const fn record(&self) -> &Mutex<Option<Log>> {
         &self.record
@@ -337,6 +344,7 @@ impl Context {
             next_space: AtomicU64::new(1),
             next_virtual_id: AtomicU64::new(0),
             record: Mutex::default(),
+            marks_left: Arc::default(),
             lost: AtomicU64::new(0),
         })))
     }

@@ -10,9 +10,9 @@ use super::metrics::Counter;
 use super::part::{Engine, Host, Part};
 use super::record::{Listener, Log, lock};
 use super::space::{Content, Space, State};
-use super::{Context, Error, GuestMemory, Ioasid, Property, Refusal, Target};
+use super::{Context, Error, Ioasid, Property, Refusal, Target};
 use crate::kernel::Errno;
-use crate::memory::PAGE;
+use crate::memory::{MarkMemory, PAGE};
 use crate::sync::{DirtyError, MOST_PAGES, MarksWritten, PageSet, Sink, pages_of, set_bits};
 use crate::{Change, Span};
 
@@ -23,12 +23,15 @@ impl Ioasid {
     /// Looks which leaves for IOVAs of `span` the hosts' hardware marked, and marks the guest's entries, as accessed and as dirty, where the guest's configuration
     /// promises that hardware does; those that lead to a leaf before that leaf. Where a host does not tell, as areas of the kernel, all of them count as marked. Where the unit walks the guest's own table it
     /// sets the marks by itself.
+    ///
+    /// Marks that hosts knew of that are gone, because devices went to other IOASIDs or got other strategies, or because the guest's structures changed, are kept until
+    /// this is called for any IOASID of the context, and are written whatever `span` is.
     pub fn write_marks(&self, span: Span) -> MarksWritten {
         let mut state = self.0.lock();
         let memory = self.0.context().memory();
-        let mut all = MarksWritten::default();
+        let mut all = self.0.context().marks_left().write(memory.marks());
         for part in &mut state.parts {
-            all.add(part.write_marks(&memory, span));
+            all.add(part.write_marks(memory.marks(), span));
         }
         all
     }
@@ -62,6 +65,13 @@ impl Ioasid {
 }
 
 impl Context {
+    /// As [`Ioasid::write_marks`], for all IOASIDs that there are or were: before a guest's memory is copied for the last time, so that it finds all marks where it goes.
+    pub fn write_marks(&self) -> MarksWritten {
+        let mut all = self.0.marks_left().write(self.memory().marks());
+        self.ioasids().iter().for_each(|ioasid| all.add(ioasid.write_marks(Span::ALL)));
+        all
+    }
+
     /// As [`Ioasid::track_dirty`], for all IOASIDs, and for those that are made later: what their devices write is told by [`Context::dirty`], also when an IOASID is gone.
     ///
     /// # Errors
@@ -281,7 +291,7 @@ impl Part {
         }
     }
 
-    fn write_marks(&mut self, memory: &GuestMemory, span: Span) -> MarksWritten {
+    fn write_marks(&mut self, memory: &(impl MarkMemory + ?Sized), span: Span) -> MarksWritten {
         match &mut self.host {
             Host::Kernel { .. } | Host::Own(..) => MarksWritten::default(),
             Host::Table(_, engine) => engine.write_marks(memory, span),
@@ -290,9 +300,20 @@ impl Part {
     }
 }
 
+impl Part {
+    /// Marks of hardware that it is about to forget are kept.
+    pub(super) fn leave_marks(&mut self) {
+        if self.was_used {
+            let left = Arc::clone(&self.marks_left);
+            let _ = self.write_marks(&*left, Span::ALL);
+        }
+    }
+}
+
 impl Drop for Part {
-    /// Nobody is attached any more: what it knows of writes is kept, and what it cost.
+    /// Nobody is attached any more: what it knows of marks and writes is kept, and what it cost.
     fn drop(&mut self) {
+        self.leave_marks();
         self.counters.add(Counter::Questions, self.questions());
         let Some(Recording { log, by }) = self.record.take() else { return };
         let mut log = lock(&log);

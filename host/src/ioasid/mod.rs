@@ -41,6 +41,7 @@ mod error;
 mod events;
 mod exchange;
 mod faults;
+mod left;
 mod limits;
 mod managed;
 mod memory;

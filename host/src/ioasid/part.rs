@@ -6,6 +6,7 @@ use super::commit::KernelCommitter;
 use super::context::Inner;
 use super::device::{Awaited, Connected, Held, Slot};
 use super::dirty::Recording;
+use super::left::Left;
 use super::metrics::Counters;
 use super::nested::Bound;
 use super::parent::Parent;
@@ -15,6 +16,7 @@ use super::tables::PoolTables;
 use super::{Error, Explanation, GuestMemory, GuestView, Kind, SpaceId, SpaceLimits, Strategy};
 use crate::kernel::handle::{Attachment, Hwpt, PageTable, Viommu};
 use crate::kernel::{Errno, Pasid};
+use crate::memory::MarkMemory;
 use crate::plugin::queue::{Effect, Invalidation};
 use crate::sync::{Areas, CommitError, Live, LiveError, MarksWritten, Nested, Report, ShadowFigures, Sink, Space, Watcher, Way};
 use crate::{Change, Gpa, Iova, Span};
@@ -82,9 +84,9 @@ impl<S: Sink> Engine<S> {
     }
 
     /// Marks of hardware go back into the guest's tables.
-    pub(super) fn write_marks(&mut self, memory: &GuestMemory, span: Span) -> MarksWritten {
+    pub(super) fn write_marks(&mut self, memory: &(impl MarkMemory + ?Sized), span: Span) -> MarksWritten {
         match self {
-            Self::Live(live) => live.write_marks(memory.marks(), span),
+            Self::Live(live) => live.write_marks(memory, span),
             Self::Told(_) => MarksWritten::default(),
         }
     }
@@ -144,6 +146,16 @@ impl<S: Sink> Engine<S> {
             sink.offer(wanted, &here);
         }
         if before.is_some() { sink.commit() } else { Ok(()) }
+    }
+}
+
+impl Engine<Nested<PoolTables, KernelCommitter>> {
+    /// Marks of leaves whose memory went are kept: the guest's entries are there.
+    fn leave_gone(&mut self, left: Option<&Left>) {
+        let gone = self.sink_mut().take_gone();
+        if let (Self::Live(live), Some(left)) = (self, left) {
+            let _ = live.mark(left, &gone);
+        }
     }
 }
 
@@ -209,6 +221,10 @@ pub(super) struct Part {
     /// While writes are recorded.
     pub(super) record: Option<Recording>,
     pub(super) counters: Arc<Counters>,
+    /// Where marks of hardware go when it goes.
+    pub(super) marks_left: Arc<Left>,
+    /// Somebody is or was attached.
+    pub(super) was_used: bool,
 }
 
 impl Part {
@@ -309,11 +325,15 @@ impl Part {
         matches!(self.host, Host::Table(..) | Host::Areas(_))
     }
 
-    /// The guest's structures say something else.
-    pub(super) fn switch(&mut self, memory: &GuestMemory, way: Way, view: &GuestView) -> Result<Report, LiveError> {
+    /// The guest's structures say something else; `marks`: hardware is to mark what is accessed.
+    pub(super) fn switch(&mut self, memory: &GuestMemory, way: Way, view: &GuestView, marks: bool) -> Result<Report, LiveError> {
+        self.leave_marks();
         match &mut self.host {
             Host::Kernel { .. } | Host::Own(..) => Ok(Report::default()),
-            Host::Table(_, engine) => engine.switch(memory, way, view),
+            Host::Table(_, engine) => {
+                engine.sink_mut().track_accessed(marks);
+                engine.switch(memory, way, view)
+            }
             Host::Areas(engine) => engine.switch(memory, way, view),
         }
     }
@@ -327,7 +347,11 @@ impl Part {
                 committer.forget_everything()?;
                 Ok(Report::default())
             }
-            Host::Table(_, engine) => engine.memory_changed(memory),
+            Host::Table(_, engine) => {
+                let report = engine.memory_changed(memory);
+                engine.leave_gone(self.was_used.then_some(&*self.marks_left));
+                report
+            }
             Host::Areas(engine) => engine.memory_changed(memory),
         }
     }
@@ -455,6 +479,7 @@ impl Part {
 
     /// Somebody is attached.
     pub(super) fn joined(&mut self, device: &Arc<Connected>, pasid: Option<Pasid>) {
+        self.was_used = true;
         self.users.retain(|(user, _)| user.strong_count() > 0);
         self.users.push((Arc::downgrade(device), pasid));
         self.awaited.retain(Awaited::is_waiting);

@@ -62,6 +62,8 @@ pub(super) struct State {
     pub(super) kind: Kind,
     /// Geometry of the guest's first table.
     pub(super) geometry: Option<Geometry>,
+    /// Hardware would mark in one of the guest's tables what is accessed.
+    pub(super) marks_accessed: bool,
     pub(super) faults: Option<FaultQueue>,
     /// While writes are recorded: those that parts knew of that are gone.
     pub(super) written: Option<Log>,
@@ -85,12 +87,22 @@ impl Space {
             Kind::Requests => Content::Requests(Domain::new()),
             Kind::Guest(_) => Content::Guest,
         };
-        let geometry = geometry(context, &request.kind)?;
+        let (geometry, marks_accessed) = geometry(context, &request.kind)?;
         let faults =
             if request.page_requests { Some(FaultQueue::alloc(context.kernel()).map_err(Error::kernel("making a queue of faults"))?) } else { None };
         let kind = request.kind.clone();
-        let state =
-            State { parts: Vec::new(), blocked: Users::new(), software: None, translator: None, content, kind, geometry, faults, written: None };
+        let state = State {
+            parts: Vec::new(),
+            blocked: Users::new(),
+            software: None,
+            translator: None,
+            content,
+            kind,
+            geometry,
+            marks_accessed,
+            faults,
+            written: None,
+        };
         let watched = watcher.map(|watcher| Arc::new(Watched::new(watcher)));
         Ok(Arc::new(Self { state: Mutex::new(state), id, request, watched, context: Arc::clone(context) }))
     }
@@ -273,11 +285,18 @@ fn in_order(batch: &[Change]) -> Vec<Change> {
     unmaps.into_values().chain(maps.into_values()).collect()
 }
 
-/// Opens the guest's first table to see what it is; an error if that cannot be.
-fn geometry(context: &Inner, kind: &Kind) -> Result<Option<Geometry>, Error> {
-    let Kind::Guest(GuestView { outcome: Outcome::Tables(Translated { tables, .. }), .. }) = kind else { return Ok(None) };
-    let Some(first) = tables.first() else { return Ok(None) };
-    Ok(Some(context.open(first)?.geometry().map_err(OpenError::Format)?))
+/// Opens the guest's first table to see what it is, and others to see whether hardware would mark in any what is accessed; an error if that cannot be.
+fn geometry(context: &Inner, kind: &Kind) -> Result<(Option<Geometry>, bool), Error> {
+    let Kind::Guest(GuestView { outcome: Outcome::Tables(Translated { tables, .. }), .. }) = kind else { return Ok((None, false)) };
+    let (mut first, mut marks) = (None, false);
+    for table in tables {
+        if first.is_none() || !marks {
+            let geometry = context.open(table)?.geometry().map_err(OpenError::Format)?;
+            marks |= geometry.levels.iter().any(|level| level.accessed.exists());
+            first = first.or(Some(geometry));
+        }
+    }
+    Ok((first, marks))
 }
 
 /// An I/O address space: see the [module](super). Clones are the same one.
@@ -438,7 +457,7 @@ impl Ioasid {
         }
         let _span = tracing::debug_span!("switch", ioasid = self.id().0).entered();
         let kind = Kind::Guest(view.clone());
-        let geometry = geometry(&self.0.context, &kind)?;
+        let (geometry, marks_accessed) = geometry(&self.0.context, &kind)?;
         let _memory = self.0.context.hold_memory();
         let mut detached = Dropped::new();
         let mut state = self.0.lock();
@@ -451,16 +470,18 @@ impl Ioasid {
             let way = part::way(&self.0.context, &view)?;
             drop(crate::sync::Space::open(way, memory.map().clone(), self.0.request.limits.shadow, Box::new(Unwatched))?);
         }
-        let before = (std::mem::replace(&mut state.kind, kind), std::mem::replace(&mut state.geometry, geometry));
+        let before = (std::mem::replace(&mut state.kind, kind), std::mem::replace(&mut state.geometry, geometry), state.marks_accessed);
+        state.marks_accessed = marks_accessed;
         state.translator = None;
         let (mut report, moved) = match self.0.rebuild(&mut state, &mut detached) {
             Ok(rebuilt) => rebuilt,
             Err(error) => {
-                (state.kind, state.geometry) = before;
+                (state.kind, state.geometry, state.marks_accessed) = before;
                 return Err(error);
             }
         };
         let software = state.software.is_some().then(|| ways.pop()).flatten();
+        let marks = state.marks_accessed;
         let mut left_behind = Vec::new();
         let switched = self.0.each(
             &mut state,
@@ -468,7 +489,8 @@ impl Ioasid {
             |part| match part.follows() && !part.is_new {
                 true => {
                     let Some(way) = ways.pop() else { return Ok(Report::default()) };
-                    part.switch(&memory, way, &view).inspect_err(|error| left_behind.extend(matches!(error, LiveError::Open(_)).then_some(part.unit)))
+                    part.switch(&memory, way, &view, marks)
+                        .inspect_err(|error| left_behind.extend(matches!(error, LiveError::Open(_)).then_some(part.unit)))
                 }
                 // What was made just now has read the new tables.
                 false => Ok(Report::default()),

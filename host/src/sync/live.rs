@@ -161,7 +161,7 @@ impl<S: Sink> Live<S> {
 
     /// Takes another sink, which has nothing yet, in place of the one that there is: gives it everything, commits it, and hands out the old one. Up to then the
     /// old one is as it was, so that a device can be led from one to the other. While writes are recorded ([`Live::track_dirty`]), the new one records them from now on if it
-    /// can; those up to then are told by the old one's [`Sink::dirty`], once no device uses it any more.
+    /// can; those up to then are told by the old one's [`Sink::dirty`], once no device uses it any more. Its marks get into the guest's entries by [`Live::write_marks_of`].
     ///
     /// # Errors
     /// The new one could not be committed. The old one stays.

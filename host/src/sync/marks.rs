@@ -32,6 +32,8 @@ pub struct MarksWritten {
     pub dirty: u64,
     /// Entries that point to tables and were marked as accessed.
     pub tables: u64,
+    /// Entries of any kind that were marked for what devices did through host tables that are gone.
+    pub earlier: u64,
     /// Entries that were left alone, because the guest has changed them and they have not been looked at since, or because they cannot be written.
     pub skipped: u64,
 }
@@ -42,6 +44,7 @@ impl MarksWritten {
         self.accessed += other.accessed;
         self.dirty += other.dirty;
         self.tables += other.tables;
+        self.earlier += other.earlier;
         self.skipped += other.skipped;
     }
 }
@@ -80,11 +83,24 @@ impl<S: Sink> Live<S> {
         written
     }
 
+    /// The same of leaves that another sink has or had: one whose place was taken ([`Live::replace_sink`]), once no device uses it any more.
+    pub fn write_marks_of<M: MarkMemory + ?Sized>(&mut self, sink: &(impl Sink + ?Sized), memory: &M, span: Span) -> MarksWritten {
+        let budget = Budget::new(Limits { questions: self.questions, ..Limits::default() });
+        let (space, mut written) = (&mut self.space, MarksWritten::default());
+        sink.marks(span, &mut |marked| space.mark(memory, marked, &budget, &mut written));
+        written
+    }
+
     /// The same as if hardware had marked all leaves for IOVAs of `span`, whether it did or not.
     pub fn mark_all<M: MarkMemory + ?Sized>(&mut self, memory: &M, span: Span) -> MarksWritten {
+        self.mark(memory, &[Marked { iova: span, accessed: true, dirty: true }])
+    }
+
+    /// The same of leaves that are gone, as whoever had them tells.
+    pub fn mark<M: MarkMemory + ?Sized>(&mut self, memory: &M, gone: &[Marked]) -> MarksWritten {
         let budget = Budget::new(Limits { questions: self.questions, ..Limits::default() });
         let mut written = MarksWritten::default();
-        self.space.mark(memory, Marked { iova: span, accessed: true, dirty: true }, &budget, &mut written);
+        gone.iter().for_each(|marked| self.space.mark(memory, *marked, &budget, &mut written));
         written
     }
 

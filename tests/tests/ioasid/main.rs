@@ -16,6 +16,7 @@ mod guests;
 mod hitless;
 mod idle;
 mod managed;
+mod marks;
 mod memory;
 mod moves;
 mod paths;

@@ -128,7 +128,7 @@ impl Rig {
         };
         let mut table = NestedTable::new(format(&config), RegionTables::new(Arc::clone(&region), Gpa(HOST_BASE))).unwrap();
         if marks {
-            table.track_accessed();
+            table.track_accessed(true);
         }
         let root = table.roots().next().unwrap().1.0;
         let context = TABLES as u64 - 4096;

@@ -250,7 +250,7 @@ fn what_leads_to_a_leaf_is_marked_before_it() {
     let mut live = live(&guest);
     let racing = Racing { guest: &guest, change: Cell::new(None), places: RefCell::default() };
     let page = Span { first: 0x1000, last: 0x1fff };
-    assert_eq!(live.mark_all(&racing, page), MarksWritten { accessed: 1, dirty: 1, tables: 3, skipped: 0 });
+    assert_eq!(live.mark_all(&racing, page), MarksWritten { accessed: 1, dirty: 1, tables: 3, earlier: 0, skipped: 0 });
     assert_eq!(racing.places.take(), way);
     // What has its mark is not touched.
     assert_eq!(live.mark_all(&racing, page), MarksWritten::default());
@@ -278,7 +278,7 @@ fn an_entry_that_the_guest_changed_is_left_alone_wherever_it_stands() {
             let wanted: [u64; 4] = std::array::from_fn(|index| if index == changed { entry } else { before[index] | marks(index) });
             assert_eq!(way.map(|at| guest.load(at)), wanted, "{changed}, gone {gone}");
             let (tables, leaf) = if changed == 3 { (3, 0) } else { (2, 1) };
-            assert_eq!(written, MarksWritten { accessed: leaf, dirty: leaf, tables, skipped: 1 }, "{changed}, gone {gone}");
+            assert_eq!(written, MarksWritten { accessed: leaf, dirty: leaf, tables, earlier: 0, skipped: 1 }, "{changed}, gone {gone}");
         }
     }
 }
@@ -296,15 +296,15 @@ fn entries_that_lead_to_no_leaf_are_not_marked() {
     });
     let mut live = live(&guest);
     let all_but_other = Span { first: 0, last: (3 << 21) - 1 };
-    assert_eq!(live.mark_all(&guest.view(), all_but_other), MarksWritten { accessed: 1, dirty: 0, tables: 3, skipped: 0 });
+    assert_eq!(live.mark_all(&guest.view(), all_but_other), MarksWritten { accessed: 1, dirty: 0, tables: 3, earlier: 0, skipped: 0 });
     assert_eq!(way.map(|at| guest.load(at) & (A | D)), [A; 4]);
     assert_eq!([empty, supervisor, other].map(|way| guest.load(way[2]) & A), [0; 3]);
     assert_eq!(guest.load(supervisor[3]) & A, 0);
-    assert_eq!(live.mark_all(&guest.view(), Span::ALL), MarksWritten { accessed: 1, dirty: 0, tables: 1, skipped: 0 });
+    assert_eq!(live.mark_all(&guest.view(), Span::ALL), MarksWritten { accessed: 1, dirty: 0, tables: 1, earlier: 0, skipped: 0 });
     // Large pages: their entry is a leaf.
     guest.put(4 << 21, 1, 0x100_0000 | RW & !A & !D | PS);
     live.synchronise(&guest.view()).unwrap();
-    assert_eq!(live.mark_all(&guest.view(), Span::ALL), MarksWritten { accessed: 1, dirty: 1, tables: 0, skipped: 0 });
+    assert_eq!(live.mark_all(&guest.view(), Span::ALL), MarksWritten { accessed: 1, dirty: 1, tables: 0, earlier: 0, skipped: 0 });
 }
 
 /// Two address spaces follow the same tables, and one of these tables stands in two places.
@@ -328,8 +328,8 @@ fn what_somebody_else_has_marked_is_no_change_by_the_guest() {
         space.mark(&guest.view(), marked, &budget, &mut written);
         written
     };
-    assert_eq!(mark(&mut one, 0x1000, false), MarksWritten { accessed: 1, dirty: 0, tables: 3, skipped: 0 });
-    assert_eq!(mark(&mut one, again, true), MarksWritten { accessed: 0, dirty: 1, tables: 1, skipped: 0 });
+    assert_eq!(mark(&mut one, 0x1000, false), MarksWritten { accessed: 1, dirty: 0, tables: 3, earlier: 0, skipped: 0 });
+    assert_eq!(mark(&mut one, again, true), MarksWritten { accessed: 0, dirty: 1, tables: 1, earlier: 0, skipped: 0 });
     assert_eq!(way.map(|at| guest.load(at) & (A | D)), [A, A, A, A | D]);
     assert_eq!(mark(&mut other, 0x1000, true), MarksWritten::default());
     // A write that only the other one knows of.

@@ -5,8 +5,10 @@ use std::collections::BTreeSet;
 use stagecraft::kernel::sim::DmaAccess;
 use stagecraft::memory::{Kind, MemoryMap, Region};
 use stagecraft::plugin::{TableConfig, Tag};
-use stagecraft::sync::{DirtyError, Live, MarksWritten, Nested, NestedTable, RegionTables, Shadow, ShadowLimits, Unwatched};
-use stagecraft::{Gpa, Iova, Span};
+use stagecraft::sync::{
+    CommitError, DirtyError, Live, Marked, MarksWritten, Nested, NestedTable, RegionTables, Shadow, ShadowLimits, Sink, Unwatched,
+};
+use stagecraft::{Change, Gpa, Iova, Span};
 use stagecraft_tests::reference::generate::Rng;
 use stagecraft_tests::reference::walk::Walker;
 use vm_memory::MmapRegion;
@@ -141,6 +143,37 @@ fn what_hardware_does_not_mark_counts_as_marked() {
     }
 }
 
+/// A host that tells some marks.
+struct Telling(Vec<Marked>);
+
+impl Sink for Telling {
+    fn apply(&mut self, _: &[Change]) {}
+
+    fn commit(&mut self) -> Result<(), CommitError> {
+        Ok(())
+    }
+
+    fn marks(&self, span: Span, each: &mut dyn FnMut(Marked)) {
+        self.0.iter().filter(|marked| marked.iova.intersection(span).is_some()).for_each(|marked| each(*marked));
+    }
+}
+
+#[test]
+fn a_sink_whose_place_was_taken_tells_its_marks() {
+    let guest = Guest::new();
+    (0..3).for_each(|index| guest.put(index << 12, 0, (DATA + (index << 12)) | RW & !A & !D));
+    let marked = |page: u64, dirty: bool| Marked { iova: Span { first: page << 12, last: page << 12 | 0xfff }, accessed: true, dirty };
+    let shadow = Shadow::open(format(&guest.config()), Guest::map(), ShadowLimits::default(), Box::new(Unwatched)).unwrap();
+    let mut live = Live::new(shadow, Telling(vec![marked(0, true), marked(2, false)]), Tag::default(), 0, 1 << 10);
+    live.synchronise(&guest.view()).unwrap();
+    let old = live.replace_sink(Telling(vec![marked(1, false)])).unwrap();
+    assert_eq!(live.write_marks(&guest.view(), Span::ALL), written(1, 0));
+    assert_eq!(live.write_marks_of(&old, &guest.view(), Span { first: 0x1000, last: 0x2fff }), written(1, 0));
+    assert_eq!(live.write_marks_of(&old, &guest.view(), Span::ALL), written(1, 1));
+    assert_eq!([0, 1, 2].map(|page| guest.load(guest.slot(page << 12, 0).0) & (A | D)), [A | D, A, A]);
+    assert_eq!(live.synchronise(&guest.view()).unwrap().changes, 0);
+}
+
 /// The pages that a log tells, as numbers.
 fn pages(live: &mut Live<impl stagecraft::sync::Sink>, clear: bool) -> BTreeSet<u64> {
     let bitmap = live.dirty(Span { first: 0, last: MEMORY - 1 }, clear).unwrap();
@@ -195,22 +228,24 @@ fn writes_are_logged_while_the_guest_lives() {
 fn the_guests_marks_survive_the_log() {
     for arch in [Arch::Vtd, Arch::Smmu] {
         let mut rig = Rig::with(arch, Forgotten::Nothing, true);
-        (0..4).for_each(|index| rig.guest.put(index << 12, 0, (DATA + (index << 12)) | RW & !D));
+        (0..5).for_each(|index| rig.guest.put(index << 12, 0, (DATA + (index << 12)) | RW & !A & !D));
         rig.live.synchronise(&rig.guest.view()).unwrap();
         uses(&rig, 0, DmaAccess::Write);
+        uses(&rig, 0x4000, DmaAccess::Read);
         assert!(rig.live.track_dirty(true).unwrap());
         uses(&rig, 0x1000, DmaAccess::Write);
         assert_eq!(pages(&mut rig.live, true).len(), 1);
         uses(&rig, 0x2000, DmaAccess::Write);
         // Of a page of 1 GiB memory is there for a part, which becomes smaller: no reason to forget either.
-        rig.guest.put(1 << 30, 2, RW & !D | PS);
+        rig.guest.put(1 << 30, 2, RW & !A & !D | PS);
         rig.live.synchronise(&rig.guest.view()).unwrap();
         uses(&rig, 1 << 30 | 0x40_0000, DmaAccess::Write);
         let half = Region { kind: Kind::Ram, span: Span { first: 0, last: MEMORY / 2 - 1 } };
         assert_eq!(rig.live.memory_changed(&rig.guest.view(), MemoryMap::new(vec![half]).unwrap()).unwrap().changes, 2);
         assert!(rig.live.track_dirty(false).unwrap());
-        assert_eq!(rig.live.write_marks(&rig.guest.view(), Span::ALL).dirty, 4, "{arch:?}: not the fourth of the small ones");
-        assert_eq!(rig.guest.load(rig.guest.slot(0x3000, 0).0) & D, 0);
+        assert_eq!(rig.live.write_marks(&rig.guest.view(), Span::ALL), written(5, 4), "{arch:?}: not the fourth of the small ones");
+        let marks = [0x3000, 0x4000].map(|iova| rig.guest.load(rig.guest.slot(iova, 0).0) & (A | D));
+        assert_eq!(marks, [0, A], "{arch:?}");
     }
 }
 

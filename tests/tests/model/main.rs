@@ -214,7 +214,9 @@ fn assert_exercised(coverage: &Coverage, seeds: u64) {
     // PASIDs need a unit that gives some away beside a user's table, or areas.
     HOSTS.iter().for_each(|host| often(format!("PASIDs on {host}"), seeds / 2));
     often("recovered".to_owned(), 10 * seeds);
-    ["leaves marked", "pointers marked"].iter().for_each(|what| often((*what).to_owned(), seeds));
+    ["leaves marked", "pointers marked", "marked for what is gone", "pages left without marks"]
+        .iter()
+        .for_each(|what| often((*what).to_owned(), seeds));
     ["moved to another host", "memory with tables went", "page requests served", "for want of room", "entries blocked"]
         .iter()
         .for_each(|what| often((*what).to_owned(), seeds / 2));

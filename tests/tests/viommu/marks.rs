@@ -2,7 +2,7 @@
 
 use stagecraft::ioasid::Strategy;
 use stagecraft::kernel::sim::UnitConfig;
-use stagecraft::{Gpa, Iova, Span};
+use stagecraft::{Gpa, Iova};
 
 use super::behaviour::ONE;
 use super::contexts::{SCALABLE, entry, guest_cr3_table, scalable_entries};
@@ -180,63 +180,105 @@ struct Page {
     slot: u64,
     before: u64,
     is_marked: bool,
+    /// Has the mark of a write, or waits for none.
+    is_dirty: bool,
     used: Use,
 }
 
+impl Page {
+    /// Whether what the device does with it is allowed.
+    fn passes(&self, tables: Tables, promised: Promised) -> bool {
+        let reads = self.is_marked || promised.accessed || !tables.marks_are_permissions();
+        let writes = reads && (self.is_dirty || promised.dirty || !tables.marks_are_permissions());
+        match self.used {
+            Use::Nothing => true,
+            Use::Read => reads,
+            Use::Write => writes,
+        }
+    }
+}
+
+/// What becomes of the host's leaves between the use of a page and the question for its marks.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Then {
+    Nothing,
+    /// All are written anew, so that writes are recorded, and once more.
+    Recorded,
+    /// Their table goes with the device.
+    Gone,
+}
+
 /// One guest on one host, whose entries are looked at: `exact` says that the host tells which pages were used.
-fn follow(tables: Tables, promised: Promised, host: UnitConfig, strategy: Strategy, exact: bool) {
-    let what = format!("{tables:?}, {promised:?}, on {}: {strategy}", host.name);
+fn follow(tables: Tables, promised: Promised, host: UnitConfig, strategy: Strategy, exact: bool, then: Then) {
+    let what = format!("{tables:?}, {promised:?}, on {}: {strategy}, {then:?}", host.name);
     let template = Rig::template().with_strategies(&[strategy]);
     let mut rig = Rig::with_registers(tables.arch(), tables.registers(promised), host, template);
     let guest = &rig.guest;
     // A second stage of RISC-V's has a root of four pages, aligned to its size.
     let root = (0..8).map(|_| guest.new_table()).filter(|page| page.is_multiple_of(0x4000)).last().unwrap();
-    // Pages that were never used, and the same with the first mark.
+    // Pages that were never used, the same with the first mark, and with that of a write alone.
     let uses = [Use::Nothing, Use::Read, Use::Write];
-    let pages: Vec<Page> = (0..6)
+    let mut pages: Vec<Page> = (0..9)
         .map(|page| {
             let (iova, clean) = (IOVA + (page << 12), tables.page(DATA + (page << 12)));
-            let (slot, is_marked) = (tables.slot(guest, root, iova), page > 2);
-            let before = if is_marked { tables.accessed(clean) } else { clean };
-            guest.store(slot, before);
-            Page { iova, slot, before, is_marked, used: uses[page as usize % 3] }
+            let (slot, is_marked, is_dirty) = (tables.slot(guest, root, iova), page / 3 == 1, page / 3 == 2);
+            let before = match page / 3 {
+                0 => clean,
+                1 => tables.accessed(clean),
+                _ => tables.dirty(clean),
+            };
+            Page { iova, slot, before, is_marked, is_dirty, used: uses[page as usize % 3] }
         })
         .collect();
+    pages.iter().for_each(|page| guest.store(page.slot, page.before));
     tables.translate(guest, root, promised);
     let pointer = root + (IOVA >> 39) * 8;
     let leads = guest.load(pointer);
-    rig.viommu.connect(ONE, false);
-    assert_eq!(rig.strategy(ONE), strategy, "{what}");
-    let mut check = |is_used: bool| {
-        for ioasid in rig.viommu.host().context().ioasids() {
-            ioasid.write_marks(Span::ALL);
+    for round in 0..3 {
+        if round == 0 || then == Then::Gone {
+            rig.viommu.connect(ONE, false);
         }
-        for Page { iova, slot, before, used, .. } in &pages {
-            let is_accessed = is_used && *used != Use::Nothing || !exact;
-            let accessed = if promised.accessed && is_accessed { tables.accessed(*before) } else { *before };
-            let is_written = is_used && *used == Use::Write || !exact;
-            let wanted = if promised.dirty && is_written { tables.dirty(accessed) } else { accessed };
-            let found = rig.guest.load(*slot);
-            assert_eq!(found, wanted, "{what}: {used:?} of {iova:#x}, yet {is_used}: {before:#x} was to be {wanted:#x} and is {found:#x}");
+        assert_eq!(rig.strategy(ONE), strategy, "{what}");
+        // The guest takes all marks back, and other pages are used.
+        for page in &mut pages {
+            rig.guest.store(page.slot, page.before);
+            rig.viommu.table_written(Gpa(page.slot), 8);
+            page.used = uses[(uses.iter().position(|used| *used == page.used).unwrap() + 1) % 3];
         }
-        let wanted = if tables.marks_pointers() && promised.accessed { tables.accessed(leads) } else { leads };
-        assert_eq!(rig.guest.load(pointer), wanted, "{what}: what leads to them");
-        // The engine's own writes are no changes by the guest.
-        assert_eq!(rig.viommu.table_written(Gpa(0), u64::MAX).changes, 0, "{what}");
-    };
-    let device = rig.sim.device("one").unwrap();
-    check(false);
-    for Page { iova, used, before, is_marked, .. } in &pages {
-        let reads = *is_marked || promised.accessed || !tables.marks_are_permissions();
-        let writes = reads && (promised.dirty || !tables.marks_are_permissions());
-        let as_said = match used {
-            Use::Nothing => true,
-            Use::Read => device.read(None, Iova(*iova), &mut [0; 8]).is_ok() == reads,
-            Use::Write => device.write(None, Iova(*iova), &[1; 8]).is_ok() == writes,
+        let what = format!("{what}, round {round}");
+        let check = |rig: &mut Rig, is_used: bool| {
+            rig.viommu.host().context().write_marks();
+            for page @ Page { iova, slot, before, used, .. } in &pages {
+                // What is refused is no use.
+                let is_used = is_used && *used != Use::Nothing && page.passes(tables, promised);
+                let accessed = if promised.accessed && (is_used || !exact) { tables.accessed(*before) } else { *before };
+                let is_written = is_used && *used == Use::Write || !exact;
+                let wanted = if promised.dirty && is_written { tables.dirty(accessed) } else { accessed };
+                let found = rig.guest.load(*slot);
+                assert_eq!(found, wanted, "{what}: {used:?} of {iova:#x}, yet {is_used}: {before:#x} was to be {wanted:#x} and is {found:#x}");
+            }
+            let wanted = if tables.marks_pointers() && promised.accessed { tables.accessed(leads) } else { leads };
+            assert_eq!(rig.guest.load(pointer), wanted, "{what}: what leads to them");
+            // The engine's own writes are no changes by the guest.
+            assert_eq!(rig.viommu.table_written(Gpa(0), u64::MAX).changes, 0, "{what}");
         };
-        assert!(as_said, "{what}: {used:?} of {iova:#x}, {before:#x}");
+        check(&mut rig, false);
+        let device = rig.sim.device("one").unwrap();
+        for page @ Page { iova, used, before, .. } in &pages {
+            let passes = match used {
+                Use::Nothing => true,
+                Use::Read => device.read(None, Iova(*iova), &mut [0; 8]).is_ok(),
+                Use::Write => device.write(None, Iova(*iova), &[1; 8]).is_ok(),
+            };
+            assert_eq!(passes, page.passes(tables, promised), "{what}: {used:?} of {iova:#x}, {before:#x}");
+        }
+        match then {
+            Then::Nothing => {}
+            Then::Recorded => [true, false, true, false].iter().for_each(|on| rig.viommu.host().context().track_dirty(*on).unwrap()),
+            Then::Gone => drop(rig.viommu.disconnect(ONE)),
+        }
+        check(&mut rig, true);
     }
-    check(true);
     rig.end(&what);
 }
 
@@ -244,9 +286,13 @@ fn follow(tables: Tables, promised: Promised, host: UnitConfig, strategy: Strate
 fn guests_find_the_marks_that_their_structures_promise_and_no_others() {
     for (tables, promised) in CASES {
         for host in [UnitConfig::vtd("VT-d"), UnitConfig::amd("AMD")] {
-            follow(tables, promised, host, Strategy::Nested, true);
+            for then in [Then::Nothing, Then::Recorded, Then::Gone] {
+                follow(tables, promised, host.clone(), Strategy::Nested, true, then);
+            }
         }
         // The kernel does not tell what of its areas was written: all of it counts.
-        follow(tables, promised, UnitConfig::vtd("VT-d without nesting").without_nesting(), Strategy::Areas, false);
+        for then in [Then::Nothing, Then::Gone] {
+            follow(tables, promised, UnitConfig::vtd("VT-d without nesting").without_nesting(), Strategy::Areas, false, then);
+        }
     }
 }

@@ -77,10 +77,15 @@ struct LeafAt<'a> {
 }
 
 impl<M: TableMemory> NestedTable<M> {
-    /// Writes leaves that nobody accessed without the mark from now on, where hardware sets it: what is accessed is then told by [`NestedTable::marks`]. Before, and where the
-    /// format has no such mark, every leaf counts as accessed. Only for hardware that can write into tables.
-    pub fn track_accessed(&mut self) {
-        self.plan.leaves.take_accessed();
+    /// Writes leaves that nobody accessed without the mark from now on, or with it, where hardware sets it: what is accessed is then told by [`NestedTable::marks`]. Leaves that
+    /// were written with the mark, and all where the format has none, count as accessed. Only for hardware that can write into tables.
+    pub fn track_accessed(&mut self, on: bool) {
+        self.plan.leaves.take_accessed(on);
+    }
+
+    /// What was marked of leaves that [`NestedTable::remap`] has taken away since the last call, and that nothing has taken the place of.
+    pub fn take_gone(&mut self) -> Vec<Marked> {
+        std::mem::take(&mut self.gone)
     }
 
     /// As [`Sink::track_dirty`](crate::sync::Sink::track_dirty) says.
@@ -164,8 +169,15 @@ impl<M: TableMemory> NestedTable<M> {
             }
             old = stood;
         }
-        // Walks may be in a table until the invalidation.
-        let Slot::Leaf(tracks) = table.slots[index as usize] else { return Used { accessed: true, dirty: true } };
+        let tracks = match table.slots[index as usize] {
+            Slot::Leaf(tracks) => tracks,
+            // Walks may be in a table until the invalidation: what was used of one in which something is counts as all of it.
+            Slot::Table(below) => {
+                let is_empty = self.tables.get(below as usize).and_then(Option::as_ref).is_none_or(|below| below.live == 0);
+                return Used { accessed: !is_empty, dirty: !is_empty };
+            }
+            Slot::Absent => return Used { accessed: false, dirty: false },
+        };
         let rung = &place.chain.rungs[place.depth];
         let written = tracks.is_written(self.plan.level(rung), old);
         let Marked { accessed, dirty, .. } = tracks.of(Span::ALL, self.plan.level(rung), old);
@@ -176,17 +188,24 @@ impl<M: TableMemory> NestedTable<M> {
         Used { accessed, dirty }
     }
 
-    /// A leaf, or all leaves of a table, stand where others were that were used.
-    pub(super) fn soil(&mut self, slot: &mut Slot, used: Used) {
+    /// A leaf, or all leaves of a table, stand where others were that were used, or nothing does: at `iova`.
+    pub(super) fn soil(&mut self, slot: &mut Slot, used: Used, iova: Span) {
         match slot {
-            Slot::Absent => {}
+            // Too many are one too many marks, not one too few.
+            Slot::Absent if self.gone.len() >= GONE => {
+                let first = self.gone.iter().fold(iova.first, |first, gone| first.min(gone.iova.first));
+                let last = self.gone.iter().fold(iova.last, |last, gone| last.max(gone.iova.last));
+                self.gone = vec![Marked { iova: Span { first, last }, accessed: true, dirty: true }];
+            }
+            Slot::Absent => self.gone.extend((used.accessed || used.dirty).then_some(Marked { iova, accessed: used.accessed, dirty: used.dirty })),
             Slot::Leaf(tracks) => {
                 tracks.was_accessed |= used.accessed;
                 tracks.was_dirty |= used.dirty;
             }
             Slot::Table(id) => {
                 let Some(mut table) = self.tables.get_mut(*id as usize).and_then(Option::take) else { return };
-                table.slots.iter_mut().for_each(|slot| self.soil(slot, used));
+                // What is absent there has no part in it.
+                table.slots.iter_mut().filter(|slot| **slot != Slot::Absent).for_each(|slot| self.soil(slot, used, iova));
                 self.tables[*id as usize] = Some(table);
             }
         }
@@ -233,5 +252,7 @@ impl<M: TableMemory> NestedTable<M> {
     }
 }
 
+/// Leaves that are gone, before they are told as one.
+const GONE: usize = 4096;
 /// Separate spans of guest memory that the log of leaves that went has, before it has more than was written.
 const LOG: usize = 4096;

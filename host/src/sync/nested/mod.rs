@@ -140,6 +140,8 @@ pub struct NestedTable<M> {
     keeps_marks: bool,
     /// Guest-physical addresses that were written through leaves that are gone, while somebody wants to know.
     log: Option<Spans>,
+    /// Leaves that are gone although the guest has not touched its entries.
+    gone: Vec<Marked>,
     /// It has just been begun: what is mapped anew was written before.
     begins: bool,
 }
@@ -254,6 +256,7 @@ impl<M: TableMemory> NestedTable<M> {
             next_asked: 0,
             keeps_marks: false,
             log: None,
+            gone: Vec::new(),
             begins: false,
         };
         for chain in this.plan.chains.clone() {
@@ -512,7 +515,7 @@ impl<M: TableMemory> NestedTable<M> {
         if matches!(old, Slot::Leaf(_)) && self.log.is_some() || old != Slot::Absent && self.keeps_marks {
             let used = self.replace(table, place, index, entry);
             if self.keeps_marks {
-                self.soil(&mut slot, used);
+                self.soil(&mut slot, used, place.whole());
             }
         } else {
             self.memory.store(table.address, self.layout, index, entry);
@@ -681,6 +684,16 @@ impl<M: TableMemory, C: Committer> Nested<M, C> {
     /// Whoever invalidates.
     pub const fn committer(&mut self) -> &mut C {
         &mut self.committer
+    }
+
+    /// As [`NestedTable::track_accessed`].
+    pub fn track_accessed(&mut self, on: bool) {
+        self.table.track_accessed(on);
+    }
+
+    /// As [`NestedTable::take_gone`].
+    pub fn take_gone(&mut self) -> Vec<Marked> {
+        self.table.take_gone()
     }
 }
 

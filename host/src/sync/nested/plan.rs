@@ -102,11 +102,12 @@ impl HostPlan {
 }
 
 impl Leaves {
-    /// Leaves that nobody accessed are written without the mark from now on.
-    pub(super) fn take_accessed(&mut self) {
-        self.takes_accessed = true;
-        self.known.clear();
-        self.recent = None;
+    /// Leaves that nobody accessed are written without the mark from now on, or with it.
+    pub(super) fn take_accessed(&mut self, on: bool) {
+        if std::mem::replace(&mut self.takes_accessed, on) != on {
+            self.known.clear();
+            self.recent = None;
+        }
     }
 
     /// How leaves with `attributes` are written in each rung of a chain, which has this number: asked once. None: the format failed or contradicted itself, now or earlier in this

@@ -1,0 +1,111 @@
+//! Marks that hardware set in host tables that are gone: kept until somebody writes marks into the guest's entries.
+//!
+//! They are not written when a table goes. Whoever takes it away may be the one who handles writes of watched pages, and would wait for itself.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
+
+use crate::Gpa;
+use crate::memory::{EntryLayout, MarkMemory, WriteError};
+use crate::sync::MarksWritten;
+
+/// Entries that are kept, at most: what more there are stay unmarked.
+const MOST: usize = 1 << 20;
+
+/// An entry as it was read, and as it is to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Entry {
+    layout: EntryLayout,
+    old: u64,
+    new: u64,
+}
+
+/// The guest's entries that are to be marked, by their addresses. Whatever is to be marked is taken in as if it were the guest's memory.
+#[derive(Debug, Default)]
+pub(super) struct Left(Mutex<BTreeMap<u64, Entry>>);
+
+impl Left {
+    /// Marks them in `memory`, each as hardware does; one that the guest has changed is left alone.
+    pub(super) fn write<M: MarkMemory + ?Sized>(&self, memory: &M) -> MarksWritten {
+        let entries = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
+        let marks = |(address, entry): &(u64, Entry)| entry.mark(memory, Gpa(*address));
+        MarksWritten { earlier: entries.into_iter().filter(marks).count() as u64, ..MarksWritten::default() }
+    }
+}
+
+impl Entry {
+    /// False: all marks are there, set by others, or the guest has changed it.
+    fn mark<M: MarkMemory + ?Sized>(&self, memory: &M, address: Gpa) -> bool {
+        let marks = self.old ^ self.new;
+        // Others may have set some of them: all that are missing may be, then fewer.
+        let mut missing = marks;
+        while missing != 0 {
+            match memory.compare_exchange_entry(address, self.layout, self.new ^ missing, self.new) {
+                Ok(true) => return true,
+                Ok(false) => missing = (missing - 1) & marks,
+                Err(_) => return false,
+            }
+        }
+        false
+    }
+}
+
+impl MarkMemory for Left {
+    fn compare_exchange_entry(&self, address: Gpa, layout: EntryLayout, old: u64, new: u64) -> Result<bool, WriteError> {
+        let mut entries = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_full = entries.len() >= MOST;
+        match entries.get_mut(&address.0) {
+            // Two tables led to it, or it is marked once more.
+            Some(known) if known.old == old => known.new = old ^ (known.old ^ known.new | old ^ new),
+            Some(known) if known.new == old => known.new = new,
+            Some(known) => *known = Entry { layout, old, new },
+            None if is_full => return Err(WriteError(address)),
+            None => drop(entries.insert(address.0, Entry { layout, old, new })),
+        }
+        Ok(true)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::table::ByteOrder;
+
+    /// One entry.
+    struct Word(Mutex<u64>);
+
+    impl MarkMemory for Word {
+        fn compare_exchange_entry(&self, _: Gpa, _: EntryLayout, old: u64, new: u64) -> Result<bool, WriteError> {
+            let mut word = self.0.lock().unwrap();
+            let is_old = *word == old;
+            *word = if is_old { new } else { *word };
+            Ok(is_old)
+        }
+    }
+
+    #[test]
+    fn what_is_left_is_marked_once_whoever_else_marks_it() {
+        const LAYOUT: EntryLayout = EntryLayout { bytes: 8, order: ByteOrder::Little };
+        let keep = |left: &Left, old: u64, new: u64| left.compare_exchange_entry(Gpa(0x1000), LAYOUT, old, new).unwrap();
+        // A clean entry, 0x80, is marked by taking that away; 0x20 is the mark of an access.
+        for (stands, becomes, earlier) in [(0x81, 0x21, 1), (0xa1, 0x21, 1), (0x01, 0x21, 1), (0x21, 0x21, 0), (0x83, 0x83, 0), (0, 0, 0)] {
+            for kept in [&[(0x81, 0x21)][..], &[(0x81, 0xa1), (0x81, 0x01)], &[(0x81, 0xa1), (0xa1, 0x21)], &[(0x93, 0xb3), (0x81, 0x21)]] {
+                let (left, word) = (Left::default(), Word(Mutex::new(stands)));
+                assert!(kept.iter().all(|(old, new)| keep(&left, *old, *new)));
+                assert_eq!(left.write(&word), MarksWritten { earlier, ..MarksWritten::default() }, "{stands:#x}, {kept:x?}");
+                assert_eq!(*word.0.lock().unwrap(), becomes, "{stands:#x}, {kept:x?}");
+                assert_eq!(left.write(&word), MarksWritten::default(), "they are kept no longer");
+            }
+        }
+    }
+
+    #[test]
+    fn so_many_are_kept_and_no_more() {
+        let (left, layout) = (Left::default(), EntryLayout { bytes: 8, order: ByteOrder::Little });
+        let keep = |entry: u64| left.compare_exchange_entry(Gpa(entry * 8), layout, 1, 3);
+        assert!((0..MOST as u64).all(|entry| keep(entry) == Ok(true)));
+        assert_eq!(keep(MOST as u64), Err(WriteError(Gpa(MOST as u64 * 8))));
+        assert_eq!(keep(7), Ok(true));
+    }
+}
