@@ -165,7 +165,7 @@ impl Space {
                 let parent = context.parent(Under::Host)?;
                 let limits = &self.request().limits;
                 let mut table = NestedTable::new(format, PoolTables::new(Arc::clone(parent.pool()), limits.table_bytes))?;
-                // Where its own unit would tell a guest what was accessed, the host's does; elsewhere hardware need not write for nobody.
+                // Where its own unit would tell a guest what was accessed, the host's does; elsewhere hardware need not write.
                 table.track_accessed(state.marks_accessed);
                 for (setting, address) in table.roots() {
                     config.settings.set(setting, address.0);

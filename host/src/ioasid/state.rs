@@ -134,6 +134,7 @@ pub struct Restored {
 
 impl Context {
     /// Writes down what devices and IOASIDs there are, what is in them, and who is attached where. Nothing may change meanwhile: the guest is to stand still.
+    /// Marks that hardware has set are not written down: [`Context::write_marks`] has them written into the guest's memory before that is copied for the last time.
     #[must_use]
     pub fn save(&self) -> Saved {
         let _span = tracing::debug_span!("save").entered();

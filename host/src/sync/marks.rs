@@ -2,10 +2,12 @@
 //!
 //! A guest entry that is *writable when dirty* is clean, and the guest wants to know of the first write. Where the host's format has such leaves, the host's is
 //! clean as well, and hardware marks it; [`Live::write_marks`] then marks the guest's. Where it has not, the host's leaf is writable and counts as written from
-//! the moment that it is mapped: the guest is told of a write too many, never of one too few.
+//! the moment that it is mapped: the guest is told of a write too many, never of one too few. The same goes for entries that nobody has accessed, and the first
+//! access; one that the guest has marked itself is mapped as accessed, so that hardware need not write.
 //!
-//! What hardware would do at once happens here when the VMM calls. A guest that takes an entry away, and looks at the mark in what it took, may miss a write since
-//! the last call. Where that must not be, [`Live::mark_all`] marks entries before they are used.
+//! What hardware would do at once happens here when the VMM calls. A guest that takes an entry away, and looks at the mark in what it took, may miss an access since
+//! the last call; so may one that changes what an entry above others allows, or where a second stage has their pages, of those others. Where that must not be,
+//! [`Live::mark_all`] marks entries before they are used. Requests that are refused mark nothing.
 
 use crate::memory::{Budget, Limits, MarkMemory, PAGE};
 use crate::sync::live::{Live, LiveError};

@@ -1,8 +1,9 @@
 //! Marks that hardware set in a host table: which leaves were accessed, and which were written through.
 //!
 //! A leaf that hardware marks is written clean, and its entry tells. Of one whose writes the format cannot mark, or not with these attributes, every byte counts as
-//! written. A mark must not get lost: where a clean leaf is replaced, its last entry is looked at, and a table that goes is looked at once more when no walk
-//! is in it any longer.
+//! written; of one that the guest has marked as accessed, or whose accesses hardware does not mark, as accessed. A mark must not get lost: where a leaf is replaced whose
+//! entry the guest has not touched, its last entry is looked at, and what takes its place keeps the mark. For the log of writes, a table that goes is looked at once more
+//! when no walk is in it any longer.
 
 use crate::sync::marks::Marked;
 use crate::sync::nested::slots::Place;
@@ -28,9 +29,9 @@ pub(super) struct Tracks {
     /// Hardware marks the first access; otherwise it counts as accessed.
     pub(super) accessed: bool,
     pub(super) writes: Writes,
-    /// What stood here before, or in another place of the same, was marked as accessed.
+    /// What stood here before for the same entry of the guest's was marked as accessed.
     pub(super) was_accessed: bool,
-    /// It was marked, and the mark was taken away again.
+    /// The same of writes; or it was marked, and the mark was taken away again.
     pub(super) was_dirty: bool,
 }
 
