@@ -75,6 +75,7 @@ impl Space {
                 Ok((host, report)) => {
                     tracing::debug!(%strategy, what, "chosen");
                     self.context().count(Counter::of(strategy), 1);
+                    self.context().count(Counter::Blocked, report.blocked_count);
                     explanation.chosen = Some(Chosen { strategy, what });
                     explanation.notes = notes;
                     let pasids = device.pasid_flag() != HwptFlags::NONE;

@@ -1,7 +1,7 @@
 //! What units of the host refuse, told to guests: records of the kernel's queues, decoded by one architecture's plugin and written by another's.
 
 use stagecraft::Iova;
-use stagecraft::ioasid::Strategy;
+use stagecraft::ioasid::{HostEvents, Strategy};
 use stagecraft::kernel::Errno;
 use stagecraft::kernel::sim::UnitConfig;
 use stagecraft::plugin::queue::EventAccess;
@@ -111,6 +111,9 @@ fn what_is_known_of_other_devices_is_kept_for_them() {
     rig.viommu.host_mut().disconnect(ONE);
     let told = rig.viommu.serve_events().unwrap();
     assert_eq!(told, rig.viommu.faults(&[other]));
+    // Another one that the guest gives the same number is told nothing of what this one did.
+    let one = rig.viommu.host_mut().connect(ONE, "one").unwrap();
+    assert_eq!(context.host_events(&[one]).unwrap(), HostEvents::default());
     drop(context);
     rig.end("devices");
 }
@@ -129,6 +132,9 @@ fn what_was_refused_at_last_is_told() {
         assert_eq!(rig.viommu.figures().spaces, 0, "{what}");
         rig.guest.translate(ONE, root, 7);
         rig.commands(&[Arch::Vtd.forget_device(ONE, 7)]);
+        // Nor is it lost because the next queue cannot be read.
+        rig.sim.fail_nth(1, Errno::EIO);
+        assert!(rig.viommu.serve_events().is_err(), "{what}");
         let told = rig.viommu.serve_events().unwrap();
         assert_eq!((told.records.len(), told.lost), (1, 0), "{what}");
         assert_eq!(told, rig.viommu.faults(&[refused]), "{what}");
