@@ -5,10 +5,12 @@
 //! none of the stages here may (VT-d's caching mode is for the second stage, which is the kernel's own).
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, RwLock};
 
 use super::lock::{read, write};
+use super::walk::context::FirstStage;
 use super::walk::{Context, Leaf, Table};
 use crate::Span;
 
@@ -51,7 +53,8 @@ pub(super) struct Caches {
     limit: usize,
     count: AtomicUsize,
     spaces: RwLock<HashMap<Space, Entries>>,
-    contexts: RwLock<HashMap<ContextKey, Arc<Context>>>,
+    /// Each with what led to it.
+    contexts: RwLock<HashMap<ContextKey, (FirstStage, Arc<Context>)>>,
 }
 
 /// The caches are at their limit.
@@ -105,7 +108,7 @@ impl Caches {
     pub(super) fn insert_table(&self, space: Space, iova: u64, size: u8, table: Table) -> Result<(), Full> {
         let mut spaces = write(&self.spaces);
         let entries = spaces.entry(space).or_default();
-        if let std::collections::hash_map::Entry::Vacant(vacant) = entries.tables.entry((size, iova >> size)) {
+        if let Entry::Vacant(vacant) = entries.tables.entry((size, iova >> size)) {
             self.count_one()?;
             vacant.insert(table);
             entries.table_sizes |= 1 << size;
@@ -113,15 +116,21 @@ impl Caches {
         Ok(())
     }
 
-    pub(super) fn context(&self, key: ContextKey) -> Option<Arc<Context>> {
-        read(&self.contexts).get(&key).cloned()
+    /// What is remembered, if `first` led to it.
+    pub(super) fn context(&self, key: ContextKey, first: &FirstStage) -> Option<Arc<Context>> {
+        read(&self.contexts).get(&key).filter(|(known, _)| known == first).map(|(_, context)| Arc::clone(context))
     }
 
-    pub(super) fn insert_context(&self, key: ContextKey, context: &Arc<Context>) -> Result<(), Full> {
+    /// Remembers what `first` led to, unless that is known.
+    pub(super) fn insert_context(&self, key: ContextKey, first: &FirstStage, context: &Arc<Context>) -> Result<(), Full> {
         let mut contexts = write(&self.contexts);
-        if let std::collections::hash_map::Entry::Vacant(vacant) = contexts.entry(key) {
-            self.count_one()?;
-            vacant.insert(Arc::clone(context));
+        match contexts.entry(key) {
+            Entry::Vacant(vacant) => {
+                self.count_one()?;
+                vacant.insert((first.clone(), Arc::clone(context)));
+            }
+            Entry::Occupied(mut known) if known.get().0 != *first => drop(known.insert((first.clone(), Arc::clone(context)))),
+            Entry::Occupied(_) => {}
         }
         Ok(())
     }

@@ -12,7 +12,7 @@ use super::super::unit::UnitKind;
 use super::{Failed, Format, Reach, arm, riscv, x86};
 
 /// What a nested page table was made from, checked.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(in super::super) struct FirstStage {
     /// The nested page table (VT-d) or the vIOMMU: whose tags they are.
     pub(in super::super) owner: u64,
@@ -20,7 +20,7 @@ pub(in super::super) struct FirstStage {
 }
 
 /// In the words of the architectures.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(in super::super) enum Data {
     /// `struct iommu_hwpt_vtd_s1`.
     Vtd { flags: u64, root: u64, width: u32 },
@@ -64,7 +64,8 @@ fn context(reason: Reason) -> Failed {
 pub(in super::super) fn resolve(reach: Reach<'_>, first: &FirstStage, device: u64, pasid: Option<u32>) -> Result<Arc<Context>, Failed> {
     let caches = &reach.unit().caches;
     let cached = !matches!(first.data, Data::Vtd { .. });
-    if cached && let Some(context) = caches.context((device, pasid)) {
+    // While a device is put on another page table, what was remembered of the one before is not mixed with it: the entry that both hang on is one word to hardware.
+    if cached && let Some(context) = caches.context((device, pasid), first) {
         return Ok(context);
     }
     let found = Arc::new(match &first.data {
@@ -74,7 +75,7 @@ pub(in super::super) fn resolve(reach: Reach<'_>, first: &FirstStage, device: u6
         Data::Riscv { tc, ta, fsc } => riscv(reach, first.owner, pasid, (*tc, *ta, *fsc))?,
     });
     if cached {
-        caches.insert_context((device, pasid), &found)?;
+        caches.insert_context((device, pasid), first, &found)?;
     }
     Ok(found)
 }
