@@ -26,7 +26,7 @@ fn brings_what_was_missing(arch: Arch, host: UnitConfig, strategy: Strategy) {
     assert_eq!((rig.strategy(ONE), rig.reads(ONE, IOVA)), (strategy, Some(DATA)), "{what}");
     rig.sim.fail_from(1, Errno::ENOMEM);
     for number in 1..PAGES {
-        rig.guest.map_page(root, page(number), DATA + (number % 64 << 12), true);
+        rig.guest.map_page(root, page(number), DATA + ((number % 64) << 12), true);
     }
     let handled = rig.viommu.table_written(Gpa(0), MEMORY);
     assert_eq!((handled.changes, handled.blocked, handled.loose.len()), (PAGES - 1, 0, 0), "{what}");
