@@ -498,6 +498,7 @@ impl Context {
         let parents = self.0.parents();
         let mut reports = BTreeMap::new();
         // What goes is first out of all tables, and only then unknown to the kernel.
+        gone.iter().for_each(|region| self.0.marks_left.forget(region.span));
         if !gone.is_empty() {
             let between = memory.with_regions(kept)?;
             self.withdraw(&gone)?;

@@ -25,11 +25,12 @@ impl Ioasid {
     /// sets the marks by itself.
     ///
     /// Marks that hosts knew of that are gone, because devices went to other IOASIDs or got other strategies, or because the guest's structures changed, are kept until
-    /// this is called for any IOASID of the context, and are written whatever `span` is.
+    /// this is called for any IOASID of the context, and are written whatever `span` is; those that there was no room for count as skipped. An access while the guest's structures become others, by what
+    /// was before, may be missed.
     pub fn write_marks(&self, span: Span) -> MarksWritten {
-        let mut state = self.0.lock();
         let memory = self.0.context().memory();
         let mut all = self.0.context().marks_left().write(memory.marks());
+        let mut state = self.0.lock();
         for part in &mut state.parts {
             all.add(part.write_marks(memory.marks(), span));
         }
@@ -305,6 +306,9 @@ impl Part {
     pub(super) fn leave_marks(&mut self) {
         if self.was_used {
             let left = Arc::clone(&self.marks_left);
+            if let Host::Table(_, engine) = &mut self.host {
+                engine.leave_gone(Some(&left));
+            }
             let _ = self.write_marks(&*left, Span::ALL);
         }
     }

@@ -4,7 +4,7 @@
 //!   unit -- record --> the kernel's queue -- read --> records -- plugin --> requests -- whoever has the device --> its guest
 //! ```
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::context::Inner;
@@ -12,17 +12,18 @@ use super::metrics::Counter;
 use super::{Context, Device, Error};
 use crate::kernel::handle::{EventQueue, Viommu};
 use crate::kernel::{Errno, Event};
+use crate::plugin::SuperviseError;
 use crate::plugin::queue::BlockedDma;
 
 /// Records that a queue of the kernel's holds.
 const DEPTH: u32 = 256;
-/// Records, and requests, that are kept for those who have not asked yet.
-const KEPT: usize = 4096;
+/// Records that are kept until they can be read, and requests of one device until somebody asks for them.
+const KEPT: usize = 1024;
 
 /// Requests that units refused.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct HostEvents {
-    /// The oldest first; their requesters have the numbers that the guest knows devices by.
+    /// Of each device the oldest first; their requesters have the numbers that the guest knows devices by.
     pub blocked: Vec<BlockedDma>,
     /// How many more there were, of which nothing is known: the kernel's queue was full, or nobody could say what a record means. Whose they were is not known either.
     pub lost: u64,
@@ -36,21 +37,21 @@ struct Record {
     bytes: Vec<u8>,
 }
 
+/// Requests of one device.
 #[derive(Debug, Default)]
-struct State {
-    records: VecDeque<Record>,
-    requests: VecDeque<(usize, BlockedDma)>,
+struct OfDevice {
+    requests: VecDeque<BlockedDma>,
+    /// Those that there was no room for.
     lost: u64,
 }
 
-impl State {
-    fn keep<T>(queue: &mut VecDeque<T>, one: T, lost: &mut u64) {
-        if queue.len() < KEPT {
-            queue.push_back(one);
-        } else {
-            *lost += 1;
-        }
-    }
+#[derive(Debug, Default)]
+struct State {
+    records: VecDeque<Record>,
+    /// By unit, and by the number that the guest knows a device by.
+    devices: BTreeMap<(usize, u64), OfDevice>,
+    /// Nobody knows whose.
+    lost: u64,
 }
 
 /// What was read, and not asked for yet.
@@ -95,7 +96,8 @@ impl Events {
             *lost += u64::from(sequence.wrapping_sub(self.next) & NUMBERS);
             self.next = sequence.wrapping_add(1) & NUMBERS;
             match record {
-                Some(bytes) => State::keep(records, Record { unit: self.unit, format: Arc::clone(&self.format), bytes }, lost),
+                Some(_) if records.len() >= KEPT => *lost += 1,
+                Some(bytes) => records.push_back(Record { unit: self.unit, format: Arc::clone(&self.format), bytes }),
                 // The last one that was lost has this number.
                 None => *lost += 1,
             }
@@ -117,32 +119,35 @@ impl Drop for Events {
 }
 
 impl Context {
-    /// Requests of these devices, and of PASIDs of them, that units refused since the last time, each once: for whoever tells their guests. What is known of other devices is kept
-    /// for those who ask for them; of a device that is not connected any more nobody is told.
+    /// Requests of these devices, and of PASIDs of them, that units refused since the last time, each once and at most so many: for whoever tells their guests. What is beyond is for the next time, and what is
+    /// known of other devices is kept for those who ask for them, up to a limit for each; of a device that is not connected any more nobody is told.
     ///
     /// The kernel tells of such requests where it has a vIOMMU of the unit's architecture under what the device is attached to, and then of those that the table itself refuses; a
-    /// page that the host's own tables lack is the host's business. See [`Device::capabilities`] for recoverable faults, which are another matter.
+    /// page that the host's own tables lack is the host's business. Recoverable faults are another matter: [`Ioasid::read_faults`](super::Ioasid::read_faults).
     ///
     /// # Errors
     /// [`Error::Kernel`]: what was read before is kept for the next time.
-    pub fn host_events(&self, devices: &[Device]) -> Result<HostEvents, Error> {
+    pub fn host_events(&self, devices: &[Device], most: usize) -> Result<HostEvents, Error> {
         let _span = tracing::debug_span!("host_events", devices = devices.len()).entered();
         let read = self.0.read_events();
         self.0.decode_events();
         let read = read.map_err(Error::kernel("reading events"))?;
         self.0.count(Counter::Faults, read);
-        let connected = self.0.connected();
+        let connected: BTreeSet<(usize, u64)> = self.0.connected().iter().map(|device| (device.unit(), device.virtual_id())).collect();
         let mut state = self.0.told().lock();
-        let mut blocked = Vec::new();
-        state.requests.retain(|(unit, request)| {
-            let is_of = |known_unit: usize, id: u64| known_unit == *unit && id == request.requester.id;
-            if devices.iter().any(|device| is_of(device.0.unit(), device.virtual_id())) {
-                blocked.push(*request);
-                return false;
+        let mut events = HostEvents { blocked: Vec::new(), lost: std::mem::take(&mut state.lost) };
+        state.devices.retain(|device, _| connected.contains(device));
+        // One after the other of each, so that nobody who makes many is heard instead of others.
+        let mut before = None;
+        while before != Some(events.blocked.len()) {
+            before = Some(events.blocked.len());
+            for device in devices {
+                let Some(of) = state.devices.get_mut(&(device.0.unit(), device.virtual_id())) else { continue };
+                events.lost += std::mem::take(&mut of.lost);
+                events.blocked.extend(if events.blocked.len() < most { of.requests.pop_front() } else { None });
             }
-            connected.iter().any(|device| is_of(device.unit(), device.virtual_id()))
-        });
-        Ok(HostEvents { blocked, lost: std::mem::take(&mut state.lost) })
+        }
+        Ok(events)
     }
 }
 
@@ -153,23 +158,44 @@ impl Inner {
         read.into_iter().sum()
     }
 
+    /// As long as a plugin does not answer at all, its records wait.
     fn decode_events(&self) {
-        let records = std::mem::take(&mut self.told().lock().records);
-        for Record { unit, format, bytes } in records {
-            let supervisor = self.supervisors().by_format(&format);
-            let decoded = supervisor.map(|supervisor| supervisor.ask(|instance| instance.decode_event(&bytes)));
-            let mut told = self.told().lock();
-            let State { requests, lost, .. } = &mut *told;
-            match decoded {
-                Ok(Ok(Some(request))) => State::keep(requests, (unit, request), lost),
-                Ok(Ok(None)) => {}
-                Ok(Err(error)) => {
-                    tracing::warn!(%error, %format, "what a unit refused cannot be read");
-                    *lost += 1;
-                }
-                // It was there when the queue was made.
-                Err(_) => *lost += 1,
+        let mut records = std::mem::take(&mut self.told().lock().records);
+        let mut wait = VecDeque::new();
+        let mut silent: Option<Arc<str>> = None;
+        while let Some(record) = records.pop_front() {
+            if silent.as_ref() == Some(&record.format) {
+                wait.push_back(record);
+                continue;
             }
+            // It was there when the queue was made.
+            let Ok(supervisor) = self.supervisors().by_format(&record.format) else { continue };
+            match supervisor.ask(|instance| instance.decode_event(&record.bytes)) {
+                Ok(request) => request.into_iter().for_each(|request| self.told().lock().take(record.unit, request)),
+                Err(error @ (SuperviseError::Waiting { .. } | SuperviseError::Quarantined { .. })) => {
+                    tracing::warn!(%error, "what a unit refused cannot be read yet");
+                    silent = Some(Arc::clone(&record.format));
+                    wait.push_back(record);
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "what a unit refused cannot be read");
+                    self.told().lock().lost += 1;
+                }
+            }
+        }
+        let mut told = self.told().lock();
+        wait.append(&mut told.records);
+        told.records = wait;
+    }
+}
+
+impl State {
+    fn take(&mut self, unit: usize, request: BlockedDma) {
+        let of = self.devices.entry((unit, request.requester.id)).or_default();
+        if of.requests.len() < KEPT {
+            of.requests.push_back(request);
+        } else {
+            of.lost += 1;
         }
     }
 }

@@ -3,16 +3,18 @@
 //! They are not written when a table goes. Whoever takes it away may be the one who handles writes of watched pages, and would wait for itself.
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::Gpa;
 use crate::memory::{EntryLayout, MarkMemory, WriteError};
 use crate::sync::MarksWritten;
+use crate::{Gpa, Span};
 
-/// Entries that are kept, at most: what more there are stay unmarked.
+/// Entries that are kept, at most: what more there are stay unmarked, and count as skipped.
 const MOST: usize = 1 << 20;
+/// What an entry was read as by different host tables, at most.
+const READINGS: usize = 8;
 
-/// An entry as it was read, and as it is to be.
+/// An entry as it is to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Entry {
     layout: EntryLayout,
@@ -20,16 +22,45 @@ struct Entry {
     new: u64,
 }
 
-/// The guest's entries that are to be marked, by their addresses. Whatever is to be marked is taken in as if it were the guest's memory.
 #[derive(Debug, Default)]
-pub(super) struct Left(Mutex<BTreeMap<u64, Entry>>);
+struct Kept {
+    /// By where it is, and as what it was read: several host tables may have read it at different times.
+    entries: BTreeMap<(u64, u64), Entry>,
+    refused: u64,
+}
+
+/// The guest's entries that are to be marked. Whatever is to be marked is taken in as if it were the guest's memory.
+#[derive(Debug, Default)]
+pub(super) struct Left(Mutex<Kept>);
 
 impl Left {
+    fn lock(&self) -> MutexGuard<'_, Kept> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Marks them in `memory`, each as hardware does; one that the guest has changed is left alone.
     pub(super) fn write<M: MarkMemory + ?Sized>(&self, memory: &M) -> MarksWritten {
-        let entries = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
-        let marks = |(address, entry): &(u64, Entry)| entry.mark(memory, Gpa(*address));
-        MarksWritten { earlier: entries.into_iter().filter(marks).count() as u64, ..MarksWritten::default() }
+        let Kept { entries, refused } = std::mem::take(&mut *self.lock());
+        let mut written = MarksWritten { skipped: refused, ..MarksWritten::default() };
+        let entries: Vec<((u64, u64), Entry)> = entries.into_iter().collect();
+        for readings in entries.chunk_by(|((one, _), _), ((other, _), _)| one == other) {
+            let mut missing: Vec<&((u64, u64), Entry)> = readings.iter().collect();
+            // What one reading marks may be what another one was of.
+            loop {
+                let before = missing.len();
+                missing.retain(|((address, _), entry)| !entry.mark(memory, Gpa(*address)));
+                if missing.len() == before {
+                    break;
+                }
+            }
+            written.earlier += u64::from(missing.len() < readings.len());
+        }
+        written
+    }
+
+    /// Memory goes, and what stands in it.
+    pub(super) fn forget(&self, memory: Span) {
+        self.lock().entries.retain(|(address, _), _| !memory.contains(*address));
     }
 }
 
@@ -52,16 +83,20 @@ impl Entry {
 
 impl MarkMemory for Left {
     fn compare_exchange_entry(&self, address: Gpa, layout: EntryLayout, old: u64, new: u64) -> Result<bool, WriteError> {
-        let mut entries = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_full = entries.len() >= MOST;
-        match entries.get_mut(&address.0) {
-            // Two tables led to it, or it is marked once more.
-            Some(known) if known.old == old => known.new = old ^ (known.old ^ known.new | old ^ new),
-            Some(known) if known.new == old => known.new = new,
-            Some(known) => *known = Entry { layout, old, new },
-            None if is_full => return Err(WriteError(address)),
-            None => drop(entries.insert(address.0, Entry { layout, old, new })),
+        let mut kept = self.lock();
+        let is_full = kept.entries.len() >= MOST;
+        let mut readings = kept.entries.range_mut((address.0, 0)..=(address.0, u64::MAX));
+        // Two tables led to it, or it is marked once more.
+        let known = readings.find(|(_, known)| known.old == old || known.new == old);
+        if let Some((_, known)) = known {
+            known.new = if known.old == old { old ^ (known.old ^ known.new | old ^ new) } else { new };
+            return Ok(true);
         }
+        if is_full || kept.entries.range((address.0, 0)..=(address.0, u64::MAX)).count() >= READINGS {
+            kept.refused += 1;
+            return Err(WriteError(address));
+        }
+        kept.entries.insert((address.0, old), Entry { layout, old, new });
         Ok(true)
     }
 }
@@ -90,7 +125,14 @@ mod tests {
         let keep = |left: &Left, old: u64, new: u64| left.compare_exchange_entry(Gpa(0x1000), LAYOUT, old, new).unwrap();
         // A clean entry, 0x80, is marked by taking that away; 0x20 is the mark of an access.
         for (stands, becomes, earlier) in [(0x81, 0x21, 1), (0xa1, 0x21, 1), (0x01, 0x21, 1), (0x21, 0x21, 0), (0x83, 0x83, 0), (0, 0, 0)] {
-            for kept in [&[(0x81, 0x21)][..], &[(0x81, 0xa1), (0x81, 0x01)], &[(0x81, 0xa1), (0xa1, 0x21)], &[(0x93, 0xb3), (0x81, 0x21)]] {
+            // Others have read it before it was marked by anybody, or after, and come before or after those who have more to tell.
+            for kept in [
+                &[(0x81, 0x21)][..],
+                &[(0xa1, 0x21), (0x81, 0xa1), (0x81, 0x01)],
+                &[(0x81, 0xa1), (0x81, 0x01)],
+                &[(0x81, 0xa1), (0xa1, 0x21)],
+                &[(0x93, 0xb3), (0x81, 0x21)],
+            ] {
                 let (left, word) = (Left::default(), Word(Mutex::new(stands)));
                 assert!(kept.iter().all(|(old, new)| keep(&left, *old, *new)));
                 assert_eq!(left.write(&word), MarksWritten { earlier, ..MarksWritten::default() }, "{stands:#x}, {kept:x?}");
@@ -107,5 +149,13 @@ mod tests {
         assert!((0..MOST as u64).all(|entry| keep(entry) == Ok(true)));
         assert_eq!(keep(MOST as u64), Err(WriteError(Gpa(MOST as u64 * 8))));
         assert_eq!(keep(7), Ok(true));
+        // What goes with its memory makes room.
+        left.forget(Span { first: 0, last: 79 });
+        assert_eq!(keep(MOST as u64), Ok(true));
+        let word = Word(Mutex::new(0));
+        assert_eq!(left.write(&word), MarksWritten { skipped: 1, ..MarksWritten::default() });
+        // Nor are there endlessly many readings of one.
+        let read = |old: u64| left.compare_exchange_entry(Gpa(8), layout, old << 8, old << 8 | 1);
+        assert!((0..READINGS as u64).all(|old| read(old) == Ok(true)) && read(READINGS as u64).is_err());
     }
 }

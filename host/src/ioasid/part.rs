@@ -151,7 +151,7 @@ impl<S: Sink> Engine<S> {
 
 impl Engine<Nested<PoolTables, KernelCommitter>> {
     /// Marks of leaves whose memory went are kept: the guest's entries are there.
-    fn leave_gone(&mut self, left: Option<&Left>) {
+    pub(super) fn leave_gone(&mut self, left: Option<&Left>) {
         let gone = self.sink_mut().take_gone();
         if let (Self::Live(live), Some(left)) = (self, left) {
             let _ = live.mark(left, &gone);
@@ -270,6 +270,7 @@ impl Part {
 
     /// Attaches a device that is attached to nothing.
     pub(super) fn attach(&mut self, device: &Connected, pasid: Option<Pasid>) -> Result<Held, Errno> {
+        self.was_used = true;
         if let Host::Areas(engine) = &mut self.host {
             return engine.sink_mut().attach(device.bound(), pasid).map(|()| Held::Areas);
         }
@@ -278,6 +279,7 @@ impl Part {
 
     /// Puts an attachment here; it comes back as it was if that cannot be.
     pub(super) fn adopt(&mut self, device: &Connected, mut attachment: Attachment, pasid: Option<Pasid>) -> Result<Held, (Attachment, Errno)> {
+        self.was_used = true;
         if let Host::Areas(engine) = &mut self.host {
             return engine.sink_mut().adopt(attachment, pasid, &device.capabilities().iova).map(|()| Held::Areas);
         }

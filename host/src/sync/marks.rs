@@ -81,7 +81,9 @@ impl<S: Sink> Live<S> {
     pub fn write_marks<M: MarkMemory + ?Sized>(&mut self, memory: &M, span: Span) -> MarksWritten {
         let budget = Budget::new(Limits { questions: self.questions, ..Limits::default() });
         let (space, mut written) = (&mut self.space, MarksWritten::default());
-        self.sink.marks(span, &mut |marked| space.mark(memory, marked, &budget, &mut written));
+        if space.has_marks() {
+            self.sink.marks(span, &mut |marked| space.mark(memory, marked, &budget, &mut written));
+        }
         written
     }
 
@@ -89,7 +91,9 @@ impl<S: Sink> Live<S> {
     pub fn write_marks_of<M: MarkMemory + ?Sized>(&mut self, sink: &(impl Sink + ?Sized), memory: &M, span: Span) -> MarksWritten {
         let budget = Budget::new(Limits { questions: self.questions, ..Limits::default() });
         let (space, mut written) = (&mut self.space, MarksWritten::default());
-        sink.marks(span, &mut |marked| space.mark(memory, marked, &budget, &mut written));
+        if space.has_marks() {
+            sink.marks(span, &mut |marked| space.mark(memory, marked, &budget, &mut written));
+        }
         written
     }
 

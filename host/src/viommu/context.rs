@@ -274,9 +274,9 @@ impl AddressSpaces for ContextSpaces {
         Ok(requests)
     }
 
-    fn host_events(&mut self) -> Result<HostEvents, HostError> {
+    fn host_events(&mut self, most: usize) -> Result<HostEvents, HostError> {
         let devices: Vec<Device> = self.devices.values().cloned().collect();
-        self.context.host_events(&devices).map_err(host_error)
+        self.context.host_events(&devices, most).map_err(host_error)
     }
 
     fn answer(&mut self, responses: &[PageResponse]) -> Result<(), HostError> {

@@ -62,13 +62,13 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
         events
     }
 
-    /// The same for all refused requests that the host knows of. Hosts tell of them where the kernel has a vIOMMU of its unit's architecture; those that were lost on the way are
+    /// The same for refused requests that the host knows of; what is beyond [`Limits::events`](super::Limits::events) is for the next call. Hosts tell of them where the kernel has a vIOMMU of its unit's architecture; those that were lost on the way are
     /// lost to the guest as well.
     ///
     /// # Errors
     /// The host could not be asked. What it had told before that is for the next call.
     pub fn serve_events(&mut self) -> Result<Events, HostError> {
-        let HostEvents { blocked, lost } = self.host.host_events()?;
+        let HostEvents { blocked, lost } = self.host.host_events(self.limits.events as usize)?;
         let mut events = self.faults(&blocked);
         events.lost += lost;
         self.figures.lost_events += lost;

@@ -161,11 +161,12 @@ pub trait AddressSpaces {
         Ok(())
     }
 
-    /// Requests of devices that units refused, each once; none where nobody tells the host.
+    /// Requests of devices that units refused, each once and at most so many, the others at the next call; none where nobody tells the host.
     ///
     /// # Errors
     /// The kernel could not be asked.
-    fn host_events(&mut self) -> Result<HostEvents, HostError> {
+    fn host_events(&mut self, most: usize) -> Result<HostEvents, HostError> {
+        let _ = most;
         Ok(HostEvents::default())
     }
 

@@ -177,6 +177,8 @@ struct Space<I> {
     dead: bool,
     /// Entries were blocked because the plugin did not answer, and for no other reason.
     for_plugin: bool,
+    /// Since entries of it were blocked, all of it was looked at, and none was.
+    is_whole: bool,
     /// The call that looked at it last: no call does so twice for what is tried again.
     looked: u64,
     /// Entries are blocked.

@@ -163,8 +163,17 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
         })?;
         self.next_space += 1;
         self.figures.allocations += 1;
-        let space =
-            Space { id, way: way.clone(), members: [].into(), dead: false, for_plugin: false, looked: 0, retry: Retry::default(), walker: None };
+        let space = Space {
+            id,
+            way: way.clone(),
+            members: [].into(),
+            dead: false,
+            for_plugin: false,
+            is_whole: false,
+            looked: 0,
+            retry: Retry::default(),
+            walker: None,
+        };
         self.spaces.insert(number, space);
         self.ways.insert(way.clone(), number);
         self.numbers.insert(id, number);
@@ -228,13 +237,17 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
                 if report.blocked_count > 0 {
                     if let Some(space) = self.spaces.get_mut(&number) {
                         space.for_plugin = report.blocked.iter().all(|blocked| blocked.reason == Reason::Format);
+                        space.is_whole = false;
                     }
                     self.tell_blocked(number, &report, call);
                     self.schedule(Again::Space(number));
-                } else if report.lacks {
-                    if let Some(space) = self.spaces.get_mut(&number) {
-                        space.for_plugin = false;
-                    }
+                    return;
+                }
+                if let Some(space) = self.spaces.get_mut(&number) {
+                    space.is_whole |= whole;
+                    space.for_plugin &= !report.lacks;
+                }
+                if report.lacks {
                     self.schedule(Again::Space(number));
                 } else if whole {
                     self.settled(Again::Space(number));

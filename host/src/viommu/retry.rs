@@ -127,15 +127,18 @@ impl<M: GuestMemory + Clone + Send + 'static, A: AddressSpaces> Viommu<M, A> {
         }
     }
 
-    /// Reads all tables of a space that has blocked entries.
+    /// Reads all tables of a space that has blocked entries; where only the host lacks something, no table.
     fn read_again(&mut self, number: u64, call: &mut Call) {
         let Some(space) = self.spaces.get(&number).filter(|space| !space.dead) else { return };
         if space.looked == self.calls || space.for_plugin && self.supervisor.health() != Health::Working {
             return self.schedule(Again::Space(number));
         }
-        let everything = Invalidation { index: 0, effect: Effect::Everything };
-        let told = self.host.invalidate(space.id, &[everything]);
-        call.synchronised.insert(number);
+        let everything = [Invalidation { index: 0, effect: Effect::Everything }];
+        let is_whole = space.is_whole;
+        let told = self.host.invalidate(space.id, if is_whole { &[] } else { &everything });
+        if !is_whole {
+            call.synchronised.insert(number);
+        }
         self.told(number, told, true, call);
     }
 }

@@ -211,7 +211,7 @@ fn every_way_in_has_a_span() {
         managed.unmap(ONE_PAGE).unwrap();
         device.detach(None).unwrap();
         context.memory_changed(context.memory()).unwrap();
-        context.host_events(&[]).unwrap();
+        context.host_events(&[], 16).unwrap();
         let other = Rig::new(&[unit(Arch::Arm)], &[("nic", &[0])]);
         context.save().restore(other.setup(), |_, _| None).unwrap();
     };

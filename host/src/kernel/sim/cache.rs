@@ -200,3 +200,28 @@ fn drop_each(entries: &mut Entries, range: Span, leaf_only: bool, leaf: &impl Fn
         }
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::super::walk::context::Data;
+    use super::*;
+
+    #[test]
+    fn contexts_are_of_what_led_to_them() {
+        let caches = Caches::new(2);
+        let first = |owner| FirstStage { owner, data: Data::Smmu { ste: [owner << 6, 0] } };
+        let (one, other) = (Arc::new(Context::Bypass), Arc::new(Context::Bypass));
+        let is = |owner, context: &Arc<Context>| caches.context((7, None), &first(owner)).is_some_and(|found| Arc::ptr_eq(&found, context));
+        caches.insert_context((7, None), &first(1), &one).unwrap();
+        assert!(is(1, &one) && caches.context((7, None), &first(2)).is_none() && caches.context((7, Some(1)), &first(1)).is_none());
+        // What is known stays, and what another page table led to takes its place: it is one entry all the while.
+        caches.insert_context((7, None), &first(1), &other).unwrap();
+        assert!(is(1, &one));
+        caches.insert_context((7, None), &first(2), &other).unwrap();
+        assert!(is(2, &other) && caches.context((7, None), &first(1)).is_none());
+        assert_eq!(caches.entries(), 1);
+        caches.drop_contexts(|key| key.0 == 7);
+        assert_eq!((caches.context((7, None), &first(2)).is_some(), caches.entries()), (false, 0));
+    }
+}

@@ -193,12 +193,13 @@ impl<M: TableMemory> NestedTable<M> {
     pub(super) fn soil(&mut self, slot: &mut Slot, used: Used, iova: Span) {
         match slot {
             // Too many are one too many marks, not one too few.
+            Slot::Absent if !used.accessed && !used.dirty => {}
             Slot::Absent if self.gone.len() >= GONE => {
                 let first = self.gone.iter().fold(iova.first, |first, gone| first.min(gone.iova.first));
                 let last = self.gone.iter().fold(iova.last, |last, gone| last.max(gone.iova.last));
                 self.gone = vec![Marked { iova: Span { first, last }, accessed: true, dirty: true }];
             }
-            Slot::Absent => self.gone.extend((used.accessed || used.dirty).then_some(Marked { iova, accessed: used.accessed, dirty: used.dirty })),
+            Slot::Absent => self.gone.push(Marked { iova, accessed: used.accessed, dirty: used.dirty }),
             Slot::Leaf(tracks) => {
                 tracks.was_accessed |= used.accessed;
                 tracks.was_dirty |= used.dirty;

@@ -35,7 +35,7 @@ use crate::sync::changes::{Changes, Reason};
 use crate::sync::marks::{Marked, MarksWritten};
 use crate::sync::shadow::{Prepared, ReopenError, Shadow, ShadowFigures, ShadowLimits, Watcher};
 use crate::sync::wanted::{Wanted, join};
-use crate::table::{AddressSpace, Format, Intercept, OpenError, Piece, Window};
+use crate::table::{AddressSpace, Format, Geometry, Intercept, Level, OpenError, Piece, Window};
 use crate::{Gpa, Span};
 use look::{Look, Teller};
 use one::One;
@@ -205,10 +205,25 @@ impl Space {
         });
     }
 
+    /// Whether a guest's entry can be marked at all, by what its configuration promises.
+    #[must_use]
+    pub fn has_marks(&self) -> bool {
+        let marks = |level: &Level| level.accessed.exists() || level.dirty.exists() || level.table_accessed.exists();
+        let any = |geometry: &Geometry| geometry.levels.iter().any(marks);
+        match &self.kind {
+            Kind::Blocked | Kind::Direct(_) => false,
+            Kind::One(one) => any(one.shadow.geometry()),
+            Kind::Two(two) => any(two.first.geometry()) || any(two.second.geometry()),
+        }
+    }
+
     /// Marks the guest's leaves for the IOVAs of `marked` that are not marked yet, of all tables, and before them the entries on the way there, where a format says that
     /// hardware does; adds what was done to `written`. Of two stages, entries of the first are read and written through the second, whose entries for them are marked as
     /// well.
     pub fn mark<M: MarkMemory + ?Sized>(&mut self, memory: &M, marked: Marked, budget: &Budget, written: &mut MarksWritten) {
+        if !self.has_marks() {
+            return;
+        }
         match &mut self.kind {
             Kind::Blocked | Kind::Direct(_) => {}
             Kind::One(one) => one.shadow.mark(memory, marked, budget, written),
