@@ -299,9 +299,7 @@ impl Part {
             Host::Areas(engine) => engine.write_marks(memory, span),
         }
     }
-}
 
-impl Part {
     /// Marks of hardware that it is about to forget are kept.
     pub(super) fn leave_marks(&mut self) {
         if self.was_used {

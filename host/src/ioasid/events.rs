@@ -5,10 +5,11 @@
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use super::context::Inner;
 use super::metrics::Counter;
+use super::record::lock;
 use super::{Context, Device, Error};
 use crate::kernel::handle::{EventQueue, Viommu};
 use crate::kernel::{Errno, Event};
@@ -58,12 +59,6 @@ struct State {
 #[derive(Debug, Default)]
 pub(super) struct Told(Mutex<State>);
 
-impl Told {
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
 /// The event queue of a vIOMMU. What is in it at its end is kept.
 #[derive(Debug)]
 pub(super) struct Events {
@@ -89,7 +84,7 @@ impl Events {
     /// Reads what is there; how many records.
     pub(super) fn read(&mut self) -> Result<u64, Errno> {
         let events = self.queue.kernel().read_events(self.queue.id())?;
-        let mut told = self.told.lock();
+        let mut told = lock(&self.told.0);
         let State { records, lost, .. } = &mut *told;
         let mut read = 0;
         for Event { sequence, record } in events {
@@ -134,7 +129,7 @@ impl Context {
         let read = read.map_err(Error::kernel("reading events"))?;
         self.0.count(Counter::Faults, read);
         let connected: BTreeSet<(usize, u64)> = self.0.connected().iter().map(|device| (device.unit(), device.virtual_id())).collect();
-        let mut state = self.0.told().lock();
+        let mut state = lock(&self.0.told().0);
         let mut events = HostEvents { blocked: Vec::new(), lost: std::mem::take(&mut state.lost) };
         state.devices.retain(|device, _| connected.contains(device));
         // One after the other of each, so that nobody who makes many is heard instead of others.
@@ -160,7 +155,7 @@ impl Inner {
 
     /// As long as a plugin does not answer at all, its records wait.
     fn decode_events(&self) {
-        let mut records = std::mem::take(&mut self.told().lock().records);
+        let mut records = std::mem::take(&mut lock(&self.told().0).records);
         let mut wait = VecDeque::new();
         let mut silent: Option<Arc<str>> = None;
         while let Some(record) = records.pop_front() {
@@ -171,7 +166,7 @@ impl Inner {
             // It was there when the queue was made.
             let Ok(supervisor) = self.supervisors().by_format(&record.format) else { continue };
             match supervisor.ask(|instance| instance.decode_event(&record.bytes)) {
-                Ok(request) => request.into_iter().for_each(|request| self.told().lock().take(record.unit, request)),
+                Ok(request) => request.into_iter().for_each(|request| lock(&self.told().0).take(record.unit, request)),
                 Err(error @ (SuperviseError::Waiting { .. } | SuperviseError::Quarantined { .. })) => {
                     tracing::warn!(%error, "what a unit refused cannot be read yet");
                     silent = Some(Arc::clone(&record.format));
@@ -179,11 +174,11 @@ impl Inner {
                 }
                 Err(error) => {
                     tracing::warn!(%error, "what a unit refused cannot be read");
-                    self.told().lock().lost += 1;
+                    lock(&self.told().0).lost += 1;
                 }
             }
         }
-        let mut told = self.told().lock();
+        let mut told = lock(&self.told().0);
         wait.append(&mut told.records);
         told.records = wait;
     }

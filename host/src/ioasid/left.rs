@@ -3,8 +3,9 @@
 //! They are not written when a table goes. Whoever takes it away may be the one who handles writes of watched pages, and would wait for itself.
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::Mutex;
 
+use super::record::lock;
 use crate::memory::{EntryLayout, MarkMemory, WriteError};
 use crate::sync::MarksWritten;
 use crate::{Gpa, Span};
@@ -18,7 +19,6 @@ const READINGS: usize = 8;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Entry {
     layout: EntryLayout,
-    old: u64,
     new: u64,
 }
 
@@ -34,13 +34,9 @@ struct Kept {
 pub(super) struct Left(Mutex<Kept>);
 
 impl Left {
-    fn lock(&self) -> MutexGuard<'_, Kept> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Marks them in `memory`, each as hardware does; one that the guest has changed is left alone.
     pub(super) fn write<M: MarkMemory + ?Sized>(&self, memory: &M) -> MarksWritten {
-        let Kept { entries, refused } = std::mem::take(&mut *self.lock());
+        let Kept { entries, refused } = std::mem::take(&mut *lock(&self.0));
         let mut written = MarksWritten { skipped: refused, ..MarksWritten::default() };
         let entries: Vec<((u64, u64), Entry)> = entries.into_iter().collect();
         for readings in entries.chunk_by(|((one, _), _), ((other, _), _)| one == other) {
@@ -48,7 +44,7 @@ impl Left {
             // What one reading marks may be what another one was of.
             loop {
                 let before = missing.len();
-                missing.retain(|((address, _), entry)| !entry.mark(memory, Gpa(*address)));
+                missing.retain(|((address, old), entry)| !entry.mark(memory, Gpa(*address), *old));
                 if missing.len() == before {
                     break;
                 }
@@ -60,14 +56,14 @@ impl Left {
 
     /// Memory goes, and what stands in it.
     pub(super) fn forget(&self, memory: Span) {
-        self.lock().entries.retain(|(address, _), _| !memory.contains(*address));
+        lock(&self.0).entries.retain(|(address, _), _| !memory.contains(*address));
     }
 }
 
 impl Entry {
     /// False: all marks are there, set by others, or the guest has changed it.
-    fn mark<M: MarkMemory + ?Sized>(&self, memory: &M, address: Gpa) -> bool {
-        let marks = self.old ^ self.new;
+    fn mark<M: MarkMemory + ?Sized>(&self, memory: &M, address: Gpa, old: u64) -> bool {
+        let marks = old ^ self.new;
         // Others may have set some of them: all that are missing may be, then fewer.
         let mut missing = marks;
         while missing != 0 {
@@ -83,20 +79,20 @@ impl Entry {
 
 impl MarkMemory for Left {
     fn compare_exchange_entry(&self, address: Gpa, layout: EntryLayout, old: u64, new: u64) -> Result<bool, WriteError> {
-        let mut kept = self.lock();
+        let mut kept = lock(&self.0);
         let is_full = kept.entries.len() >= MOST;
         let mut readings = kept.entries.range_mut((address.0, 0)..=(address.0, u64::MAX));
         // Two tables led to it, or it is marked once more.
-        let known = readings.find(|(_, known)| known.old == old || known.new == old);
-        if let Some((_, known)) = known {
-            known.new = if known.old == old { old ^ (known.old ^ known.new | old ^ new) } else { new };
+        let known = readings.find(|((_, read), known)| *read == old || known.new == old);
+        if let Some(((_, read), known)) = known {
+            known.new = if *read == old { old ^ (old ^ known.new | old ^ new) } else { new };
             return Ok(true);
         }
         if is_full || kept.entries.range((address.0, 0)..=(address.0, u64::MAX)).count() >= READINGS {
             kept.refused += 1;
             return Err(WriteError(address));
         }
-        kept.entries.insert((address.0, old), Entry { layout, old, new });
+        kept.entries.insert((address.0, old), Entry { layout, new });
         Ok(true)
     }
 }

@@ -716,7 +716,7 @@ impl<M: TableMemory, C: Committer> Sink for Nested<M, C> {
     }
 
     fn lacks(&self) -> bool {
-        self.table.wants().is_some() || !self.table.unanswered().is_empty() || !self.table.refused().is_empty() && self.table.memory().may_come()
+        self.table.wants().is_some() || !self.table.unanswered().is_empty()
     }
 
     fn offer(&mut self, span: Span, pieces: &[Change]) {
