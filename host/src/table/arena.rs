@@ -159,6 +159,7 @@ impl Arena {
     }
 
     /// The same where all was written in advance, and an account kept of it: see [`Arena::room_ahead`].
+    #[inline]
     pub(crate) fn claim(&mut self, bytes: u64) -> Result<u64, Full> {
         let bytes = bytes.next_power_of_two().max(SMALLEST);
         if bytes < PAGE {
@@ -187,6 +188,7 @@ impl Arena {
     }
 
     /// Remembers a table that was handed out.
+    #[inline]
     fn keep(&mut self, offset: u64, bytes: u64) {
         self.bytes += bytes;
         let page = (offset / PAGE) as usize;
@@ -197,6 +199,7 @@ impl Arena {
     }
 
     /// The offset of the table of `bytes` bytes that [`Arena::allocate`] would hand out next, if there is memory for it.
+    #[inline]
     pub(crate) fn upcoming(&self, bytes: u64) -> Option<u64> {
         let bytes = bytes.next_power_of_two().max(SMALLEST);
         if let Some(offset) = self.free.get(&bytes).and_then(|free| free.last()) {
@@ -220,6 +223,7 @@ impl Arena {
 
     /// Where the table of `bytes` bytes can be written that is handed out next, at [`Arena::upcoming`]. With `keeps_account`, and if it is one page: also which of
     /// its 64 lines may hold something, the first in the lowest bit, for the caller to keep.
+    #[inline(always)]
     pub(crate) fn room_ahead(&mut self, offset: u64, bytes: u64, keeps_account: bool) -> (&mut [u64], Option<&mut u64>) {
         let keeps_account = keeps_account && bytes == PAGE;
         if !keeps_account {

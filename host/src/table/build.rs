@@ -652,16 +652,20 @@ impl Visitor for Builder<'_> {
         self.keep(result)
     }
 
+    #[inline]
     fn receive(&mut self, run: &Run<'_>) -> Option<Receiver<'_>> {
         self.ready_for(run)
     }
 
+    #[inline]
     fn received(&mut self, run: &Run<'_>, passed: Passed) -> Result<bool, WalkError> {
-        let result = self.map_passed(run, passed);
-        result.map_err(|error| {
-            self.failed = Some(error);
-            WalkError::Stopped
-        })
+        match self.map_passed(run, passed) {
+            Ok(taken) => Ok(taken),
+            Err(error) => {
+                self.failed = Some(error);
+                Err(WalkError::Stopped)
+            }
+        }
     }
 
     fn table(&mut self) {

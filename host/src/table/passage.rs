@@ -6,7 +6,6 @@
 
 use crate::Span;
 use crate::memory::GuestEntries;
-use crate::table::lanes::Pattern;
 use crate::table::recode::{Expected, Form, Group, Judged, Onto, Passed, merge, recode_expected, recode_guests, recode_sparse};
 
 /// So many bytes of the next table are asked for early. The processor sees by itself how a table goes on; what it does not see is where it starts.
@@ -30,9 +29,8 @@ pub(super) struct Usual {
     pub(super) level: u8,
     pub(super) inherited: u64,
     pub(super) shape: Option<u8>,
-    pub(super) pattern: Pattern,
+    pub(super) expected: Expected,
     pub(super) within: Span,
-    pub(super) room: u64,
 }
 
 /// Tables that were not like the last: the more of them in a row, the more are not tried.
@@ -57,13 +55,6 @@ impl Misses {
         let skips = self.are_skipped();
         self.skip = self.skip.saturating_sub(1);
         skips
-    }
-}
-
-impl Usual {
-    /// What all entries of a table like that are.
-    const fn expected(&self) -> Expected {
-        Expected { pattern: self.pattern, first: self.within.first, room: self.room }
     }
 }
 
@@ -96,16 +87,16 @@ pub struct Merged<'a> {
 #[derive(Debug)]
 pub struct Passing<'a, 'b> {
     receiver: &'a mut Receiver<'b>,
-    expected: Expected,
+    expected: &'a Expected,
     /// What they turned out to be, once they were written.
     pub(super) judged: Option<Judged>,
 }
 
 impl<'a, 'b> Passing<'a, 'b> {
     /// None: such entries are read first.
-    pub(super) fn new(receiver: &'a mut Receiver<'b>, usual: &Usual) -> Option<Self> {
+    pub(super) fn new(receiver: &'a mut Receiver<'b>, usual: &'a Usual) -> Option<Self> {
         let is_plain = receiver.merging.is_none();
-        is_plain.then(|| Self { receiver, expected: usual.expected(), judged: None })
+        is_plain.then_some(Self { receiver, expected: &usual.expected, judged: None })
     }
 
     /// Reads a guest's entries, each once, into as many of the reader's, and writes what becomes of them. False: this cannot be done, and nothing was read.
@@ -116,7 +107,7 @@ impl<'a, 'b> Passing<'a, 'b> {
             Some(written) => Onto::Sparse(table, written),
             None => Onto::Slots(table, *slot),
         };
-        self.judged = recode_guests(from, entries, self.expected, onto, *form);
+        self.judged = recode_guests(from, entries, self.expected, onto, form);
         self.judged.is_some()
     }
 }
@@ -125,22 +116,19 @@ impl Receiver<'_> {
     /// Writes what becomes of `entries` if all of them are as usual. None: this processor cannot do it, or not with these.
     #[inline]
     pub(super) fn pass(&mut self, entries: &[u64], usual: &Usual) -> Option<Judged> {
-        let mut expected = usual.expected();
         let Some(Merged { group, more, firsts }) = &mut self.merging else {
             return match self.written.as_deref_mut() {
-                Some(written) => recode_sparse(entries, expected, self.table, written, self.form),
-                None => recode_expected(entries, expected, self.table, self.slot, self.form),
+                Some(written) => recode_sparse(entries, &usual.expected, self.table, written, &self.form),
+                None => recode_expected(entries, &usual.expected, self.table, self.slot, &self.form),
             };
         };
-        if !merge(entries, expected.pattern.kinds, group, firsts) {
-            return Some(Judged::Unlike);
+        if !merge(entries, usual.expected.pattern.kinds, group, firsts) {
+            return Some(Judged::UNLIKE);
         }
-        expected.room = expected.room.checked_sub(*more)?;
-        let judged = recode_expected(firsts, expected, self.table, self.slot, self.form)?;
+        let expected = Expected { room: usual.expected.room.checked_sub(*more)?, ..usual.expected };
+        let judged = recode_expected(firsts, &expected, self.table, self.slot, &self.form)?;
         let times = group.len() as u64;
-        Some(match judged {
-            Judged::Alike(Passed { others, gaps }) => Judged::Alike(Passed { others: others * times, gaps: gaps * times }),
-            Judged::Unlike => Judged::Unlike,
-        })
+        let all = |Passed { others, gaps }| Judged::alike(Passed { others: others * times, gaps: gaps * times });
+        Some(judged.passed().map_or(Judged::UNLIKE, all))
     }
 }

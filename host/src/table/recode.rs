@@ -8,6 +8,8 @@ mod tests;
 #[cfg(all(target_arch = "x86_64", not(miri)))]
 mod wide;
 
+use std::num::NonZero;
+
 use crate::memory::GuestEntries;
 use crate::table::geometry::Move;
 use crate::table::lanes::{Pattern, for_all_lanes, stream};
@@ -69,7 +71,7 @@ pub(super) fn has_one_pass() -> bool {
 }
 
 /// Writes `source` to the entries of `target` from `slot`; how many leaves are of the second kind, and how many source entries are gaps.
-pub(super) fn recode(source: &[u64], kinds: Kinds, target: &mut [u64], slot: usize, form: Form<'_>) -> (u64, u64) {
+pub(super) fn recode(source: &[u64], kinds: Kinds, target: &mut [u64], slot: usize, form: &Form<'_>) -> (u64, u64) {
     #[cfg(all(target_arch = "x86_64", not(miri)))]
     if has_one_pass() {
         let (done, others, gaps) = wide::recode(source, kinds, target, slot, form);
@@ -93,13 +95,37 @@ pub(super) struct Expected {
     pub(super) room: u64,
 }
 
-/// What entries turned out to be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Judged {
+/// What entries turned out to be. One word, and never stored in parts: what is loaded wider than it was stored waits for all stores before, those past the cache
+/// among them.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) struct Judged(NonZero<u64>);
+
+impl Judged {
     /// At least one is not as expected.
-    Unlike,
+    pub(super) const UNLIKE: Self = Self(NonZero::<u64>::MAX);
+
     /// All are as expected.
-    Alike(Passed),
+    #[inline]
+    pub(super) const fn alike(Passed { others, gaps }: Passed) -> Self {
+        // Of a page of entries, each fits into half a word with room to spare.
+        match NonZero::new(1 | others << 1 | gaps << 32) {
+            Some(word) => Self(word),
+            None => Self::UNLIKE,
+        }
+    }
+
+    /// What there was, if all are as expected.
+    #[inline]
+    pub(super) fn passed(self) -> Option<Passed> {
+        let word = self.0.get();
+        (self != Self::UNLIKE).then_some(Passed { others: (word & 0xffff_ffff) >> 1, gaps: word >> 32 })
+    }
+}
+
+impl std::fmt::Debug for Judged {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Judged").field(&self.passed()).finish()
+    }
 }
 
 /// What there was among entries that are as expected.
@@ -113,7 +139,7 @@ pub struct Passed {
 
 /// [`recode`], and whether all entries are as expected. None: not with these entries, or not on this processor, and nothing was written.
 #[inline]
-pub(super) fn recode_expected(source: &[u64], expected: Expected, target: &mut [u64], slot: usize, form: Form<'_>) -> Option<Judged> {
+pub(super) fn recode_expected(source: &[u64], expected: &Expected, target: &mut [u64], slot: usize, form: &Form<'_>) -> Option<Judged> {
     #[cfg(all(target_arch = "x86_64", not(miri)))]
     if has_one_pass() {
         return wide::recode_expected(source, expected, target, slot, form);
@@ -134,7 +160,7 @@ pub(super) enum Onto<'a> {
 /// Reads a guest's entries, each once, to be `kept`, and [recodes](recode_expected) them at the same time. None: not with these entries, or not on this processor, and
 /// nothing was read.
 #[inline]
-pub(super) fn recode_guests(from: &GuestEntries<'_>, kept: &mut [u64], expected: Expected, onto: Onto<'_>, form: Form<'_>) -> Option<Judged> {
+pub(super) fn recode_guests(from: &GuestEntries<'_>, kept: &mut [u64], expected: &Expected, onto: Onto<'_>, form: &Form<'_>) -> Option<Judged> {
     #[cfg(all(target_arch = "x86_64", not(miri)))]
     if has_one_pass() && from.len() == kept.len() {
         // SAFETY: all of these may be read, and begin at a multiple of 16; the processor was asked.
@@ -147,7 +173,7 @@ pub(super) fn recode_guests(from: &GuestEntries<'_>, kept: &mut [u64], expected:
 /// [`recode_expected`] of a whole table of a page, in a [sparse](Form::is_sparse) form: only lines that hold a leaf are written, and, with zeros, those that may
 /// have held one, whose bits are set in `written`, and set there now. None: as there.
 #[inline]
-pub(super) fn recode_sparse(source: &[u64], expected: Expected, target: &mut [u64], written: &mut u64, form: Form<'_>) -> Option<Judged> {
+pub(super) fn recode_sparse(source: &[u64], expected: &Expected, target: &mut [u64], written: &mut u64, form: &Form<'_>) -> Option<Judged> {
     #[cfg(all(target_arch = "x86_64", not(miri)))]
     if has_one_pass()
         && let (Some(source), Some(target)) = (source.as_chunks::<8>().0.as_array::<64>(), target.as_chunks_mut::<8>().0.first_chunk_mut::<64>())
@@ -160,7 +186,7 @@ pub(super) fn recode_sparse(source: &[u64], expected: Expected, target: &mut [u6
 
 for_all_lanes! {
     /// [`recode`] where addresses and bytes stay in place.
-    fn transcode(source: &[u64], kinds: Kinds, target: &mut [u64], form: Form<'_>) -> (u64, u64) {
+    fn transcode(source: &[u64], kinds: Kinds, target: &mut [u64], form: &Form<'_>) -> (u64, u64) {
         let (patterns, absent) = (form.patterns, form.absent);
         let address = form.moves.iter().fold(0, |mask, one| mask | one.mask);
         if kinds.is_one() {
@@ -197,7 +223,7 @@ struct Slots([u64; SLOTS]);
 
 for_all_lanes! {
     /// [`recode`] on any processor: some entries at a time, which stay in the cache between one step and the next.
-    fn recode_blocks(source: &[u64], kinds: Kinds, target: &mut [u64], slot: usize, form: Form<'_>) -> (u64, u64) {
+    fn recode_blocks(source: &[u64], kinds: Kinds, target: &mut [u64], slot: usize, form: &Form<'_>) -> (u64, u64) {
         let (mut others, mut gaps) = (0, 0);
         let (mut leaves, mut spread, mut packed) = (Slots([0; SLOTS]), Slots([0; SLOTS]), Slots([0; SLOTS]));
         let mut slot = slot;
@@ -240,7 +266,7 @@ for_all_lanes! {
 
 /// The target's entries for `block`, in native byte order; how many leaves are of the second kind, and how many entries are gaps.
 #[inline(always)]
-fn leaves_of(block: &[u64], kinds: Kinds, leaves: &mut [u64], form: Form<'_>) -> (u64, u64) {
+fn leaves_of(block: &[u64], kinds: Kinds, leaves: &mut [u64], form: &Form<'_>) -> (u64, u64) {
     let [first, second] = form.patterns;
     let (mut others, mut gaps) = (0_u64, 0_u64);
     if kinds.is_one() {

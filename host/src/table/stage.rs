@@ -10,7 +10,7 @@ use crate::table::lanes;
 const WORDS: usize = (PAGE / 8) as usize;
 
 /// So many bytes of tables a conversion writes in place.
-pub(crate) const IN_PLACE: u64 = 256 << 10;
+pub(crate) const IN_PLACE: u64 = 64 << 10;
 
 /// A table that is being filled.
 #[repr(align(64))]

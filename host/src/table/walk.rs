@@ -3,6 +3,8 @@
 //! A walk visits the IOVAs of a span in ascending order and tells a [`Visitor`] what is there. Runs of equal leaves are handed over as slices, so that
 //! what follows can work at the speed of memory.
 
+mod rows;
+
 use std::fmt;
 use std::ops::Range;
 
@@ -13,9 +15,10 @@ use crate::table::geometry::{AddressField, Geometry, Nonsense, Root};
 use crate::table::lanes::{Pattern, Scanned, all_in_place_within, all_within, repeated, run_length, scan};
 use crate::table::leaves::{Kinds, Piece, Run};
 use crate::table::passage::{ALL, FEWEST, FIRST, Misses, Passing, SECOND, START, Usual};
-use crate::table::recode::Judged;
+use crate::table::recode::{Expected, Judged};
 use crate::table::remember::{Judge, JudgeError, LevelPlan, Plan, Remembered};
 use crate::table::visit::{Cause, FaultAt, Step, Visitor};
+use crate::table::walk::rows::Pointers;
 use crate::{Attributes, Gpa, Iova, Span};
 
 /// A table in memory, with the format that explains it and what that format said so far.
@@ -224,6 +227,29 @@ struct LastRead {
     nearby: Nearby,
 }
 
+impl LastRead {
+    /// Tells the processor that a part of the `length` bytes at `ahead` will be read soon, if they are near these; as many at `before` are read before.
+    ///
+    /// How a page goes on, and that the next one in memory follows, the processor sees by itself: it is told of the beginning, and of that of the one after it. A page
+    /// that is somewhere else is asked for whole: the first part before the last page but one is done with, the second before the last is read, and the third before
+    /// that is looked at. All at once would have to wait.
+    #[inline(always)]
+    fn expect(&self, (before, ahead): (u64, u64), length: u64, part: Range<u64>) {
+        // No table begins where one would end that begins nowhere.
+        if ahead == NOWHERE || !self.region.contains(ahead) {
+            return;
+        }
+        let place = self.nearby.at(ahead.wrapping_sub(self.address));
+        if before.wrapping_add(length) != ahead {
+            let (first, next) = (length / ALL * part.start, length / ALL * part.end);
+            place.expect_later(first, next - first);
+        } else if part.end == ALL {
+            place.expect(0, START.min(length));
+            place.expect_later(length, START.min(length));
+        }
+    }
+}
+
 /// What became of a table that an entry points to.
 enum Found {
     /// The visitor was told what there is.
@@ -274,10 +300,7 @@ impl<'a, M: EntryMemory + ?Sized, V: Visitor> Walker<'a, M, V> {
 
     /// Walks the part of a table that lies in `span`, of which the entries `exists` exist.
     fn table(&mut self, place: Place, span: Span, exists: (u64, u64)) -> Result<(), WalkError> {
-        match self.stage {
-            1 => self.budget.charge_table()?,
-            _ => self.budget.charge_leaves(1)?,
-        }
+        charge_table(self.budget, self.stage)?;
         let level = &self.plan.levels[usize::from(place.level)];
         let lsb = level.index_lsb;
         let (wanted_first, wanted_last) = ((span.first - place.base) >> lsb, (span.last - place.base) >> lsb);
@@ -323,22 +346,8 @@ impl<'a, M: EntryMemory + ?Sized, V: Visitor> Walker<'a, M, V> {
             let length = count * bytes;
             let [next, second] = if more { [address.wrapping_add(length), NOWHERE] } else { place.ahead };
             self.expect((address, next), length, FIRST..SECOND);
-            match self.read_passing((place, index), address, entries, here) {
-                Ok(passed) => {
-                    self.expect((address, next), length, SECOND..ALL);
-                    let told = self.pass(place, index, entries, here, passed)?;
-                    self.expect((next, second), length, 0..FIRST);
-                    if told < entries.len() {
-                        let next = index + told as u64;
-                        let rest = Span { first: here.first.max(place.base + (next << lsb)), ..here };
-                        self.entries(place, next, &entries[told..], rest)?;
-                    }
-                }
-                Err(cause) => {
-                    self.set_step(index, None);
-                    self.fault(cause, here, Some(address))?;
-                }
-            }
+            let read = self.read_passing((place, index), address, entries, here);
+            self.after_reading((place, index), address, entries, here, read, [next, second])?;
             index += count;
         }
         self.buffers.push(buffer);
@@ -347,6 +356,35 @@ impl<'a, M: EntryMemory + ?Sized, V: Visitor> Walker<'a, M, V> {
             self.visitor.absent(Span { first: place.base + ((last + 1) << lsb), last: span.last }, self.path)?;
         }
         self.path.pop();
+        Ok(())
+    }
+
+    /// Goes on with entries of a table that were read from `address`, or could not be.
+    fn after_reading(
+        &mut self,
+        (place, index): (Place, u64),
+        address: u64,
+        entries: &[u64],
+        here: Span,
+        read: Result<Option<Judged>, Cause>,
+        [next, second]: [u64; 2],
+    ) -> Result<(), WalkError> {
+        let passed = match read {
+            Ok(passed) => passed,
+            Err(cause) => {
+                self.set_step(index, None);
+                return self.fault(cause, here, Some(address));
+            }
+        };
+        let (length, lsb) = (entries.len() as u64 * u64::from(self.layout.bytes), self.plan.levels[usize::from(place.level)].index_lsb);
+        self.expect((address, next), length, SECOND..ALL);
+        let told = self.pass(place, index, entries, here, passed)?;
+        self.expect((next, second), length, 0..FIRST);
+        if told < entries.len() {
+            let next = index + told as u64;
+            let rest = Span { first: here.first.max(place.base + (next << lsb)), ..here };
+            self.entries(place, next, &entries[told..], rest)?;
+        }
         Ok(())
     }
 
@@ -367,7 +405,7 @@ impl<'a, M: EntryMemory + ?Sized, V: Visitor> Walker<'a, M, V> {
             size_log2,
             entries,
             field: level.field(usual.shape),
-            kinds: usual.pattern.kinds,
+            kinds: usual.expected.pattern.kinds,
             within: usual.within,
         })
     }
@@ -413,12 +451,9 @@ impl<'a, M: EntryMemory + ?Sized, V: Visitor> Walker<'a, M, V> {
                 }
             };
             run.entries = &run.entries[..count];
-            let passed = match judged {
-                Judged::Alike(passed) if passed.gaps < count as u64 => passed,
-                _ => {
-                    self.misses.miss();
-                    break;
-                }
+            let Some(passed) = judged.passed().filter(|passed| passed.gaps < count as u64) else {
+                self.misses.miss();
+                break;
             };
             self.misses = Misses::default();
             if !self.visitor.received(&run, passed)? {
@@ -443,52 +478,32 @@ impl<'a, M: EntryMemory + ?Sized, V: Visitor> Walker<'a, M, V> {
     #[inline(always)]
     fn region(&self, address: u64, entries: usize) -> Result<Span, Cause> {
         let last = address.saturating_add(entries as u64 * u64::from(self.layout.bytes) - 1);
+        let here = Span { first: address, last };
+        if let Some(known) = self.last_read.map(|read| read.region).filter(|known| known.intersection(here) == Some(here)) {
+            return Ok(known);
+        }
         let region = self.map.region(address).filter(|region| region.span.last >= last || self.map.region(last).is_some());
         region.map(|region| region.span).ok_or(Cause::OutsideMemory)
     }
 
-    /// Tells the processor that a part of the `length` bytes at `ahead` will be read soon, if they are near what was read last; as many at `before` are read before.
-    ///
-    /// How a page goes on, and that the next one in memory follows, the processor sees by itself: it is told of the beginning. A page that is somewhere else is
-    /// asked for whole: the first part before the last page but one is done with, the second before the last is read, and the third before that is looked at. All at
-    /// once would have to wait.
-    #[inline]
+    /// See [`LastRead::expect`].
+    #[inline(always)]
     fn expect(&self, (before, ahead): (u64, u64), length: u64, part: Range<u64>) {
-        if ahead == NOWHERE {
-            return;
-        }
-        // No table begins where one would end that begins nowhere.
-        if before.wrapping_add(length) != ahead {
-            let (first, next) = (length / ALL * part.start, length / ALL * part.end);
-            self.near(ahead).expect_later(first, next - first);
-        } else if part.end == ALL {
-            self.near(ahead).expect(0, START.min(length));
+        if let Some(last) = &self.last_read {
+            last.expect((before, ahead), length, part);
         }
     }
 
-    /// The tables of level kind `below` that `entries` point to first, as far as they are like the one before, `known`. The second counts only if it does not follow
-    /// the first in memory.
-    #[inline]
+    /// See [`tables_ahead`]; of level kind `below`.
+    #[inline(always)]
     fn tables_ahead(&self, entries: &[u64], below: u8, known: &Remembered, field: &AddressField) -> [u64; 2] {
-        let table = |entry: u64| if entry & known.mask == known.pattern { field.extract(entry) } else { NOWHERE };
-        let bytes = self.table_bytes(below);
-        match *entries {
-            [next, second, ..] if second.wrapping_sub(next) != bytes => [table(next), table(second)],
-            [next, ..] => [table(next), NOWHERE],
-            [] => [NOWHERE; 2],
-        }
+        tables_ahead(entries, self.table_bytes(below), known, field)
     }
 
     /// The size of a table of this kind; of one that does not exist, a page.
     #[inline]
     fn table_bytes(&self, level: u8) -> u64 {
         self.plan.levels.get(usize::from(level)).map_or(PAGE, |level| level.entries() * u64::from(self.layout.bytes))
-    }
-
-    /// Where an address stands, if it is near what was read last.
-    fn near(&self, address: u64) -> Nearby {
-        let last = self.last_read.as_ref().filter(|last| last.region.contains(address));
-        last.map_or(Nearby::UNKNOWN, |last| last.nearby.at(address.wrapping_sub(last.address)))
     }
 
     fn set_step(&mut self, index: u64, entry: Option<u64>) {
@@ -555,9 +570,18 @@ impl<'a, M: EntryMemory + ?Sized, V: Visitor> Walker<'a, M, V> {
                 Meaning::Table { next, inherited } => {
                     self.set_step(index + at as u64, Some(entry));
                     let field = level.field(known.shape);
-                    let ahead = self.tables_ahead(&entries[at + 1..], next.level, &known, field);
-                    let below = Place { level: next.level, table: field.extract(entry), base: slot.first, inherited, ahead };
                     let exists = (u64::from(next.first), last_index(next.last));
+                    let below = Place { level: next.level, table: field.extract(entry), base: slot.first, inherited, ahead: [NOWHERE; 2] };
+                    if part == slot {
+                        let (index, entries) = (index + at as u64, whole_slots(&entries[at..], iova, lsb, span));
+                        let pointers = Pointers { index, entries, known: &known, field, slot_log2: lsb };
+                        let count = self.tables_in_a_row(below, pointers, exists)?;
+                        if count > 0 {
+                            at += count;
+                            continue;
+                        }
+                    }
+                    let below = Place { ahead: self.tables_ahead(&entries[at + 1..], next.level, &known, field), ..below };
                     if part == slot && self.table_bytes(next.level) <= PAGE / 2 {
                         let neighbours = whole_slots(&entries[at..], iova, lsb, span);
                         let count = self.side_by_side(below, neighbours, &known, lsb, exists);
@@ -670,68 +694,6 @@ impl<'a, M: EntryMemory + ?Sized, V: Visitor> Walker<'a, M, V> {
         Ok(Found::Told)
     }
 
-    /// How many of `entries` lead to small tables that stand side by side in one page of memory, fill their slots of `2^slot_log2` bytes, and are probably like the
-    /// last; these are better read together. `first` is the first of them.
-    #[inline(never)]
-    fn side_by_side(&self, first: Place, entries: &[u64], known: &Remembered, slot_log2: u8, exists: (u64, u64)) -> usize {
-        let (above, below) = (self.path.last().map(|step| step.level), self.plan.levels.get(usize::from(first.level)));
-        let (Some(above), Some(below)) = (above, below) else { return 1 };
-        let bytes = self.table_bytes(first.level);
-        let room = (PAGE - first.table % PAGE) / bytes;
-        let usual = self.usual.as_ref().is_some_and(|usual| (usual.level, usual.inherited) == (first.level, first.inherited));
-        let fill = below.index_lsb + below.index_bits == slot_log2 && exists.0 == 0 && exists.1 >= below.entries() - 1;
-        if room < 2 || !usual || !fill || self.misses.are_skipped() || !first.table.is_multiple_of(u64::from(self.layout.bytes)) {
-            return 1;
-        }
-        let field = self.plan.levels[usize::from(above)].field(known.shape);
-        let most = room.min(self.budget.tables_left()) as usize;
-        let follows = |(index, entry): (usize, &u64)| {
-            let table = first.table + index as u64 * bytes;
-            let key = TableKey { level: first.level, table, inherited: first.inherited, exists };
-            *entry & known.mask == known.pattern && field.extract(*entry) == table && self.output.contains(table) && !self.empties.has(&key)
-        };
-        entries.iter().enumerate().take(most).take_while(|next| follows(*next)).count()
-    }
-
-    /// Walks the tables that `pointers` lead to, which stand [side by side](Self::side_by_side) and are read at once. False: they cannot be.
-    #[inline(never)]
-    fn tables_together(&mut self, first: Place, pointers: &[u64], exists: (u64, u64)) -> Result<bool, WalkError> {
-        let level = &self.plan.levels[usize::from(first.level)];
-        let (number, lsb, each, count) = (level.number, level.index_lsb, level.entries() as usize, pointers.len());
-        let first_index = self.path.last().map_or(0, |step| step.index);
-        let mut buffer = self.buffers.pop().unwrap_or_else(|| Box::new(Buffer([0; BUFFER])));
-        let entries = &mut buffer.0[..each * count];
-        let (length, [next, second]) = (entries.len() as u64 * u64::from(self.layout.bytes), first.ahead);
-        self.expect((first.table, next), length, FIRST..SECOND);
-        if self.read(first.table, entries).is_err() {
-            self.buffers.push(buffer);
-            return Ok(false);
-        }
-        (0..count).for_each(|_| self.visitor.table());
-        self.budget.charge_tables(count as u64)?;
-        self.expect((first.table, next), length, SECOND..ALL);
-        let span = Span { first: first.base, last: first.base + (((entries.len() as u64) << lsb) - 1) };
-        let told = self.pass(first, 0, entries, span, None)?;
-        self.expect((next, second), length, 0..FIRST);
-        // What is not like the last is told of table by table.
-        for (index, entries) in entries.chunks_exact(each).enumerate().skip(told / each) {
-            let table = first.table + (index * each) as u64 * u64::from(self.layout.bytes);
-            let place = Place { table, base: first.base + (((index * each) as u64) << lsb), ..first };
-            let from = told.saturating_sub(index * each) as u64;
-            let span = Span { first: place.base + (from << lsb), last: place.base + (((each as u64) << lsb) - 1) };
-            let before = self.told;
-            self.set_step(first_index + index as u64, Some(pointers[index]));
-            self.path.push(Step { level: place.level, number, table: Gpa(table), index: from, entry: None, inherited: place.inherited });
-            self.entries(place, from, &entries[from as usize..], span)?;
-            self.path.pop();
-            if self.told == before && from == 0 {
-                self.empties.add(TableKey { level: place.level, table, inherited: place.inherited, exists });
-            }
-        }
-        self.buffers.push(buffer);
-        Ok(true)
-    }
-
     /// Leaves as large as their slots: all of the first kind, and of one more, that stand side by side; how many entries these are.
     fn leaves(&mut self, first: Leaves<'_>, entries: &[u64]) -> Result<usize, WalkError> {
         self.alike(first, entries, 0)
@@ -772,7 +734,8 @@ impl<'a, M: EntryMemory + ?Sized, V: Visitor> Walker<'a, M, V> {
         }
         if plain.is_some() && repeat_log2 == 0 && field.address_mask & size_mask == 0 {
             let (level, inherited) = (place.level, place.inherited);
-            self.usual = within.map(|within| Usual { level, inherited, shape: known.shape, pattern, within, room });
+            let expected = Expected { pattern, first: lowest, room };
+            self.usual = within.map(|within| Usual { level, inherited, shape: known.shape, expected, within });
         }
         let Scanned { count, gaps, outside, uniform } = scan(entries, pattern, lowest, room);
         if uniform {
@@ -857,6 +820,26 @@ impl<'a, M: EntryMemory + ?Sized, V: Visitor> Walker<'a, M, V> {
             }
             _ => Ok(()),
         }
+    }
+}
+
+/// The tables of `bytes` bytes that `entries` point to first, as far as they are like the one before, `known`. The second counts only if it does not follow the first
+/// in memory.
+#[inline(always)]
+fn tables_ahead(entries: &[u64], bytes: u64, known: &Remembered, field: &AddressField) -> [u64; 2] {
+    let table = |entry: u64| if entry & known.mask == known.pattern { field.extract(entry) } else { NOWHERE };
+    match *entries {
+        [next, second, ..] if second.wrapping_sub(next) != bytes => [table(next), table(second)],
+        [next, ..] => [table(next), NOWHERE],
+        [] => [NOWHERE; 2],
+    }
+}
+
+/// Tables of the second stage are looked up for each leaf of the first: they count as leaves.
+fn charge_table(budget: &Budget, stage: u8) -> Result<(), Exhausted> {
+    match stage {
+        1 => budget.charge_table(),
+        _ => budget.charge_leaves(1),
     }
 }
 

@@ -346,6 +346,7 @@ impl Builder<'_> {
 
     /// Where entries that are expected to be leaves like those of `run` can be written while they are looked at: to the next slots of a table, or to the first
     /// ones of the next table, past the cache if that is large or comes late.
+    #[inline(always)]
     pub(super) fn ready_for(&mut self, run: &Run<'_>) -> Option<Receiver<'_>> {
         // What was written in advance before, and not taken, was of no use.
         self.upcoming = None;
@@ -406,21 +407,22 @@ impl Builder<'_> {
     /// Leaves were written where [`Builder::ready_for`] said; false if they are needed elsewhere.
     pub(super) fn map_passed(&mut self, run: &Run<'_>, passed: Passed) -> Result<bool, BuildError> {
         let (Some(upcoming), Some(prepared)) = (self.upcoming, self.prepared.take()) else { return Ok(false) };
-        let result = if upcoming.page == run.size_log2 {
-            self.take_passed(run, &prepared, upcoming, passed)
+        // An error ends the build, and what was lent for it with it. Results are not kept to be returned: see `Judged`.
+        let taken = if upcoming.page == run.size_log2 {
+            self.take_passed(run, &prepared, upcoming, passed)?
         } else {
             let merged = std::mem::take(&mut self.merged);
             let log2 = upcoming.page - run.size_log2;
             let pages = Run { size_log2: upcoming.page, entries: &merged, ..*run };
-            let result = self.take_passed(&pages, &prepared, upcoming, Passed { others: passed.others >> log2, gaps: passed.gaps >> log2 });
+            let taken = self.take_passed(&pages, &prepared, upcoming, Passed { others: passed.others >> log2, gaps: passed.gaps >> log2 })?;
             self.merged = merged;
-            result
+            taken
         };
         self.prepared = Some(prepared);
-        if matches!(result, Ok(true)) {
+        if taken {
             self.upcoming = None;
         }
-        result
+        Ok(taken)
     }
 
     fn take_passed(&mut self, run: &Run<'_>, prepared: &Prepared, upcoming: Upcoming, passed: Passed) -> Result<bool, BuildError> {
@@ -512,7 +514,7 @@ impl Builder<'_> {
             self.stage.skip(None);
         }
         let form = prepared.form(self.layout, past_cache);
-        recode::recode(part, run.kinds, self.words(depth), index, form)
+        recode::recode(part, run.kinds, self.words(depth), index, &form)
     }
 
     /// Notes what `count` leaves of one of two kinds lose.

@@ -32,7 +32,7 @@ fn put(words: &mut [u64], slot: usize, entry: u64, form: Form<'_>) {
 }
 
 fn judged_as((as_expected, others, gaps): (bool, u64, u64)) -> Judged {
-    if as_expected { Judged::Alike(Passed { others, gaps }) } else { Judged::Unlike }
+    if as_expected { Judged::alike(Passed { others, gaps }) } else { Judged::UNLIKE }
 }
 
 /// What [`recode_expected`] is to find and write, entry by entry.
@@ -125,18 +125,18 @@ fn all_forms_are_written_as_entry_by_entry() {
         };
         let mut memory = fresh();
         let (wanted, aligned, found) = wanted_in(&memory);
-        let counts = recode(&source, kinds, &mut memory[aligned..], slot, form);
+        let counts = recode(&source, kinds, &mut memory[aligned..], slot, &form);
         crate::table::lanes::fence();
         assert_eq!(counts, (found.1, found.2), "round {round}: {form:?}");
         assert_eq!(first_difference(&memory, &wanted), None, "round {round}: {form:?}");
         let mut memory = fresh();
         let (wanted, aligned, found) = wanted_in(&memory);
-        if let Some(counts) = recode_expected(&source, expected, &mut memory[aligned..], slot, form) {
+        if let Some(counts) = recode_expected(&source, &expected, &mut memory[aligned..], slot, &form) {
             crate::table::lanes::fence();
             assert_eq!(counts, judged_as(found), "round {round}: {expected:?} {form:?}");
             assert_eq!(first_difference(&memory, &wanted), None, "round {round}: {form:?}");
             judged += 1;
-            unexpected += u64::from(counts == Judged::Unlike);
+            unexpected += u64::from(counts == Judged::UNLIKE);
         }
     }
     assert!(cfg!(miri) || !has_one_pass() || judged > 1000 && unexpected > 100 && unexpected < judged / 2, "{judged}, {unexpected} unexpected");
@@ -188,7 +188,7 @@ fn tables_with_gaps_are_written_where_they_have_leaves() {
         }
         let mut wanted = vec![0; 512];
         let found = plainly(&source, expected, &mut wanted, 0, form);
-        let Some(counts) = recode_sparse(&source, expected, target, &mut written, form) else { continue };
+        let Some(counts) = recode_sparse(&source, &expected, target, &mut written, &form) else { continue };
         crate::table::lanes::fence();
         assert_eq!(counts, judged_as(found), "round {round}: {expected:?} {form:?}");
         assert_eq!(first_difference(target, &wanted), None, "round {round}: {form:?}");
@@ -196,7 +196,7 @@ fn tables_with_gaps_are_written_where_they_have_leaves() {
         assert_eq!(written, (0..64).map(|line| u64::from(holds_leaf(line)) << line).sum::<u64>(), "round {round}");
         skipped += (!before & !written).count_ones();
         judged += 1;
-        unexpected += u64::from(counts == Judged::Unlike);
+        unexpected += u64::from(counts == Judged::UNLIKE);
     }
     assert!(
         cfg!(miri) || !has_one_pass() || judged > 1000 && unexpected > 100 && unexpected < judged / 2 && skipped > 1000,

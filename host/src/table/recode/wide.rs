@@ -63,13 +63,13 @@ impl<const GUEST: bool> Source<GUEST> {
 }
 
 /// In how many ways bits move; zero: all stay in place.
-fn moves(expected: Expected, form: Form<'_>) -> usize {
+fn moves(expected: &Expected, form: &Form<'_>) -> usize {
     let stay = expected.pattern.moved.mask == 0 && form.moves.iter().all(|one| one.turn == 0);
     if stay { 0 } else { form.moves.len().max(1) }
 }
 
 /// As many entries as fill whole lines; none if this cannot be done with them.
-fn lines<'a>(source: &'a [u64], target: &mut [u64], slot: usize, form: Form<'_>) -> Option<Lines<'a>> {
+fn lines<'a>(source: &'a [u64], target: &mut [u64], slot: usize, form: &Form<'_>) -> Option<Lines<'a>> {
     // Entries of 4 bytes are written sixteen at a time, all others eight.
     let step = if form.narrow && form.parts.len() == 1 { 16 } else { 8 };
     let source = &source[..source.len() / step * step];
@@ -80,28 +80,28 @@ fn lines<'a>(source: &'a [u64], target: &mut [u64], slot: usize, form: Form<'_>)
 }
 
 /// [`recode`](super::recode) of as many entries as fill whole lines; how many these are, how many of them are of the second kind, and how many absent.
-pub(super) fn recode(source: &[u64], kinds: Kinds, target: &mut [u64], slot: usize, form: Form<'_>) -> (usize, u64, u64) {
+pub(super) fn recode(source: &[u64], kinds: Kinds, target: &mut [u64], slot: usize, form: &Form<'_>) -> (usize, u64, u64) {
     let Some(lines) = lines(source, target, slot, form) else { return (0, 0, 0) };
     let expected = Expected { pattern: Pattern { mask: 0, kinds, address: 0, moved: Move::default() }, first: 0, room: 0 };
-    let recode = whole_lines::<false, false>(expected, form);
+    let recode = whole_lines::<false, false>(&expected, form);
     // SAFETY: the caller has asked the processor; the target has just the bytes for these entries, and begins at a line where they go past the cache.
-    let judged = unsafe { recode(Source::entries(lines.source), lines.source.len(), lines.target, expected, form) };
-    let Judged::Alike(Passed { others, gaps }) = judged else { return (0, 0, 0) }; // anything is as expected
+    let judged = unsafe { recode(Source::entries(lines.source), lines.source.len(), lines.target, &expected, form) };
+    let Some(Passed { others, gaps }) = judged.passed() else { return (0, 0, 0) }; // anything is as expected
     (lines.source.len(), others, gaps)
 }
 
 /// See [`recode_expected`](super::recode_expected).
-pub(super) fn recode_expected(source: &[u64], expected: Expected, target: &mut [u64], slot: usize, form: Form<'_>) -> Option<Judged> {
+pub(super) fn recode_expected(source: &[u64], expected: &Expected, target: &mut [u64], slot: usize, form: &Form<'_>) -> Option<Judged> {
     let lines = lines(source, target, slot, form).filter(|lines| lines.source.len() == source.len())?;
     // SAFETY: as in `recode`.
     Some(unsafe { whole_lines::<false, true>(expected, form)(Source::entries(lines.source), lines.source.len(), lines.target, expected, form) })
 }
 
 /// See [`recode_lines`].
-type Recode<const GUEST: bool> = unsafe fn(Source<GUEST>, usize, *mut u64, Expected, Form<'_>) -> Judged;
+type Recode<const GUEST: bool> = unsafe fn(Source<GUEST>, usize, *mut u64, &Expected, &Form<'_>) -> Judged;
 
 /// The one that serves.
-fn whole_lines<const GUEST: bool, const JUDGE: bool>(expected: Expected, form: Form<'_>) -> Recode<GUEST> {
+fn whole_lines<const GUEST: bool, const JUDGE: bool>(expected: &Expected, form: &Form<'_>) -> Recode<GUEST> {
     match (expected.pattern.kinds.has_gaps(), moves(expected, form)) {
         (false, 0) => recode_lines::<GUEST, JUDGE, false, 0>,
         (true, 0) => recode_lines::<GUEST, JUDGE, true, 0>,
@@ -118,7 +118,7 @@ fn whole_lines<const GUEST: bool, const JUDGE: bool>(expected: Expected, form: F
 ///
 /// # Safety
 /// As many entries as are `kept` may be read at `from`, which is a multiple of 16, and the processor has what this takes.
-pub(super) unsafe fn recode_guests(from: *const u8, kept: &mut [u64], expected: Expected, onto: Onto<'_>, form: Form<'_>) -> Option<Judged> {
+pub(super) unsafe fn recode_guests(from: *const u8, kept: &mut [u64], expected: &Expected, onto: Onto<'_>, form: &Form<'_>) -> Option<Judged> {
     let source = Source::<true> { from, kept: kept.as_mut_ptr() };
     match onto {
         Onto::Slots(target, slot) => {
@@ -137,10 +137,10 @@ pub(super) unsafe fn recode_guests(from: *const u8, kept: &mut [u64], expected: 
 /// See [`recode_sparse`](super::recode_sparse).
 pub(super) fn recode_sparse(
     source: &[[u64; 8]; 64],
-    expected: Expected,
+    expected: &Expected,
     target: &mut [[u64; 8]; 64],
     written: &mut u64,
-    form: Form<'_>,
+    form: &Form<'_>,
 ) -> Option<Judged> {
     // SAFETY: the caller has asked the processor; where lines go past the cache, the target begins at one.
     some_lines::<false>(target, expected, form)
@@ -148,10 +148,10 @@ pub(super) fn recode_sparse(
 }
 
 /// See [`recode_some_lines`].
-type RecodeSome<const GUEST: bool> = unsafe fn(Source<GUEST>, Expected, &mut [[u64; 8]; 64], &mut u64, Form<'_>) -> Judged;
+type RecodeSome<const GUEST: bool> = unsafe fn(Source<GUEST>, &Expected, &mut [[u64; 8]; 64], &mut u64, &Form<'_>) -> Judged;
 
 /// The one that serves. None: this cannot be done.
-fn some_lines<const GUEST: bool>(target: &[[u64; 8]; 64], expected: Expected, form: Form<'_>) -> Option<RecodeSome<GUEST>> {
+fn some_lines<const GUEST: bool>(target: &[[u64; 8]; 64], expected: &Expected, form: &Form<'_>) -> Option<RecodeSome<GUEST>> {
     if form.moves.len() > MAX_MOVES || form.past_cache && !target.as_ptr().addr().is_multiple_of(64) {
         return None;
     }
@@ -227,7 +227,7 @@ impl Found {
         let sum = |counts| _mm512_reduce_add_epi64(counts).cast_unsigned();
         let gaps = if GAPS { entries as u64 - sum(self.present) } else { 0 };
         let as_expected = _mm512_reduce_or_epi64(self.unexpected) == 0 && _mm512_reduce_max_epu64(self.farthest) <= room;
-        if as_expected { Judged::Alike(Passed { others: sum(self.others), gaps }) } else { Judged::Unlike }
+        if as_expected { Judged::alike(Passed { others: sum(self.others), gaps }) } else { Judged::UNLIKE }
     }
 }
 
@@ -250,7 +250,7 @@ unsafe fn put_line(at: *mut __m512i, line: __m512i, past_cache: bool) {
 impl<const MOVES: usize> Registers<MOVES> {
     #[target_feature(enable = "avx512f")]
     #[inline]
-    fn new(Expected { pattern, first, .. }: Expected, form: Form<'_>) -> Self {
+    fn new(Expected { pattern, first, .. }: &Expected, form: &Form<'_>) -> Self {
         let all = |word: u64| _mm512_set1_epi64(word as i64);
         let kinds = pattern.kinds;
         let zero = _mm512_setzero_si512();
@@ -274,7 +274,7 @@ impl<const MOVES: usize> Registers<MOVES> {
             address: all(pattern.address),
             turn: all(pattern.moved.turn.into()),
             moved: all(pattern.moved.apply(u64::MAX)),
-            lowest: all(first),
+            lowest: all(*first),
         }
     }
 
@@ -384,8 +384,8 @@ unsafe fn recode_lines<const GUEST: bool, const JUDGE: bool, const GAPS: bool, c
     source: Source<GUEST>,
     entries: usize,
     target: *mut u64,
-    expected: Expected,
-    form: Form<'_>,
+    expected: &Expected,
+    form: &Form<'_>,
 ) -> Judged {
     let registers = Registers::<MOVES>::new(expected, form);
     let swap = back_to_front(form.narrow);
@@ -440,10 +440,10 @@ unsafe fn recode_lines<const GUEST: bool, const JUDGE: bool, const GAPS: bool, c
 #[target_feature(enable = "avx512f,avx512bw")]
 unsafe fn recode_some_lines<const GUEST: bool, const MOVES: usize>(
     source: Source<GUEST>,
-    expected: Expected,
+    expected: &Expected,
     target: &mut [[u64; 8]; 64],
     written: &mut u64,
-    form: Form<'_>,
+    form: &Form<'_>,
 ) -> Judged {
     let registers = Registers::<MOVES>::new(expected, form);
     let (swap, zero) = (back_to_front(form.narrow), _mm512_setzero_si512());
