@@ -439,7 +439,7 @@ fn tables_in_a_row_are_as_if_alone() {
         table.geometry().entry_bytes == 8 && table.geometry().levels.iter().any(|level| level.index_bits == 9) && unit(*format) == 12
     };
     let sides: Vec<Side> = SIDES.into_iter().filter(pages_of_tables).collect();
-    let (mut ended, mut missing, mut faults, mut taken) = (0, 0, 0, 0);
+    let (mut ended, mut missing, mut outsiders, mut faults, mut taken) = (0, 0, 0, 0, 0);
     for (round, format) in (0..4).flat_map(|round| sides.iter().map(move |side| (round, *side))) {
         let sparse = random.below(2) == 0;
         let (memory, roots) = match round {
@@ -466,9 +466,11 @@ fn tables_in_a_row_are_as_if_alone() {
         };
         let (_, pointers, _) = walk(Span::ALL, 1 << 16, 0, false, false);
         let pointers: Vec<(u64, u64)> = pointers.into_iter().collect();
-        // One table in which there is nothing, and to which others lead; some in another order; some that lead to themselves, or into the middle of a page.
+        // One table in which there is nothing, and to which others lead; some in another order, some twice, some outside of memory.
         let nothing = pointers[pointers.len() / 2];
-        let empty: Vec<u8> = if format.1.contains(&("big-endian", 1)) { absent.to_be_bytes() } else { absent.to_le_bytes() }.repeat(512);
+        let big = format.1.contains(&("big-endian", 1));
+        let empty: Vec<u8> = if big { absent.to_be_bytes() } else { absent.to_le_bytes() }.repeat(512);
+        let outside = |entry: u64| entry | if big { (1_u64 << 36).swap_bytes() } else { 1 << 36 };
         memory.write_slice(&empty, GuestAddress(nothing.1)).unwrap();
         let read = |at: u64| memory.read_obj::<u64>(GuestAddress(at)).unwrap();
         for pair in pointers.windows(2).filter(|pair| pair[0].0 != nothing.0) {
@@ -478,6 +480,7 @@ fn tables_in_a_row_are_as_if_alone() {
                 0 => write(pair[0].0, read(nothing.0)),
                 1 => write(pair[1].0, first),
                 2 => [(pair[0].0, second), (pair[1].0, first)].into_iter().for_each(|(at, entry)| write(at, entry)),
+                3 => write(pair[1].0, outside(second)),
                 _ => {}
             }
         }
@@ -497,13 +500,19 @@ fn tables_in_a_row_are_as_if_alone() {
             );
             assert!(alone.built == row.built, "{format:?} to {target:?}, round {round}, trial {trial}: other tables are built");
             ended += u64::from(row.ended.is_some());
-            missing += row.said.iter().filter(|said| said.contains("Missing")).count();
+            // What is outside of memory is not asked for.
+            let asked = row.said.iter().filter(|said| said.contains("Missing")).count();
+            assert!(lacks != 0 || asked == 0, "{format:?} to {target:?}, round {round}, trial {trial}");
+            missing += asked;
+            outsiders += row.said.iter().filter(|said| said.contains("OutsideMemory")).count();
             faults += row.said.len();
             taken += received;
         }
     }
-    println!("{taken} tables were rewritten as they were read; {faults} faults, {missing} of them for missing memory; {ended} walks ended early");
-    assert!(ended > 10 && missing > 10 && faults > 100, "{ended} {missing} {faults}");
+    println!(
+        "{taken} tables were rewritten as they were read; {faults} faults, {missing} of them for missing memory, {outsiders} outside of it; {ended} walks ended early"
+    );
+    assert!(ended > 10 && missing > 10 && outsiders > 100, "{ended} {missing} {outsiders}");
     #[cfg(target_arch = "x86_64")]
     if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") {
         return assert!(taken > 1000, "{taken}");
