@@ -22,6 +22,9 @@ pub(super) fn deserialize(engine: &wasmtime::Engine, entry: &OwnEntry) -> wasmti
     // checksum that `Cache::put` wrote; and the cache never writes to a file that has its name. Whoever can still change such a file can also change
     // this process's own libraries. The name is the open file's, so that it cannot be another.
     let component = unsafe { Component::deserialize_file(engine, mapped) };
-    // SAFETY: as above; the bytes are our own.
-    component.or_else(|_| unsafe { Component::deserialize(engine, entry.artefact()) })
+    component.or_else(|error| {
+        let Ok(artefact) = entry.artefact() else { return Err(error) };
+        // SAFETY: as above; the bytes are our own.
+        unsafe { Component::deserialize(engine, artefact) }
+    })
 }

@@ -6,7 +6,7 @@
 
 use rustix::fs::{Mode, OFlags};
 use std::fs::File;
-use std::io::Read as _;
+use std::io::{ErrorKind, Read};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use wasmtime::component::Component;
@@ -79,15 +79,12 @@ impl Cache {
             Err(error) => return Err(io(error.into())),
         };
         let length = check_owner(&file, &path)?;
-        let mut bytes = Vec::with_capacity(length.min(MAX_BYTES) as usize + 1);
         let file = File::from(file);
-        (&file).take(MAX_BYTES).read_to_end(&mut bytes).map_err(io)?;
-        let Some(length) = checked(&bytes).map(<[u8]>::len) else {
+        let Some(length) = checked(&file, length).map_err(io)? else {
             tracing::warn!(path = %path.display(), "a damaged entry of the plugin cache is compiled anew");
             return Ok(None);
         };
-        bytes.truncate(length);
-        let component = super::artefact::deserialize(engine, &OwnEntry { artefact: bytes, file });
+        let component = super::artefact::deserialize(engine, &OwnEntry { file, length });
         Ok(component.map_err(|error| tracing::debug!(%error, "an entry of the plugin cache is for another engine")).ok())
     }
 
@@ -116,45 +113,96 @@ impl Cache {
 
 /// An entry that only this user can have written, and that is whole.
 pub(super) struct OwnEntry {
-    artefact: Vec<u8>,
     file: File,
+    /// Bytes of the artefact, from the beginning.
+    length: u64,
 }
 
 impl OwnEntry {
-    /// What Wasmtime made.
-    pub(super) fn artefact(&self) -> &[u8] {
-        &self.artefact
+    /// The artefact, copied.
+    pub(super) fn artefact(&self) -> std::io::Result<Vec<u8>> {
+        use std::os::unix::fs::FileExt as _;
+        let mut bytes = vec![0; self.length as usize];
+        self.file.read_exact_at(&mut bytes, 0)?;
+        Ok(bytes)
     }
 
-    /// The file that the bytes were read from; it has a few bytes more than the artefact.
+    /// The file that it is in, from its beginning.
     pub(super) fn file(&self) -> &File {
         &self.file
     }
 }
 
-/// The artefact in an entry that is whole.
-fn checked(entry: &[u8]) -> Option<&[u8]> {
-    let (artefact, sum) = entry.strip_suffix(MAGIC)?.split_last_chunk::<CHECKSUM_BYTES>()?;
-    (checksum(artefact) == *sum).then_some(artefact)
+/// Bytes that are read at once: they stay in the cache, and no memory for all of them is asked for.
+const PART: usize = 64 << 10;
+
+/// How many bytes of an entry of `length` bytes are the artefact; none if it is damaged.
+fn checked(mut entry: impl Read, length: u64) -> std::io::Result<Option<u64>> {
+    let Some(artefact) = length.checked_sub((CHECKSUM_BYTES + MAGIC.len()) as u64).filter(|_| length <= MAX_BYTES) else { return Ok(None) };
+    let (mut sum, mut part, mut left) = (Checksum::default(), vec![0; PART], artefact);
+    let mut end = [0; CHECKSUM_BYTES + MAGIC.len()];
+    let mut read = || {
+        while left > 0 {
+            let part = &mut part[..PART.min(left as usize)];
+            entry.read_exact(part)?;
+            sum.add(part);
+            left -= part.len() as u64;
+        }
+        entry.read_exact(&mut end)
+    };
+    match read() {
+        Ok(()) => {}
+        Err(error) if error.kind() == ErrorKind::UnexpectedEof => return Ok(None),
+        Err(error) => return Err(error),
+    }
+    let whole = end.strip_suffix(MAGIC).is_some_and(|end| end == sum.sum());
+    Ok(whole.then_some(artefact))
 }
 
 /// Finds damage, not malice: whoever could write the file could write any sum. A cryptographic one would take half of the time of a start.
-fn checksum(bytes: &[u8]) -> [u8; CHECKSUM_BYTES] {
+struct Checksum {
+    lanes: [u64; 4],
+    length: u64,
+}
+
+impl Default for Checksum {
+    fn default() -> Self {
+        Self { lanes: [1, 2, 3, 4], length: 0 }
+    }
+}
+
+impl Checksum {
     const ODD: u64 = 0x9e37_79b9_7f4a_7c15;
-    let mut lanes = [1_u64, 2, 3, 4];
-    let mix = |lane: &mut u64, word: [u8; 8]| *lane = (*lane ^ u64::from_le_bytes(word)).wrapping_mul(ODD).rotate_left(29);
-    let (blocks, rest) = bytes.as_chunks::<32>();
-    for block in blocks {
-        lanes.iter_mut().zip(block.as_chunks::<8>().0).for_each(|(lane, word)| mix(lane, *word));
+
+    /// The next bytes: a multiple of 32, or the last.
+    fn add(&mut self, bytes: &[u8]) {
+        let mix = |lane: &mut u64, word: [u8; 8]| *lane = (*lane ^ u64::from_le_bytes(word)).wrapping_mul(Self::ODD).rotate_left(29);
+        let mut lanes = self.lanes;
+        let (blocks, rest) = bytes.as_chunks::<32>();
+        for block in blocks {
+            lanes.iter_mut().zip(block.as_chunks::<8>().0).for_each(|(lane, word)| mix(lane, *word));
+        }
+        for (index, byte) in rest.iter().enumerate() {
+            mix(&mut lanes[index % 4], [*byte; 8]);
+        }
+        self.lanes = lanes;
+        self.length += bytes.len() as u64;
     }
-    for (index, byte) in rest.iter().enumerate() {
-        mix(&mut lanes[index % 4], [*byte; 8]);
+
+    fn sum(&self) -> [u8; CHECKSUM_BYTES] {
+        let fold = |a: u64, b: u64| (a ^ b.rotate_left(32) ^ self.length).wrapping_mul(Self::ODD);
+        let mut sum = [0; CHECKSUM_BYTES];
+        sum[..8].copy_from_slice(&fold(self.lanes[0], self.lanes[1]).to_le_bytes());
+        sum[8..].copy_from_slice(&fold(self.lanes[2], self.lanes[3]).to_le_bytes());
+        sum
     }
-    let fold = |a: u64, b: u64| (a ^ b.rotate_left(32) ^ bytes.len() as u64).wrapping_mul(ODD);
-    let mut sum = [0; CHECKSUM_BYTES];
-    sum[..8].copy_from_slice(&fold(lanes[0], lanes[1]).to_le_bytes());
-    sum[8..].copy_from_slice(&fold(lanes[2], lanes[3]).to_le_bytes());
-    sum
+}
+
+#[cfg(any(feature = "compile", test))]
+fn checksum(bytes: &[u8]) -> [u8; CHECKSUM_BYTES] {
+    let mut sum = Checksum::default();
+    sum.add(bytes);
+    sum.sum()
 }
 
 /// Refuses what somebody else could have written. `file` is open, so what is checked is what is read. Answers its length.
@@ -176,20 +224,39 @@ fn check_owner(file: &OwnedFd, path: &Path) -> Result<u64, CacheError> {
 
 #[cfg(test)]
 mod tests {
-    use super::{MAGIC, checked, checksum};
+    use super::{MAGIC, PART, checked, checksum};
+
+    fn length(entry: &[u8]) -> Option<u64> {
+        checked(entry, entry.len() as u64).expect("bytes can be read")
+    }
 
     #[test]
     fn damage_anywhere_is_found() {
         let artefact: Vec<u8> = (0..1000_u32).map(|n| (n * 7) as u8).collect();
         let entry = [&artefact[..], &checksum(&artefact), MAGIC].concat();
-        assert_eq!(checked(&entry), Some(&*artefact));
+        assert_eq!(length(&entry), Some(1000));
         for index in 0..entry.len() {
             let mut damaged = entry.clone();
             damaged[index] ^= 0x10;
-            assert_eq!(checked(&damaged), None, "byte {index}");
-            assert_eq!(checked(&entry[..index]), None, "cut at {index}");
-            assert_eq!(checked(&entry[index + 1..]), None, "begins after {index}");
+            assert_eq!(length(&damaged), None, "byte {index}");
+            assert_eq!(length(&entry[..index]), None, "cut at {index}");
+            assert_eq!(length(&entry[index + 1..]), None, "begins after {index}");
         }
-        assert_eq!(checked(&[&entry[..], &[0]].concat()), None, "one more byte");
+        assert_eq!(length(&[&entry[..], &[0]].concat()), None, "one more byte");
+        assert_eq!(checked(&entry[..], entry.len() as u64 + 1).expect("bytes"), None, "shorter than the file was");
+    }
+
+    /// What is read part by part has the checksum of the whole.
+    #[test]
+    fn parts_are_as_good_as_the_whole() {
+        for bytes in [0, 1, PART - 1, PART, PART + 1, 3 * PART + 33] {
+            let artefact: Vec<u8> = (0..bytes as u32).map(|n| (n.wrapping_mul(0x9e37_79b9) >> 13) as u8).collect();
+            let mut entry = [&artefact[..], &checksum(&artefact), MAGIC].concat();
+            assert_eq!(length(&entry), Some(bytes as u64), "{bytes} bytes");
+            if let Some(last) = bytes.checked_sub(1) {
+                entry[last] ^= 1;
+                assert_eq!(length(&entry), None, "the last of {bytes} bytes");
+            }
+        }
     }
 }
