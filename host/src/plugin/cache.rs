@@ -11,8 +11,8 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use wasmtime::component::Component;
 
-/// Counts up when Wasmtime, the fixed part of the engine's configuration or the admission's policy changes: older entries are not looked at.
-const POLICY: u32 = 3;
+/// Counts up when Wasmtime, the fixed part of the engine's configuration, the admission's policy or an entry's checksum changes: older entries are not looked at.
+const POLICY: u32 = 4;
 /// An entry is the artefact as Wasmtime made it, so that it can be mapped; the sum and these bytes come after it.
 const MAGIC: &[u8; 16] = b"stagecraft-aot2\n";
 const CHECKSUM_BYTES: usize = 16;
@@ -159,41 +159,45 @@ fn checked(mut entry: impl Read, length: u64) -> std::io::Result<Option<u64>> {
     Ok(whole.then_some(artefact))
 }
 
+/// Words that are mixed at once: a processor multiplies several at a time.
+const LANES: usize = 8;
+
 /// Finds damage, not malice: whoever could write the file could write any sum. A cryptographic one would take half of the time of a start.
 struct Checksum {
-    lanes: [u64; 4],
+    lanes: [u64; LANES],
     length: u64,
 }
 
 impl Default for Checksum {
     fn default() -> Self {
-        Self { lanes: [1, 2, 3, 4], length: 0 }
+        Self { lanes: std::array::from_fn(|lane| lane as u64 + 1), length: 0 }
     }
 }
 
 impl Checksum {
     const ODD: u64 = 0x9e37_79b9_7f4a_7c15;
 
-    /// The next bytes: a multiple of 32, or the last.
+    /// The next bytes: a multiple of `8 * LANES`, or the last.
     fn add(&mut self, bytes: &[u8]) {
         let mix = |lane: &mut u64, word: [u8; 8]| *lane = (*lane ^ u64::from_le_bytes(word)).wrapping_mul(Self::ODD).rotate_left(29);
         let mut lanes = self.lanes;
-        let (blocks, rest) = bytes.as_chunks::<32>();
+        let (words, rest) = bytes.as_chunks::<8>();
+        let (blocks, last) = words.as_chunks::<LANES>();
         for block in blocks {
-            lanes.iter_mut().zip(block.as_chunks::<8>().0).for_each(|(lane, word)| mix(lane, *word));
+            lanes.iter_mut().zip(block).for_each(|(lane, word)| mix(lane, *word));
         }
-        for (index, byte) in rest.iter().enumerate() {
-            mix(&mut lanes[index % 4], [*byte; 8]);
-        }
+        let last = last.iter().copied().chain(rest.iter().map(|byte| [*byte; 8]));
+        last.enumerate().for_each(|(index, word)| mix(&mut lanes[index % LANES], word));
         self.lanes = lanes;
         self.length += bytes.len() as u64;
     }
 
     fn sum(&self) -> [u8; CHECKSUM_BYTES] {
-        let fold = |a: u64, b: u64| (a ^ b.rotate_left(32) ^ self.length).wrapping_mul(Self::ODD);
+        let fold = |lanes: &[u64]| lanes.iter().fold(self.length, |sum, lane| (sum ^ lane).wrapping_mul(Self::ODD).rotate_left(32));
+        let (front, back) = self.lanes.split_at(LANES / 2);
         let mut sum = [0; CHECKSUM_BYTES];
-        sum[..8].copy_from_slice(&fold(self.lanes[0], self.lanes[1]).to_le_bytes());
-        sum[8..].copy_from_slice(&fold(self.lanes[2], self.lanes[3]).to_le_bytes());
+        sum[..8].copy_from_slice(&fold(front).to_le_bytes());
+        sum[8..].copy_from_slice(&fold(back).to_le_bytes());
         sum
     }
 }
