@@ -32,16 +32,23 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
     /// read; how many these are. The last of them may be another, and was told of as any is. `first` is where the first one is, and `exists` which entries of each exist.
     #[inline(never)]
     pub(super) fn tables_in_a_row(&mut self, first: Place, pointers: Pointers<'_>, exists: (u64, u64)) -> Result<usize, WalkError> {
-        let Some(level) = self.plan.levels.get(usize::from(first.level)) else { return Ok(0) };
-        let Some(usual) = self.usual.filter(|usual| (usual.level, usual.inherited) == (first.level, first.inherited)) else { return Ok(0) };
-        let fill = level.index_lsb + level.index_bits == pointers.slot_log2 && exists.0 == 0 && exists.1 >= level.entries() - 1;
-        if !fill || self.layout.bytes != 8 || level.entries() != ENTRIES as u64 || self.misses.are_skipped() {
+        let Some(usual) = self.usual_of(&first, pointers.slot_log2, exists).copied() else { return Ok(0) };
+        if self.layout.bytes != 8 || self.table_bytes(first.level) != PAGE {
             return Ok(0);
         }
         let mut buffer = self.buffers.pop().unwrap_or_else(|| Box::new(Buffer([0; BUFFER])));
         let result = self.usual_tables(first, pointers, exists, &usual, &mut buffer.0[..ENTRIES]);
         self.buffers.push(buffer);
         result
+    }
+
+    /// What tables like `first` are expected to be, if they fill their slots of `2^slot_log2` bytes and are probably like the last one.
+    #[inline]
+    fn usual_of(&self, first: &Place, slot_log2: u8, exists: (u64, u64)) -> Option<&Usual> {
+        let level = self.plan.levels.get(usize::from(first.level))?;
+        let fill = level.index_lsb + level.index_bits == slot_log2 && exists.0 == 0 && exists.1 >= level.entries() - 1;
+        let is_usual = |usual: &&Usual| (usual.level, usual.inherited) == (first.level, first.inherited);
+        self.usual.as_ref().filter(is_usual).filter(|_| fill && !self.misses.are_skipped())
     }
 
     /// See [`Self::tables_in_a_row`].
@@ -119,13 +126,10 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
     /// last; these are better read together. `first` is the first of them.
     #[inline(never)]
     pub(super) fn side_by_side(&self, first: Place, entries: &[u64], known: &Remembered, slot_log2: u8, exists: (u64, u64)) -> usize {
-        let (above, below) = (self.path.last().map(|step| step.level), self.plan.levels.get(usize::from(first.level)));
-        let (Some(above), Some(below)) = (above, below) else { return 1 };
+        let Some(above) = self.path.last().map(|step| step.level) else { return 1 };
         let bytes = self.table_bytes(first.level);
         let room = (PAGE - first.table % PAGE) / bytes;
-        let usual = self.usual.as_ref().is_some_and(|usual| (usual.level, usual.inherited) == (first.level, first.inherited));
-        let fill = below.index_lsb + below.index_bits == slot_log2 && exists.0 == 0 && exists.1 >= below.entries() - 1;
-        if room < 2 || !usual || !fill || self.misses.are_skipped() || !first.table.is_multiple_of(u64::from(self.layout.bytes)) {
+        if room < 2 || self.usual_of(&first, slot_log2, exists).is_none() || !first.table.is_multiple_of(u64::from(self.layout.bytes)) {
             return 1;
         }
         let field = self.plan.levels[usize::from(above)].field(known.shape);
