@@ -357,17 +357,17 @@ pub struct Findings(Vec<Finding>);
 impl Findings {
     /// Hardware faults because of `bits`.
     pub fn error(&mut self, kind: FaultKind, bits: u64, section: &'static str, reason: &str) {
-        self.0.push(Finding { severity: Severity::Error, kind, bits, section, reason: reason.to_owned() });
+        self.add(Severity::Error, kind, bits, section, reason);
     }
 
     /// Hardware does not mind `bits`, and yet they should not be so.
     pub fn warning(&mut self, bits: u64, section: &'static str, reason: &str) {
-        self.0.push(Finding { severity: Severity::Warning, kind: FaultKind::Reserved, bits, section, reason: reason.to_owned() });
+        self.add(Severity::Warning, FaultKind::Reserved, bits, section, reason);
     }
 
     /// Worth knowing about `bits`, and nothing is wrong.
     pub fn info(&mut self, bits: u64, section: &'static str, reason: &str) {
-        self.0.push(Finding { severity: Severity::Info, kind: FaultKind::Permission, bits, section, reason: reason.to_owned() });
+        self.add(Severity::Info, FaultKind::Permission, bits, section, reason);
     }
 
     /// `pattern` has bits of `reserved` and hardware faults: names the bits that are set.
@@ -386,13 +386,18 @@ impl Findings {
 
     /// Errors first, otherwise in the order found.
     #[must_use]
-    pub fn into_vec(mut self) -> Vec<Finding> {
-        self.0.sort_by_key(|finding| finding.severity);
+    pub fn into_vec(self) -> Vec<Finding> {
         self.0
     }
 
+    /// Behind those that are as bad. There are a few: a sort would be five kilobytes of every plugin.
+    fn add(&mut self, severity: Severity, kind: FaultKind, bits: u64, section: &'static str, reason: &str) {
+        let place = self.0.partition_point(|finding| finding.severity <= severity);
+        self.0.insert(place, Finding { severity, kind, bits, section, reason: reason.to_owned() });
+    }
+
     fn first_error(&self) -> Option<FaultKind> {
-        self.0.iter().find(|finding| finding.severity == Severity::Error).map(|finding| finding.kind)
+        self.0.first().filter(|finding| finding.severity == Severity::Error).map(|finding| finding.kind)
     }
 }
 
@@ -678,5 +683,18 @@ mod tests {
                 assert_eq!(Attributes::unpack(word).pack(), word);
             }
         }
+    }
+
+    #[test]
+    fn findings_come_with_the_worst_first_and_otherwise_as_found() {
+        let mut findings = Findings::default();
+        findings.info(1, "", "first info");
+        findings.warning(2, "", "first warning");
+        findings.error(FaultKind::Reserved, 4, "", "first error");
+        findings.should_be_zero(0b1000, 0b1000, "", "second warning");
+        findings.error(FaultKind::Translation, 16, "", "second error");
+        findings.info(32, "", "second info");
+        assert_eq!(findings.first_error(), Some(FaultKind::Reserved));
+        assert_eq!(findings.into_vec().iter().map(|finding| finding.bits).collect::<Vec<_>>(), [4, 16, 2, 8, 1, 32]);
     }
 }
