@@ -231,6 +231,14 @@ impl<V: Visitor> Visitor for AllPrivileged<'_, V> {
         self.0.piece(&Piece { attributes: piece.attributes.without(Attributes::PRIVILEGED_ONLY), ..*piece }, path)
     }
 
+    fn absent(&mut self, span: Span, path: &[Step]) -> Result<(), WalkError> {
+        self.0.absent(span, path)
+    }
+
+    fn nothing_below(&mut self, span: Span, entries: u64, path: &[Step]) -> Result<(), WalkError> {
+        self.0.nothing_below(span, entries, path)
+    }
+
     fn fault(&mut self, fault: &FaultAt<'_>) -> Result<(), WalkError> {
         self.0.fault(fault)
     }

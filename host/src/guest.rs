@@ -222,6 +222,10 @@ impl<V: Visitor> Visitor for Counted<'_, V> {
         self.visitor.absent(span, path)
     }
 
+    fn nothing_below(&mut self, span: Span, entries: u64, path: &[Step]) -> Result<(), WalkError> {
+        self.visitor.nothing_below(span, entries, path)
+    }
+
     fn fault(&mut self, fault: &FaultAt<'_>) -> Result<(), WalkError> {
         self.visitor.fault(fault)
     }

@@ -134,6 +134,12 @@ impl Budget {
         self.tables.get()
     }
 
+    /// Leaves that may still be seen.
+    #[inline]
+    pub(crate) const fn leaves_left(&self) -> u64 {
+        self.leaves.get()
+    }
+
     /// `count` more leaves.
     ///
     /// # Errors

@@ -23,8 +23,8 @@ pub(super) fn deserialize(engine: &wasmtime::Engine, entry: &OwnEntry) -> wasmti
     // this process's own libraries. The name is the open file's, so that it cannot be another.
     let component = unsafe { Component::deserialize_file(engine, mapped) };
     component.or_else(|error| {
-        let Ok(artefact) = entry.artefact() else { return Err(error) };
-        // SAFETY: as above; the bytes are our own.
+        let Some(artefact) = entry.artefact() else { return Err(error) };
+        // SAFETY: as above; the bytes are our own, and have the checksum.
         unsafe { Component::deserialize(engine, artefact) }
     })
 }

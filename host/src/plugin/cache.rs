@@ -91,15 +91,16 @@ impl Cache {
     /// Keeps a compiled form.
     #[cfg(feature = "compile")]
     pub(super) fn put(&self, content: &[u8; 32], artefact: &[u8]) -> Result<(), CacheError> {
+        use std::hash::BuildHasher as _;
         use std::io::Write as _;
         use std::sync::atomic::{AtomicU32, Ordering};
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let name = self.entry(content);
-        let temporary = format!(".{name}.{}.{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        // A name that nobody else has: processes of two containers may have the same number.
+        let number = std::hash::RandomState::new().hash_one((std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed)));
+        let temporary = format!(".{name}.{number:016x}");
         let io = |error| CacheError::Io { path: self.path.join(&name), error };
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-        // A rest of a process that died with the same number is in the way.
-        let _ = rustix::fs::unlinkat(&self.directory, &*temporary, rustix::fs::AtFlags::empty());
         let file = rustix::fs::openat(&self.directory, &*temporary, flags, Mode::RUSR | Mode::WUSR).map_err(|error| io(error.into()))?;
         let mut file = File::from(file);
         let written = [artefact, &checksum(artefact), MAGIC].iter().try_for_each(|part| file.write_all(part));
@@ -119,12 +120,14 @@ pub(super) struct OwnEntry {
 }
 
 impl OwnEntry {
-    /// The artefact, copied.
-    pub(super) fn artefact(&self) -> std::io::Result<Vec<u8>> {
+    /// The artefact, copied; none if the file is no longer what it was.
+    pub(super) fn artefact(&self) -> Option<Vec<u8>> {
         use std::os::unix::fs::FileExt as _;
-        let mut bytes = vec![0; self.length as usize];
-        self.file.read_exact_at(&mut bytes, 0)?;
-        Ok(bytes)
+        let mut bytes = vec![0; self.length as usize + CHECKSUM_BYTES + MAGIC.len()];
+        self.file.read_exact_at(&mut bytes, 0).ok()?;
+        let artefact = checked(&*bytes, bytes.len() as u64).ok()??;
+        bytes.truncate(artefact as usize);
+        Some(bytes)
     }
 
     /// The file that it is in, from its beginning.

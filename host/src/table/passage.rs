@@ -88,20 +88,27 @@ pub struct Merged<'a> {
 pub struct Passing<'a, 'b> {
     receiver: &'a mut Receiver<'b>,
     expected: &'a Expected,
+    /// So many entries, not more and not fewer.
+    count: usize,
     /// What they turned out to be, once they were written.
     pub(super) judged: Option<Judged>,
 }
 
 impl<'a, 'b> Passing<'a, 'b> {
     /// None: such entries are read first.
-    pub(super) fn new(receiver: &'a mut Receiver<'b>, usual: &'a Usual) -> Option<Self> {
+    pub(super) fn new(receiver: &'a mut Receiver<'b>, usual: &'a Usual, count: usize) -> Option<Self> {
         let is_plain = receiver.merging.is_none();
-        is_plain.then_some(Self { receiver, expected: &usual.expected, judged: None })
+        is_plain.then_some(Self { receiver, expected: &usual.expected, count, judged: None })
     }
 
-    /// Reads a guest's entries, each once, into as many of the reader's, and writes what becomes of them. False: this cannot be done, and nothing was read.
+    /// Reads a guest's entries, each once, into as many of the reader's, and writes what becomes of them. False: this cannot be done, and nothing was read. All of
+    /// the entries are read at once, or none in this way.
     #[inline]
     pub(crate) fn read(&mut self, from: &GuestEntries<'_>, entries: &mut [u64]) -> bool {
+        if entries.len() != self.count || self.judged.is_some() {
+            self.judged = Some(Judged::UNLIKE);
+            return false;
+        }
         let Receiver { form, table, slot, written, .. } = &mut *self.receiver;
         let onto = match written.as_deref_mut() {
             Some(written) => Onto::Sparse(table, written),

@@ -57,6 +57,11 @@ impl Stage {
         self.spare.push(page);
     }
 
+    /// Somebody else writes past the cache now, whether that is of use or not.
+    pub(crate) const fn expect_writes(&mut self) {
+        self.written = true;
+    }
+
     /// Takes back the page of a table that was written past the cache by somebody else.
     pub(crate) fn skip(&mut self, page: Option<Box<Page>>) {
         self.written = true;

@@ -426,6 +426,8 @@ impl<M: EntryMemory + ?Sized> EntryMemory for Outer<'_, M> {
         if self.stopped.borrow().is_some() {
             return Err(ReadError(address));
         }
+        // Whoever could not read several tables at once tries them one by one: only the last failure is one.
+        self.failed.take();
         let size = u64::from(layout.bytes);
         let span = Span { first: address.0, last: address.0.saturating_add(entries.len() as u64 * size - 1) };
         let mut table = self.table.borrow_mut();

@@ -185,6 +185,7 @@ impl Table {
             last_read: None,
             usual: None,
             misses: Misses::default(),
+            announced: false,
         };
         walker.path.clear();
         walker.empties.clear();
@@ -288,6 +289,8 @@ struct Walker<'a, M: ?Sized, V> {
     /// What full tables were like lately.
     usual: Option<Usual>,
     misses: Misses,
+    /// The visitor was told that entries are about to be read, and they were not.
+    announced: bool,
 }
 
 impl<'a, M: EntryMemory + ?Sized, V: Visitor> Walker<'a, M, V> {
@@ -341,7 +344,7 @@ impl<'a, M: EntryMemory + ?Sized, V: Visitor> Walker<'a, M, V> {
                 first: span.first.max(place.base + (index << lsb)),
                 last: span.last.min(Span::of_log2(place.base + ((index + count - 1) << lsb), lsb).last),
             };
-            self.visitor.table();
+            self.announce();
             let more = index + count <= last;
             let length = count * bytes;
             let [next, second] = if more { [address.wrapping_add(length), NOWHERE] } else { place.ahead };
@@ -357,6 +360,14 @@ impl<'a, M: EntryMemory + ?Sized, V: Visitor> Walker<'a, M, V> {
         }
         self.path.pop();
         Ok(())
+    }
+
+    /// Tells the visitor that entries are about to be read, once.
+    #[inline(always)]
+    fn announce(&mut self) {
+        if !std::mem::take(&mut self.announced) {
+            self.visitor.table();
+        }
     }
 
     /// Goes on with entries of a table that were read from `address`, or could not be.
@@ -398,7 +409,8 @@ impl<'a, M: EntryMemory + ?Sized, V: Visitor> Walker<'a, M, V> {
         let level = &plan.levels[usize::from(place.level)];
         let size_log2 = level.index_lsb;
         let first = place.base + (index << size_log2);
-        let whole = (span.first, span.last - span.first) == (first, ((entries.len() as u64) << size_log2) - 1);
+        // All IOVAs are `2^64` bytes.
+        let whole = (span.first, span.last - span.first) == (first, ((entries.len() as u64) << size_log2).wrapping_sub(1));
         let is_usual = (usual.level, usual.inherited) == (place.level, place.inherited);
         (whole && is_usual && entries.len() >= FEWEST).then(|| Run {
             iova: Iova(first),
@@ -418,7 +430,7 @@ impl<'a, M: EntryMemory + ?Sized, V: Visitor> Walker<'a, M, V> {
         let count = entries.len();
         let mut receiver =
             self.usual_run(&usual, at, entries, span).and_then(|run| self.visitor.receive(&run)).filter(|receiver| receiver.count >= count);
-        let Some(mut passing) = receiver.as_mut().and_then(|receiver| Passing::new(receiver, &usual)) else {
+        let Some(mut passing) = receiver.as_mut().and_then(|receiver| Passing::new(receiver, &usual, count)) else {
             return self.read(address, entries).map(|()| None);
         };
         let nearby = self.memory.read_entries_passing(Gpa(address), self.layout, entries, &mut passing).map_err(|_| Cause::Missing)?;
@@ -456,10 +468,11 @@ impl<'a, M: EntryMemory + ?Sized, V: Visitor> Walker<'a, M, V> {
                 break;
             };
             self.misses = Misses::default();
-            if !self.visitor.received(&run, passed)? {
+            let leaves = count as u64 - passed.gaps;
+            if leaves > self.budget.leaves_left() || !self.visitor.received(&run, passed)? {
                 break;
             }
-            self.budget.charge_leaves(count as u64 - passed.gaps)?;
+            self.budget.charge_leaves(leaves)?;
             self.told += 1;
             told += count;
         }
@@ -537,7 +550,9 @@ impl<'a, M: EntryMemory + ?Sized, V: Visitor> Walker<'a, M, V> {
             };
             at += match meaning {
                 Meaning::Absent => {
-                    let count = run_length(&entries[at..], known.mask, known.pattern);
+                    // What was said of a whole entry holds for that one.
+                    let (mask, pattern) = if known.meaning == Meaning::WholeEntry { (u64::MAX, entry) } else { (known.mask, known.pattern) };
+                    let count = run_length(&entries[at..], mask, pattern);
                     let last = Span::of_log2(iova + ((count as u64 - 1) << lsb), lsb).last.min(span.last);
                     self.set_step(index + at as u64, Some(entry));
                     self.visitor.absent(Span { first: part.first, last }, self.path)?;
@@ -572,7 +587,9 @@ impl<'a, M: EntryMemory + ?Sized, V: Visitor> Walker<'a, M, V> {
                     let field = level.field(known.shape);
                     let exists = (u64::from(next.first), last_index(next.last));
                     let below = Place { level: next.level, table: field.extract(entry), base: slot.first, inherited, ahead: [NOWHERE; 2] };
-                    if part == slot {
+                    // Entries that are alike lead to tables of the same kind, unless the format looks at the addresses as well.
+                    let alike = part == slot && known.meaning != Meaning::WholeEntry;
+                    if alike {
                         let (index, entries) = (index + at as u64, whole_slots(&entries[at..], iova, lsb, span));
                         let pointers = Pointers { index, entries, known: &known, field, slot_log2: lsb };
                         let count = self.tables_in_a_row(below, pointers, exists)?;
@@ -582,7 +599,7 @@ impl<'a, M: EntryMemory + ?Sized, V: Visitor> Walker<'a, M, V> {
                         }
                     }
                     let below = Place { ahead: self.tables_ahead(&entries[at + 1..], next.level, &known, field), ..below };
-                    if part == slot && self.table_bytes(next.level) <= PAGE / 2 {
+                    if alike && self.table_bytes(next.level) <= PAGE / 2 {
                         let neighbours = whole_slots(&entries[at..], iova, lsb, span);
                         let count = self.side_by_side(below, neighbours, &known, lsb, exists);
                         let ahead = self.tables_ahead(&entries[at + count..], next.level, &known, field);

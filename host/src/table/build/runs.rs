@@ -123,7 +123,7 @@ impl Prepared {
 impl Builder<'_> {
     /// Leaves as large as the target's slots, or a few times larger or smaller, and one or two patterns for all of them.
     pub(super) fn map_run(&mut self, run: &Run<'_>) -> Result<(), BuildError> {
-        let span = Span { first: run.iova.0, last: run.iova.0 + (((run.entries.len() as u64) << run.size_log2) - 1) };
+        let span = Span { first: run.iova.0, last: run.iova.0 + ((run.entries.len() as u64) << run.size_log2).wrapping_sub(1) };
         if self.leaves_out(span) {
             return self.map_pieces(run);
         }
@@ -362,7 +362,7 @@ impl Builder<'_> {
         let window = &self.windows[prepared.window];
         let rung = &self.chains[window.chain].rungs[prepared.depth];
         let first = run.iova.0;
-        let last = first.checked_add(((run.entries.len() as u64) << run.size_log2) - 1)?;
+        let last = first.checked_add(((run.entries.len() as u64) << run.size_log2).wrapping_sub(1))?;
         let whole = first & low_bits(page) == 0 && run.entries.len().is_multiple_of(1 << merge_log2);
         if !whole || !window.holds(Span { first, last }) || self.leaves_out(Span { first, last }) || run.within.last > prepared.last_address {
             return None;
@@ -400,6 +400,9 @@ impl Builder<'_> {
         let (form, slot, count) = (prepared.form(self.layout, past_cache), index as usize, (count << merge_log2) as usize);
         // Of a whole table with gaps only the lines that have leaves are written, and those that had some.
         let whole = slots == prepared.table_entries && run.kinds.has_gaps() && merging.is_none() && form.is_sparse();
+        if past_cache {
+            self.stage.expect_writes();
+        }
         let (table, written) = self.arena.room_ahead(offset, rung.room, whole && is_next);
         Some(Receiver { form, table, slot, count, merging, written })
     }

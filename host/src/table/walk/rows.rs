@@ -74,12 +74,15 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
                 return Ok(done);
             }
             let Ok(region) = self.region(table, ENTRIES) else { return Ok(done) };
-            self.visitor.table();
+            self.announce();
             let run = Run { iova: Iova(base), size_log2, entries, field: leaf_field, kinds, within };
             let mut receiver = self.visitor.receive(&run);
-            // Up to here nothing was read or charged for: others can begin anew.
-            let Some(receiver) = receiver.as_mut().filter(|receiver| receiver.count >= ENTRIES) else { return Ok(done) };
-            let Some(mut passing) = Passing::new(receiver, usual) else { return Ok(done) };
+            let receiver = receiver.as_mut().filter(|receiver| receiver.count >= ENTRIES);
+            let Some(mut passing) = receiver.and_then(|receiver| Passing::new(receiver, usual, ENTRIES)) else {
+                // Up to here nothing was read or charged for, and the visitor was told that something will be: others can begin anew.
+                self.announced = true;
+                return Ok(done);
+            };
             charge_table(self.budget, self.stage)?;
             let [next, second] = tables_ahead(&pointers.entries[done + 1..], PAGE, known, field);
             if let Some(last) = &self.last_read {
@@ -94,6 +97,7 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
             if nearby.is_ok()
                 && let Some(passed) = judged.and_then(Judged::passed)
                 && passed.gaps < ENTRIES as u64
+                && ENTRIES as u64 - passed.gaps <= self.budget.leaves_left()
             {
                 self.expect((table, next), PAGE, SECOND..ALL);
                 let run = Run { iova: Iova(base), size_log2, entries, field: leaf_field, kinds, within };
@@ -129,7 +133,11 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
         let Some(above) = self.path.last().map(|step| step.level) else { return 1 };
         let bytes = self.table_bytes(first.level);
         let room = (PAGE - first.table % PAGE) / bytes;
-        if room < 2 || self.usual_of(&first, slot_log2, exists).is_none() || !first.table.is_multiple_of(u64::from(self.layout.bytes)) {
+        if self.stage != 1
+            || room < 2
+            || self.usual_of(&first, slot_log2, exists).is_none()
+            || !first.table.is_multiple_of(u64::from(self.layout.bytes))
+        {
             return 1;
         }
         let field = self.plan.levels[usize::from(above)].field(known.shape);
@@ -156,7 +164,7 @@ impl<M: EntryMemory + ?Sized, V: Visitor> Walker<'_, M, V> {
             self.buffers.push(buffer);
             return Ok(false);
         }
-        (0..count).for_each(|_| self.visitor.table());
+        (0..count).for_each(|_| self.announce());
         self.budget.charge_tables(count as u64)?;
         self.expect((first.table, next), length, SECOND..ALL);
         let span = Span { first: first.base, last: first.base + (((entries.len() as u64) << lsb) - 1) };
