@@ -616,7 +616,7 @@ fn what_is_said_of_a_whole_entry_is_said_of_no_other() {
         assert_eq!((leaves, pieces), (512 * even.len() as u64, 512 * even.len() as u64), "fast: {fast}");
     }
     // Read-only pages, every second of which is odd.
-    let entries: Vec<u8> = (0..512_u64).flat_map(|page| (RAM + (page << 12) | 1).to_le_bytes()).collect();
+    let entries: Vec<u8> = (0..512_u64).flat_map(|page| ((RAM + (page << 12)) | 1).to_le_bytes()).collect();
     memory.write_slice(&entries, GuestAddress(even[0])).unwrap();
     for fast in [false, true] {
         let (leaves, pieces, _) = walk(true, fast);
