@@ -258,7 +258,7 @@ fn guest_table(unit: &Unit<'_>, request: &Request, entry: &[u64; 4], pasid: u64)
     if let Some(host) = host
         && table >> (12 + 9 * mode).min(63) != 0
     {
-        let refused = Refused { stage: 0, input: table, fetch: None, causes: vec![Cause::Range], depth: 0 };
+        let refused = Refused { stage: 0, input: table, fetch: None, causes: vec![Cause::Range], depth: 0, before: Vec::new() };
         return Ok(Some(Answer::new("root beyond", walked(&[host], request, &refused, Some(pasid), domain))));
     }
     Ok(None)

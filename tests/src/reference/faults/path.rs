@@ -58,6 +58,8 @@ pub struct Refused {
     pub causes: Vec<Cause>,
     /// How many entries of this stage were read before the last one.
     pub depth: usize,
+    /// Where the second stage ends the walk of the first: what was wrong there before. Where the order of checks is open it may be that as well.
+    pub before: Vec<Cause>,
 }
 
 /// What is asked of a stage.
@@ -121,7 +123,7 @@ impl<'a> Path<'a> {
         let found = regions.iter().find(|region| effective >= region.first && region.contains(effective - region.first));
         let refused = |causes: Vec<Cause>, depth: usize| {
             let fetch = if let Purpose::Fetch(fetch) = purpose { Some(fetch) } else { None };
-            Ok(Err(Refused { stage, input, fetch, causes, depth }))
+            Ok(Err(Refused { stage, input, fetch, causes, depth, before: Vec::new() }))
         };
         let Some(region) = found else {
             let canonical = matches!(config, TableConfig::VtdFirst(_));
@@ -141,11 +143,11 @@ impl<'a> Path<'a> {
                     causes.push(Cause::Unreadable(address));
                     return refused(causes, depth);
                 }
-                Err(inner) => return Ok(Err(inner)),
+                Err(inner) => return Ok(Err(Refused { before: causes, ..inner })),
             };
             let decoded = config.decode(table.half, step, entry);
             if decoded == Entry::Fault {
-                causes.extend(why(config, step, entry));
+                causes.extend(why(config, table.half, step, entry));
                 return refused(causes, depth);
             }
             let marks = config.missing_marks(step, entry);
@@ -153,7 +155,13 @@ impl<'a> Path<'a> {
                 && stage + 1 < self.stages.len()
                 && let Err(inner) = self.entry(stage, at, depth, true)?
             {
-                return Ok(Err(inner));
+                // A leaf that does not allow the request is perhaps never marked.
+                if let Entry::Leaf { access, .. } = decoded
+                    && !access.and(table.allowed).allows(purpose.writes())
+                {
+                    causes.push(denied(config, entry));
+                }
+                return Ok(Err(Refused { before: causes, ..inner }));
             }
             match decoded {
                 Entry::Fault => unreachable!(),
@@ -178,7 +186,10 @@ impl<'a> Path<'a> {
                         causes.push(Cause::Permission);
                     }
                     let address = address + bits(position, size.unwrap_or(step.shift) - 1, 0);
-                    if beyond(address, config.output_bits()) {
+                    // Of the widest addresses of VT-d no register says whether there are any.
+                    let may_be_beyond =
+                        matches!(config, TableConfig::VtdFirst(_) | TableConfig::VtdSecond(_)) && address >> 48 != 0 && !causes.is_empty();
+                    if beyond(address, config.output_bits()) || may_be_beyond {
                         causes.push(Cause::AddressSize);
                     }
                     return if causes.is_empty() { Ok(Ok(address)) } else { refused(causes, depth) };
@@ -209,9 +220,13 @@ fn denied(config: &TableConfig, entry: u64) -> Cause {
 }
 
 /// What is wrong with an entry that no walk goes through.
-fn why(config: &TableConfig, step: Step, entry: u64) -> Vec<Cause> {
+fn why(config: &TableConfig, half: usize, step: Step, entry: u64) -> Vec<Cause> {
     match config {
-        TableConfig::ArmStage1(_) | TableConfig::ArmStage2(_) => vmsa(step, entry, config.output_bits()),
+        TableConfig::ArmStage1(stage) => {
+            let half = if half == 0 { stage.low } else { stage.high };
+            vmsa(half.map_or(4096, |half| half.granule), step, entry, config.output_bits())
+        }
+        TableConfig::ArmStage2(stage) => vmsa(stage.granule, step, entry, config.output_bits()),
         TableConfig::VtdFirst(_) | TableConfig::AmdV2(_) => vec![if bit(entry, 0) { Cause::Reserved } else { Cause::Absent }],
         // R, W.
         TableConfig::VtdSecond(_) => vec![if bits(entry, 1, 0) == 0 { Cause::Absent } else { Cause::Reserved }],
@@ -221,19 +236,22 @@ fn why(config: &TableConfig, step: Step, entry: u64) -> Vec<Cause> {
     }
 }
 
-/// Tables of 4 KiB and no more than 48 bits: a block is at level 1 or 2. IHI 0070 section 7.3.22: what the descriptor is, then its address, then AF.
-fn vmsa(step: Step, descriptor: u64, output_bits: u32) -> Vec<Cause> {
+/// No more than 48 bits with granules of 4 and 16 KiB: a block is at level 2, with the smallest granule at level 1 as well, and with the largest where addresses have
+/// 52 bits. IHI 0070 section 7.3.22: what the descriptor is, then its address, then AF.
+fn vmsa(granule: u64, step: Step, descriptor: u64, output_bits: u32) -> Vec<Cause> {
     let valid = match (bits(descriptor, 1, 0), step.level) {
-        (3, _) => true,
-        (1, level) => level == 1 || level == 2,
+        (3, _) | (1, 2) => true,
+        (1, 1) => granule == 4096 || granule == 65536 && output_bits == 52,
         _ => false,
     };
     if !valid {
         return vec![Cause::Absent];
     }
     let leaf = step.level == 3 || !bit(descriptor, 1);
-    let low = if leaf { step.shift } else { 12 };
-    let address = bits(descriptor, 47, low) << low;
+    let low = if leaf { step.shift } else { granule.trailing_zeros() };
+    // Bits 51:48 are at 15:12 of tables of 64 KiB.
+    let high = if granule == 65536 { bits(descriptor, 15, 12) << 48 } else { 0 };
+    let address = bits(descriptor, 47, low) << low | high;
     vec![if beyond(address, output_bits) { Cause::AddressSize } else { Cause::AccessFlag }]
 }
 

@@ -5,7 +5,7 @@
 use super::path::Path;
 use super::{Answer, Cause, Fetch, Refused, Request, Told, Unit, field, flag};
 use crate::reference::detect::{self, Resolution};
-use crate::reference::tables::TableConfig;
+use crate::reference::tables::{TableConfig, beyond};
 use crate::reference::{Problem, bit, bits};
 
 const BAD_STREAMID: u64 = 0x02;
@@ -188,7 +188,7 @@ pub(super) fn expected(unit: &Unit<'_>, request: &Request) -> Result<Option<Answ
         return Ok(Some(answer));
     }
     if no_halves && !skips {
-        let refused = Refused { stage: 0, input: request.iova, fetch: None, causes: vec![Cause::Range], depth: 0 };
+        let refused = Refused { stage: 0, input: request.iova, fetch: None, causes: vec![Cause::Range], depth: 0, before: Vec::new() };
         return Ok(Some(recorded(request, &refused, false, records_first(unit, request, &ste_words, most)?)));
     }
     if stages.is_empty() {
@@ -211,7 +211,7 @@ fn bad_substream(request: &Request, substream: u32) -> Told {
 
 /// Stage 1 is bypassed, and the address has more bits than there are. No CD says whether this is recorded: it is.
 fn bypassed(request: &Request) -> Answer {
-    let refused = Refused { stage: 0, input: request.iova, fetch: None, causes: vec![Cause::AddressSize], depth: 0 };
+    let refused = Refused { stage: 0, input: request.iova, fetch: None, causes: vec![Cause::AddressSize], depth: 0, before: Vec::new() };
     Answer::one("bypassed", walk(request, &refused, false).1)
 }
 
@@ -281,7 +281,19 @@ fn cd_address(unit: &Unit<'_>, request: &Request, ste: &[u64; 8], most: u64) -> 
         };
         return Ok(Err(Answer::new("L1CD.V", told)));
     }
-    Ok(Ok(aligned(bits(descriptor, 55, 12) << 12, leaf + 6) + substream % (1 << leaf) * 64))
+    let table = bits(descriptor, 55, 12) << 12;
+    let at = aligned(table, leaf + 6) + substream % (1 << leaf) * 64;
+    if beyond(table, output_bits(bits(unit.register("IDR5"), 2, 0))) {
+        // Section 3.4.3: C_BAD_SUBSTREAMID, or what its access ends in.
+        let mut told = vec![bad_substream(request, request.pasid.unwrap_or(0))];
+        match reader.read(at)? {
+            Word::Is(_) => {}
+            Word::Refused(refused) => told.extend(recorded(request, &refused, true, bit(ste[2], 58)).told),
+            Word::Nowhere(address) => told.push(fetch(CD_FETCH, request, address)),
+        }
+        return Ok(Err(Answer::new("L1CD.L2Ptr", told)));
+    }
+    Ok(Ok(at))
 }
 
 /// What is told because there is no CD, or none that is valid.

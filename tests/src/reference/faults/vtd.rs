@@ -229,6 +229,14 @@ fn walked(stages: &[TableConfig], request: &Request, refused: &Refused) -> Vec<u
             (false, ..) => reasons.push(0x7a),
         }
     }
+    // U/S and R/W of the first stage's entries, up to one that the second stage keeps from being read, or marked: nothing says when they count.
+    for cause in &refused.before {
+        reasons.push(match cause {
+            Cause::Privilege => 0x81,
+            _ if request.writes() => 0x85,
+            _ => 0x86,
+        });
+    }
     // Nothing says which is found first: that a page is not allowed, or that it is at no input of the second stage (SGN.5).
     if first && stages.len() == 2 && refused.causes.iter().any(|cause| matches!(cause, Cause::Permission | Cause::Privilege)) {
         reasons.push(0x84);
