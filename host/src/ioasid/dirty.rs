@@ -27,6 +27,9 @@ impl Ioasid {
     /// Marks that hosts knew of that are gone, because devices went to other IOASIDs or got other strategies, or because the guest's structures changed, are kept until
     /// this is called for any IOASID of the context, and are written whatever `span` is; those that there was no room for count as skipped. An access while the guest's structures become others, by what
     /// was before, may be missed.
+    ///
+    /// Such an entry ([`MarksWritten::earlier`]) may lead to memory now where it did not: if the second of two stages lets it be read, and not marked.
+    /// [`Ioasid::synchronise`] maps that.
     pub fn write_marks(&self, span: Span) -> MarksWritten {
         let memory = self.0.context().memory();
         let mut all = self.0.context().marks_left().write(memory.marks());

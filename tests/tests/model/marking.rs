@@ -34,7 +34,7 @@ impl Session<'_> {
             let (used, unused) = self.use_some(number)?;
             let before = self.tables();
             let written = self.spaces[number].ioasid.write_marks(Span::ALL);
-            let after = self.tables();
+            let mut after = self.tables();
             if written.skipped > 0 {
                 return what(view, &format!("{written:?}, and the guest has changed nothing since"));
             }
@@ -61,6 +61,15 @@ impl Session<'_> {
             self.coverage.add_many("pointers marked".to_owned(), written.tables);
             self.coverage.add_many("marked for what is gone".to_owned(), written.earlier);
             self.coverage.add_many("pages left without marks".to_owned(), left as u64);
+            if written.earlier > 0 {
+                // An entry that had no mark, and could not be marked, has one: more may be mapped than was, and counts as used where hosts do not tell.
+                for space in self.spaces.iter().filter(|space| matches!(space.view, View::Behind(..))) {
+                    space.ioasid.synchronise().map_err(|error| format!("synchronise: {error}"))?;
+                    space.ioasid.write_marks(Span::ALL);
+                    self.coverage.add("synchronised for earlier marks".to_owned());
+                }
+                after = self.tables();
+            }
             if let Some(last) = self.moments.last_mut() {
                 *last = after;
             }
