@@ -209,7 +209,8 @@ impl<'a> Path<'a> {
         } else {
             at
         };
-        Ok(Ok(self.unit.read(physical)?.ok_or(physical)))
+        let in_order = |entry: u64| if self.stages[stage].0.big_endian() { entry.swap_bytes() } else { entry };
+        Ok(Ok(self.unit.read(physical)?.map(in_order).ok_or(physical)))
     }
 }
 
