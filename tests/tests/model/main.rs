@@ -154,6 +154,20 @@ fn hardware_has_it_too_when_all_is_said_in_queues_and_structures() {
     }
 }
 
+/// Seeds that found something, in the library or in what it is compared with, beyond those of a short run.
+#[test]
+fn seeds_that_found_something() {
+    let coverage = Coverage::default();
+    for (format, number) in [(Format::VtdFirst, 910_288), (Format::VtdFirst, 910_469)] {
+        seed(&format!("{format:?}"), number, format as u64, |setup, operations| run(format, setup, operations, &coverage)).unwrap();
+    }
+    let (smmu, vtd) = (Arch::Smmu, Arch::Vtd);
+    for (arch, number) in [(smmu, 900_092), (smmu, 900_157), (smmu, 910_176), (vtd, 900_128), (vtd, 900_224)] {
+        seed(&format!("vIOMMU {arch:?}"), number, 16 + arch as u64, |setup, operations| queue(arch, setup, operations, &coverage)).unwrap();
+    }
+    assert!(coverage.of("compared") > 0 && coverage.of("vIOMMU: compared") > 0);
+}
+
 /// Every kind of guest and host, every change of structures and every way of asking for pages was there, and next to nothing was refused.
 fn assert_front_exercised(coverage: &Coverage) {
     let often = |what: &str| assert!(coverage.of(&format!("vIOMMU: {what}")) > 0, "{what}: never");

@@ -6,6 +6,7 @@
 use crate::memory::{Budget, EntryLayout, MarkMemory};
 use crate::sync::marks::{Marked, MarksWritten};
 use crate::sync::shadow::Shadow;
+use crate::sync::shadow::kind::Kind;
 use crate::sync::shadow::node::{Node, NodeId, State, What};
 use crate::table::Mark;
 use crate::{Attributes, Gpa, Span};
@@ -32,7 +33,7 @@ impl<M: MarkMemory + ?Sized> Marking<'_, M> {
 
     /// Sets `wanted` in the entry at `address` that was read as `entry`, and in which others may have set `marks`. Tells what stood there and what stands there now;
     /// none: the guest has changed it, or it cannot be written.
-    fn set(&mut self, address: Gpa, entry: u64, marks: [Mark; 2], wanted: &[Mark]) -> Option<(u64, u64)> {
+    fn set(&self, address: Gpa, entry: u64, marks: [Mark; 2], wanted: &[Mark]) -> Option<(u64, u64)> {
         let [one, other] = marks;
         let may_stand = [entry, one.set(entry), other.set(entry), other.set(one.set(entry))];
         for (index, stood) in may_stand.iter().enumerate() {
@@ -46,7 +47,6 @@ impl<M: MarkMemory + ?Sized> Marking<'_, M> {
                 Err(_) => break,
             }
         }
-        self.written.skipped += 1;
         None
     }
 }
@@ -122,31 +122,44 @@ impl Shadow {
         let address = self.address(node, at);
         marking.reads(address);
         // If the guest has changed this entry, hardware may still use what it has cached of it: what is below is marked.
-        if lacks && let Some((stood, new)) = marking.set(address, entry, [mark, Mark::default()], &[mark]) {
-            marking.written.tables += u64::from(stood != new);
-            node.entries[at] = new;
-            self.scratch.way.forget();
+        if !lacks {
+            return;
         }
+        let Some((stood, new)) = marking.set(address, entry, [mark, Mark::default()], &[mark]) else {
+            marking.written.skipped += 1;
+            return;
+        };
+        marking.written.tables += u64::from(stood != new);
+        node.entries[at] = new;
+        self.scratch.way.forget();
     }
 
     fn mark_leaf<M: MarkMemory + ?Sized>(&mut self, node: &mut Node, at: usize, kind: u32, marking: &mut Marking<'_, M>) {
         let level = &self.plan.geometry.levels[usize::from(node.level)];
+        let (of_access, of_write) = (level.accessed, level.dirty);
         let (entry, address, marked) = (node.entries[at], self.address(node, at), marking.marked);
         marking.reads(address);
         let waits = self.kinds.get(kind).is_some_and(|kind| kind.attributes.contains(Attributes::WRITABLE_WHEN_DIRTY));
-        let dirty = marked.dirty && waits && level.dirty.is_missing(entry);
-        let accessed = (marked.accessed || dirty) && level.accessed.is_missing(entry);
+        let dirty = marked.dirty && waits && of_write.is_missing(entry);
+        let accessed = (marked.accessed || dirty) && of_access.is_missing(entry);
         let wanted: &[Mark] = match (accessed, dirty) {
             (false, false) => return,
-            (true, false) => &[level.accessed],
-            (false, true) => &[level.dirty],
-            (true, true) => &[level.accessed, level.dirty],
+            (true, false) => &[of_access],
+            (false, true) => &[of_write],
+            (true, true) => &[of_access, of_write],
         };
-        // Of a leaf that waits for no write, the mark of one may be a permission.
-        let marks = [level.accessed, if waits { level.dirty } else { Mark::default() }];
-        let Some((stood, new)) = marking.set(address, entry, marks, wanted) else { return };
-        marking.written.accessed += u64::from(accessed && level.accessed.is_missing(stood));
-        marking.written.dirty += u64::from(dirty && level.dirty.is_missing(stood));
+        // Of a leaf that waits for no write, the mark of one may be a permission, or that of who comes another way, on which entries allow more.
+        let marks = [of_access, if waits { of_write } else { Mark::default() }];
+        let mut found = marking.set(address, entry, marks, wanted);
+        if found.is_none() && !waits && self.is_only_mark(node, kind, of_write.set(entry), marking.budget) {
+            found = marking.set(address, entry, [of_access, of_write], wanted);
+        }
+        let Some((stood, new)) = found else {
+            marking.written.skipped += 1;
+            return;
+        };
+        marking.written.accessed += u64::from(accessed && of_access.is_missing(stood));
+        marking.written.dirty += u64::from(dirty && of_write.is_missing(stood));
         node.entries[at] = new;
         // Should the format see something else in it than a marked leaf, what was told stays told until the entry changes.
         let judged = self.meaning(node.level, node.inherited, new, marking.budget).ok();
@@ -154,6 +167,14 @@ impl Shadow {
         if let Some(other) = other.filter(|other| self.piece_of_kind(node, at, *other) == self.piece_of_kind(node, at, kind)) {
             node.set(at, State::leaf(other));
         }
+    }
+
+    /// Whether `written`, a leaf of a kind with the mark of a write, allows what that kind does.
+    fn is_only_mark(&mut self, node: &Node, kind: u32, written: u64, budget: &Budget) -> bool {
+        let judged = self.meaning(node.level, node.inherited, written, budget).ok();
+        let other = judged.and_then(|judged| self.leaf(judged)).and_then(|other| self.kinds.get(other));
+        let unmarked = |kind: &Kind| Kind { attributes: kind.attributes.without(Attributes::ACCESSED.with(Attributes::DIRTY)), ..*kind };
+        other.zip(self.kinds.get(kind)).is_some_and(|(other, kind)| unmarked(other) == unmarked(kind))
     }
 
     /// IOVAs and address of an entry, were it of a kind.
