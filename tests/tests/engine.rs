@@ -5,12 +5,14 @@ mod native;
 
 use native::Native;
 use proptest::prelude::*;
-use stagecraft::memory::{Budget, Limits, MemoryMap};
-use stagecraft::table::{AddressSpace, Arena, Builder, Collector, Format, Loss, Mapping, Piece, Table};
+use stagecraft::memory::{Budget, Limits, MemoryMap, VmMemory};
+use stagecraft::table::{AddressSpace, Arena, Builder, Cause, Collector, FaultKind, Format, Loss, Mapping, Piece, Table};
 use stagecraft::{Access, Attributes, Iova, Span};
+use stagecraft_plugin_arm_smmuv3::Stage1;
 use stagecraft_plugin_intel_vtd::first_stage::FirstStage;
 use stagecraft_plugin_intel_vtd::second_stage::SecondStage;
 use stagecraft_sdk::{Format as _, Settings};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 /// A target: opens the format with the address of a root.
 type Target = Box<dyn Fn(&[(String, u64)]) -> Box<dyn Format>>;
@@ -249,4 +251,27 @@ fn settings_are_suggested_for_what_is_needed() {
     let need = stagecraft_sdk::Need { last_low: Some(1 << 50), first_high: None, last_address: 0xffff, alignment_log2: 12 };
     let settings = SecondStage::suggest(&Settings::default(), &need).unwrap();
     assert_eq!(settings.get("levels"), Some(5));
+}
+
+/// The output size counts before the Access flag, wherever the address is: Arm DDI 0487, the priorities of faults of a translation stage.
+#[test]
+fn an_address_that_is_too_large_counts_before_the_access_flag() {
+    let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0x1000), 0x2000)]).unwrap();
+    memory.write_obj(0x2003_u64, GuestAddress(0x1000)).unwrap();
+    let settings: [(&str, u64); 4] = [("granule", 4096), ("input-bits", 25), ("output-bits", 40), ("root", 0x1000)];
+    let settings: Settings = settings.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
+    let found = |entry: u64| {
+        memory.write_obj(entry, GuestAddress(0x2000)).unwrap();
+        let table = Table::open(Box::new(Native(Stage1::open(&settings).unwrap()))).unwrap();
+        let budget = Budget::new(Limits::default());
+        let translated = AddressSpace::single(table).translate(&VmMemory(&memory), &everything(), Iova(0x123), Access::READ, &budget).unwrap();
+        translated.map(|translation| translation.address.0).map_err(|fault| fault.cause)
+    };
+    // Bits 1:0 valid, 6 for unprivileged requests, 10 the Access flag.
+    let (page, accessed, beyond) = (0x5043, 0x400, 1 << 40);
+    assert_eq!(found(page | accessed), Ok(0x5123));
+    assert_eq!(found(page), Err(Cause::Entry(FaultKind::AccessFlag)));
+    assert_eq!(found(page | accessed | beyond), Err(Cause::Entry(FaultKind::AddressSize)));
+    assert_eq!(found(page | beyond), Err(Cause::Entry(FaultKind::AddressSize)));
+    assert_eq!(found((page | beyond) & !3), Err(Cause::Entry(FaultKind::Translation)));
 }

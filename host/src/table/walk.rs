@@ -621,7 +621,12 @@ impl<'a, M: EntryMemory + ?Sized, V: Visitor> Walker<'a, M, V> {
                 }
                 Meaning::Fault(kind) => {
                     self.set_step(index + at as u64, Some(entry));
-                    self.fault(Cause::Entry(kind), part, None)?;
+                    // The output size counts before the Access flag; Arm DDI 0487, the priorities of faults of a translation stage.
+                    let address = level.field(known.shape).extract(entry);
+                    match kind == FaultKind::AccessFlag && !self.output.contains(address) {
+                        true => self.fault(Cause::Entry(FaultKind::AddressSize), part, Some(address))?,
+                        false => self.fault(Cause::Entry(kind), part, None)?,
+                    }
                     1
                 }
                 Meaning::WholeEntry => return Err(Nonsense("the format wants to see a whole entry that it has seen".to_owned()).into()),
