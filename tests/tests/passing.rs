@@ -107,11 +107,16 @@ fn alike(format: Side, unit: u8, random: &mut Random, has: impl Fn(u64) -> bool)
 fn stored(arena: &Arena) -> GuestMemoryMmap {
     let ram = |first: u64| (GuestAddress(first), BYTES as usize);
     let memory = GuestMemoryMmap::from_ranges(&[ram(RAM), ram(HIGH)]).unwrap();
+    store(&memory, arena);
+    memory
+}
+
+/// Writes the tables of an arena.
+fn store(memory: &GuestMemoryMmap, arena: &Arena) {
     for (page, words) in arena.pages() {
         let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
         memory.write_slice(&bytes, GuestAddress(page.0)).unwrap();
     }
-    memory
 }
 
 /// A builder, and whether it takes part in what is faster.
@@ -420,10 +425,7 @@ fn second_stage(memory: &GuestMemoryMmap) -> Table {
     let attributes = Attributes::READ.with(Attributes::WRITE);
     builder.map(&Piece { iova: Span { first: RAM, last: RAM + BYTES - 1 }, address: RAM, attributes }).unwrap();
     let built = builder.finish().unwrap();
-    for (page, words) in arena.pages() {
-        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
-        memory.write_slice(&bytes, GuestAddress(page.0)).unwrap();
-    }
+    store(memory, &arena);
     Table::open(open(format, &built.roots)).unwrap()
 }
 
@@ -594,44 +596,59 @@ fn tables_in_a_row_are_as_if_alone() {
     stagecraft_tests::skipped("tables in a row that are rewritten as they are read: this processor has no registers of 64 bytes");
 }
 
-/// A format that looks at addresses: tables at odd pages are for nobody, and leaves at odd pages that may only be read are none.
-struct ByAddress(Box<dyn Format>);
-
-impl ByAddress {
-    const ADDRESS: u64 = 0xf_ffff_ffff_f000;
+/// A format that is another one in what these say.
+struct Altered {
+    format: Box<dyn Format>,
+    geometry: fn(Geometry) -> Geometry,
+    decode: Decode,
+    decode_entry: Decode,
 }
 
-impl Format for ByAddress {
+/// As [`Format::decode`] and [`Format::decode_entry`], of a format.
+type Decode = fn(&mut dyn Format, u8, u64, u64) -> Result<Meaning, FormatError>;
+
+impl Format for Altered {
     fn geometry(&mut self) -> Result<Geometry, FormatError> {
-        self.0.geometry()
+        self.format.geometry().map(self.geometry)
     }
 
     fn decode(&mut self, level: u8, inherited: u64, pattern: u64) -> Result<Meaning, FormatError> {
-        let meaning = self.0.decode(level, inherited, pattern)?;
-        let is_read_only = matches!(meaning, Meaning::Leaf { attributes, .. } if !attributes.access(true).write);
-        Ok(if is_read_only || matches!(meaning, Meaning::Table { .. }) { Meaning::WholeEntry } else { meaning })
+        (self.decode)(&mut *self.format, level, inherited, pattern)
     }
 
     fn decode_entry(&mut self, level: u8, inherited: u64, entry: u64) -> Result<Meaning, FormatError> {
-        let lsb = self.0.geometry()?.levels[usize::from(level)].index_lsb;
-        Ok(match self.0.decode(level, inherited, entry & !Self::ADDRESS)? {
+        (self.decode_entry)(&mut *self.format, level, inherited, entry)
+    }
+
+    fn explain(&mut self, level: u8, inherited: u64, pattern: u64) -> Result<Vec<Finding>, FormatError> {
+        self.format.explain(level, inherited, pattern)
+    }
+
+    fn encode_leaf(&mut self, level: u8, size_log2: u8, attributes: Attributes) -> Result<Option<Encoded>, FormatError> {
+        self.format.encode_leaf(level, size_log2, attributes)
+    }
+
+    fn encode_table(&mut self, level: u8, next: u8) -> Result<Option<u64>, FormatError> {
+        self.format.encode_table(level, next)
+    }
+}
+
+/// A format that looks at addresses: tables at odd pages are for nobody, and leaves at odd pages that may only be read are none.
+fn by_address(format: Box<dyn Format>) -> Altered {
+    let decode: Decode = |format, level, inherited, pattern| {
+        let meaning = format.decode(level, inherited, pattern)?;
+        let is_read_only = matches!(meaning, Meaning::Leaf { attributes, .. } if !attributes.access(true).write);
+        Ok(if is_read_only || matches!(meaning, Meaning::Table { .. }) { Meaning::WholeEntry } else { meaning })
+    };
+    let decode_entry: Decode = |format, level, inherited, entry| {
+        let lsb = format.geometry()?.levels[usize::from(level)].index_lsb;
+        Ok(match format.decode(level, inherited, entry & !0xf_ffff_ffff_f000)? {
             Meaning::Table { .. } if lsb == 21 && entry & 0x1000 != 0 => Meaning::Fault(FaultKind::Permission),
             Meaning::Leaf { attributes, .. } if !attributes.access(true).write && entry & 0x1000 != 0 => Meaning::Absent,
             meaning => meaning,
         })
-    }
-
-    fn explain(&mut self, level: u8, inherited: u64, pattern: u64) -> Result<Vec<Finding>, FormatError> {
-        self.0.explain(level, inherited, pattern)
-    }
-
-    fn encode_leaf(&mut self, level: u8, size_log2: u8, attributes: Attributes) -> Result<Option<Encoded>, FormatError> {
-        self.0.encode_leaf(level, size_log2, attributes)
-    }
-
-    fn encode_table(&mut self, level: u8, next: u8) -> Result<Option<u64>, FormatError> {
-        self.0.encode_table(level, next)
-    }
+    };
+    Altered { format, geometry: |geometry| geometry, decode, decode_entry }
 }
 
 /// What a format says of an entry with its address is of that entry, not of those beside it that are alike but for the address.
@@ -639,9 +656,9 @@ impl Format for ByAddress {
 fn what_is_said_of_a_whole_entry_is_said_of_no_other() {
     let format = ("intel-vtd/second-stage", &[] as &[_]);
     let (memory, roots) = alike(format, 12, &mut Random::new(0xadd), |_| true);
-    let walk = |by_address: bool, fast: bool| {
+    let walk = |looks: bool, fast: bool| {
         let opened = open(format, &roots);
-        let mut table = Table::open(if by_address { Box::new(ByAddress(opened)) } else { opened }).unwrap();
+        let mut table = Table::open(if looks { Box::new(by_address(opened)) } else { opened }).unwrap();
         let mut arena = Arena::new(TARGET, 256 << 20);
         let mut builder = Builder::new(open(SIDES[5], &[]), &mut arena).unwrap();
         let budget = Budget::new(Limits { questions: 1 << 20, ..Limits::default() });
@@ -669,44 +686,18 @@ fn what_is_said_of_a_whole_entry_is_said_of_no_other() {
 }
 
 /// A format whose tables are smaller than what their addresses are multiples of: page tables of 2 KiB, each at the beginning of a page.
-struct Apart(Box<dyn Format>);
-
-impl Apart {
-    fn new() -> Self {
-        Self(open(("s390-zpci/dma", &[]), &[]))
-    }
-}
-
-impl Format for Apart {
-    fn geometry(&mut self) -> Result<Geometry, FormatError> {
-        let mut geometry = self.0.geometry()?;
+fn apart() -> Altered {
+    let geometry = |mut geometry: Geometry| {
         let at = geometry.levels.iter().position(|level| level.index_lsb == 20).unwrap();
         for shape in geometry.levels[at].shapes.iter_mut().filter(|shape| shape.value == 0) {
             assert_eq!(shape.address, [Segment { entry_lsb: 11, address_lsb: 11, width: 53 }]);
             shape.address = vec![Segment { entry_lsb: 12, address_lsb: 12, width: 52 }];
         }
-        Ok(geometry)
-    }
-
-    fn decode(&mut self, level: u8, inherited: u64, pattern: u64) -> Result<Meaning, FormatError> {
-        self.0.decode(level, inherited, pattern)
-    }
-
-    fn decode_entry(&mut self, level: u8, inherited: u64, entry: u64) -> Result<Meaning, FormatError> {
-        self.0.decode_entry(level, inherited, entry)
-    }
-
-    fn explain(&mut self, level: u8, inherited: u64, pattern: u64) -> Result<Vec<Finding>, FormatError> {
-        self.0.explain(level, inherited, pattern)
-    }
-
-    fn encode_leaf(&mut self, level: u8, size_log2: u8, attributes: Attributes) -> Result<Option<Encoded>, FormatError> {
-        self.0.encode_leaf(level, size_log2, attributes)
-    }
-
-    fn encode_table(&mut self, level: u8, next: u8) -> Result<Option<u64>, FormatError> {
-        self.0.encode_table(level, next)
-    }
+        geometry
+    };
+    let decode: Decode = |format, level, inherited, pattern| format.decode(level, inherited, pattern);
+    let decode_entry: Decode = |format, level, inherited, entry| format.decode_entry(level, inherited, entry);
+    Altered { format: open(("s390-zpci/dma", &[]), &[]), geometry, decode, decode_entry }
 }
 
 /// Tables with leaves in a few lines, in all of them, and in a few others, and tables that are smaller than their room, one after the other in the same memory.
@@ -717,7 +708,7 @@ fn memory_that_was_used_before_holds_nothing_of_that() {
     let targets: [Target; 4] = [
         ("VT-d", || open(("intel-vtd/second-stage", &[]), &[])),
         ("AMD", || open(("amd-vi/v1", &[]), &[])),
-        ("apart", || Box::new(Apart::new())),
+        ("apart", || Box::new(apart())),
         ("VT-d again", || open(("intel-vtd/second-stage", &[]), &[])),
     ];
     let rounds: [Has; 4] = [|entry| entry % 64 == 0, |_| true, |entry| entry % 64 == 32, |entry| entry % 64 == 16];
