@@ -162,8 +162,7 @@ impl Shadow {
         marking.written.dirty += u64::from(dirty && of_write.is_missing(stood));
         node.entries[at] = new;
         // Should the format see something else in it than a marked leaf, what was told stays told until the entry changes.
-        let judged = self.meaning(node.level, node.inherited, new, marking.budget).ok();
-        let other = judged.and_then(|judged| self.leaf(judged));
+        let other = self.kind_of(node, new, marking.budget);
         if let Some(other) = other.filter(|other| self.piece_of_kind(node, at, *other) == self.piece_of_kind(node, at, kind)) {
             node.set(at, State::leaf(other));
         }
@@ -171,10 +170,15 @@ impl Shadow {
 
     /// Whether `written`, a leaf of a kind with the mark of a write, allows what that kind does.
     fn is_only_mark(&mut self, node: &Node, kind: u32, written: u64, budget: &Budget) -> bool {
-        let judged = self.meaning(node.level, node.inherited, written, budget).ok();
-        let other = judged.and_then(|judged| self.leaf(judged)).and_then(|other| self.kinds.get(other));
+        let other = self.kind_of(node, written, budget).and_then(|other| self.kinds.get(other));
         let unmarked = |kind: &Kind| Kind { attributes: kind.attributes.without(Attributes::ACCESSED.with(Attributes::DIRTY)), ..*kind };
         other.zip(self.kinds.get(kind)).is_some_and(|(other, kind)| unmarked(other) == unmarked(kind))
+    }
+
+    /// What kind of leaf `entry` is in this table; none if it is no leaf, or nobody can say.
+    fn kind_of(&mut self, node: &Node, entry: u64, budget: &Budget) -> Option<u32> {
+        let judged = self.meaning(node.level, node.inherited, entry, budget).ok()?;
+        self.leaf(judged)
     }
 
     /// IOVAs and address of an entry, were it of a kind.
