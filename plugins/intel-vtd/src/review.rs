@@ -12,8 +12,8 @@ use crate::{FirstStage, SecondStage};
 /// Fault processing is disabled, in every structure but the root entry.
 const FPD: u64 = bit(1);
 
-/// Conditions that are recorded whatever structures say: those of the root table, and structures that cannot be read before one has said it.
-const UNQUALIFIED: [&str; 4] = ["LRT.", "SRT.", "RTA.", "LCT.1"];
+/// Conditions that are recorded whatever structures say: those of the root table, and structures that cannot be read.
+const UNQUALIFIED: [&str; 7] = ["LRT.", "SRT.", "RTA.", "LCT.1", "SCT.1", "SPD.1", "SPT.1"];
 
 /// What was read on the way to a request's tables, as far as it goes.
 #[derive(Default)]
@@ -24,7 +24,7 @@ struct Found {
     second: Option<TableConfig>,
     /// FSPTPTR.
     first: Option<u64>,
-    /// Requests for supervisor privilege are refused (SRE), with a first stage.
+    /// Requests for supervisor privilege are refused (SRE), whatever the translation type.
     user_only: bool,
 }
 
@@ -32,18 +32,16 @@ struct Found {
 pub(crate) fn review(registers: &Registers, event: Event, memory: &mut dyn GuestMemory) -> Result<Option<Event>, Error> {
     let Ok(Some(unit)) = Hardware::new(registers) else { return Ok(Some(event)) };
     let is_legacy = unit.mode == rtaddr::LEGACY;
-    if event.name.is_none() && event.format.is_none() && event.fault == FaultKind::AddressSize {
-        // A request that passes: LGN.1, SGN.4.
-        let name = if is_legacy { "LGN.1" } else { "SGN.4" };
-        return Ok((event.iova >> unit.host_bits() != 0).then(|| Event { name: Some(name.to_owned()), ..event }));
+    let passes = event.name.is_none() && event.format.is_none() && event.fault == FaultKind::AddressSize;
+    if passes && event.iova >> unit.host_bits() == 0 {
+        return Ok(None);
     }
     let found = if is_legacy { legacy(&unit, event.id, memory) } else { scalable(&unit, &event, memory) }.unwrap_or_default();
     // What comes behind the structure that is wrong has no say.
     let is_quiet = match event.name.as_deref() {
         Some(name) if UNQUALIFIED.iter().any(|known| name.starts_with(known)) => false,
         Some(name) if ["LCT.", "SCT.", "SGN.10"].iter().any(|known| name.starts_with(known)) => found.quiet[0],
-        Some("SPD.1") => found.quiet[0],
-        Some(name) if name.starts_with("SPD.") || name == "SPT.1" => found.quiet[1],
+        Some(name) if name.starts_with("SPD.") => found.quiet[1],
         _ => found.quiet[2],
     };
     if is_quiet {
@@ -53,6 +51,8 @@ pub(crate) fn review(registers: &Registers, event: Event, memory: &mut dyn Guest
         None
     } else if found.user_only && event.privileged && event.pasid.is_some() {
         Some("SPT.6")
+    } else if passes {
+        Some(if is_legacy { "LGN.1" } else { "SGN.4" })
     } else {
         of_pointer(is_legacy, &found, &event, memory).or_else(|| beyond_second(unit.host_bits(), &found, &event))
     };
@@ -120,7 +120,7 @@ fn scalable(unit: &Hardware, event: &Event, memory: &mut dyn GuestMemory) -> Opt
     if entry[0] & PRESENT == 0 || beyond || event.pasid.is_some() && entry[0] & scalable_context::PASIDE == 0 {
         return Some(found);
     }
-    let Some([entry]) = read(memory, POINTER.in_place(entry[0]) + (pasid >> 6) * u64::from(directory::BYTES)) else { return Some(found) };
+    let Some([entry]) = read(memory, POINTER.in_place(entry[0]).wrapping_add((pasid >> 6) * u64::from(directory::BYTES))) else { return Some(found) };
     if entry & FPD != 0 {
         found.quiet = [found.quiet[0], true, true];
     }
@@ -133,7 +133,7 @@ fn scalable(unit: &Hardware, event: &Event, memory: &mut dyn GuestMemory) -> Opt
     let kind = pasid::PGTT.of(entry[0]);
     let has_first = matches!(kind, pasid::FIRST_STAGE | pasid::NESTED);
     if entry[0] & PRESENT != 0 {
-        found.user_only = has_first && entry[2] & pasid::SRE == 0;
+        found.user_only = entry[2] & pasid::SRE == 0;
         found.first = has_first.then(|| POINTER.in_place(entry[2]));
         let levels = unit.levels(pasid::AW.of(entry[0])).filter(|_| matches!(kind, pasid::SECOND_STAGE | pasid::NESTED));
         found.second = levels.map(|levels| unit.second_stage(POINTER.in_place(entry[0]), levels, entry[0] & pasid::SSADE != 0));

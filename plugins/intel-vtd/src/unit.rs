@@ -7,7 +7,9 @@
 //! inputs of a second stage below a first: what counts is the address in the request.
 //!
 //! A field that the specification reserves because a capability is missing faults only where the field would have been used: Linux fills in the
-//! second stage's AW of a first-stage entry on units without a second stage, and hardware goes along.
+//! second stage's AW of a first-stage entry on units without a second stage, and hardware goes along. In the same way Linux 5.13 to 5.17 sets SNP in
+//! second-stage leaves and PGSNP in PASID entries of every unit in scalable mode, and models of units without snoop control (ECAP.SC) go along: they ask for
+//! what happens anyway.
 
 use stagecraft_sdk::bits::{mask, words};
 use stagecraft_sdk::{
@@ -161,7 +163,7 @@ impl Hardware {
         set("input-bits", if limit < address_width(levels) { limit } else { WIDEST }, WIDEST);
         set("page-2m", cap::SSLPS_2M.of(self.cap), 1);
         set("page-1g", cap::SSLPS_1G.of(self.cap), 1);
-        set("snoop-control", ecap::SC.of(self.ecap), 0);
+        set("snoop-control", u64::from(self.has(ecap::SC) || self.mode == rtaddr::SCALABLE), 0);
         set("accessed-dirty", u64::from(accessed_dirty), 0);
         set("io-permissions", u64::from(self.io_permissions), 0);
         table
@@ -327,7 +329,7 @@ impl Hardware {
         let (reserved_0, reserved_2) = (pasid::RESERVED_0 | self.beyond_host(), pasid::RESERVED_2 | self.beyond_host());
         let always = [reserved_0, pasid::RESERVED_1, reserved_2, u64::MAX, pasid::RESERVED_4, pasid::RESERVED_5, u64::MAX, u64::MAX];
         let mut reserved: [u64; 8] = std::array::from_fn(|word| entry[word] & always[word]);
-        for (capability, bits) in [(ecap::SMPWCS, pasid::PWSNP), (ecap::SC, pasid::PGSNP), (ecap::MTS, pasid::MEMORY_TYPE)] {
+        for (capability, bits) in [(ecap::SMPWCS, pasid::PWSNP), (ecap::MTS, pasid::MEMORY_TYPE)] {
             reserved[1] |= when(!self.has(capability), entry[1] & bits);
         }
         if self.has(ecap::HPTS) {
@@ -356,6 +358,11 @@ impl Hardware {
             let beyond = pasid::FSPM.of(entry[2]) > cap::FS5LP.of(self.cap);
             structure.warn(2, if beyond { pasid::FSPM.in_place(entry[2]) } else { 0 }, reason);
         }
+        structure.warn(
+            1,
+            when(!self.has(ecap::SC), entry[1] & pasid::PGSNP),
+            "the PASID table entry asks for snooping, which the unit does not control",
+        );
         structure.warn(2, entry[2] & pasid::FORMERLY_USED, "the PASID table entry has bits that were NXE and SMEP once");
     }
 

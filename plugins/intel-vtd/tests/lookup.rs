@@ -8,9 +8,10 @@ use std::collections::BTreeMap;
 
 use proptest::prelude::*;
 use stagecraft_plugin_intel_vtd::{first_stage::FirstStage, second_stage::SecondStage, unit::IntelVtd};
+use stagecraft_sdk::queue::Access;
 use stagecraft_sdk::{
-    BlockKind, Error, Extent, Format, GuestMemory, Intercept, InvalidationTarget, Outcome, Place, PlaceToBind, RangeEntry, Registers, Requester,
-    TableConfig, Tag, Translated, Unit,
+    BlockKind, Error, Event, Extent, FaultKind, Format, GuestMemory, Intercept, InvalidationTarget, Outcome, Place, PlaceToBind, RangeEntry,
+    Registers, Requester, TableConfig, Tag, Translated, Unit,
 };
 
 /// 64-bit words by address; what was never written reads as zero below `end`, and nothing can be read from there on.
@@ -224,11 +225,11 @@ fn scalable_mode_finds_every_kind_of_translation() {
         let first = [1 | FIRST_ONLY | AW_4, 0x55, TABLE];
         assert_eq!(settings(ask(SCALABLE, first, pasid)), "first-stage levels=4 root=0x12345000");
         let second = [1 | SECOND_ONLY | AW_4 | SECOND, 0x55, 0];
-        assert_eq!(settings(ask(SCALABLE, second, pasid)), "second-stage levels=4 root=0x56789000");
+        assert_eq!(settings(ask(SCALABLE, second, pasid)), "second-stage levels=4 root=0x56789000 snoop-control=1");
         let nested = [1 | NESTED | AW_3 | SECOND, 0x55, TABLE];
         assert_eq!(
             settings(ask(SCALABLE, nested, pasid)),
-            "first-stage levels=4 root=0x12345000 output-bits=39; second-stage levels=3 root=0x56789000"
+            "first-stage levels=4 root=0x12345000 output-bits=39; second-stage levels=3 root=0x56789000 snoop-control=1"
         );
         assert_eq!(ask(SCALABLE, [1 | PASS, 0x55, 0], pasid), Outcome::Bypass);
     }
@@ -238,19 +239,20 @@ fn scalable_mode_finds_every_kind_of_translation() {
         "first-stage levels=4 root=0x12345000 write-protect=1 supervisor=1 extended-access=1"
     );
     let dirty = [1 | SECOND_ONLY | AW_4 | SSADE | SECOND, 0, 0];
-    assert_eq!(settings(ask(SCALABLE | SSADS, dirty, 0)), "second-stage levels=4 root=0x56789000 accessed-dirty=1");
+    assert_eq!(settings(ask(SCALABLE | SSADS, dirty, 0)), "second-stage levels=4 root=0x56789000 snoop-control=1 accessed-dirty=1");
     // what the other stage would have used is ignored
     assert_eq!(settings(ask(SCALABLE & !SSTS, [1 | FIRST_ONLY | AW_4 | SSADE, 0, TABLE], 0)), "first-stage levels=4 root=0x12345000");
-    assert_eq!(settings(ask(SCALABLE, [1 | SECOND_ONLY | AW_4 | SECOND, 0, 0b1101], 0)), "second-stage levels=4 root=0x56789000");
+    assert_eq!(settings(ask(SCALABLE, [1 | SECOND_ONLY | AW_4 | SECOND, 0, 0b1101], 0)), "second-stage levels=4 root=0x56789000 snoop-control=1");
 
     let five = registers(CAP & !(0x3f << 16) & !(1 << 56) | 1 << 60 | 56 << 16, SCALABLE, ROOT | 1 << 10);
     let nested = scalable([1, 0], 0, [1 | NESTED | AW_5 | SECOND, 0, TABLE | 0b01 << 2]);
-    let expected = "first-stage levels=5 root=0x12345000 output-bits=52 page-1g=0; second-stage levels=5 root=0x56789000 output-bits=52";
+    let expected =
+        "first-stage levels=5 root=0x12345000 output-bits=52 page-1g=0; second-stage levels=5 root=0x56789000 output-bits=52 snoop-control=1";
     assert_eq!(settings(self::ask(&five, &nested, None)), expected);
 
     let io = registers(CAP, SCALABLE | SSIRWS, ROOT | 1 << 10 | 1 << 7);
     let second = scalable([1, 0], 0, [1 | SECOND_ONLY | AW_4 | SECOND, 0, 0]);
-    assert_eq!(settings(self::ask(&io, &second, None)), "second-stage levels=4 root=0x56789000 io-permissions=1");
+    assert_eq!(settings(self::ask(&io, &second, None)), "second-stage levels=4 root=0x56789000 snoop-control=1 io-permissions=1");
 }
 
 #[test]
@@ -320,8 +322,8 @@ fn scalable_mode_refuses() {
     for bit in [5, 10, 11, 48, 63] {
         assert_eq!(with(PASIDS, entry | 1 << bit), "SPT.3", "bit {bit}");
     }
-    // PWSNP, PGSNP, CD, EMTE, PAT without the capability; then what is reserved for good
-    for (word, bits) in [(1, 16..64), (2, 1..2), (2, 8..12), (2, 48..64), (3, 0..64), (4, 0..64), (5, 0..64), (6, 0..64), (7, 0..64)] {
+    // PWSNP, CD, EMTE, PAT without the capability; then what is reserved for good
+    for (word, bits) in [(1, 16..24), (1, 25..64), (2, 1..2), (2, 8..12), (2, 48..64), (3, 0..64), (4, 0..64), (5, 0..64), (6, 0..64), (7, 0..64)] {
         for bit in bits {
             assert_eq!(with(PASIDS + 8 * word, 1 << bit), "SPT.3", "word {word} bit {bit}");
         }
@@ -557,6 +559,56 @@ fn reserved_bits_of_a_stage_that_is_not_used_are_noted() {
     assert_eq!(warnings(SCALABLE | SRS | EAFS, [second[0], 0, sre | eafe]), []);
     assert_eq!(warnings(SCALABLE, [first[0], 0, TABLE | 3 << 5]), [(PASIDS, 2, 3 << 5)]);
     assert_eq!(warnings(SCALABLE, [PASS | AW_4 | 1, 0, 0]), []);
+    // PGSNP: Linux 5.13 to 5.17 sets it whatever the unit can do, as it does with SNP in the leaves.
+    assert_eq!(warnings(SCALABLE, [first[0], 1 << 24, TABLE]), [(PASIDS, 1, 1 << 24)]);
+    assert_eq!(warnings(SCALABLE | SC, [first[0], 1 << 24, TABLE]), []);
+}
+
+/// FPD keeps the faults of a structure, and of what is behind it, from being recorded; but not those of structures that cannot be read.
+#[test]
+fn faults_are_recorded_unless_a_structure_forbids_it() {
+    let event = |name: Option<&str>, pasid, privileged| Event {
+        fault: FaultKind::Permission,
+        name: name.map(str::to_owned),
+        format: name.is_none().then(|| "intel-vtd/second-stage".to_owned()),
+        level: None,
+        entries: vec![1],
+        id: ID,
+        pasid,
+        iova: 0x1000,
+        intermediate: None,
+        reading_table: false,
+        unreadable: None,
+        access: Access::Read,
+        privileged,
+        domain: None,
+    };
+    let told = |ecap, memory: &Memory, event: Event| {
+        IntelVtd::review_event(&registers(CAP, ecap, ROOT | 1 << 10), event, &mut memory.clone()).unwrap().map(|event| event.name)
+    };
+    let entry = 1 | SECOND_ONLY | AW_4 | SECOND;
+    let quiet = scalable([1 | 1 << 1 | 1 << 3, 0], 77, [entry, 0, 0]);
+    for (name, recorded) in [("SRT.1", true), ("SCT.1", true), ("SPD.1", true), ("SPT.1", true), ("SCT.3", false), ("SPD.2", false), ("SPT.2", false)]
+    {
+        assert_eq!(told(SCALABLE, &quiet, event(Some(name), Some(77), false)).is_some(), recorded, "{name}");
+    }
+    // SPT.6: SRE counts with any translation type.
+    let loud = |kind: u64, sre: u64| scalable([1 | 1 << 3, 0], 77, [1 | kind | AW_4 | SECOND, 0, TABLE | sre]);
+    for kind in [FIRST_ONLY, SECOND_ONLY, NESTED] {
+        assert_eq!(told(SCALABLE | SRS, &loud(kind, 0), event(None, Some(77), true)), Some(Some("SPT.6".to_owned())));
+        assert_eq!(told(SCALABLE | SRS, &loud(kind, 1), event(None, Some(77), true)), Some(None));
+        assert_eq!(told(SCALABLE | SRS, &loud(kind, 0), event(None, Some(77), false)), Some(None));
+    }
+    // A request that passes, to an address that nobody has: SGN.4, unless the structures are quiet.
+    let passing = |pasid| Event { fault: FaultKind::AddressSize, format: None, iova: 1 << 48, entries: Vec::new(), ..event(None, pasid, false) };
+    let pass = |fpd: u64| scalable([1 | fpd << 1 | 1 << 3, 0], 77, [1 | PASS | AW_4, 0, 0]);
+    assert_eq!(told(SCALABLE, &pass(0), passing(Some(77))), Some(Some("SGN.4".to_owned())));
+    assert_eq!(told(SCALABLE, &pass(1), passing(Some(77))), None);
+    assert_eq!(told(SCALABLE, &pass(0), Event { iova: (1 << 48) - 1, ..passing(Some(77)) }), None, "it has an address");
+    // A PASID whose directory entry is beyond the last address.
+    let mut far = scalable([1 | 1 << 3 | 7 << 9, 0], 77, [entry, 0, 0]);
+    far.words.insert(SCALABLE_ENTRY, !0xfff | 1 | 1 << 3 | 7 << 9);
+    assert_eq!(told(SCALABLE, &far, event(Some("SPD.1"), Some(0xf_ffff), false)), Some(Some("SPD.1".to_owned())));
 }
 
 #[test]

@@ -12,7 +12,7 @@ fn vtd_levels(code: u64, cap: u64) -> Option<u32> {
     if (1..=3).contains(&code) && bit(cap, 8 + code as u32) { Some(code as u32 + 2) } else { None }
 }
 
-fn vtd_second(cap: u64, ecap: u64, root: u64, levels: u32, accessed_dirty: bool) -> TableConfig {
+fn vtd_second(cap: u64, ecap: u64, scalable: bool, root: u64, levels: u32, accessed_dirty: bool) -> TableConfig {
     // CAP.MGAW 21:16 is one less than the width of an IOVA; CAP.SLLPS 37:34 has 2M in bit 34 and 1G in bit 35.
     let guest_width = bits(cap, 21, 16) as u32 + 1;
     TableConfig::VtdSecond(VtdSecond {
@@ -22,8 +22,8 @@ fn vtd_second(cap: u64, ecap: u64, root: u64, levels: u32, accessed_dirty: bool)
         output_bits: 52,
         large_2m: bit(cap, 34),
         large_1g: bit(cap, 35),
-        // ECAP.SC.
-        snoop_control: bit(ecap, 7),
+        // ECAP.SC; or scalable mode, where Linux 5.13 takes it for granted and QEMU ignores the bit.
+        snoop_control: bit(ecap, 7) || scalable,
         accessed_dirty,
     })
 }
@@ -87,8 +87,8 @@ pub(super) fn vtd(snapshot: &Snapshot, id: u64, pasid: Option<u64>) -> Result<Re
             let Some(levels) = vtd_levels(bits(high, 2, 0), cap) else { return blocked("context entry's AW") };
             // TT 1 is for units with device TLBs (ECAP.DT, 2), TT 2 with pass-through (ECAP.PT, 6).
             match bits(low, 3, 2) {
-                0 => Ok(Resolution::Tables(vec![vtd_second(cap, ecap, page_pointer(low), levels, false)])),
-                1 if bit(ecap, 2) => Ok(Resolution::Tables(vec![vtd_second(cap, ecap, page_pointer(low), levels, false)])),
+                0 => Ok(Resolution::Tables(vec![vtd_second(cap, ecap, false, page_pointer(low), levels, false)])),
+                1 if bit(ecap, 2) => Ok(Resolution::Tables(vec![vtd_second(cap, ecap, false, page_pointer(low), levels, false)])),
                 2 if bit(ecap, 6) => Ok(Resolution::Bypass),
                 _ => blocked("context entry's TT"),
             }
@@ -173,14 +173,14 @@ fn vtd_scalable(memory: &Memory, cap: u64, ecap: u64, root_entry: u64, function:
     let mut reserved = bit(first, 5) || any(first, 11, 10) || any(first, 63, host_bits) || any(words[1], 22, 16) || any(words[1], 31, 27);
     reserved |= bit(third, 1) || any(third, 11, 8) || any(third, 63, host_bits) || words[3] != 0 || any(words[4], 11, 3) || any(words[5], 63, 16);
     reserved |= words[6] != 0 || words[7] != 0;
-    // ECAP.SMPWCS 48, SC 7, MTS 25, HPTS 55.
+    // ECAP.SMPWCS 48, MTS 25, HPTS 55. PGSNP without SC: as with the leaves of the second stage.
     let memory_type = any(words[1], 26, 25) || any(words[1], 63, 32);
-    reserved |= without(48, bit(words[1], 23)) || without(7, bit(words[1], 24)) || without(25, memory_type);
+    reserved |= without(48, bit(words[1], 23)) || without(25, memory_type);
     reserved |= without(55, words[4] != 0 || words[5] != 0) || any(words[4], 63, host_bits);
     if reserved || vtd_domain_illegal(cap, bits(words[1], 15, 0)) {
         return blocked("reserved bits of the PASID entry");
     }
-    let second_stage = || vtd_levels(bits(first, 4, 2), cap).map(|levels| vtd_second(cap, ecap, page_pointer(first), levels, bit(first, 9)));
+    let second_stage = || vtd_levels(bits(first, 4, 2), cap).map(|levels| vtd_second(cap, ecap, true, page_pointer(first), levels, bit(first, 9)));
     let first_stage = || {
         // CAP.FS5LP, bit 60; CAP.FS1GP, bit 56.
         let levels = match bits(third, 3, 2) {

@@ -73,7 +73,7 @@ fn legacy(unit: &Unit<'_>, request: &Request, table: u64) -> Result<Option<Answe
     }
     let stages = match resolution? {
         Resolution::Tables(stages) => stages,
-        Resolution::Bypass => return pass_through(unit, request, 0x04),
+        Resolution::Bypass => return pass_through(unit, request, 0x04, quiet),
         other => return Err(Problem::Unsupported(format!("{other:?}"))),
     };
     Ok(Path::new(unit, &stages)?.request(request)?.err().and_then(|refused| {
@@ -100,11 +100,11 @@ fn may_be_reserved(address: u64) -> bool {
 }
 
 /// Addresses that no memory has.
-fn pass_through(unit: &Unit<'_>, request: &Request, reason: u64) -> Result<Option<Answer>, Problem> {
+fn pass_through(unit: &Unit<'_>, request: &Request, reason: u64, quiet: bool) -> Result<Option<Answer>, Problem> {
     let width = bits(unit.register("CAP"), 21, 16) + 1;
     // Nothing says how wide the host's addresses are but that they are wider than this.
     if request.iova >> width != 0 {
-        return Ok(structure("beyond what passes", &[reason, if reason == 0x04 { 0x04 } else { 0x84 }], request, false));
+        return Ok(structure("beyond what passes", &[reason, if reason == 0x04 { 0x04 } else { 0x84 }], request, quiet));
     }
     Ok(None)
 }
@@ -147,7 +147,7 @@ fn scalable(unit: &Unit<'_>, request: &Request, table: u64) -> Result<Option<Ans
         None => own,
     };
     let Some(directory) = unit.read((context[0] >> 12 << 12) + (pasid >> 6) * 8)? else {
-        return Ok(structure("SPD.1", &[0x50], request, quiet));
+        return Ok(structure("SPD.1", &[0x50], request, false));
     };
     // FPD 1.
     let quiet = quiet || bit(directory, 1);
@@ -158,7 +158,7 @@ fn scalable(unit: &Unit<'_>, request: &Request, table: u64) -> Result<Option<Ans
         return Ok(structure("SPD.3", &[0x52], request, quiet));
     }
     let Some(entry) = unit.words::<8>((directory >> 12 << 12) + pasid % 64 * 64)? else {
-        return Ok(structure("SPT.1", &[0x58], request, quiet));
+        return Ok(structure("SPT.1", &[0x58], request, false));
     };
     let quiet = quiet || bit(entry[0], 1);
     if !bit(entry[0], 0) {
@@ -175,13 +175,13 @@ fn scalable(unit: &Unit<'_>, request: &Request, table: u64) -> Result<Option<Ans
         }
         _ => return Ok(structure("SPT.4", &[0x5b], request, quiet)),
     }
-    // SRE 128: privileged requests with PASID.
-    if request.privileged && request.pasid.is_some() && !bit(entry[2], 0) && matches!(bits(entry[0], 8, 6), 1 | 3) {
+    // SRE 128: privileged requests with PASID, whatever is behind the entry.
+    if request.privileged && request.pasid.is_some() && !bit(entry[2], 0) {
         return Ok(structure("SPT.6", &[0x5d], request, quiet));
     }
     let stages = match resolution? {
         Resolution::Tables(stages) => stages,
-        Resolution::Bypass => return pass_through(unit, request, 0x83),
+        Resolution::Bypass => return pass_through(unit, request, 0x83, quiet),
         other => return Err(Problem::Unsupported(format!("{other:?}"))),
     };
     let refused = Path::new(unit, &stages)?.request(request)?.err();
