@@ -199,6 +199,7 @@ fn names(format: &str) -> &'static [&'static str] {
             "hardware-dirty",
             "access-flag-disabled",
             "big-endian",
+            "lpa",
             "lpa2",
         ],
         "arm-smmuv3/stage2" => &[
@@ -211,6 +212,7 @@ fn names(format: &str) -> &'static [&'static str] {
             "hardware-dirty",
             "access-flag-disabled",
             "big-endian",
+            "lpa",
             "lpa2",
         ],
         _ => &["levels", "root", "page-1g"],

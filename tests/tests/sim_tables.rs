@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use stagecraft::kernel::handle::{Attachment, Device, Hwpt, Ioas, PageTable, Vdevice, Viommu};
-use stagecraft::kernel::sim::{DmaAccess, Sim, SimBuilder, UnitConfig};
+use stagecraft::kernel::sim::{DmaAccess, Sim, SimBuilder, UnitConfig, UnitKind};
 use stagecraft::kernel::{HwptFlags, Kernel, Map, MapFlags, hwpt_data, viommu_type};
 use stagecraft::{Iova, Span};
 use stagecraft_models::tables::riscv::RiscvTable;
@@ -167,7 +167,13 @@ fn smmuv3_stage_1() {
         for (word, value) in (0..).zip(context_descriptor(&config)) {
             memory.write(place + word * 8, value, false);
         }
-        let rig = Rig::new(UnitConfig::smmuv3("smmu"), &memory, Some(viommu_type::ARM_SMMUV3), (hwpt_data::ARM_SMMUV3, &[1 | 5 << 1 | place, 0]));
+        let mut unit = UnitConfig::smmuv3("smmu");
+        if config.output_bits <= 48 && !config.lpa {
+            // OAS 48 bits: without the largest blocks.
+            let UnitKind::Smmuv3 { idr, .. } = &mut unit.kind else { unreachable!() };
+            idr[5] -= 1;
+        }
+        let rig = Rig::new(unit, &memory, Some(viommu_type::ARM_SMMUV3), (hwpt_data::ARM_SMMUV3, &[1 | 5 << 1 | place, 0]));
         let what = format!("SMMUv3 seed {seed}: {config:?}");
         // With the top byte ignored the truth repeats itself; random IOVAs would find that, so it is checked apart.
         let tagged = [config.low, config.high].iter().flatten().any(|half| half.top_byte_ignored);

@@ -91,7 +91,7 @@ impl<'a> Contexts<'a> {
             return unused("C_BAD_SUBSTREAMID", "IHI 0070 section 5.3", "the level 1 context descriptor is not valid");
         }
         let address = align_down(l1cd::L2PTR.in_place(descriptor), leaf + 6);
-        let limit = if self.stream.stage2.is_some() { self.features.intermediate_bits() } else { self.features.output_bits() };
+        let limit = if self.stream.stage2.is_some() { self.features.intermediate_bits() } else { self.features.physical_bits() };
         if address >> limit != 0 {
             let blocked = Blocked::refused(
                 "C_BAD_SUBSTREAMID",
@@ -307,6 +307,12 @@ fn check(words: &Words, entry: &Words, features: &Features, stream: &Stream, off
     Ok(())
 }
 
+/// Whether the CD keeps unprivileged requests from the half that `iova` is in: E0PD0, E0PD1. Bit 55 says which half it is (IHI 0070 section 3.4.1).
+pub(crate) fn refuses_unprivileged(words: &Words, features: &Features, iova: u64) -> bool {
+    let half = if iova >> 55 & 1 == 0 { &LOW } else { &HIGH };
+    features.has3(idr3::E0PD) && half.unprivileged_disabled.is_set(words)
+}
+
 /// The stage 1 table of a CD that was reached through the STE `entry`.
 pub(crate) fn config(words: &Words, entry: &Words, features: &Features, stream: &Stream) -> Result<TableConfig, Stop> {
     // With one privilege level there is no high range and no EPD.
@@ -342,12 +348,14 @@ pub(crate) fn config(words: &Words, entry: &Words, features: &Features, stream: 
         settings.set("mair", cd::MAIR.of(words));
     }
     let lpa2 = [&low, &high].into_iter().flatten().any(|size| size.lpa2);
+    let lpa = output_bits != 52 && [&low, &high].into_iter().flatten().any(|size| features.has_lpa(size.granule));
     let access = cd::HA.is_set(words);
     let flags = [
         ("hardware-access", access),
         ("hardware-dirty", access && cd::HD.is_set(words)),
         ("access-flag-disabled", !access && cd::AFFD.is_set(words)),
         ("big-endian", cd::ENDI.is_set(words)),
+        ("lpa", lpa),
         ("lpa2", lpa2),
         ("privileged", stream.privileged && !stream.single_privilege),
         ("single-privilege", stream.single_privilege),

@@ -50,6 +50,7 @@ pub(crate) fn offers(kind: u32, info: &[u8]) -> Result<Vec<Offer>, Error> {
         ("big-endian", u64::from(endian == 0)),
         ("hardware-access", 0),
         ("hardware-dirty", 0),
+        ("lpa", u64::from(address_size(idr5::OAS.of(id5)) == 52)),
         ("lpa2", 0),
         ("privileged", 0),
         ("single-privilege", 0),

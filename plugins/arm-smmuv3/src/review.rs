@@ -2,16 +2,16 @@
 
 use stagecraft_sdk::{Error, Event, FaultKind, Format, GuestMemory, Registers};
 
-use crate::Stage2;
-use crate::context::Contexts;
+use crate::context::{self, Contexts};
 use crate::queue::REFUSED_MARK;
 use crate::spec::registers::cr2;
 use crate::spec::{cd, ste};
 use crate::stream::{self, Features, Stop, Stream};
+use crate::{Stage1, Stage2};
 
-/// The event of a walk that the stage records or not: F_WALK_EABT is always recorded. Where a CD disables both halves no walk is needed.
-fn is_optional(event: &Event) -> bool {
-    event.fault != FaultKind::Unreadable && event.format.is_some() || event.name.as_deref() == Some("F_TRANSLATION")
+/// The event of a walk, which the stage records or not. Where a CD disables both halves no walk is needed.
+fn is_of_walk(event: &Event) -> bool {
+    event.format.is_some() || event.name.as_deref() == Some("F_TRANSLATION")
 }
 
 /// The event, or none if nothing is recorded.
@@ -27,10 +27,13 @@ pub(crate) fn review(registers: &Registers, event: Event, memory: &mut dyn Guest
     if event.name.is_none() && event.format.is_none() && event.fault == FaultKind::AddressSize {
         return Ok(bypassed(&features, event));
     }
-    if !is_optional(&event) {
+    if !is_of_walk(&event) {
         return Ok(Some(event));
     }
     match recorded(registers, &features, &event, memory) {
+        Ok(Recorded { before_walk: true, wanted, .. }) => Ok(before_walk(event).filter(|_| wanted)),
+        // F_WALK_EABT is always recorded.
+        _ if event.fault == FaultKind::Unreadable => Ok(Some(event)),
         Ok(Recorded { stage1: false, .. }) if is_beyond_input(&features, &event) => Ok(bypassed(&features, event)),
         Ok(Recorded { wanted: false, .. }) => Ok(None),
         Ok(Recorded { of_mark: true, .. }) => Ok(Some(Event { name: Some(REFUSED_MARK.to_owned()), ..event })),
@@ -42,6 +45,12 @@ pub(crate) fn review(registers: &Registers, event: Event, memory: &mut dyn Guest
 fn bypassed(features: &Features, event: Event) -> Option<Event> {
     let too_large = event.iova >> features.intermediate_bits() != 0;
     too_large.then(|| Event { name: Some("F_ADDR_SIZE".to_owned()), format: None, ..event })
+}
+
+/// Section 5.4, E0PD0: a translation fault of stage 1, whatever a walk would have found.
+fn before_walk(event: Event) -> Option<Event> {
+    let (name, format) = (Some("F_TRANSLATION".to_owned()), Some(Stage1::NAME.to_owned()));
+    Some(Event { name, format, level: None, entries: Vec::new(), intermediate: None, reading_table: false, unreadable: None, ..event })
 }
 
 /// Stage 2 alone refused the IOVA before it read anything, and stage 1 would have before.
@@ -58,6 +67,8 @@ struct Recorded {
     stage1: bool,
     /// Stage 2 refused to have a stage 1 descriptor written: it can be read there.
     of_mark: bool,
+    /// The request may not even ask for this half of the addresses: E0PD0 or E0PD1 (section 5.4).
+    before_walk: bool,
 }
 
 fn recorded(registers: &Registers, features: &Features, event: &Event, memory: &mut dyn GuestMemory) -> Result<Recorded, Stop> {
@@ -65,14 +76,19 @@ fn recorded(registers: &Registers, features: &Features, event: &Event, memory: &
     let stream = Stream::new(&entry, features)?;
     let contexts = Contexts::new(&entry, features, &stream);
     let index = if stream.stage1 { contexts.select(event.pasid)? } else { None };
-    if event.is_of(Stage2::NAME) {
+    let context = match index {
+        Some(index) if event.name.is_none() || !event.is_of(Stage2::NAME) => Some(contexts.find(index, memory)?),
+        _ => None,
+    };
+    let refuses = |words| !stream.is_privileged(event.privileged) && context::refuses_unprivileged(words, features, event.iova);
+    if event.is_of(Stage2::NAME) && !context.as_ref().is_some_and(refuses) {
         let wanted = ste::S2R.is_set(&entry) || ste::S2S.is_set(&entry);
         let of_table = event.fault == FaultKind::Permission && event.reading_table && event.name.is_none();
         let refused = stream.stage2.as_ref().zip(event.intermediate).filter(|_| of_table);
         let of_mark = refused.is_some_and(|(table, address)| memory.read_through(table, address & !7, 8).is_ok());
-        return Ok(Recorded { wanted, stage1: index.is_some(), of_mark });
+        return Ok(Recorded { wanted, stage1: index.is_some(), of_mark, before_walk: false });
     }
-    let Some(index) = index else { return Ok(Recorded { wanted: true, stage1: false, of_mark: false }) };
-    let words = contexts.find(index, memory)?;
-    Ok(Recorded { wanted: cd::R.is_set(&words) || cd::S.is_set(&words), stage1: true, of_mark: false })
+    let Some(words) = context else { return Ok(Recorded { wanted: true, stage1: false, of_mark: false, before_walk: false }) };
+    let before_walk = refuses(&words);
+    Ok(Recorded { wanted: cd::R.is_set(&words) || cd::S.is_set(&words), stage1: true, of_mark: false, before_walk })
 }

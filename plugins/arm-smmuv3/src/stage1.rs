@@ -34,6 +34,7 @@ pub(crate) const SETTINGS: &[&str] = &[
     Hardware::NAMES[1],
     Hardware::NAMES[2],
     "big-endian",
+    "lpa",
     "lpa2",
     "privileged",
     "single-privilege",
@@ -81,6 +82,7 @@ pub struct Stage1 {
     pub(crate) mair: u64,
     pub(crate) hardware: Hardware,
     pub(crate) big_endian: bool,
+    pub(crate) lpa: bool,
     pub(crate) lpa2: bool,
     pub(crate) privileged: bool,
     pub(crate) single_privilege: bool,
@@ -160,7 +162,7 @@ impl Stage1 {
             return Err(Error::invalid("input-bits", range.input_bits.into(), "DDI 0487 section D8.2", "no table can hold this"));
         };
         vmsa::check_root(names.root, range.root, index_bits, self.output_bits, range.granule, self.lpa2)?;
-        let chain: Vec<Place> = vmsa::tables(range.granule, start, index_bits, self.lpa2, self.output_bits)
+        let chain: Vec<Place> = vmsa::tables(range.granule, start, index_bits, self.lpa2, self.lpa)
             .into_iter()
             .map(|table| Place {
                 table,
@@ -238,13 +240,16 @@ impl Format for Stage1 {
             Some(LOW.open(settings, granule, input_bits)?)
         };
         let high = Self::open_high(settings, granule, input_bits, lpa2)?;
+        let output_bits = vmsa::output_bits(settings)?;
+        let wide = [&low, &high].into_iter().flatten().any(|range| range.granule == Granule::K64);
         let mut this = Self {
             low,
             high,
-            output_bits: vmsa::output_bits(settings)?,
+            output_bits,
             mair: settings.or("mair", LINUX_MAIR),
             hardware: Hardware::open(settings)?,
             big_endian: settings.flag("big-endian", false)?,
+            lpa: vmsa::lpa(settings, output_bits, wide)?,
             lpa2,
             privileged: settings.flag("privileged", false)?,
             single_privilege: settings.flag("single-privilege", false)?,

@@ -19,6 +19,7 @@ pub(crate) const SETTINGS: &[&str] = &[
     Hardware::NAMES[1],
     Hardware::NAMES[2],
     "big-endian",
+    "lpa",
     "lpa2",
     "force-write-back",
     "non-shareable",
@@ -119,6 +120,7 @@ impl Format for Stage2 {
         }
         let input_bits = vmsa::input_bits(settings, "input-bits", 48, granule, lpa2)?;
         let output_bits = vmsa::output_bits(settings)?;
+        let lpa = vmsa::lpa(settings, output_bits, granule == Granule::K64)?;
         let (start, index_bits) = start_level(settings, granule, input_bits, lpa2)?;
         let address = settings.or("root", 0);
         vmsa::check_root("root", address, index_bits, output_bits, granule, lpa2)?;
@@ -130,7 +132,7 @@ impl Format for Stage2 {
             force_write_back: settings.flag("force-write-back", false)?,
             non_shareable: settings.flag("non-shareable", false)?,
             protected_walk: settings.flag("protected-walk", false)?,
-            tables: vmsa::tables(granule, start, index_bits, lpa2, output_bits),
+            tables: vmsa::tables(granule, start, index_bits, lpa2, lpa),
             root: Root { setting: "root", first: 0, last, ignored: 0, address, level: 0, inherited: 0 },
         })
     }

@@ -7,7 +7,7 @@ use stagecraft_sdk::{Blocked, Error, Format, GuestMemory, Registers, TableConfig
 
 use crate::Stage2;
 use crate::notes;
-use crate::spec::registers::{address_size, cr2, idr0, idr1, idr3, idr5, l1std, strtab_base, strtab_base_cfg};
+use crate::spec::registers::{address_size, cr2, idr0, idr1, idr3, idr5, l1std, physical_address_size, strtab_base, strtab_base_cfg};
 use crate::spec::{Slot, Words, cd, field, ste};
 use crate::stage2::{default_start, start_level_setting};
 use crate::vmsa::{Granule, align_down, root_alignment};
@@ -135,14 +135,24 @@ impl Features {
         idr1::SSIDSIZE.of(self.idr1).min(20) as u8
     }
 
-    /// Output address size.
+    /// Output address size, of which the 64-bit table formats can use 52 bits.
     pub(crate) const fn output_bits(&self) -> u8 {
         address_size(idr5::OAS.of(self.idr5))
     }
 
+    /// The same of addresses in structures.
+    pub(crate) const fn physical_bits(&self) -> u8 {
+        physical_address_size(idr5::OAS.of(self.idr5))
+    }
+
     /// Intermediate address size, IHI 0070 section 3.4: AArch32 tables have 40 bits.
     pub(crate) fn intermediate_bits(&self) -> u8 {
-        if self.idr0(idr0::TTF) & 1 != 0 { self.output_bits().max(40) } else { self.output_bits() }
+        if self.idr0(idr0::TTF) & 1 != 0 { self.physical_bits().max(40) } else { self.physical_bits() }
+    }
+
+    /// Whether tables with this granule reach 52-bit addresses whatever size is configured: FEAT_LPA, which the 64K granule alone has.
+    pub(crate) fn has_lpa(&self, granule: Granule) -> bool {
+        granule == Granule::K64 && self.output_bits() == 52
     }
 
     pub(crate) const fn has_granule(&self, granule: Granule) -> bool {
@@ -235,6 +245,8 @@ pub(crate) struct Stream {
     pub(crate) single_privilege: bool,
     /// PRIVCFG says that requests are privileged.
     pub(crate) privileged: bool,
+    /// PRIVCFG says that they are not.
+    unprivileged: bool,
     /// Its translations belong to this VMID.
     pub(crate) vmid: Option<u32>,
 }
@@ -257,18 +269,19 @@ impl Stream {
         if stage2 && features.idr0(idr0::S2P) == 0 {
             return bad("Config", "stage 2 is not implemented");
         }
+        let strw = if stage1 && !stage2 && features.idr0(idr0::HYP) != 0 { ste::STRW.of(words) } else { 0 };
         if (stage1 || stage2) && features.idr0(idr0::ATS) != 0 {
             let stalls = ste::S2S.is_set(words);
             let illegal = match ste::EATS.of(words) {
                 1 => stage2 && stalls,
                 2 => !(stage1 && stage2) || stalls || features.idr0(idr0::NS1ATS) != 0,
+                3 if features.has3(idr3::DPT) => stage2 && stalls || strw != 0,
                 _ => false,
             };
             if illegal {
-                return bad("EATS", "this kind of ATS does not go with the stages, with stalls or with the implementation");
+                return bad("EATS", "this kind of ATS does not go with the stages, the StreamWorld, with stalls or with the implementation");
             }
         }
-        let strw = if stage1 && !stage2 && features.idr0(idr0::HYP) != 0 { ste::STRW.of(words) } else { 0 };
         if strw & 1 != 0 {
             return bad("STRW", "the StreamWorld is reserved");
         }
@@ -279,10 +292,23 @@ impl Stream {
         if stage1 {
             Self::check_stage1(words, features, stage2)?;
         }
+        let partitions = stage1 && stage2 && features.has3(idr3::MPAM) && ste::S1MPAM.is_set(words);
+        if partitions && ste::VMSPTR.in_place(words) >> features.physical_bits() != 0 {
+            return bad("VMSPtr", "the address lies beyond the address size");
+        }
+        if (stage1 || stage2) && features.permissions_can_be_overridden() && ste::INSTCFG.of(words) == 3 {
+            return unsupported("reads that are instruction fetches (STE.INSTCFG)");
+        }
         let stage2 = if stage2 { Some(stage2_config(words, features, stage1)?) } else { None };
-        let privileged = features.permissions_can_be_overridden() && ste::PRIVCFG.of(words) == 3;
+        let privcfg = if features.permissions_can_be_overridden() { ste::PRIVCFG.of(words) } else { 0 };
         let vmid = vmid_counts.then(|| ste::S2VMID.of(words) as u32);
-        Ok(Self { stage1, stage2, single_privilege: strw == 2 && !features.e2h, privileged, vmid })
+        let single_privilege = strw == 2 && !features.e2h;
+        Ok(Self { stage1, stage2, single_privilege, privileged: privcfg == 3, unprivileged: privcfg == 2, vmid })
+    }
+
+    /// Whether a request that says so or not counts as privileged.
+    pub(crate) const fn is_privileged(&self, says: bool) -> bool {
+        self.single_privilege || self.privileged || says && !self.unprivileged
     }
 
     fn check_stage1(words: &Words, features: &Features, stage2: bool) -> Result<(), Stop> {
@@ -298,7 +324,7 @@ impl Stream {
                 return bad("S1Fmt", "two-level context descriptor tables are not implemented");
             }
         }
-        let limit = if stage2 { features.intermediate_bits() } else { features.output_bits() };
+        let limit = if stage2 { features.intermediate_bits() } else { features.physical_bits() };
         if ste::S1CONTEXTPTR.in_place(words) >> limit != 0 {
             return bad("S1ContextPtr", "the address lies beyond the address size");
         }
@@ -326,8 +352,15 @@ fn stage2_config(words: &Words, features: &Features, nested: bool) -> Result<Tab
     if features.idr0(idr0::TTF) & 2 == 0 {
         return bad("S2AA64", "AArch64 tables are not implemented");
     }
-    if features.has3(idr3::S2PI) && ste::S2PIE.is_set(words) {
+    let indirect = features.has3(idr3::S2PI) && ste::S2PIE.is_set(words);
+    if features.has3(idr3::S2PO) && ste::S2POE.is_set(words) && !indirect {
+        return bad("S2POE", "permission overlays need permission indirection");
+    }
+    if indirect {
         return unsupported("stage 2 permission indirection");
+    }
+    if features.has3(idr3::THE) && (ste::ASSURED_ONLY.is_set(words) || ste::TL.is_set(words)) {
+        return unsupported("stage 2 translation hardening");
     }
     let (access, dirty) = (ste::S2HA.is_set(words), ste::S2HD.is_set(words));
     let httu = features.idr0(idr0::HTTU);
@@ -350,6 +383,9 @@ fn stage2_config(words: &Words, features: &Features, nested: bool) -> Result<Tab
     let Some(start) = ste::start_level(granule.log2(), ste::S2SL0.of(words), lpa2 && ste::S2SL0_2.is_set(words)) else {
         return bad("S2SL0", "the start level is reserved");
     };
+    if features.output_bits() < ste::start_level_needs(granule.log2(), start) {
+        return bad("S2SL0", "a walk cannot start at this level on a unit with such small addresses");
+    }
     if granule == Granule::K4 && start == 3 && !features.has3(idr3::STT) {
         return bad("S2SL0", "a walk cannot start at level 3 without small translation tables");
     }
@@ -366,6 +402,7 @@ fn stage2_config(words: &Words, features: &Features, nested: bool) -> Result<Tab
     set("hardware-dirty", (access && dirty).into(), 0);
     set("access-flag-disabled", (ste::S2AFFD.is_set(words) && !access).into(), 0);
     set("big-endian", ste::S2ENDI.of(words), 0);
+    set("lpa", features.has_lpa(granule).into(), (output_bits == 52 && granule == Granule::K64).into());
     set("lpa2", lpa2.into(), 0);
     set("force-write-back", (features.has3(idr3::FWB) && ste::S2FWB.is_set(words)).into(), 0);
     set("non-shareable", (lpa2 && ste::S2SH0.of(words) < 2).into(), 0);

@@ -4,7 +4,7 @@
 //!            4K granule        16K granule       64K granule
 //! level -1   [51:48]           -                 -              52-bit input, LPA2 only
 //! level  0   [47:39] 512G *    [51:47]           -              * blocks with LPA2 only
-//! level  1   [38:30] 1G        [46:36] 64G *     [51:42] 4T +   + blocks with 52-bit output only
+//! level  1   [38:30] 1G        [46:36] 64G *     [51:42] 4T +   + blocks where the unit has 52-bit output only
 //! level  2   [29:21] 2M        [35:25] 32M       [41:29] 512M
 //! level  3   [20:12] 4K        [24:14] 16K       [28:16] 64K
 //! ```
@@ -28,6 +28,18 @@ pub(crate) fn granule(settings: &Settings, name: &'static str, default: Granule)
 /// The setting `output-bits`.
 pub(crate) fn output_bits(settings: &Settings) -> Result<u8, Error> {
     Ok(settings.one_of("output-bits", 48, OUTPUT_BITS, "IHI 0070 section 3.4")? as u8)
+}
+
+/// The setting `lpa`: the unit has 52-bit output addresses, whatever `output-bits` says. `wide` if a range has the 64K granule, which needs no LPA2 for them.
+pub(crate) fn lpa(settings: &Settings, output_bits: u8, wide: bool) -> Result<bool, Error> {
+    let section = "IHI 0070 section 6.3.6, OAS";
+    let reached = wide && output_bits == 52;
+    let lpa = settings.flag("lpa", reached)?;
+    match (lpa, wide) {
+        (true, false) => Err(Error::invalid("lpa", 1, section, "has no meaning without the 64K granule")),
+        (false, _) if reached => Err(Error::invalid("lpa", 0, section, "52 output bits are not there without")),
+        _ => Ok(lpa),
+    }
 }
 
 /// The smallest output size that reaches `last`, 48 bits if that will do.
@@ -184,12 +196,12 @@ pub(crate) struct Table {
 }
 
 /// The tables of a walk, from the first to level 3.
-pub(crate) fn tables(granule: Granule, start: i8, first_index_bits: u8, lpa2: bool, output_bits: u8) -> Vec<Table> {
+pub(crate) fn tables(granule: Granule, start: i8, first_index_bits: u8, lpa2: bool, lpa: bool) -> Vec<Table> {
     let lpa2 = lpa2 && granule != Granule::K64;
     let blocks = |number| match (granule.log2(), number) {
         (_, 2) | (12, 1) => true,
         (12, 0) | (14, 1) => lpa2,
-        (16, 1) => output_bits == 52,
+        (16, 1) => lpa,
         _ => false,
     };
     let index_bits = |number| if number == start { first_index_bits } else { granule.stride() };

@@ -139,6 +139,9 @@ fn settings_that_make_no_sense_are_refused_by_name() {
     assert_eq!(refusal(&[("low-disabled", 1), ("root", 0), ("root-high", 0)]), "root");
     assert_eq!(refusal(&[("hardware-dirty", 1)]), "hardware-dirty");
     assert_eq!(refusal(&[("lpa2", 1), ("granule", 65536)]), "lpa2");
+    assert_eq!(refusal(&[("lpa", 1)]), "lpa", "only the 64K granule has it");
+    assert_eq!(refusal(&[("lpa", 0), ("granule", 65536), ("output-bits", 52)]), "lpa", "where else would 52 bits come from");
+    stage1(&[("lpa", 1), ("granule-high", 65536), ("input-bits-high", 48)]);
     assert_eq!(refusal(&[("single-privilege", 1), ("root-high", 0)]), "single-privilege");
     assert_eq!(refusal(&[("start-level", 1)]), "start-level");
     assert_eq!(refusal(&[("tbi", 2)]), "tbi");
@@ -511,10 +514,10 @@ proptest! {
 
     /// No settings make the format panic.
     #[test]
-    fn any_settings_are_taken_or_refused(values in prop::collection::vec((0_usize..26, prop_oneof![0_u64..70, any::<u64>(), Just(4096), Just(16384), Just(65536)]), 0..8)) {
+    fn any_settings_are_taken_or_refused(values in prop::collection::vec((0_usize..27, prop_oneof![0_u64..70, any::<u64>(), Just(4096), Just(16384), Just(65536)]), 0..8)) {
         let names = ["granule", "input-bits", "output-bits", "root", "granule-high", "input-bits-high", "root-high", "mair", "low-disabled", "tbi", "tbi-high",
             "hierarchy-disabled", "hierarchy-disabled-high", "unprivileged-disabled", "unprivileged-disabled-high", "non-shareable", "non-shareable-high",
-            "hardware-access", "hardware-dirty", "access-flag-disabled", "big-endian", "lpa2", "privileged", "single-privilege", "wxn", "pan"];
+            "hardware-access", "hardware-dirty", "access-flag-disabled", "big-endian", "lpa", "lpa2", "privileged", "single-privilege", "wxn", "pan"];
         let mut settings = Settings::default();
         for (name, value) in values { settings.set(names[name], value) }
         if let Ok(format) = Stage1::open(&settings) {

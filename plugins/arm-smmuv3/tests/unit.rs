@@ -9,9 +9,10 @@ mod notes;
 use common::{Guest, registers, settings};
 use proptest::prelude::*;
 use stagecraft_plugin_arm_smmuv3::{Smmuv3, Stage1, Stage2};
+use stagecraft_sdk::queue::Access;
 use stagecraft_sdk::{
-    BlockKind, Error, Extent, Format, InvalidationTarget, Outcome, Place, PlaceToBind, RangeEntry, Registers, Requester, Settings, TableConfig, Tag,
-    Translated, Unit,
+    BlockKind, Error, Event, Extent, FaultKind, Format, InvalidationTarget, Outcome, Place, PlaceToBind, RangeEntry, Registers, Requester, Settings,
+    TableConfig, Tag, Translated, Unit,
 };
 
 /// Stages 1 and 2, AArch64, HTTU with dirty marks, hypervisor contexts, ATS, 16-bit ids, two-level tables, everything configurable.
@@ -518,6 +519,12 @@ fn stage_2_start_levels() {
     assert_eq!([plain(2, 1, 40), plain(2, 1, 41), plain(2, 0, 29)], [Some(2), None, Some(3)]);
     assert_eq!([plain(1, 2, 48), plain(1, 1, 46), plain(1, 0, 33), plain(1, 3, 48)], [Some(1), Some(2), Some(3), None]);
     assert_eq!([plain(3, 2, 48), plain(0, 2, 49), plain(0, 0, 24)], [None, None, None]);
+    // The larger first tables are for units with larger addresses: OAS 3 is 42 bits, 4 is 44. `AArch64.S2InvalidSL`.
+    let small = |oas: u64| IDR5 & !7 | oas;
+    assert_eq!([start(0, 2, 42, 0, 0, small(3)), start(0, 2, 42, 0, 0, small(4))], [None, Some(0)]);
+    assert_eq!([start(2, 2, 40, 0, 0, small(2)), start(2, 2, 40, 0, 0, small(3))], [None, Some(1)]);
+    assert_eq!([start(1, 2, 42, 0, 0, small(3)), start(1, 2, 43, 0, 0, small(4))], [None, Some(1)]);
+    assert_eq!([start(0, 1, 42, 0, 0, small(3)), start(2, 1, 40, 0, 0, small(2)), start(1, 1, 42, 0, 0, small(3))], [Some(1), Some(2), Some(2)]);
     // LPA2: S2DS is bit 3 of word 3 and S2SL0_2 bit 2.
     assert_eq!(start(0, 0, 52, 0xc, 0, IDR5_WIDE), Some(-1));
     assert_eq!(start(0, 1, 52, 0xc, 0, IDR5_WIDE), None);
@@ -546,10 +553,133 @@ fn stage_2_that_is_refused() {
     assert_eq!(with(2, 1 << 56, 0).set("IDR0", IDR0 & !(3 << 6)).event(), "C_BAD_STE", "S2HA");
     assert_eq!(with(2, 3 << 55, 0).set("IDR0", IDR0 & !(3 << 6) | 1 << 6).event(), "C_BAD_STE", "S2HD");
     assert!(with(2, 1 << 60, 0).set("IDR3", IDR3 | 1 << 19).unsupported(), "permission indirection");
+    let overlays = IDR3 | 1 << 19 | 1 << 20;
+    assert_eq!(with(2, 1 << 61, 0).set("IDR3", overlays).event(), "C_BAD_STE", "S2POE without S2PIE");
+    assert!(with(2, 3 << 60, 0).set("IDR3", overlays).unsupported(), "permission overlays");
+    assert_eq!(with(2, 1 << 61, 0).tables().len(), 1, "S2POE of a unit without them");
+    for bit in [329 - 320, 330 - 320, 331 - 320] {
+        let hardened = || {
+            let mut case = with(2, 0, 0);
+            case.ste[5] = 1 << bit;
+            case
+        };
+        assert!(hardened().set("IDR3", IDR3 | 1 << 21).unsupported(), "translation hardening");
+        assert_eq!(hardened().tables().len(), 1, "of a unit without it");
+    }
+    assert!(with(1, 3 << 50, 0).unsupported(), "reads that are instruction fetches");
+    assert_eq!(with(1, 2 << 50, 0).tables().len(), 1, "fetches that are reads");
+    assert_eq!(with(1, 3 << 50, 0).set("IDR1", IDR1 & !(1 << 26)).tables().len(), 1, "INSTCFG of a unit that does not have it");
     assert_eq!(with(1, 1 << 28, 0).tables().len(), 1, "full ATS");
     let mut stalling = with(1, 1 << 28, 0);
     stalling.ste[2] |= 1 << 57;
     assert_eq!(stalling.event(), "C_BAD_STE", "ATS with stalls");
+    // With a device permission table, IDR3.DPT. Otherwise the value behaves as no ATS.
+    let mut checked = with(1, 3 << 28, 0);
+    checked.ste[2] |= 1 << 57;
+    assert_eq!(checked.set("IDR3", IDR3 | 1 << 15).event(), "C_BAD_STE", "the same with a device permission table");
+    let mut unchecked = with(1, 3 << 28, 0);
+    unchecked.ste[2] |= 1 << 57;
+    assert_eq!(unchecked.tables().len(), 1);
+    let hypervisor = |word: u64| {
+        let mut case = stage1(CD);
+        case.ste[1] |= word | 3 << 28;
+        case
+    };
+    assert_eq!(hypervisor(2 << 30).set("IDR3", IDR3 | 1 << 15).event(), "C_BAD_STE", "a device permission table for EL2");
+    assert_eq!(hypervisor(0).set("IDR3", IDR3 | 1 << 15).tables().len(), 1);
+    assert_eq!(hypervisor(2 << 30).tables().len(), 1);
+}
+
+/// Addresses in structures have as many bits as the unit has, which may be more than tables can have.
+#[test]
+fn addresses_of_56_bits() {
+    let far = 0x00ab_0000_4010_0000;
+    let with = |oas: u64| {
+        let mut case = case([0xb | far, 0xd6, 0, 0]).set("IDR5", IDR5 & !7 | oas);
+        case.guest.write(far, &CD);
+        case
+    };
+    assert_eq!(with(7).tables().len(), 1);
+    assert_eq!(with(6).event(), "C_BAD_STE", "S1ContextPtr");
+    // VMSPtr, bits 375:332, with both stages, S1MPAM and IDR3.MPAM.
+    let partitioned = |address: u64, s1mpam: u64| {
+        let mut case = nested();
+        case.ste[1] |= s1mpam << 26;
+        case.ste[5] = address;
+        case
+    };
+    assert_eq!(partitioned(1 << 48, 1).set("IDR3", IDR3 | 1 << 7).event(), "C_BAD_STE", "VMSPtr");
+    assert_eq!(partitioned(1 << 47, 1).set("IDR3", IDR3 | 1 << 7).tables().len(), 2);
+    assert_eq!(partitioned(1 << 48, 0).set("IDR3", IDR3 | 1 << 7).tables().len(), 2);
+    assert_eq!(partitioned(1 << 48, 1).tables().len(), 2, "of a unit without partitions");
+}
+
+/// With 64K pages, blocks of 4T are there where the unit has 52-bit addresses, whatever size a structure says.
+#[test]
+fn the_largest_blocks_depend_on_the_unit() {
+    let lpa = |settings: Settings| (settings.get("output-bits"), settings.get("lpa"));
+    // TG0 1; IPS 5.
+    let with = |tg0: u64, ips: u64| stage1([CD[0] & !(3 << 6 | 7 << 32) | tg0 << 6 | ips << 32, CD[1], CD[2], CD[3]]);
+    assert_eq!(lpa(with(1, 5).set("IDR5", IDR5_WIDE).settings()), (Some(48), Some(1)));
+    assert_eq!(lpa(with(1, 6).set("IDR5", IDR5_WIDE).settings()), (Some(52), None), "that goes without saying");
+    assert_eq!(lpa(with(0, 5).set("IDR5", IDR5_WIDE).settings()), (Some(48), None));
+    assert_eq!(lpa(with(1, 5).settings()), (Some(48), None));
+    let with = |tg: u64, ps: u64| case([0xd, 0, S2[0] & !(3 << 46 | 7 << 48) | tg << 46 | ps << 48, TABLE]);
+    assert_eq!(lpa(with(1, 5).set("IDR5", IDR5_WIDE).settings()), (Some(48), Some(1)));
+    assert_eq!(lpa(with(1, 6).set("IDR5", IDR5_WIDE).settings()), (Some(52), None));
+    assert_eq!(lpa(with(0, 5).set("IDR5", IDR5_WIDE).settings()), (Some(48), None));
+    assert_eq!(lpa(with(1, 5).settings()), (Some(48), None));
+}
+
+/// E0PD0 and E0PD1: what unprivileged requests are told is a translation fault of stage 1, before any walk; IHI 0070 section 5.4.
+#[test]
+fn a_range_that_unprivileged_requests_may_not_use() {
+    let event = |fault, format: &str, privileged, iova| Event {
+        fault,
+        name: None,
+        format: Some(format.to_owned()),
+        level: Some(3),
+        entries: vec![1],
+        id: 5,
+        pasid: None,
+        iova,
+        intermediate: None,
+        reading_table: false,
+        unreadable: None,
+        access: Access::Read,
+        privileged,
+        domain: None,
+    };
+    let review = |mut case: Case, event: Event| {
+        case.place();
+        Smmuv3::review_event(&case.registers(), event, &mut case.guest).unwrap().map(|event| (event.name, event.format))
+    };
+    let closed = |low: u64, high: u64| stage1([CD[0], CD[1] | low << 2, CD[2] | high << 2, CD[3]]);
+    let told = Some((Some("F_TRANSLATION".to_owned()), Some(Stage1::NAME.to_owned())));
+    let as_it_was = Some((None, Some(Stage1::NAME.to_owned())));
+    let of = |fault| event(fault, Stage1::NAME, false, 0x1000);
+    for fault in [FaultKind::Permission, FaultKind::AccessFlag, FaultKind::AddressSize, FaultKind::Unreadable] {
+        assert_eq!(review(closed(1, 0), of(fault)), told, "{fault:?}");
+        assert_eq!(review(closed(0, 1), of(fault)), as_it_was, "{fault:?}: the other range");
+        assert_eq!(review(closed(1, 0).set("IDR3", 0), of(fault)), as_it_was, "{fault:?}: not implemented");
+        assert_eq!(review(closed(1, 0), Event { privileged: true, ..of(fault) }), as_it_was, "{fault:?}: privileged");
+        assert_eq!(review(closed(0, 1), Event { iova: 0xffff_0000_0000_1000, ..of(fault) }), told, "{fault:?}");
+    }
+    let overridden = |privcfg: u64| {
+        let mut case = closed(1, 0);
+        case.ste[1] |= privcfg << 48;
+        case
+    };
+    assert_eq!(review(overridden(2), Event { privileged: true, ..of(FaultKind::Permission) }), told, "PRIVCFG: none is privileged");
+    assert_eq!(review(overridden(3), of(FaultKind::Permission)), as_it_was, "PRIVCFG: all are");
+    // R 45.
+    let silent = stage1([CD[0] & !(1 << 45), CD[1] | 4, CD[2], CD[3]]);
+    assert_eq!(review(silent, of(FaultKind::Unreadable)), None, "which is not recorded without R");
+    // Stage 2 was never asked for a table.
+    let mut both = nested();
+    both.guest.write(CONTEXTS, &[CD[0], 0x8030_0004, 0, CD[3]]);
+    let second = Event { reading_table: true, intermediate: Some(0x8030_0000), ..event(FaultKind::Translation, Stage2::NAME, false, 0x1000) };
+    assert_eq!(review(both, second), told);
 }
 
 /// Stage 2 that maps 1 GiB of IPA at 0x8000_0000 to 0x4000_0000, with a 1G block. Returns an STE with both stages, its CD at the IPA.
@@ -606,6 +736,7 @@ fn offers_of_a_real_unit() {
     assert_eq!((limit(11, 0x74, "input-bits"), limit(11, 0x476, "input-bits")), (Some(48), Some(52)));
     assert_eq!((limit(11, 0x74, "output-bits"), limit(11, 0x476, "output-bits")), (Some(44), Some(52)));
     assert_eq!((limit(11, 0x74, "big-endian"), limit(11 | 2 << 21, 0x74, "big-endian")), (Some(1), Some(0)));
+    assert_eq!((limit(11, 0x74, "lpa"), limit(11, 0x476, "lpa")), (Some(0), Some(1)));
     assert_eq!((limit(11, 0x74, "lpa2"), limit(11, 0x74, "hardware-dirty")), (Some(0), Some(0)));
     assert_eq!(Smmuv3::offers(2, &info(7, 0x74)), Ok(vec![]), "AArch32 only");
     assert_eq!(Smmuv3::offers(2, &info(0x0d44_1019, 0x74)), Ok(vec![]), "no stage 1");
@@ -635,6 +766,7 @@ fn what_the_kernel_is_told_leads_back_to_the_table() {
             ("tbi-high", 1),
             ("hierarchy-disabled-high", 1),
             ("mair", 0x44ff),
+            ("lpa", 1),
             ("wxn", 1),
         ],
         &[

@@ -60,6 +60,9 @@ pub fn plugin_config(config: &tables::TableConfig) -> TableConfig {
             set("big-endian", config.big_endian.into());
             let wide = [config.low, config.high].into_iter().flatten().any(|half| half.granule != 65536);
             set("lpa2", (config.lpa2 && wide).into());
+            if config.lpa && config.output_bits != 52 {
+                set("lpa", 1);
+            }
             set("privileged", config.privileged.into());
         }
         tables::TableConfig::ArmStage2(config) => {
@@ -74,6 +77,9 @@ pub fn plugin_config(config: &tables::TableConfig) -> TableConfig {
             set("big-endian", config.big_endian.into());
             set("protected-walk", config.protected_walk.into());
             set("lpa2", (config.lpa2 && config.granule != 65536).into());
+            if config.lpa && config.output_bits != 52 {
+                set("lpa", 1);
+            }
         }
         tables::TableConfig::VtdFirst(config) => {
             set("levels", config.levels.into());
@@ -122,15 +128,19 @@ pub fn reference_config(table: &TableConfig) -> Option<tables::TableConfig> {
             };
             let (granule, input_bits) = (get("granule", 4096), get("input-bits", 48));
             let has_high = table.settings.get("root-high").is_some() || table.settings.get("input-bits-high").is_some();
+            let low = if flag("low-disabled") { None } else { half("", granule, input_bits) };
+            let high = if has_high { half("-high", get("granule-high", granule), get("input-bits-high", input_bits)) } else { None };
+            let has_64k = [low, high].into_iter().flatten().any(|half| half.granule == 65536);
             tables::TableConfig::ArmStage1(ArmStage1 {
-                low: if flag("low-disabled") { None } else { half("", granule, input_bits) },
-                high: if has_high { half("-high", get("granule-high", granule), get("input-bits-high", input_bits)) } else { None },
+                low,
+                high,
                 output_bits: get("output-bits", 48) as u32,
                 mair: get("mair", 0),
                 hardware_access: flag("hardware-access"),
                 hardware_dirty: flag("hardware-dirty"),
                 access_flag_disabled: flag("access-flag-disabled"),
                 big_endian: flag("big-endian"),
+                lpa: has_64k && (flag("lpa") || get("output-bits", 48) == 52),
                 lpa2: flag("lpa2"),
                 privileged,
             })
@@ -155,6 +165,7 @@ pub fn reference_config(table: &TableConfig) -> Option<tables::TableConfig> {
                 hardware_dirty: flag("hardware-dirty"),
                 access_flag_disabled: flag("access-flag-disabled"),
                 big_endian: flag("big-endian"),
+                lpa: granule == 65536 && (flag("lpa") || get("output-bits", 48) == 52),
                 lpa2,
                 protected_walk: flag("protected-walk"),
             })

@@ -96,6 +96,7 @@ fn pages_of_a_second_stage_that_are_smaller_are_served() {
         hardware_dirty: false,
         access_flag_disabled: true,
         big_endian: false,
+        lpa: false,
         lpa2: false,
         privileged: false,
     };
@@ -109,6 +110,7 @@ fn pages_of_a_second_stage_that_are_smaller_are_served() {
         hardware_dirty: false,
         access_flag_disabled: true,
         big_endian: false,
+        lpa: false,
         lpa2: false,
         protected_walk: false,
     };

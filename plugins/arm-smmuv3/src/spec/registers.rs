@@ -81,6 +81,8 @@ pub(crate) mod idr3 {
     crate::spec::fields! {
         /// CD.HAD0 and CD.HAD1 work.
         HAD = [2:2];
+        /// Memory is partitioned: STE.S1MPAM and STE.VMSPtr work.
+        MPAM = [7:7];
         /// STE.S2FWB works.
         FWB = [8:8];
         /// TxSZ up to 48 (47 with 64K).
@@ -89,12 +91,18 @@ pub(crate) mod idr3 {
         RIL = [10:10];
         /// CD.E0PD0 and CD.E0PD1 work.
         E0PD = [13:13];
+        /// Device permission tables: STE.EATS 0b11 works.
+        DPT = [15:15];
         /// CD.EPAN works.
         EPAN = [17:17];
         /// CD.PIE works.
         S1PI = [18:18];
         /// STE.S2PIE works.
         S2PI = [19:19];
+        /// STE.S2POE works.
+        S2PO = [20:20];
+        /// Translation hardening: STE.AssuredOnly, TL0 and TL1 work.
+        THE = [21:21];
         /// CD.AIE works.
         AIE = [23:23];
     }
@@ -168,6 +176,11 @@ pub(crate) mod l1cd {
         /// RES0.
         RESERVED_HIGH = [63:56];
     }
+}
+
+/// IDR5.OAS in bits; IHI 0070 section 6.3.6.
+pub(crate) const fn physical_address_size(code: u64) -> u8 {
+    if code == 7 { 56 } else { address_size(code) }
 }
 
 /// IDR5.OAS, CD.IPS and STE.S2PS in bits, as the 64-bit table formats can use it; IHI 0070 sections 5.2, 5.4 and 6.3.6.

@@ -25,9 +25,11 @@ crate::spec::slots! {
     S1PIE = [88:88];
     /// Stage 2 gives the memory type.
     S2FWB = [89:89];
+    /// CDs give partition numbers, which VMSPTR leads to the meaning of.
+    S1MPAM = [90:90];
     /// Stage 1 must not stall.
     S1STALLD = [91:91];
-    /// ATS: 0 none, 1 full, 2 split-stage.
+    /// ATS: 0 none, 1 full, 2 split-stage, 3 full with a device permission table.
     EATS = [93:92];
     /// 0b00 EL1, 0b10 EL2 or EL2-E2H.
     STRW = [95:94];
@@ -35,6 +37,8 @@ crate::spec::slots! {
     RESERVED_1 = [107:105];
     /// 0b10 unprivileged, 0b11 privileged.
     PRIVCFG = [113:112];
+    /// 0b10 reads are of data, 0b11 of instructions.
+    INSTCFG = [115:114];
     /// VMID.
     S2VMID = [143:128];
     /// 64 minus the input address size.
@@ -71,6 +75,8 @@ crate::spec::slots! {
     S2HAFT = [187:187];
     /// Permission indirection.
     S2PIE = [188:188];
+    /// Permission overlays.
+    S2POE = [189:189];
     /// Bit 2 of S2SL0.
     S2SL0_2 = [194:194];
     /// LPA2.
@@ -79,6 +85,21 @@ crate::spec::slots! {
     S2TTB = [243:196];
     /// RES0 without 128-bit descriptors.
     RESERVED_3 = [255:244];
+    /// Accesses must come through tables that stage 2 assures.
+    ASSURED_ONLY = [329:329];
+    /// Checks of top-level tables.
+    TL = [331:330];
+    /// Address of the VM structure, in place.
+    VMSPTR = [375:332];
+}
+
+/// The output address size that a unit must have for a walk that starts here; DDI 0487, `AArch64.S2InvalidSL`. `granule` is log2.
+pub(crate) const fn start_level_needs(granule: u8, start: i8) -> u8 {
+    match (granule, start) {
+        (12, 0) | (16, 1) => 44,
+        (14, 1) => 42,
+        _ => 0,
+    }
 }
 
 /// The start level, or nothing if the encoding is reserved; DDI 0487 tables D8-19, D8-29 and D8-38. `granule` is log2.

@@ -21,6 +21,11 @@ fn arm_size(code: u64) -> u32 {
     }
 }
 
+/// OAS itself, for addresses that are in no table.
+fn arm_physical_bits(idr5: u64) -> u32 {
+    if bits(idr5, 2, 0) == 7 { 56 } else { arm_size(bits(idr5, 2, 0)) }
+}
+
 /// TG0 and S2TG; IDR5 bits 4, 5, 6 say which granules there are.
 fn arm_granule(code: u64, idr5: u64) -> Option<u64> {
     match code {
@@ -58,20 +63,22 @@ fn aligned(address: u64, log2: u64) -> u64 {
 
 /// IHI 0070 3.4: intermediate addresses have at least 40 bits if AArch32 tables are implemented (IDR0.TTF 3:2, bit 0).
 fn intermediate_bits(idr0: u64, idr5: u64) -> u32 {
-    let oas = arm_size(bits(idr5, 2, 0));
+    let oas = arm_physical_bits(idr5);
     if bit(idr0, 2) { oas.max(40) } else { oas }
 }
 
 /// IHI 0070 5.2.2, `SteIllegal`, for a Non-secure STE that is valid and translates or bypasses; what belongs to stage 2's tables is in [`ste_stage2`].
-/// Not looked at, as both sides agree: MPAM, the device permission table, permission overlays.
-fn ste_illegal(snapshot: &Snapshot, ste: &[u64; 4], stage1: bool, stage2: bool) -> Result<Option<&'static str>, Problem> {
+fn ste_illegal(snapshot: &Snapshot, ste: &[u64; 6], stage1: bool, stage2: bool) -> Result<Option<&'static str>, Problem> {
     let (idr0, idr1, idr5) = (register(snapshot, "IDR0")?, register(snapshot, "IDR1")?, register(snapshot, "IDR5")?);
+    let idr3 = register(snapshot, "IDR3").unwrap_or(0);
     // IDR0: S2P 0, S1P 1.
     if (stage1 && !bit(idr0, 1)) || (stage2 && !bit(idr0, 0)) {
         return Ok(Some("a stage that is not implemented"));
     }
     // IDR0.ATS 10, NS1ATS 11; STE.EATS 93:92, S2S 185.
     let stall_at_stage2 = bit(ste[2], 57);
+    // STRW 95:94 counts with stage 1 alone and IDR0.HYP 9.
+    let strw = if stage1 && !stage2 && bit(idr0, 9) { bits(ste[1], 31, 30) } else { 0 };
     if bit(idr0, 10) && (stage1 || stage2) {
         let eats = bits(ste[1], 29, 28);
         if eats == 2 && (!(stage1 && stage2) || stall_at_stage2 || bit(idr0, 11)) {
@@ -80,9 +87,11 @@ fn ste_illegal(snapshot: &Snapshot, ste: &[u64; 4], stage1: bool, stage2: bool) 
         if eats == 1 && stall_at_stage2 && stage2 {
             return Ok(Some("EATS 0b01"));
         }
+        // IDR3.DPT 15. Without it the value behaves as 0.
+        if eats == 3 && bit(idr3, 15) && (strw != 0 || (stall_at_stage2 && stage2)) {
+            return Ok(Some("EATS 0b11"));
+        }
     }
-    // STRW 95:94 counts with stage 1 alone and IDR0.HYP 9.
-    let strw = if stage1 && !stage2 && bit(idr0, 9) { bits(ste[1], 31, 30) } else { 0 };
     if strw % 2 == 1 {
         return Ok(Some("STRW"));
     }
@@ -103,10 +112,18 @@ fn ste_illegal(snapshot: &Snapshot, ste: &[u64; 4], stage1: bool, stage2: bool) 
         if most != 0 && max != 0 && !bit(idr0, 19) && [1, 2].contains(&bits(ste[0], 5, 4)) {
             return Ok(Some("S1Fmt"));
         }
-        let limit = if stage2 { intermediate_bits(idr0, idr5) } else { arm_size(bits(idr5, 2, 0)) };
+        let limit = if stage2 { intermediate_bits(idr0, idr5) } else { arm_physical_bits(idr5) };
         if pointer(ste[0], 6) >> limit != 0 {
             return Ok(Some("S1ContextPtr"));
         }
+        // VMSPtr 375:332 is used with both stages, S1MPAM 90 and IDR3.MPAM 7.
+        if stage2 && bit(ste[1], 26) && bit(idr3, 7) && pointer(ste[5], 12) >> arm_physical_bits(idr5) != 0 {
+            return Ok(Some("VMSPtr"));
+        }
+    }
+    // INSTCFG 115:114 counts with IDR1.ATTR_PERMS_OVR 26: 0b11 makes fetches of reads.
+    if (stage1 || stage2) && bit(idr1, 26) && bits(ste[1], 51, 50) == 3 {
+        return Err(Problem::Unsupported("INSTCFG".to_string()));
     }
     Ok(None)
 }
@@ -177,6 +194,8 @@ pub(super) fn smmu(snapshot: &Snapshot, id: u64, pasid: Option<u64>) -> Result<R
         memory.read(ste_address + 8, false)?,
         memory.read(ste_address + 16, false)?,
         memory.read(ste_address + 24, false)?,
+        memory.read(ste_address + 32, false)?,
+        memory.read(ste_address + 40, false)?,
     ];
     if !bit(ste[0], 0) {
         return blocked("STE.V is 0");
@@ -269,7 +288,7 @@ pub(super) fn smmu(snapshot: &Snapshot, id: u64, pasid: Option<u64>) -> Result<R
 }
 
 /// The second-stage fields of an STE: its third and fourth word. With [`ste_illegal`], what `SteIllegal` says of them.
-fn ste_stage2(snapshot: &Snapshot, ste: &[u64; 4]) -> Result<ArmStage2, Problem> {
+fn ste_stage2(snapshot: &Snapshot, ste: &[u64; 6]) -> Result<ArmStage2, Problem> {
     let (idr0, idr3, idr5) = (register(snapshot, "IDR0")?, register(snapshot, "IDR3").unwrap_or(0), register(snapshot, "IDR5")?);
     let (word, base) = (ste[2], ste[3]);
     // S2S 185; IDR0.STALL_MODEL 25:24.
@@ -287,8 +306,16 @@ fn ste_stage2(snapshot: &Snapshot, ste: &[u64; 4]) -> Result<ArmStage2, Problem>
     if !bit(idr0, 3) {
         return illegal("STE.S2AA64");
     }
-    // S2PIE, bit 188; IDR3.S2PI 19.
-    if bit(word, 60) && bit(idr3, 19) {
+    // S2PIE, bit 188; IDR3.S2PI 19. S2POE, bit 189, which needs it; IDR3.S2PO 20.
+    let indirect = bit(word, 60) && bit(idr3, 19);
+    if bit(word, 61) && bit(idr3, 20) && !indirect {
+        return illegal("STE.S2POE");
+    }
+    // AssuredOnly 329, TL0 330, TL1 331; IDR3.THE 21.
+    if !indirect && bit(idr3, 21) && bits(ste[5], 11, 9) != 0 {
+        return Err(Problem::Unsupported("translation hardening".to_string()));
+    }
+    if indirect {
         return Err(Problem::Unsupported("stage 2 permission indirection".to_string()));
     }
     // S2HD 183, S2HA 184, S2HAFT 187, S2ENDI 180.
@@ -320,6 +347,15 @@ fn ste_stage2(snapshot: &Snapshot, ste: &[u64; 4]) -> Result<ArmStage2, Problem>
         (4096, code, false) => 2 - code as i32,
         (_, code, _) => 3 - code as i32,
     };
+    // `AArch64.S2InvalidSL`: the larger first tables are for units with larger addresses.
+    let least = match (granule, start_level) {
+        (4096, 0) | (65536, 1) => 44,
+        (16384, 1) => 42,
+        _ => 32,
+    };
+    if oas < least {
+        return illegal("STE.S2SL0");
+    }
     // S2AFFD 181, S2TTB 243:196.
     let config = ArmStage2 {
         root: table_pointer(base),
@@ -331,6 +367,7 @@ fn ste_stage2(snapshot: &Snapshot, ste: &[u64; 4]) -> Result<ArmStage2, Problem>
         hardware_dirty: dirty,
         access_flag_disabled: bit(word, 53),
         big_endian: bit(word, 52),
+        lpa: granule == 65536 && oas == 52,
         lpa2,
         // S2PTW 182, of a stream with two stages: Config, 3:1.
         protected_walk: bit(word, 54) && bit(ste[0], 1),
@@ -344,7 +381,7 @@ fn ste_stage2(snapshot: &Snapshot, ste: &[u64; 4]) -> Result<ArmStage2, Problem>
 }
 
 /// A CD, with what the STE says of privilege and regime; IHI 0070 5.4.2, `CdIllegal`.
-fn cd_stage1(snapshot: &Snapshot, ste: &[u64; 4], cd: &[u64; 4]) -> Result<ArmStage1, Problem> {
+fn cd_stage1(snapshot: &Snapshot, ste: &[u64; 6], cd: &[u64; 4]) -> Result<ArmStage1, Problem> {
     let (idr0, idr1) = (register(snapshot, "IDR0")?, register(snapshot, "IDR1")?);
     let (idr3, idr5) = (register(snapshot, "IDR3").unwrap_or(0), register(snapshot, "IDR5")?);
     let stage2 = bit(ste[0], 2);
@@ -460,6 +497,7 @@ fn cd_stage1(snapshot: &Snapshot, ste: &[u64; 4], cd: &[u64; 4]) -> Result<ArmSt
         hardware_dirty: dirty,
         access_flag_disabled: bit(cd[0], 35),
         big_endian: bit(cd[0], 15),
+        lpa: arm_size(bits(idr5, 2, 0)) == 52 && [low, high].into_iter().flatten().any(|half| half.granule == 65536),
         lpa2,
         privileged,
     };

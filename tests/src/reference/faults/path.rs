@@ -225,9 +225,9 @@ fn why(config: &TableConfig, half: usize, step: Step, entry: u64) -> Vec<Cause> 
     match config {
         TableConfig::ArmStage1(stage) => {
             let half = if half == 0 { stage.low } else { stage.high };
-            vmsa(half.map_or(4096, |half| half.granule), step, entry, config.output_bits())
+            vmsa(half.map_or(4096, |half| half.granule), step, entry, config.output_bits(), stage.lpa)
         }
-        TableConfig::ArmStage2(stage) => vmsa(stage.granule, step, entry, config.output_bits()),
+        TableConfig::ArmStage2(stage) => vmsa(stage.granule, step, entry, config.output_bits(), stage.lpa),
         TableConfig::VtdFirst(_) | TableConfig::AmdV2(_) => vec![if bit(entry, 0) { Cause::Reserved } else { Cause::Absent }],
         // R, W.
         TableConfig::VtdSecond(_) => vec![if bits(entry, 1, 0) == 0 { Cause::Absent } else { Cause::Reserved }],
@@ -237,12 +237,12 @@ fn why(config: &TableConfig, half: usize, step: Step, entry: u64) -> Vec<Cause> 
     }
 }
 
-/// No more than 48 bits with granules of 4 and 16 KiB: a block is at level 2, with the smallest granule at level 1 as well, and with the largest where addresses have
-/// 52 bits. IHI 0070 section 7.3.22: what the descriptor is, then its address, then AF.
-fn vmsa(granule: u64, step: Step, descriptor: u64, output_bits: u32) -> Vec<Cause> {
+/// No more than 48 bits with granules of 4 and 16 KiB: a block is at level 2, with the smallest granule at level 1 as well, and with the largest where the unit has addresses
+/// of 52 bits. IHI 0070 section 7.3.22: what the descriptor is, then its address, then AF.
+fn vmsa(granule: u64, step: Step, descriptor: u64, output_bits: u32, lpa: bool) -> Vec<Cause> {
     let valid = match (bits(descriptor, 1, 0), step.level) {
         (3, _) | (1, 2) => true,
-        (1, 1) => granule == 4096 || granule == 65536 && output_bits == 52,
+        (1, 1) => granule == 4096 || granule == 65536 && lpa,
         _ => false,
     };
     if !valid {

@@ -141,8 +141,20 @@ pub(super) fn expected(unit: &Unit<'_>, request: &Request) -> Result<Option<Answ
     let no_halves = reason == "both halves are off";
     let of_cd = reason.starts_with("CD.");
     let of_ste = reason.starts_with("STE.") && !reason.contains("S1DSS")
-        || ["a stage that is not implemented", "EATS 0b10", "EATS 0b01", "STRW", "S2VMID", "S1STALLD", "S1CDMax", "S1Fmt", "S1ContextPtr"]
-            .contains(&reason)
+        || [
+            "a stage that is not implemented",
+            "EATS 0b10",
+            "EATS 0b01",
+            "EATS 0b11",
+            "STRW",
+            "S2VMID",
+            "S1STALLD",
+            "S1CDMax",
+            "S1Fmt",
+            "S1ContextPtr",
+            "VMSPtr",
+        ]
+        .contains(&reason)
         || reason.starts_with("start-level")
         || reason.starts_with("input-bits");
     if of_ste {

@@ -35,6 +35,7 @@ pub(super) fn random_config(format: Format, rng: &mut Rng) -> TableConfig {
                 hardware_dirty: hardware_access && rng.percent(60),
                 access_flag_disabled: rng.percent(10),
                 big_endian: rng.percent(15),
+                lpa: [granule, high.map_or(granule, |high| high.granule)].contains(&65536) && (output_bits == 52 || rng.percent(50)),
                 lpa2,
                 privileged: false,
             })
@@ -57,6 +58,7 @@ pub(super) fn random_config(format: Format, rng: &mut Rng) -> TableConfig {
                 hardware_dirty: hardware_access && rng.percent(60),
                 access_flag_disabled: rng.percent(10),
                 big_endian: rng.percent(15),
+                lpa: granule == 65536 && (output_bits == 52 || rng.percent(50)),
                 lpa2,
                 protected_walk: false,
             })
@@ -160,7 +162,7 @@ pub(super) struct Window {
 
 /// The trees of a format (roots zero) and the IOVA windows.
 pub(super) fn shape(config: &TableConfig) -> (Vec<Tree>, Vec<Window>) {
-    let arm_tree = |half: usize, granule: u64, input_bits: u32, top: Option<u32>, output_bits: u32, lpa2: bool| {
+    let arm_tree = |half: usize, granule: u64, input_bits: u32, top: Option<u32>, output_bits: u32, lpa: bool, lpa2: bool| {
         let page_bits = granule.trailing_zeros();
         let stride = page_bits - 3;
         // As many levels as it takes.
@@ -169,7 +171,7 @@ pub(super) fn shape(config: &TableConfig) -> (Vec<Tree>, Vec<Window>) {
         let largest_leaf = match granule {
             4096 => 2 + u32::from(lpa2),
             16384 => 1 + u32::from(lpa2),
-            _ => 1 + u32::from(output_bits == 52),
+            _ => 1 + u32::from(lpa),
         };
         let address_bits = if granule == 65536 || lpa2 { output_bits } else { output_bits.min(48) };
         let top_entries = 1 << (input_bits - page_bits - stride * top);
@@ -193,14 +195,14 @@ pub(super) fn shape(config: &TableConfig) -> (Vec<Tree>, Vec<Window>) {
                 if let Some(part) = part {
                     let first = if half == 0 { 0 } else { u64::MAX - ((1 << part.input_bits) - 1) };
                     windows.push(Window { first, bits: part.input_bits, tree: trees.len() });
-                    trees.push(arm_tree(half, part.granule, part.input_bits, None, config.output_bits, config.lpa2));
+                    trees.push(arm_tree(half, part.granule, part.input_bits, None, config.output_bits, config.lpa, config.lpa2));
                 }
             }
             (trees, windows)
         }
         TableConfig::ArmStage2(config) => {
             let top = Some((3 - config.start_level) as u32);
-            let tree = arm_tree(0, config.granule, config.input_bits, top, config.output_bits, config.lpa2);
+            let tree = arm_tree(0, config.granule, config.input_bits, top, config.output_bits, config.lpa, config.lpa2);
             (vec![tree], vec![Window { first: 0, bits: config.input_bits, tree: 0 }])
         }
         TableConfig::VtdFirst(config) => {

@@ -40,6 +40,8 @@ pub struct ArmStage1 {
     pub access_flag_disabled: bool,
     /// Entries are big-endian.
     pub big_endian: bool,
+    /// The unit has 52-bit physical addresses, and with the 64K granule blocks at level 1, whatever `output_bits` is.
+    pub lpa: bool,
     /// DS: 52-bit addresses with 4K and 16K granules.
     pub lpa2: bool,
     /// Requests count as privileged (STE.PRIVCFG, or an EL2 regime).
@@ -67,6 +69,8 @@ pub struct ArmStage2 {
     pub access_flag_disabled: bool,
     /// Entries are big-endian.
     pub big_endian: bool,
+    /// As in stage 1.
+    pub lpa: bool,
     /// DS: 52-bit addresses with 4K and 16K granules.
     pub lpa2: bool,
     /// PTW: stage 1 tables and context descriptors are not read from device memory.
@@ -142,11 +146,11 @@ fn arm_address(descriptor: u64, g: u32, shift: u32, lpa2: bool, output_bits: u32
 }
 
 /// DDI 0487 D8.3.1: the levels where a block descriptor is allowed.
-fn arm_block_allowed(g: u32, level: i32, lpa2: bool, output_bits: u32) -> bool {
+fn arm_block_allowed(g: u32, level: i32, lpa2: bool, lpa: bool) -> bool {
     match g {
         12 => level == 1 || level == 2 || (level == 0 && lpa2),
         14 => level == 2 || (level == 1 && lpa2),
-        _ => level == 2 || (level == 1 && output_bits == 52),
+        _ => level == 2 || (level == 1 && lpa),
     }
 }
 
@@ -157,12 +161,12 @@ enum ArmKind {
 }
 
 /// Bits 1 and 0: x0 invalid; 11 table (level 3: page); 01 block (level 3: reserved).
-fn arm_kind(descriptor: u64, level: i32, g: u32, lpa2: bool, output_bits: u32) -> ArmKind {
+fn arm_kind(descriptor: u64, level: i32, g: u32, lpa2: bool, lpa: bool) -> ArmKind {
     match (bits(descriptor, 1, 0), level) {
         (0b11, 3) => ArmKind::Leaf,
         (0b11, _) => ArmKind::Table,
         (0b01, 3) => ArmKind::Fault,
-        (0b01, _) if arm_block_allowed(g, level, lpa2, output_bits) => ArmKind::Leaf,
+        (0b01, _) if arm_block_allowed(g, level, lpa2, lpa) => ArmKind::Leaf,
         _ => ArmKind::Fault,
     }
 }
@@ -188,7 +192,7 @@ impl ArmStage1 {
     pub(super) fn decode(&self, half: usize, step: Step, descriptor: u64) -> Entry {
         let part = if half == 0 { self.low } else { self.high }.unwrap();
         let g = granule_bits(part.granule).unwrap();
-        match arm_kind(descriptor, step.level, g, self.lpa2, self.output_bits) {
+        match arm_kind(descriptor, step.level, g, self.lpa2, self.lpa || self.output_bits == 52) {
             ArmKind::Fault => Entry::Fault,
             ArmKind::Table => {
                 let Some(address) = arm_address(descriptor, g, g, self.lpa2, self.output_bits) else { return Entry::Fault };
@@ -249,7 +253,7 @@ impl ArmStage2 {
 
     pub(super) fn decode(&self, step: Step, descriptor: u64) -> Entry {
         let g = granule_bits(self.granule).unwrap();
-        match arm_kind(descriptor, step.level, g, self.lpa2, self.output_bits) {
+        match arm_kind(descriptor, step.level, g, self.lpa2, self.lpa || self.output_bits == 52) {
             ArmKind::Fault => Entry::Fault,
             // Stage 2 has no hierarchical permissions.
             ArmKind::Table => match arm_address(descriptor, g, g, self.lpa2, self.output_bits) {
@@ -290,6 +294,7 @@ impl ArmStage1 {
             "hardware-dirty",
             "access-flag-disabled",
             "big-endian",
+            "lpa",
             "lpa2",
             "privileged",
         ])?;
@@ -322,6 +327,7 @@ impl ArmStage1 {
             hardware_dirty: reader.flag("hardware-dirty", false),
             access_flag_disabled: reader.flag("access-flag-disabled", false),
             big_endian: reader.flag("big-endian", false),
+            lpa: reader.flag("lpa", false),
             lpa2,
             privileged: reader.flag("privileged", false),
         })
@@ -344,7 +350,11 @@ impl ArmStage1 {
         all.extend([("tbi", tbi, 0), ("hierarchical-disabled", had, 0), said("output-bits", self.output_bits), ("mair", self.mair, 0)]);
         all.extend([("hardware-access", u64::from(self.hardware_access), 0), ("hardware-dirty", u64::from(self.hardware_dirty), 0)]);
         all.extend([("access-flag-disabled", u64::from(self.access_flag_disabled), 0), ("big-endian", u64::from(self.big_endian), 0)]);
-        all.extend([("lpa2", u64::from(self.lpa2), 0), ("privileged", u64::from(self.privileged), 0)]);
+        all.extend([
+            ("lpa", u64::from(self.lpa), u64::from(self.output_bits == 52)),
+            ("lpa2", u64::from(self.lpa2), 0),
+            ("privileged", u64::from(self.privileged), 0),
+        ]);
         all
     }
 }
@@ -361,6 +371,7 @@ impl ArmStage2 {
             "hardware-dirty",
             "access-flag-disabled",
             "big-endian",
+            "lpa",
             "lpa2",
             "protected-walk",
         ])?;
@@ -384,6 +395,7 @@ impl ArmStage2 {
             hardware_dirty: reader.flag("hardware-dirty", false),
             access_flag_disabled: reader.flag("access-flag-disabled", false),
             big_endian: reader.flag("big-endian", false),
+            lpa: reader.flag("lpa", false),
             lpa2,
             protected_walk: reader.flag("protected-walk", false),
         })
@@ -398,7 +410,11 @@ impl ArmStage2 {
         }
         all.extend([("hardware-access", u64::from(self.hardware_access), 0), ("hardware-dirty", u64::from(self.hardware_dirty), 0)]);
         all.extend([("access-flag-disabled", u64::from(self.access_flag_disabled), 0), ("big-endian", u64::from(self.big_endian), 0)]);
-        all.extend([("lpa2", u64::from(self.lpa2), 0), ("protected-walk", u64::from(self.protected_walk), 0)]);
+        all.extend([
+            ("lpa", u64::from(self.lpa), u64::from(self.output_bits == 52)),
+            ("lpa2", u64::from(self.lpa2), 0),
+            ("protected-walk", u64::from(self.protected_walk), 0),
+        ]);
         all
     }
 }

@@ -129,14 +129,22 @@ fn context_descriptor(config: &TableConfig) -> [u64; 8] {
     cd
 }
 
-fn smmu(memory: Memory, base_cfg: u64) -> Snapshot {
-    // IDR0: both byte orders, accessed and dirty marks, two-level tables; IDR1: 16 bits of StreamID and SubstreamID; IDR3.HAD, STT; IDR5: 52 bits each way, all
+/// The unit of a stream with this table: what else it has is behind 48 bits.
+fn smmu(memory: Memory, base_cfg: u64, config: &TableConfig) -> Snapshot {
+    let (output_bits, input_bits, lpa) = match config {
+        TableConfig::ArmStage1(config) => (config.output_bits, 0, config.lpa),
+        TableConfig::ArmStage2(config) => (config.output_bits, config.input_bits, config.lpa),
+        _ => unreachable!(),
+    };
+    // OAS: with 52 bits there are larger blocks, and a second stage has no larger input.
+    let wide = output_bits > 48 || input_bits > 48 || lpa;
+    // IDR0: both byte orders, accessed and dirty marks, two-level tables; IDR1: 16 bits of StreamID and SubstreamID; IDR3.HAD, STT; IDR5: 52 bits of input, all
     // granules, DS.
     let registers = [
         ("IDR0", 0x090c_109b),
         ("IDR1", (16 << 6) + 16),
         ("IDR3", 0x204),
-        ("IDR5", 0x4f6),
+        ("IDR5", 0x4f0 + if wide { 6 } else { 5 }),
         ("CR0", 0b1101),
         ("CR2", 0),
         ("STRTAB_BASE_CFG", base_cfg),
@@ -177,7 +185,7 @@ pub fn smmu_nested(seed: u64) -> Option<(Snapshot, Nested)> {
     let ste = [1 + (7 << 1) + (1 << 4) + l1 + (8 << 59), 2, word, second.root];
     write_words(&mut memory, STRUCTURES + 0x38 * 64, &ste);
     // A linear table of 256 STEs.
-    Some((smmu(memory, 8), nested))
+    Some((smmu(memory, 8, &nested.first.config), nested))
 }
 
 /// Stream 0x103 of an SMMUv3 with one stage, of any kind that the generator makes, behind a two-level stream table.
@@ -210,7 +218,7 @@ pub fn smmu_single(format: Format, seed: u64) -> (Snapshot, Generated) {
     // Two levels with SPLIT 8: descriptor 1 points to 2^(5-1) STEs, of which 0x103 is the fourth.
     write_words(&mut memory, STRUCTURES, &[0, STRUCTURES + 0x1000 + 5]);
     write_words(&mut memory, STRUCTURES + 0x1000 + 3 * 64, &ste);
-    (smmu(memory, 16 + (8 << 6) + (1 << 16)), generated)
+    (smmu(memory, 16 + (8 << 6) + (1 << 16), &generated.config), generated)
 }
 
 /// A VT-d unit with its structures at [`STRUCTURES`]; `mode` 0 is legacy, 1 scalable.

@@ -39,6 +39,8 @@ pub(in super::super) struct Arm {
     pub(in super::super) halves: [Option<Half>; 2],
     /// Addresses at or above `2^output_bits` are a fault.
     pub(in super::super) output_bits: u8,
+    /// The unit has 52-bit addresses, whatever the size above: blocks of 4T with 64K pages.
+    pub(in super::super) lpa: bool,
     /// DS: 52-bit addresses with 4K and 16K granules.
     pub(in super::super) lpa2: bool,
     /// HA and HD.
@@ -140,7 +142,7 @@ impl Arm {
         let lowest = match half.page_log2 {
             12 => 1 - i8::from(self.lpa2),
             14 => 2 - i8::from(self.lpa2),
-            _ => 2 - i8::from(self.output_bits == 52),
+            _ => 2 - i8::from(self.lpa),
         };
         level >= lowest
     }

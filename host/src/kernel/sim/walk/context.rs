@@ -189,6 +189,7 @@ fn descriptor(cd: &[u64; 4], idr: &[u32; 6]) -> Option<arm::Arm> {
     Some(arm::Arm {
         halves,
         output_bits: if wide { size } else { size.min(48) },
+        lpa: largest == 52,
         lpa2,
         hardware_access,
         hardware_dirty,
