@@ -23,7 +23,7 @@ type Settings = &'static [(&'static str, u64)];
 /// Settings of each format that differ in what entries look like.
 const STAGE1: &[Settings] = &[
     &[],
-    &[("granule", 16384), ("hardware-access", 1), ("hardware-dirty", 1), ("wxn", 1)],
+    &[("granule", 16384), ("hardware-access", 1), ("hardware-dirty", 1), ("hardware-table-access", 1), ("wxn", 1)],
     &[("granule", 65536), ("input-bits", 52), ("output-bits", 52), ("privileged", 1), ("pan", 1), ("hierarchy-disabled", 1)],
     &[("lpa2", 1), ("input-bits", 52), ("output-bits", 52), ("non-shareable", 1), ("big-endian", 1)],
     &[("input-bits", 39), ("input-bits-high", 36), ("granule-high", 16384), ("tbi", 1), ("hierarchy-disabled-high", 1), ("unprivileged-disabled", 1)],
@@ -33,7 +33,7 @@ const STAGE2: &[Settings] = &[
     &[],
     &[("input-bits", 40), ("output-bits", 44), ("start-level", 1), ("hardware-access", 1), ("hardware-dirty", 1)],
     &[("granule", 16384), ("input-bits", 40), ("force-write-back", 1)],
-    &[("granule", 65536), ("input-bits", 48), ("output-bits", 52), ("access-flag-disabled", 1)],
+    &[("granule", 65536), ("input-bits", 48), ("output-bits", 48), ("lpa", 1), ("access-flag-disabled", 1)],
     &[("lpa2", 1), ("input-bits", 52), ("output-bits", 52), ("start-level", 255), ("non-shareable", 1), ("big-endian", 1)],
 ];
 const FIRST: &[Settings] = &[

@@ -354,6 +354,7 @@ pub(crate) fn config(words: &Words, entry: &Words, features: &Features, stream: 
         ("hardware-access", access),
         ("hardware-dirty", access && cd::HD.is_set(words)),
         ("access-flag-disabled", !access && cd::AFFD.is_set(words)),
+        ("hardware-table-access", access && features.marks_tables() && cd::HAFT.is_set(words)),
         ("big-endian", cd::ENDI.is_set(words)),
         ("lpa", lpa),
         ("lpa2", lpa2),

@@ -50,6 +50,7 @@ pub(crate) fn offers(kind: u32, info: &[u8]) -> Result<Vec<Offer>, Error> {
         ("big-endian", u64::from(endian == 0)),
         ("hardware-access", 0),
         ("hardware-dirty", 0),
+        ("hardware-table-access", 0),
         ("lpa", u64::from(address_size(idr5::OAS.of(id5)) == 52)),
         ("lpa2", 0),
         ("privileged", 0),
@@ -163,6 +164,7 @@ fn context(stage1: &Stage1, space: u32) -> Words {
     set(cd::HA, stage1.hardware.access.into());
     set(cd::HD, stage1.hardware.dirty.into());
     set(cd::AFFD, stage1.hardware.access_flag_disabled.into());
+    set(cd::HAFT, stage1.hardware.tables.into());
     set(cd::WXN, stage1.wxn.into());
     set(cd::PAN, stage1.pan.into());
     set(cd::DS, stage1.lpa2.into());

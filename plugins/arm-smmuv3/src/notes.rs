@@ -8,9 +8,6 @@ use crate::spec::registers::{idr0, idr3, l1cd, l1std};
 use crate::spec::{Slot, Words, cd, ste};
 use crate::stream::Features;
 
-/// HTTU: accessed flags of tables too.
-const HTTU_TABLES: u64 = 3;
-
 fn fields(structure: &mut Structure<'_>, words: &Words, unused: &[(bool, Slot)], reason: &'static str) {
     let mut bits = [0_u64; 8];
     for (_, slot) in unused.iter().filter(|(unused, _)| *unused) {
@@ -43,7 +40,7 @@ pub(crate) fn stream_entry(memory: &mut dyn GuestMemory, address: u64, words: &W
         (!features.has3(idr3::S1PI), ste::S1PIE),
         (!features.has3(idr3::FWB), ste::S2FWB),
         (features.idr0(idr0::ATS) == 0, ste::EATS),
-        (features.idr0(idr0::HTTU) != HTTU_TABLES, ste::S2HAFT),
+        (!features.marks_tables(), ste::S2HAFT),
         (!features.has3(idr3::S2PI), ste::S2PIE),
         (!features.has_lpa2(), ste::S2SL0_2),
         (!features.has_lpa2(), ste::S2DS),
@@ -59,7 +56,7 @@ pub(crate) fn context(memory: &mut dyn GuestMemory, address: u64, words: &Words,
         (!features.has3(idr3::HAD), cd::HAD1),
         (!features.has3(idr3::E0PD), cd::E0PD0),
         (!features.has3(idr3::E0PD), cd::E0PD1),
-        (features.idr0(idr0::HTTU) != HTTU_TABLES, cd::HAFT),
+        (!features.marks_tables(), cd::HAFT),
         (!features.has3(idr3::EPAN), cd::EPAN),
         (!features.has3(idr3::AIE), cd::AIE),
         (!features.has_lpa2(), cd::DS),

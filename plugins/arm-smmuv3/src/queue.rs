@@ -13,7 +13,7 @@ use stagecraft_sdk::queue::{Access, record_words};
 use stagecraft_sdk::{Answer, BlockedDma, Effect, Error, Event, EventRecord, FaultKind, Format, PageRequest, Registers, Response, Scope};
 
 use crate::Stage2;
-use crate::spec::registers::{cr2, idr0, idr3};
+use crate::spec::registers::{cr2, idr0, idr3, idr5};
 
 const COMMANDS: &str = "IHI 0070 section 4.1";
 const EVENTS: &str = "IHI 0070 section 7.3";
@@ -37,8 +37,8 @@ mod low {
     pub(super) const CS: Field = Field::new(13, 12);
     /// Range: granules minus one, before scaling.
     pub(super) const NUM: Field = Field::new(16, 12);
-    /// Range: log2 of the factor.
-    pub(super) const SCALE: Field = Field::new(24, 20);
+    /// Range: log2 of the factor; the highest bit counts with LPA2 alone.
+    pub(super) const SCALE: Field = Field::new(25, 20);
     pub(super) const SUBSTREAM: Field = Field::new(31, 12);
     pub(super) const STREAM: Field = Field::new(63, 32);
     pub(super) const VMID: Field = Field::new(47, 32);
@@ -67,7 +67,9 @@ mod high {
 /// What decides which commands are legal, and what they mean.
 pub(crate) struct Commands {
     idr0: u64,
-    ranges: bool,
+    idr3: u64,
+    /// The largest SCALE, and the bits of it that count.
+    scale: (u64, u64),
     e2h: bool,
 }
 
@@ -75,7 +77,8 @@ impl Commands {
     pub(crate) fn new(registers: &Registers) -> Result<Self, Error> {
         Ok(Self {
             idr0: registers.need("IDR0")?,
-            ranges: idr3::RIL.of(registers.get("IDR3").unwrap_or(0)) != 0,
+            idr3: registers.get("IDR3").unwrap_or(0),
+            scale: if idr5::DS.of(registers.get("IDR5").unwrap_or(0)) != 0 { (39, 0x3f) } else { (31, 0x1f) },
             e2h: cr2::E2H.of(registers.get("CR2").unwrap_or(0)) != 0,
         })
     }
@@ -91,6 +94,10 @@ impl Commands {
         feature.of(self.idr0) != 0
     }
 
+    fn has3(&self, feature: Field) -> bool {
+        feature.of(self.idr3) != 0
+    }
+
     /// What a command asks for; nothing if it is illegal.
     fn effect(&self, low: u64, high: u64) -> Option<Effect> {
         let legal = |condition: bool, effect: Effect| condition.then_some(effect);
@@ -103,8 +110,11 @@ impl Commands {
         let stream = Scope::ALL.id(low::STREAM.of(low));
         let leaf = high::LEAF.of(high) != 0;
         match opcode {
-            // PREFETCH_CONFIG, PREFETCH_ADDR, CFGI_VMS_PIDM (partition ids of MPAM).
-            0x01 | 0x02 | 0x07 => Some(Effect::Nothing),
+            // PREFETCH_CONFIG, PREFETCH_ADDR.
+            0x01 | 0x02 => Some(Effect::Nothing),
+            // CFGI_VMS_PIDM; DPTI_ALL, DPTI_PA: what translated requests may reach.
+            0x07 => legal(self.has3(idr3::MPAM), Effect::Nothing),
+            0x70 | 0x73 => legal(self.has3(idr3::DPT), Effect::Nothing),
             // CFGI_STE; CFGI_STE_RANGE, and as CFGI_ALL.
             0x03 => Some(Effect::Structures(stream.leaf(leaf))),
             0x04 => Some(Effect::Structures(match high::RANGE.of(high) {
@@ -172,10 +182,11 @@ impl Commands {
     /// IHI 0070 section 4.4.1.1: `(NUM + 1) * 2^SCALE` granules. Without a granule it is the page that has the address, of 4 KiB at least.
     fn extent(&self, address: u64, low: u64, high: u64) -> (u64, u64) {
         let granule_log2 = match high::TG.of(high) {
-            tg @ 1..=3 if self.ranges => 10 + 2 * tg,
+            tg @ 1..=3 if self.has3(idr3::RIL) => 10 + 2 * tg,
             _ => return (address & !0xfff, address | 0xfff),
         };
-        let granules = (low::NUM.of(low) + 1) << low::SCALE.of(low);
+        let (largest, counts) = self.scale;
+        let granules = (low::NUM.of(low) + 1) << (low::SCALE.of(low) & counts).min(largest);
         let first = address >> granule_log2 << granule_log2;
         (first, first.saturating_add((granules << granule_log2) - 1))
     }

@@ -4,8 +4,8 @@ use stagecraft_sdk::{Error, Event, FaultKind, Format, GuestMemory, Registers};
 
 use crate::context::{self, Contexts};
 use crate::queue::REFUSED_MARK;
-use crate::spec::registers::cr2;
-use crate::spec::{cd, ste};
+use crate::spec::registers::{cr0, cr2};
+use crate::spec::{Words, cd, ste};
 use crate::stream::{self, Features, Stop, Stream};
 use crate::{Stage1, Stage2};
 
@@ -24,17 +24,26 @@ pub(crate) fn review(registers: &Registers, event: Event, memory: &mut dyn Guest
         Ok(features) => features,
         Err(_) => return Ok(Some(event)),
     };
-    if event.name.is_none() && event.format.is_none() && event.fault == FaultKind::AddressSize {
-        return Ok(bypassed(&features, event));
+    let passes = event.name.is_none() && event.format.is_none() && event.fault == FaultKind::AddressSize;
+    if passes && cr0::SMMUEN.of(registers.get("CR0").unwrap_or(1)) == 0 {
+        // Section 3.4: the disabled unit aborts, and records nothing.
+        return Ok(None);
     }
-    if !is_of_walk(&event) {
+    if !passes && !is_of_walk(&event) {
         return Ok(Some(event));
     }
-    match recorded(registers, &features, &event, memory) {
+    let Ok(entry) = stream::find(registers, &features, event.id, memory) else { return Ok(Some(event)) };
+    let event = features.overridden(&entry, event);
+    if passes {
+        // No stage is configured, or stage 1 alone, which the request bypasses.
+        let is_plain = ste::CONFIG.of(&entry) == 0b100;
+        return Ok(bypassed(if is_plain { features.physical_bits() } else { features.intermediate_bits() }, event));
+    }
+    match recorded(&entry, &features, &event, memory) {
         Ok(Recorded { before_walk: true, wanted, .. }) => Ok(before_walk(event).filter(|_| wanted)),
         // F_WALK_EABT is always recorded.
         _ if event.fault == FaultKind::Unreadable => Ok(Some(event)),
-        Ok(Recorded { stage1: false, .. }) if is_beyond_input(&features, &event) => Ok(bypassed(&features, event)),
+        Ok(Recorded { stage1: false, .. }) if is_beyond_input(&features, &event) => Ok(bypassed(features.intermediate_bits(), event)),
         Ok(Recorded { wanted: false, .. }) => Ok(None),
         Ok(Recorded { of_mark: true, .. }) => Ok(Some(Event { name: Some(REFUSED_MARK.to_owned()), ..event })),
         Ok(_) | Err(_) => Ok(Some(event)),
@@ -42,8 +51,8 @@ pub(crate) fn review(registers: &Registers, event: Event, memory: &mut dyn Guest
 }
 
 /// Section 3.4: an address with more bits than the unit has is an address size fault of the stage 1 that is bypassed, which no flag suppresses.
-fn bypassed(features: &Features, event: Event) -> Option<Event> {
-    let too_large = event.iova >> features.intermediate_bits() != 0;
+fn bypassed(most: u8, event: Event) -> Option<Event> {
+    let too_large = event.iova >> most != 0;
     too_large.then(|| Event { name: Some("F_ADDR_SIZE".to_owned()), format: None, ..event })
 }
 
@@ -71,18 +80,18 @@ struct Recorded {
     before_walk: bool,
 }
 
-fn recorded(registers: &Registers, features: &Features, event: &Event, memory: &mut dyn GuestMemory) -> Result<Recorded, Stop> {
-    let entry = stream::find(registers, features, event.id, memory)?;
-    let stream = Stream::new(&entry, features)?;
-    let contexts = Contexts::new(&entry, features, &stream);
+fn recorded(entry: &Words, features: &Features, event: &Event, memory: &mut dyn GuestMemory) -> Result<Recorded, Stop> {
+    let stream = Stream::new(entry, features)?;
+    let contexts = Contexts::new(entry, features, &stream);
     let index = if stream.stage1 { contexts.select(event.pasid)? } else { None };
     let context = match index {
         Some(index) if event.name.is_none() || !event.is_of(Stage2::NAME) => Some(contexts.find(index, memory)?),
         _ => None,
     };
-    let refuses = |words| !stream.is_privileged(event.privileged) && context::refuses_unprivileged(words, features, event.iova);
+    // With one privilege level everything counts as privileged (section 13.4.1).
+    let refuses = |words| !event.privileged && !stream.single_privilege && context::refuses_unprivileged(words, features, event.iova);
     if event.is_of(Stage2::NAME) && !context.as_ref().is_some_and(refuses) {
-        let wanted = ste::S2R.is_set(&entry) || ste::S2S.is_set(&entry);
+        let wanted = ste::S2R.is_set(entry) || ste::S2S.is_set(entry);
         let of_table = event.fault == FaultKind::Permission && event.reading_table && event.name.is_none();
         let refused = stream.stage2.as_ref().zip(event.intermediate).filter(|_| of_table);
         let of_mark = refused.is_some_and(|(table, address)| memory.read_through(table, address & !7, 8).is_ok());

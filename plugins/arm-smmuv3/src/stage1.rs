@@ -33,6 +33,7 @@ pub(crate) const SETTINGS: &[&str] = &[
     Hardware::NAMES[0],
     Hardware::NAMES[1],
     Hardware::NAMES[2],
+    Hardware::NAMES[3],
     "big-endian",
     "lpa",
     "lpa2",
@@ -465,6 +466,6 @@ impl Format for Stage1 {
     }
 
     fn encode_table(&self, level: u8, next: u8) -> Option<u64> {
-        self.place(level)?.table.encode_table(level, next)
+        self.place(level)?.table.encode_table(self.hardware, level, next)
     }
 }

@@ -18,6 +18,7 @@ pub(crate) const SETTINGS: &[&str] = &[
     Hardware::NAMES[0],
     Hardware::NAMES[1],
     Hardware::NAMES[2],
+    Hardware::NAMES[3],
     "big-endian",
     "lpa",
     "lpa2",
@@ -292,6 +293,6 @@ impl Format for Stage2 {
     }
 
     fn encode_table(&self, level: u8, next: u8) -> Option<u64> {
-        self.table(level)?.encode_table(level, next)
+        self.table(level)?.encode_table(self.hardware, level, next)
     }
 }

@@ -3,7 +3,8 @@
 //! All streams are Non-secure. Where a version of the architecture leaves a choice, what SMMUv3.1 and later must do is done.
 
 use stagecraft_sdk::bits::Field;
-use stagecraft_sdk::{Blocked, Error, Format, GuestMemory, Registers, TableConfig};
+use stagecraft_sdk::queue::Access;
+use stagecraft_sdk::{Blocked, Error, Event, Format, GuestMemory, Registers, TableConfig};
 
 use crate::Stage2;
 use crate::notes;
@@ -11,6 +12,13 @@ use crate::spec::registers::{address_size, cr2, idr0, idr1, idr3, idr5, l1std, p
 use crate::spec::{Slot, Words, cd, field, ste};
 use crate::stage2::{default_start, start_level_setting};
 use crate::vmsa::{Granule, align_down, root_alignment};
+
+/// PRIVCFG.
+const UNPRIVILEGED: u64 = 2;
+const PRIVILEGED: u64 = 3;
+/// INSTCFG.
+const DATA: u64 = 2;
+const INSTRUCTION: u64 = 3;
 
 /// Why a lookup ends early.
 #[derive(Debug)]
@@ -130,6 +138,24 @@ impl Features {
         idr1::ATTR_PERMS_OVR.of(self.idr1) != 0
     }
 
+    /// A request as its stream's entry makes it, which is what events tell of: IHI 0070 sections 5.2 (PRIVCFG, INSTCFG) and 7.3.
+    pub(crate) fn overridden(&self, words: &Words, event: Event) -> Event {
+        if !self.permissions_can_be_overridden() {
+            return event;
+        }
+        let privileged = match ste::PRIVCFG.of(words) {
+            UNPRIVILEGED => false,
+            PRIVILEGED => true,
+            _ => event.privileged,
+        };
+        let access = match (ste::INSTCFG.of(words), event.access) {
+            (DATA, Access::Execute) => Access::Read,
+            (INSTRUCTION, Access::Read) => Access::Execute,
+            (_, access) => access,
+        };
+        Event { privileged, access, ..event }
+    }
+
     /// 0 to 20; larger values make no sense.
     pub(crate) fn substream_bits(&self) -> u8 {
         idr1::SSIDSIZE.of(self.idr1).min(20) as u8
@@ -148,6 +174,11 @@ impl Features {
     /// Intermediate address size, IHI 0070 section 3.4: AArch32 tables have 40 bits.
     pub(crate) fn intermediate_bits(&self) -> u8 {
         if self.idr0(idr0::TTF) & 1 != 0 { self.physical_bits().max(40) } else { self.physical_bits() }
+    }
+
+    /// HTTU: Access flags of tables too.
+    pub(crate) const fn marks_tables(&self) -> bool {
+        self.idr0(idr0::HTTU) == 3
     }
 
     /// Whether tables with this granule reach 52-bit addresses whatever size is configured: FEAT_LPA, which the 64K granule alone has.
@@ -245,8 +276,6 @@ pub(crate) struct Stream {
     pub(crate) single_privilege: bool,
     /// PRIVCFG says that requests are privileged.
     pub(crate) privileged: bool,
-    /// PRIVCFG says that they are not.
-    unprivileged: bool,
     /// Its translations belong to this VMID.
     pub(crate) vmid: Option<u32>,
 }
@@ -296,19 +325,14 @@ impl Stream {
         if partitions && ste::VMSPTR.in_place(words) >> features.physical_bits() != 0 {
             return bad("VMSPtr", "the address lies beyond the address size");
         }
-        if (stage1 || stage2) && features.permissions_can_be_overridden() && ste::INSTCFG.of(words) == 3 {
+        if (stage1 || stage2) && features.permissions_can_be_overridden() && ste::INSTCFG.of(words) == INSTRUCTION {
             return unsupported("reads that are instruction fetches (STE.INSTCFG)");
         }
         let stage2 = if stage2 { Some(stage2_config(words, features, stage1)?) } else { None };
-        let privcfg = if features.permissions_can_be_overridden() { ste::PRIVCFG.of(words) } else { 0 };
+        let privileged = features.permissions_can_be_overridden() && ste::PRIVCFG.of(words) == PRIVILEGED;
         let vmid = vmid_counts.then(|| ste::S2VMID.of(words) as u32);
         let single_privilege = strw == 2 && !features.e2h;
-        Ok(Self { stage1, stage2, single_privilege, privileged: privcfg == 3, unprivileged: privcfg == 2, vmid })
-    }
-
-    /// Whether a request that says so or not counts as privileged.
-    pub(crate) const fn is_privileged(&self, says: bool) -> bool {
-        self.single_privilege || self.privileged || says && !self.unprivileged
+        Ok(Self { stage1, stage2, single_privilege, privileged, vmid })
     }
 
     fn check_stage1(words: &Words, features: &Features, stage2: bool) -> Result<(), Stop> {
@@ -401,6 +425,7 @@ fn stage2_config(words: &Words, features: &Features, nested: bool) -> Result<Tab
     set("hardware-access", access.into(), 0);
     set("hardware-dirty", (access && dirty).into(), 0);
     set("access-flag-disabled", (ste::S2AFFD.is_set(words) && !access).into(), 0);
+    set("hardware-table-access", (access && features.marks_tables() && ste::S2HAFT.is_set(words)).into(), 0);
     set("big-endian", ste::S2ENDI.of(words), 0);
     set("lpa", features.has_lpa(granule).into(), (output_bits == 52 && granule == Granule::K64).into());
     set("lpa2", lpa2.into(), 0);

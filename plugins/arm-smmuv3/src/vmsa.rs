@@ -251,7 +251,7 @@ impl Table {
             absent: 0,
             accessed: if hardware.access { Mark { mask: af, value: af } } else { Mark::default() },
             dirty: if hardware.dirty { dirty } else { Mark::default() },
-            table_accessed: Mark::default(),
+            table_accessed: if hardware.tables && !self.is_last() { Mark { mask: af, value: af } } else { Mark::default() },
         }
     }
 
@@ -283,8 +283,9 @@ impl Table {
     }
 
     /// A table entry at index `level` of the levels; tables follow each other in the list.
-    pub(crate) const fn encode_table(&self, level: u8, next: u8) -> Option<u64> {
-        if !self.is_last() && next == level.saturating_add(1) { Some(TABLE_OR_PAGE) } else { None }
+    pub(crate) const fn encode_table(&self, hardware: Hardware, level: u8, next: u8) -> Option<u64> {
+        let accessed = if hardware.tables { descriptor::stage1::AF.mask() } else { 0 };
+        if !self.is_last() && next == level.saturating_add(1) { Some(TABLE_OR_PAGE | accessed) } else { None }
     }
 
     pub(crate) const fn next(level: u8) -> Next {
@@ -333,20 +334,27 @@ pub(crate) struct Hardware {
     pub(crate) dirty: bool,
     /// AFFD: without HA, takes the Access flag as 1.
     pub(crate) access_flag_disabled: bool,
+    /// HAFT: with HA, sets an Access flag of tables, which is where that of leaves is (DDI 0487 section D8.5).
+    pub(crate) tables: bool,
 }
 
 impl Hardware {
-    pub(crate) const NAMES: [&'static str; 3] = ["hardware-access", "hardware-dirty", "access-flag-disabled"];
+    pub(crate) const NAMES: [&'static str; 4] = ["hardware-access", "hardware-dirty", "access-flag-disabled", "hardware-table-access"];
 
     pub(crate) fn open(settings: &Settings) -> Result<Self, Error> {
         let hardware = Self {
             access: settings.flag(Self::NAMES[0], false)?,
             dirty: settings.flag(Self::NAMES[1], false)?,
             access_flag_disabled: settings.flag(Self::NAMES[2], false)?,
+            tables: settings.flag(Self::NAMES[3], false)?,
         };
         if hardware.dirty && !hardware.access {
             let reason = "hardware that marks dirty must mark accessed too";
             return Err(Error::invalid(Self::NAMES[1], 1, "IHI 0070 section 5.4, HA", reason));
+        }
+        if hardware.tables && !hardware.access {
+            let reason = "hardware that marks tables must mark leaves too";
+            return Err(Error::invalid(Self::NAMES[3], 1, "IHI 0070 section 5.4, HAFT", reason));
         }
         Ok(hardware)
     }

@@ -40,6 +40,10 @@ fn configuration_commands() {
     for prefetch in [1, 2] {
         assert_eq!(effect([0x38 << 32 | prefetch, 0]), Effect::Nothing);
     }
+    // CFGI_VMS_PIDM with IDR3.MPAM, DPTI_ALL and DPTI_PA with IDR3.DPT.
+    for (opcode, feature) in [(0x07, 1 << 7), (0x70, 1 << 15), (0x73, 1 << 15)] {
+        assert_eq!([with(&[("IDR0", IDR0), ("IDR3", feature)], [opcode, 0]), effect([opcode, 0])], [Effect::Nothing, ILLEGAL], "{opcode:#x}");
+    }
 }
 
 #[test]
@@ -78,6 +82,13 @@ fn ranges_cover_num_plus_one_times_two_to_the_scale_granules() {
     assert_eq!(range(2, 1, 2, 0x4000_0000), (0x4000_0000, 0x4001_7fff), "six pages of 16 KiB");
     assert_eq!(range(2, 1, 3, 0x4001_8000), (0x4001_0000, 0x4006_ffff), "six pages of 64 KiB; lower bits of the address play no part");
     assert_eq!(range(31, 31, 3, 0), (0, (1 << 52) - 1));
+    assert_eq!(range(0, 33, 1, 0), (0, 0x1fff), "without LPA2, SCALE has five bits");
+    let wide = |scale: u64| {
+        let registers = [("IDR0", IDR0), ("IDR3", IDR3), ("IDR5", 1 << 7)];
+        let Effect::Range(scope) = with(&registers, [scale << 20 | 0x13, 1 << 10 | 3 << 8]) else { panic!() };
+        (scope.first, scope.last)
+    };
+    assert_eq!([wide(1), wide(33), wide(39), wide(63)], [(0, 0x1fff), (0, (1 << 45) - 1), (0, (1 << 51) - 1), (0, (1 << 51) - 1)]);
     assert_eq!(range(31, 31, 3, 0xffff_ffff_0000_0000), (0xffff_ffff_0000_0000, u64::MAX), "not around the end");
     assert_eq!(range(31, 5, 0, 0x1_0000), (0x1_0000, 0x1_0fff), "no granule, no range");
     let without = [("IDR0", IDR0)];
@@ -202,9 +213,9 @@ fn faults_of_structures() {
 
 proptest! {
     #[test]
-    fn any_commands_have_an_answer(words in proptest::collection::vec(any::<[u64; 2]>(), 0..8), idr0: u64, idr3: u64, cr2: u64, opcode in 0_u64..0x50) {
+    fn any_commands_have_an_answer(words in proptest::collection::vec(any::<[u64; 2]>(), 0..8), idr0: u64, idr3: u64, idr5: u64, cr2: u64, opcode in 0_u64..0x78) {
         let commands: Vec<[u64; 2]> = words.iter().map(|[low, high]| [low & !0xff | opcode, *high]).collect();
-        let registers = [("IDR0", idr0), ("IDR3", idr3), ("CR2", cr2)];
+        let registers = [("IDR0", idr0), ("IDR3", idr3), ("IDR5", idr5), ("CR2", cr2)];
         for Command { effect, .. } in decode_with(&registers, &commands) {
             if let Effect::Range(scope) | Effect::DeviceTlb(scope) = effect {
                 prop_assert!(scope.first <= scope.last);

@@ -138,6 +138,7 @@ fn settings_that_make_no_sense_are_refused_by_name() {
     assert_eq!(refusal(&[("low-disabled", 1)]), "low-disabled");
     assert_eq!(refusal(&[("low-disabled", 1), ("root", 0), ("root-high", 0)]), "root");
     assert_eq!(refusal(&[("hardware-dirty", 1)]), "hardware-dirty");
+    assert_eq!(refusal(&[("hardware-table-access", 1)]), "hardware-table-access");
     assert_eq!(refusal(&[("lpa2", 1), ("granule", 65536)]), "lpa2");
     assert_eq!(refusal(&[("lpa", 1)]), "lpa", "only the 64K granule has it");
     assert_eq!(refusal(&[("lpa", 0), ("granule", 65536), ("output-bits", 52)]), "lpa", "where else would 52 bits come from");
@@ -289,6 +290,12 @@ fn the_access_flag_and_dirty_marks() {
     assert!(written.write && !written.writable_when_dirty && written.dirty);
     let above = dirty.inherit(0, 0, 3 | 1 << 62);
     assert!(!leaf(&dirty, above, PAGE | READ_ONLY | DBM).write, "hardware does not make writable what APTable forbids");
+    assert_eq!((dirty.levels()[0].table_accessed, dirty.encode_table(0, 1)), (Mark::default(), Some(3)));
+    let tables = stage1(&[("hardware-access", 1), ("hardware-table-access", 1)]);
+    let marks: Vec<Mark> = tables.levels().iter().map(|level| level.table_accessed).collect();
+    let mark = Mark { mask: AF, value: AF };
+    assert_eq!(marks, [mark, mark, mark, Mark::default()], "entries of the last table lead to no other");
+    assert_eq!(tables.encode_table(0, 1), Some(3 | AF), "new tables count as used");
     let wxn = stage1(&[("hardware-access", 1), ("hardware-dirty", 1), ("wxn", 1)]);
     assert!(!leaf(&wxn, 0, PAGE | READ_ONLY | DBM).execute, "a clean leaf counts as writable");
 }
@@ -514,10 +521,10 @@ proptest! {
 
     /// No settings make the format panic.
     #[test]
-    fn any_settings_are_taken_or_refused(values in prop::collection::vec((0_usize..27, prop_oneof![0_u64..70, any::<u64>(), Just(4096), Just(16384), Just(65536)]), 0..8)) {
+    fn any_settings_are_taken_or_refused(values in prop::collection::vec((0_usize..28, prop_oneof![0_u64..70, any::<u64>(), Just(4096), Just(16384), Just(65536)]), 0..8)) {
         let names = ["granule", "input-bits", "output-bits", "root", "granule-high", "input-bits-high", "root-high", "mair", "low-disabled", "tbi", "tbi-high",
             "hierarchy-disabled", "hierarchy-disabled-high", "unprivileged-disabled", "unprivileged-disabled-high", "non-shareable", "non-shareable-high",
-            "hardware-access", "hardware-dirty", "access-flag-disabled", "big-endian", "lpa", "lpa2", "privileged", "single-privilege", "wxn", "pan"];
+            "hardware-access", "hardware-dirty", "access-flag-disabled", "hardware-table-access", "big-endian", "lpa", "lpa2", "privileged", "single-privilege", "wxn", "pan"];
         let mut settings = Settings::default();
         for (name, value) in values { settings.set(names[name], value) }
         if let Ok(format) = Stage1::open(&settings) {

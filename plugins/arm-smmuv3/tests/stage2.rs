@@ -253,8 +253,8 @@ proptest! {
 
     /// No settings make the format panic.
     #[test]
-    fn any_settings_are_taken_or_refused(values in prop::collection::vec((0_usize..13, prop_oneof![0_u64..70, any::<u64>(), Just(255), Just(4096), Just(16384), Just(65536)]), 0..8)) {
-        let names = ["granule", "input-bits", "output-bits", "start-level", "root", "hardware-access", "hardware-dirty", "access-flag-disabled", "big-endian",
+    fn any_settings_are_taken_or_refused(values in prop::collection::vec((0_usize..14, prop_oneof![0_u64..70, any::<u64>(), Just(255), Just(4096), Just(16384), Just(65536)]), 0..8)) {
+        let names = ["granule", "input-bits", "output-bits", "start-level", "root", "hardware-access", "hardware-dirty", "access-flag-disabled", "hardware-table-access", "big-endian",
             "lpa", "lpa2", "force-write-back", "non-shareable"];
         let mut settings = settings(&[]);
         for (name, value) in values { settings.set(names[name], value) }

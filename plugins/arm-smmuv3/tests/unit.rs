@@ -271,6 +271,10 @@ fn everything_a_context_descriptor_says() {
     assert_eq!(flag(0, 1 << 43 | 1 << 35), "hardware-access=1", "AFFD is ignored with HA");
     assert_eq!(flag(0, 3 << 42), "hardware-access=1 hardware-dirty=1");
     assert_eq!(flag(0, 1 << 42), "", "HD without HA is neither");
+    let haft = |ha: u64, idr0: u64| stage1([CD[0] | ha << 43, CD[1] | 1 << 3, 0, CD[3]]).set("IDR0", idr0);
+    assert_eq!(haft(1, IDR0 | 3 << 6).settings().get("hardware-table-access"), Some(1));
+    assert_eq!(haft(1, IDR0).settings().get("hardware-table-access"), None, "HAFT is not there");
+    assert_eq!(haft(0, IDR0 | 3 << 6).event(), "C_BAD_CD", "HAFT without HA");
     assert_eq!(flag(1, 1 << 1), "hierarchy-disabled=1");
     assert_eq!(flag(1, 1 << 2), "unprivileged-disabled=1");
     assert_eq!(flag(2, 1 << 58), "", "DS without LPA2");
@@ -492,6 +496,8 @@ fn stage_2_alone() {
     assert_eq!(rest(with(2, 1 << 56, 0)), "hardware-access=1");
     assert_eq!(rest(with(2, 3 << 55, 0)), "hardware-access=1 hardware-dirty=1");
     assert_eq!(rest(with(2, 1 << 55, 0)), "");
+    assert_eq!(rest(with(2, 1 << 56 | 1 << 59, 0).set("IDR0", IDR0 | 3 << 6)), "hardware-access=1 hardware-table-access=1");
+    assert_eq!(rest(with(2, 1 << 56 | 1 << 59, 0)), "hardware-access=1", "S2HAFT is not there");
     assert_eq!(rest(with(1, 1 << 25, 0)), "force-write-back=1");
     assert_eq!(rest(with(1, 1 << 25, 0).set("IDR3", 0)), "");
     assert_eq!(rest(with(2, 24 << 32 | 1 << 38, 0xff << 32)), "start-level=1", "40 bits, two tables");
@@ -631,10 +637,27 @@ fn the_largest_blocks_depend_on_the_unit() {
     assert_eq!(lpa(with(1, 5).settings()), (Some(48), None));
 }
 
-/// E0PD0 and E0PD1: what unprivileged requests are told is a translation fault of stage 1, before any walk; IHI 0070 section 5.4.
+/// A request that no stage translates: beyond OAS, or behind a stage 1 that it bypasses beyond IAS, it is an address size fault; IHI 0070 section 3.4.
 #[test]
-fn a_range_that_unprivileged_requests_may_not_use() {
-    let event = |fault, format: &str, privileged, iova| Event {
+fn addresses_of_requests_that_pass() {
+    let told = |mut case: Case, iova: u64| {
+        case.place();
+        let event = Event { fault: FaultKind::AddressSize, format: None, iova, ..walk(FaultKind::AddressSize, Stage1::NAME) };
+        Smmuv3::review_event(&case.registers(), event, &mut case.guest).unwrap().map(|event| event.name)
+    };
+    let fault = Some(Some("F_ADDR_SIZE".to_owned()));
+    // OAS of 36 bits, and AArch32 tables: IAS has 40.
+    let small = |case: Case| case.set("IDR5", IDR5 & !7 | 1).set("IDR0", IDR0 | 1 << 2);
+    let plain = || small(case([9, 0, 0, 0]));
+    assert_eq!([told(plain(), 1 << 35), told(plain(), 1 << 36), told(plain(), 1 << 40)], [None, fault.clone(), fault.clone()]);
+    let bypasses = || small(case([0xb | CONTEXTS | 3 << 59, 0xd5, 0, 0]));
+    assert_eq!([told(bypasses(), 1 << 36), told(bypasses(), 1 << 40)], [None, fault]);
+    assert_eq!(told(plain().set("CR0", 0), 1 << 40), None, "a disabled unit tells nothing");
+}
+
+/// The event of a walk of stream 5.
+fn walk(fault: FaultKind, format: &str) -> Event {
+    Event {
         fault,
         name: None,
         format: Some(format.to_owned()),
@@ -642,14 +665,19 @@ fn a_range_that_unprivileged_requests_may_not_use() {
         entries: vec![1],
         id: 5,
         pasid: None,
-        iova,
+        iova: 0x1000,
         intermediate: None,
         reading_table: false,
         unreadable: None,
         access: Access::Read,
-        privileged,
+        privileged: false,
         domain: None,
-    };
+    }
+}
+
+/// E0PD0 and E0PD1: what unprivileged requests are told is a translation fault of stage 1, before any walk; IHI 0070 section 5.4.
+#[test]
+fn a_range_that_unprivileged_requests_may_not_use() {
     let review = |mut case: Case, event: Event| {
         case.place();
         Smmuv3::review_event(&case.registers(), event, &mut case.guest).unwrap().map(|event| (event.name, event.format))
@@ -657,7 +685,7 @@ fn a_range_that_unprivileged_requests_may_not_use() {
     let closed = |low: u64, high: u64| stage1([CD[0], CD[1] | low << 2, CD[2] | high << 2, CD[3]]);
     let told = Some((Some("F_TRANSLATION".to_owned()), Some(Stage1::NAME.to_owned())));
     let as_it_was = Some((None, Some(Stage1::NAME.to_owned())));
-    let of = |fault| event(fault, Stage1::NAME, false, 0x1000);
+    let of = |fault| walk(fault, Stage1::NAME);
     for fault in [FaultKind::Permission, FaultKind::AccessFlag, FaultKind::AddressSize, FaultKind::Unreadable] {
         assert_eq!(review(closed(1, 0), of(fault)), told, "{fault:?}");
         assert_eq!(review(closed(0, 1), of(fault)), as_it_was, "{fault:?}: the other range");
@@ -672,13 +700,27 @@ fn a_range_that_unprivileged_requests_may_not_use() {
     };
     assert_eq!(review(overridden(2), Event { privileged: true, ..of(FaultKind::Permission) }), told, "PRIVCFG: none is privileged");
     assert_eq!(review(overridden(3), of(FaultKind::Permission)), as_it_was, "PRIVCFG: all are");
+    // PnU and InD are those of the stream, whatever the request said (section 7.3).
+    let of_request = |ste: u64, idr1: u64, event: Event| {
+        let mut case = stage1(CD).set("IDR1", idr1);
+        case.ste[1] |= ste;
+        case.place();
+        let event = Smmuv3::review_event(&case.registers(), event, &mut case.guest).unwrap().unwrap();
+        (event.privileged, event.access)
+    };
+    let fetch = || Event { access: Access::Execute, privileged: true, ..of(FaultKind::Translation) };
+    assert_eq!(of_request(0, IDR1, fetch()), (true, Access::Execute));
+    assert_eq!(of_request(2 << 48, IDR1, fetch()), (false, Access::Execute));
+    assert_eq!(of_request(3 << 48, IDR1, of(FaultKind::Translation)), (true, Access::Read));
+    assert_eq!(of_request(2 << 50, IDR1, fetch()), (true, Access::Read));
+    assert_eq!(of_request(2 << 50 | 2 << 48, IDR1 & !(1 << 26), fetch()), (true, Access::Execute), "nothing is overridden there");
     // R 45.
     let silent = stage1([CD[0] & !(1 << 45), CD[1] | 4, CD[2], CD[3]]);
     assert_eq!(review(silent, of(FaultKind::Unreadable)), None, "which is not recorded without R");
     // Stage 2 was never asked for a table.
     let mut both = nested();
     both.guest.write(CONTEXTS, &[CD[0], 0x8030_0004, 0, CD[3]]);
-    let second = Event { reading_table: true, intermediate: Some(0x8030_0000), ..event(FaultKind::Translation, Stage2::NAME, false, 0x1000) };
+    let second = Event { reading_table: true, intermediate: Some(0x8030_0000), ..walk(FaultKind::Translation, Stage2::NAME) };
     assert_eq!(review(both, second), told);
 }
 

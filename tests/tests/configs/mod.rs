@@ -57,6 +57,7 @@ pub fn plugin_config(config: &tables::TableConfig) -> TableConfig {
             set("hardware-access", config.hardware_access.into());
             set("hardware-dirty", config.hardware_dirty.into());
             set("access-flag-disabled", config.access_flag_disabled.into());
+            set("hardware-table-access", config.hardware_tables.into());
             set("big-endian", config.big_endian.into());
             let wide = [config.low, config.high].into_iter().flatten().any(|half| half.granule != 65536);
             set("lpa2", (config.lpa2 && wide).into());
@@ -74,6 +75,7 @@ pub fn plugin_config(config: &tables::TableConfig) -> TableConfig {
             set("hardware-access", config.hardware_access.into());
             set("hardware-dirty", config.hardware_dirty.into());
             set("access-flag-disabled", config.access_flag_disabled.into());
+            set("hardware-table-access", config.hardware_tables.into());
             set("big-endian", config.big_endian.into());
             set("protected-walk", config.protected_walk.into());
             set("lpa2", (config.lpa2 && config.granule != 65536).into());
@@ -139,6 +141,7 @@ pub fn reference_config(table: &TableConfig) -> Option<tables::TableConfig> {
                 hardware_access: flag("hardware-access"),
                 hardware_dirty: flag("hardware-dirty"),
                 access_flag_disabled: flag("access-flag-disabled"),
+                hardware_tables: flag("hardware-table-access"),
                 big_endian: flag("big-endian"),
                 lpa: has_64k && (flag("lpa") || get("output-bits", 48) == 52),
                 lpa2: flag("lpa2"),
@@ -164,6 +167,7 @@ pub fn reference_config(table: &TableConfig) -> Option<tables::TableConfig> {
                 hardware_access: flag("hardware-access"),
                 hardware_dirty: flag("hardware-dirty"),
                 access_flag_disabled: flag("access-flag-disabled"),
+                hardware_tables: flag("hardware-table-access"),
                 big_endian: flag("big-endian"),
                 lpa: granule == 65536 && (flag("lpa") || get("output-bits", 48) == 52),
                 lpa2,

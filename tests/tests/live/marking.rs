@@ -163,15 +163,15 @@ fn requests_leave_in_entries_what_hardware_leaves() {
         }
         marked.extend((tables > 0).then_some(kind));
     }
-    assert_eq!(marked, [Format::VtdFirst, Format::VtdSecond, Format::AmdV1, Format::AmdV2]);
+    assert_eq!(marked, [Format::ArmStage1, Format::ArmStage2, Format::VtdFirst, Format::VtdSecond, Format::AmdV1, Format::AmdV2]);
 }
 
 /// The same settings, with hardware that marks what it uses, or does not.
 fn marking(config: TableConfig, marks: bool) -> TableConfig {
     let mut config = config;
     match &mut config {
-        TableConfig::ArmStage1(config) => (config.hardware_access, config.hardware_dirty) = (marks, marks),
-        TableConfig::ArmStage2(config) => (config.hardware_access, config.hardware_dirty) = (marks, marks),
+        TableConfig::ArmStage1(config) => (config.hardware_access, config.hardware_dirty, config.hardware_tables) = (marks, marks, marks),
+        TableConfig::ArmStage2(config) => (config.hardware_access, config.hardware_dirty, config.hardware_tables) = (marks, marks, marks),
         TableConfig::VtdSecond(config) => config.accessed_dirty = marks,
         TableConfig::AmdV1(config) => (config.update_accessed, config.update_dirty) = (marks, marks),
         TableConfig::AmdV2(config) => (config.update_accessed, config.update_dirty) = (marks, marks),

@@ -38,6 +38,8 @@ pub struct ArmStage1 {
     pub hardware_dirty: bool,
     /// A clear access flag is as good as a set one.
     pub access_flag_disabled: bool,
+    /// The unit sets access flags of tables too; only together with `hardware_access`.
+    pub hardware_tables: bool,
     /// Entries are big-endian.
     pub big_endian: bool,
     /// The unit has 52-bit physical addresses, and with the 64K granule blocks at level 1, whatever `output_bits` is.
@@ -67,6 +69,8 @@ pub struct ArmStage2 {
     pub hardware_dirty: bool,
     /// A clear access flag is as good as a set one.
     pub access_flag_disabled: bool,
+    /// The unit sets access flags of tables too; only together with `hardware_access`.
+    pub hardware_tables: bool,
     /// Entries are big-endian.
     pub big_endian: bool,
     /// As in stage 1.
@@ -293,6 +297,7 @@ impl ArmStage1 {
             "hardware-access",
             "hardware-dirty",
             "access-flag-disabled",
+            "hardware-table-access",
             "big-endian",
             "lpa",
             "lpa2",
@@ -326,6 +331,7 @@ impl ArmStage1 {
             hardware_access: reader.flag("hardware-access", false),
             hardware_dirty: reader.flag("hardware-dirty", false),
             access_flag_disabled: reader.flag("access-flag-disabled", false),
+            hardware_tables: reader.flag("hardware-table-access", false),
             big_endian: reader.flag("big-endian", false),
             lpa: reader.flag("lpa", false),
             lpa2,
@@ -350,6 +356,7 @@ impl ArmStage1 {
         all.extend([("tbi", tbi, 0), ("hierarchical-disabled", had, 0), said("output-bits", self.output_bits), ("mair", self.mair, 0)]);
         all.extend([("hardware-access", u64::from(self.hardware_access), 0), ("hardware-dirty", u64::from(self.hardware_dirty), 0)]);
         all.extend([("access-flag-disabled", u64::from(self.access_flag_disabled), 0), ("big-endian", u64::from(self.big_endian), 0)]);
+        all.push(("hardware-table-access", u64::from(self.hardware_tables), 0));
         all.extend([
             ("lpa", u64::from(self.lpa), u64::from(self.output_bits == 52)),
             ("lpa2", u64::from(self.lpa2), 0),
@@ -370,6 +377,7 @@ impl ArmStage2 {
             "hardware-access",
             "hardware-dirty",
             "access-flag-disabled",
+            "hardware-table-access",
             "big-endian",
             "lpa",
             "lpa2",
@@ -394,6 +402,7 @@ impl ArmStage2 {
             hardware_access: reader.flag("hardware-access", false),
             hardware_dirty: reader.flag("hardware-dirty", false),
             access_flag_disabled: reader.flag("access-flag-disabled", false),
+            hardware_tables: reader.flag("hardware-table-access", false),
             big_endian: reader.flag("big-endian", false),
             lpa: reader.flag("lpa", false),
             lpa2,
@@ -410,6 +419,7 @@ impl ArmStage2 {
         }
         all.extend([("hardware-access", u64::from(self.hardware_access), 0), ("hardware-dirty", u64::from(self.hardware_dirty), 0)]);
         all.extend([("access-flag-disabled", u64::from(self.access_flag_disabled), 0), ("big-endian", u64::from(self.big_endian), 0)]);
+        all.push(("hardware-table-access", u64::from(self.hardware_tables), 0));
         all.extend([
             ("lpa", u64::from(self.lpa), u64::from(self.output_bits == 52)),
             ("lpa2", u64::from(self.lpa2), 0),

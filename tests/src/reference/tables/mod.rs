@@ -224,13 +224,13 @@ impl TableConfig {
             TableConfig::ArmStage1(config) if config.hardware_access => {
                 let leaf = bits(entry, 1, 0) == 1 || step.level == 3;
                 let dirty = leaf && write && config.hardware_dirty && bit(entry, 51);
-                let entry = if leaf { entry | 1 << 10 } else { entry };
+                let entry = if leaf || config.hardware_tables { entry | 1 << 10 } else { entry };
                 if dirty { entry & !(1 << 7) } else { entry }
             }
             TableConfig::ArmStage2(config) if config.hardware_access => {
                 let leaf = bits(entry, 1, 0) == 1 || step.level == 3;
                 let dirty = leaf && write && config.hardware_dirty && bit(entry, 51);
-                (if leaf { entry | 1 << 10 } else { entry }) | u64::from(dirty) << 7
+                (if leaf || config.hardware_tables { entry | 1 << 10 } else { entry }) | u64::from(dirty) << 7
             }
             TableConfig::VtdFirst(config) => set(1 << 5 | u64::from(config.extended_access) << 10, 1 << 6, large(1)),
             TableConfig::VtdSecond(config) if config.accessed_dirty => set(1 << 8, 1 << 9, large(1)),
