@@ -323,17 +323,19 @@ impl ArmStage1 {
             }
             None => None,
         };
+        let output_bits = output_bits(reader)?;
+        let large = [low, high].into_iter().flatten().any(|half: ArmHalf| half.granule == 65536);
         Ok(ArmStage1 {
             low,
             high,
-            output_bits: output_bits(reader)?,
+            output_bits,
             mair: reader.get("mair").unwrap_or(0),
             hardware_access: reader.flag("hardware-access", false),
             hardware_dirty: reader.flag("hardware-dirty", false),
             access_flag_disabled: reader.flag("access-flag-disabled", false),
             hardware_tables: reader.flag("hardware-table-access", false),
             big_endian: reader.flag("big-endian", false),
-            lpa: reader.flag("lpa", false),
+            lpa: large && reader.flag("lpa", output_bits == 52),
             lpa2,
             privileged: reader.flag("privileged", false),
         })
@@ -343,6 +345,7 @@ impl ArmStage1 {
         let mut all = Vec::new();
         let mut tbi = 0;
         let mut had = 0;
+        let large = [self.low, self.high].into_iter().flatten().any(|half| half.granule == 65536);
         if let Some(low) = self.low {
             all.extend([said("root", low.root), said("granule", low.granule), said("input-bits", low.input_bits)]);
             tbi += u64::from(low.top_byte_ignored);
@@ -358,7 +361,7 @@ impl ArmStage1 {
         all.extend([("access-flag-disabled", u64::from(self.access_flag_disabled), 0), ("big-endian", u64::from(self.big_endian), 0)]);
         all.push(("hardware-table-access", u64::from(self.hardware_tables), 0));
         all.extend([
-            ("lpa", u64::from(self.lpa), u64::from(self.output_bits == 52)),
+            ("lpa", u64::from(self.lpa), u64::from(large && self.output_bits == 52)),
             ("lpa2", u64::from(self.lpa2), 0),
             ("privileged", u64::from(self.privileged), 0),
         ]);
@@ -393,18 +396,19 @@ impl ArmStage2 {
             Some(level) => return Err(Problem::Illegal(format!("start-level {level}"))),
             None => arm_start_level(granule_bits(granule)?, input_bits),
         };
+        let output_bits = output_bits(reader)?;
         Ok(ArmStage2 {
             root: reader.need("root")?,
             granule,
             input_bits,
-            output_bits: output_bits(reader)?,
+            output_bits,
             start_level,
             hardware_access: reader.flag("hardware-access", false),
             hardware_dirty: reader.flag("hardware-dirty", false),
             access_flag_disabled: reader.flag("access-flag-disabled", false),
             hardware_tables: reader.flag("hardware-table-access", false),
             big_endian: reader.flag("big-endian", false),
-            lpa: reader.flag("lpa", false),
+            lpa: granule == 65536 && reader.flag("lpa", output_bits == 52),
             lpa2,
             protected_walk: reader.flag("protected-walk", false),
         })
@@ -421,7 +425,7 @@ impl ArmStage2 {
         all.extend([("access-flag-disabled", u64::from(self.access_flag_disabled), 0), ("big-endian", u64::from(self.big_endian), 0)]);
         all.push(("hardware-table-access", u64::from(self.hardware_tables), 0));
         all.extend([
-            ("lpa", u64::from(self.lpa), u64::from(self.output_bits == 52)),
+            ("lpa", u64::from(self.lpa), u64::from(self.granule == 65536 && self.output_bits == 52)),
             ("lpa2", u64::from(self.lpa2), 0),
             ("protected-walk", u64::from(self.protected_walk), 0),
         ]);

@@ -111,7 +111,7 @@ fn context_descriptor(config: &TableConfig) -> [u64; 8] {
     cd[0] = 64 - u64::from(low.input_bits) + (granule_code(low.granule) << 6) + (1 << 31) + (size_code(config.output_bits) << 32) + (1 << 41);
     cd[0] += (u64::from(config.big_endian) << 15) + (u64::from(config.access_flag_disabled) << 35) + (u64::from(low.top_byte_ignored) << 38);
     cd[0] += (u64::from(config.hardware_dirty) << 42) + (u64::from(config.hardware_access) << 43);
-    cd[1] = low.root + (u64::from(low.hierarchical_disabled) << 1);
+    cd[1] = low.root + (u64::from(low.hierarchical_disabled) << 1) + (u64::from(config.hardware_tables) << 3);
     cd[2] = u64::from(config.lpa2) << 58;
     cd[3] = config.mair;
     match config.high {
@@ -138,10 +138,10 @@ fn smmu(memory: Memory, base_cfg: u64, config: &TableConfig) -> Snapshot {
     };
     // OAS: with 52 bits there are larger blocks, and a second stage has no larger input.
     let wide = output_bits > 48 || input_bits > 48 || lpa;
-    // IDR0: both byte orders, accessed and dirty marks, two-level tables; IDR1: 16 bits of StreamID and SubstreamID; IDR3.HAD, STT; IDR5: 52 bits of input, all
+    // IDR0: both byte orders, accessed and dirty marks, those of tables too, two-level tables; IDR1: 16 bits of StreamID and SubstreamID; IDR3.HAD, STT; IDR5: 52 bits of input, all
     // granules, DS.
     let registers = [
-        ("IDR0", 0x090c_109b),
+        ("IDR0", 0x090c_10db),
         ("IDR1", (16 << 6) + 16),
         ("IDR3", 0x204),
         ("IDR5", 0x4f0 + if wide { 6 } else { 5 }),
@@ -211,6 +211,7 @@ pub fn smmu_single(format: Format, seed: u64) -> (Snapshot, Generated) {
             word += (size_code(config.output_bits) << 16) + (1 << 19) + (u64::from(config.big_endian) << 20);
             word +=
                 (u64::from(config.access_flag_disabled) << 21) + (u64::from(config.hardware_dirty) << 23) + (u64::from(config.hardware_access) << 24);
+            word += u64::from(config.hardware_tables) << 27;
             [1 + (6 << 1), 0, word << 32, config.root + (u64::from(config.lpa2) << 3) + (u64::from(config.start_level == -1) << 2)]
         }
         _ => unreachable!(),
@@ -260,7 +261,8 @@ pub fn vtd_nested(seed: u64) -> (Snapshot, Nested) {
     // The unit has no EAFE.
     config.extended_access = false;
     let config = *config;
-    let second = VtdSecond { levels: 5, input_bits: 57, output_bits: 52, ..VtdSecond::default() };
+    // In scalable mode, SNP is not reserved.
+    let second = VtdSecond { levels: 5, input_bits: 57, output_bits: 52, snoop_control: true, ..VtdSecond::default() };
     let nested = nest(first, TableConfig::VtdSecond(second), &Memory::default(), seed);
     let TableConfig::VtdSecond(second) = nested.second.config else { unreachable!() };
     let mut memory = nested.memory.clone();
