@@ -651,7 +651,9 @@ fn addresses_of_requests_that_pass() {
     let plain = || small(case([9, 0, 0, 0]));
     assert_eq!([told(plain(), 1 << 35), told(plain(), 1 << 36), told(plain(), 1 << 40)], [None, fault.clone(), fault.clone()]);
     let bypasses = || small(case([0xb | CONTEXTS | 3 << 59, 0xd5, 0, 0]));
-    assert_eq!([told(bypasses(), 1 << 36), told(bypasses(), 1 << 40)], [None, fault]);
+    assert_eq!([told(bypasses(), 1 << 36), told(bypasses(), 1 << 40)], [None, fault.clone()]);
+    let gone = || plain().set("STRTAB_BASE_CFG", 0);
+    assert_eq!([told(gone(), 1 << 36), told(gone(), 1 << 40)], [None, fault], "what no entry allows");
     assert_eq!(told(plain().set("CR0", 0), 1 << 40), None, "a disabled unit tells nothing");
 }
 

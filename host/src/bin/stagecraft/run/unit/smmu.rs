@@ -57,8 +57,9 @@ fn context_descriptor(device: &Described) -> [u64; 4] {
         | 1 << 45
         | 1 << 46
         | u64::from(device.space) << 48;
-    // HAD0 is bit 1 of the second word and E0PD0 bit 2; DS is bit 58 of the third.
-    let second = device.root() | device.flag("hierarchy-disabled", 1) | device.flag("unprivileged-disabled", 2);
+    // HAD0 is bit 1 of the second word, E0PD0 bit 2 and HAFT bit 3; DS is bit 58 of the third.
+    let second =
+        device.root() | device.flag("hierarchy-disabled", 1) | device.flag("unprivileged-disabled", 2) | device.flag("hardware-table-access", 3);
     // What Linux writes: non-cacheable, write-back, device nGnRE, inner non-cacheable outer write-back.
     let mair = device.config.settings.get("mair").unwrap_or(0xffff_ffff_f404_ff44);
     [low, second, device.flag("lpa2", 58), mair]
@@ -66,7 +67,7 @@ fn context_descriptor(device: &Described) -> [u64; 4] {
 
 /// Words 2 and 3 of a stream table entry for stage 2, section 5.2.
 fn second_stage(device: &Described) -> [u64; 2] {
-    // S2VMID 15:0, S2T0SZ 37:32, S2SL0 39:38, S2IR0 41:40, S2OR0 43:42, S2SH0 45:44, S2TG 47:46, S2PS 50:48, S2AA64 51, S2ENDI 52, S2AFFD 53, S2HD 55, S2HA 56, S2R 58.
+    // S2VMID 15:0, S2T0SZ 37:32, S2SL0 39:38, S2IR0 41:40, S2OR0 43:42, S2SH0 45:44, S2TG 47:46, S2PS 50:48, S2AA64 51, S2ENDI 52, S2AFFD 53, S2HD 55, S2HA 56, S2R 58, S2HAFT 59.
     let bytes = or(device.setting("granule"), 4096);
     let start = device.geometry.roots.first().and_then(|root| device.geometry.levels.get(usize::from(root.level))).map_or(0, |level| level.number);
     // S2SL0 counts down from level 2 with 4 KiB, where 3 is level 3, and from level 3 with others.
@@ -88,7 +89,8 @@ fn second_stage(device: &Described) -> [u64; 2] {
         | device.flag("access-flag-disabled", 53)
         | device.flag("hardware-dirty", 55)
         | device.flag("hardware-access", 56)
-        | 1 << 58;
+        | 1 << 58
+        | device.flag("hardware-table-access", 59);
     [word, device.root()]
 }
 
@@ -112,15 +114,15 @@ impl Architecture for Smmu {
                 // V; Config 0b101; one context descriptor.
                 memory.write(at, &[1 | 5 << 1 | cd, 0, 0, 0])?;
             }
-            wide |= device.setting("output-bits") > 48 || device.setting("input-bits") > 48;
+            wide |= device.setting("output-bits") > 48 || device.setting("input-bits") > 48 || device.setting("lpa") != 0;
             lpa2 |= device.setting("lpa2") != 0;
         }
-        // IDR0: S2P, S1P, both formats, COHACC, HTTU 2, ASID16, VMID16, CD2L, no stalls, ST_LEVEL 1. IDR1: 16 StreamID bits. IDR3: HAD, RIL. IDR5: OAS 2:0, all
+        // IDR0: S2P, S1P, both formats, COHACC, HTTU 3, ASID16, VMID16, CD2L, no stalls, ST_LEVEL 1. IDR1: 16 StreamID bits. IDR3: HAD, RIL. IDR5: OAS 2:0, all
         // granules 6:4, DS 7, VAX 11:10. CR0: SMMUEN, event and command queues.
         let oas = if wide || lpa2 { 6 } else { 5 };
         let idr5 = oas | 7 << 4 | u64::from(lpa2) << 7 | u64::from(wide || lpa2) << 10;
         Ok(named(&[
-            ("IDR0", 0x090c_109b | 2 << 6),
+            ("IDR0", 0x090c_109b | 3 << 6),
             ("IDR1", 16),
             ("IDR3", 1 << 2 | 1 << 10),
             ("IDR5", idr5),
