@@ -1,6 +1,9 @@
 //! Commands as drivers write them, and event log entries, in raw words: 48882 sections 2.4 and 2.5.
 #![allow(clippy::unwrap_used, missing_docs)]
 
+#[path = "../../../sdk/testing/event.rs"]
+mod event;
+
 use proptest::prelude::*;
 use stagecraft_plugin_amd_vi::unit::AmdVi;
 use stagecraft_sdk::queue::Access;
@@ -68,20 +71,11 @@ fn the_rest() {
 
 fn event() -> Event {
     Event {
-        fault: FaultKind::Translation,
-        name: None,
-        format: Some("amd-vi/v1".to_owned()),
         level: Some(1),
-        entries: Vec::new(),
-        id: 0x0138,
-        pasid: None,
-        iova: 0x1_2345_6789,
-        intermediate: None,
-        reading_table: false,
         unreadable: Some(0x9_8765_4018),
         access: Access::Write,
-        privileged: false,
         domain: Some(0x1234),
+        ..event::unmapped("amd-vi/v1", 0x0138, 0x1_2345_6789)
     }
 }
 

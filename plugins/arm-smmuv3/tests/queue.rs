@@ -1,6 +1,9 @@
 //! Commands as drivers queue them, and event records, in raw words: IHI 0070 chapters 4 and 7.
 #![allow(clippy::unwrap_used, missing_docs)]
 
+#[path = "../../../sdk/testing/event.rs"]
+mod event;
+
 use proptest::prelude::*;
 use stagecraft_plugin_arm_smmuv3::Smmuv3;
 use stagecraft_sdk::queue::Access;
@@ -142,22 +145,7 @@ fn a_batch_is_decoded_up_to_the_first_illegal_command() {
 }
 
 fn event() -> Event {
-    Event {
-        fault: FaultKind::Translation,
-        name: None,
-        format: Some("arm-smmuv3/stage1".to_owned()),
-        level: Some(3),
-        entries: Vec::new(),
-        id: 0x38,
-        pasid: None,
-        iova: 0xffff_8765_4321_0678,
-        intermediate: None,
-        reading_table: false,
-        unreadable: None,
-        access: Access::Read,
-        privileged: false,
-        domain: None,
-    }
+    Event { level: Some(3), ..event::unmapped("arm-smmuv3/stage1", 0x38, 0xffff_8765_4321_0678) }
 }
 
 fn record(event: &Event) -> [u64; 4] {

@@ -3,6 +3,9 @@
 
 mod common;
 
+#[path = "../../../sdk/testing/event.rs"]
+mod event;
+
 #[path = "../../../sdk/testing/notes.rs"]
 mod notes;
 
@@ -659,22 +662,7 @@ fn addresses_of_requests_that_pass() {
 
 /// The event of a walk of stream 5.
 fn walk(fault: FaultKind, format: &str) -> Event {
-    Event {
-        fault,
-        name: None,
-        format: Some(format.to_owned()),
-        level: Some(3),
-        entries: vec![1],
-        id: 5,
-        pasid: None,
-        iova: 0x1000,
-        intermediate: None,
-        reading_table: false,
-        unreadable: None,
-        access: Access::Read,
-        privileged: false,
-        domain: None,
-    }
+    Event { fault, level: Some(3), entries: vec![1], ..event::unmapped(format, 5, 0x1000) }
 }
 
 /// E0PD0 and E0PD1: what unprivileged requests are told is a translation fault of stage 1, before any walk; IHI 0070 section 5.4.

@@ -4,11 +4,13 @@
 #[path = "../../../sdk/testing/notes.rs"]
 mod notes;
 
+#[path = "../../../sdk/testing/event.rs"]
+mod event;
+
 use std::collections::BTreeMap;
 
 use proptest::prelude::*;
 use stagecraft_plugin_intel_vtd::{first_stage::FirstStage, second_stage::SecondStage, unit::IntelVtd};
-use stagecraft_sdk::queue::Access;
 use stagecraft_sdk::{
     BlockKind, Error, Event, Extent, FaultKind, Format, GuestMemory, Intercept, InvalidationTarget, Outcome, Place, PlaceToBind, RangeEntry,
     Registers, Requester, TableConfig, Tag, Translated, Unit,
@@ -571,17 +573,10 @@ fn faults_are_recorded_unless_a_structure_forbids_it() {
         fault: FaultKind::Permission,
         name: name.map(str::to_owned),
         format: name.is_none().then(|| "intel-vtd/second-stage".to_owned()),
-        level: None,
         entries: vec![1],
-        id: ID,
         pasid,
-        iova: 0x1000,
-        intermediate: None,
-        reading_table: false,
-        unreadable: None,
-        access: Access::Read,
         privileged,
-        domain: None,
+        ..event::unmapped("intel-vtd/second-stage", ID, 0x1000)
     };
     let told = |ecap, memory: &Memory, event: Event| {
         IntelVtd::review_event(&registers(CAP, ecap, ROOT | 1 << 10), event, &mut memory.clone()).unwrap().map(|event| event.name)

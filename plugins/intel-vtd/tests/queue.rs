@@ -1,6 +1,9 @@
 //! Invalidation descriptors as drivers queue them, and fault records, in raw words: D51397 sections 6.5.2 and 11.4.14.
 #![allow(clippy::unwrap_used, missing_docs)]
 
+#[path = "../../../sdk/testing/event.rs"]
+mod event;
+
 use proptest::prelude::*;
 use stagecraft_plugin_intel_vtd::unit::IntelVtd;
 use stagecraft_sdk::queue::Access;
@@ -101,22 +104,7 @@ fn the_queue_register_says_how_long_descriptors_are() {
 }
 
 fn event() -> Event {
-    Event {
-        fault: FaultKind::Translation,
-        name: None,
-        format: Some("intel-vtd/second-stage".to_owned()),
-        level: Some(1),
-        entries: Vec::new(),
-        id: 0x0138,
-        pasid: None,
-        iova: 0x1_2345_6789,
-        intermediate: None,
-        reading_table: false,
-        unreadable: None,
-        access: Access::Read,
-        privileged: false,
-        domain: Some(1),
-    }
+    Event { level: Some(1), domain: Some(1), ..event::unmapped("intel-vtd/second-stage", 0x0138, 0x1_2345_6789) }
 }
 
 fn record(rtaddr: u64, event: &Event) -> [u64; 2] {

@@ -1,6 +1,9 @@
 //! Commands as drivers queue them, and fault records, in raw words: IOMMU sections 3.1 and 3.2.
 #![allow(clippy::unwrap_used, missing_docs)]
 
+#[path = "../../../sdk/testing/event.rs"]
+mod event;
+
 use proptest::prelude::*;
 use stagecraft_plugin_riscv_iommu::unit::RiscvIommu;
 use stagecraft_sdk::queue::Access;
@@ -71,22 +74,7 @@ fn directories_devices_and_the_rest() {
 }
 
 fn event() -> Event {
-    Event {
-        fault: FaultKind::Translation,
-        name: None,
-        format: Some("riscv-iommu/first-stage".to_owned()),
-        level: Some(0),
-        entries: Vec::new(),
-        id: 0xab_cdef,
-        pasid: None,
-        iova: 0xffff_ff87_6543_2108,
-        intermediate: None,
-        reading_table: false,
-        unreadable: None,
-        access: Access::Read,
-        privileged: false,
-        domain: None,
-    }
+    Event { level: Some(0), ..event::unmapped("riscv-iommu/first-stage", 0xab_cdef, 0xffff_ff87_6543_2108) }
 }
 
 fn record(event: &Event) -> [u64; 4] {

@@ -1,9 +1,11 @@
 //! Refreshes, as records of three big-endian words.
 #![allow(clippy::unwrap_used, missing_docs)]
 
+#[path = "../../../sdk/testing/event.rs"]
+mod event;
+
 use stagecraft_plugin_s390_zpci::unit::S390Zpci;
-use stagecraft_sdk::queue::Access;
-use stagecraft_sdk::{Command, Effect, Error, Event, FaultKind, Registers, Scope, Unit};
+use stagecraft_sdk::{Command, Effect, Error, Registers, Scope, Unit};
 
 fn decode(records: &[[u64; 3]]) -> Vec<Effect> {
     let bytes: Vec<u8> = records.iter().flatten().flat_map(|word| word.to_be_bytes()).collect();
@@ -25,21 +27,6 @@ fn a_refresh_means_one_function_and_one_range() {
 
 #[test]
 fn an_error_event_cannot_be_written_without_the_handle() {
-    let event = Event {
-        fault: FaultKind::Translation,
-        name: None,
-        format: Some("s390-zpci/dma".to_owned()),
-        level: None,
-        entries: Vec::new(),
-        id: 1,
-        pasid: None,
-        iova: 0,
-        intermediate: None,
-        reading_table: false,
-        unreadable: None,
-        access: Access::Read,
-        privileged: false,
-        domain: None,
-    };
+    let event = event::unmapped("s390-zpci/dma", 1, 0);
     assert!(matches!(S390Zpci::encode_event(&Registers::default(), &event), Err(Error::Unsupported(_))));
 }

@@ -196,7 +196,7 @@ impl ArmStage1 {
     pub(super) fn decode(&self, half: usize, step: Step, descriptor: u64) -> Entry {
         let part = if half == 0 { self.low } else { self.high }.unwrap();
         let g = granule_bits(part.granule).unwrap();
-        match arm_kind(descriptor, step.level, g, self.lpa2, self.lpa || self.output_bits == 52) {
+        match arm_kind(descriptor, step.level, g, self.lpa2, self.lpa) {
             ArmKind::Fault => Entry::Fault,
             ArmKind::Table => {
                 let Some(address) = arm_address(descriptor, g, g, self.lpa2, self.output_bits) else { return Entry::Fault };
@@ -257,7 +257,7 @@ impl ArmStage2 {
 
     pub(super) fn decode(&self, step: Step, descriptor: u64) -> Entry {
         let g = granule_bits(self.granule).unwrap();
-        match arm_kind(descriptor, step.level, g, self.lpa2, self.lpa || self.output_bits == 52) {
+        match arm_kind(descriptor, step.level, g, self.lpa2, self.lpa) {
             ArmKind::Fault => Entry::Fault,
             // Stage 2 has no hierarchical permissions.
             ArmKind::Table => match arm_address(descriptor, g, g, self.lpa2, self.output_bits) {
