@@ -244,6 +244,12 @@ impl Event {
     pub fn is_of(&self, format: &str) -> bool {
         self.format.as_deref() == Some(format)
     }
+
+    /// Whether a request passes, which is to say that no table has a part in it, and its address is more than the host takes.
+    #[must_use]
+    pub fn passes(&self) -> bool {
+        self.name.is_none() && self.format.is_none() && self.fault == FaultKind::AddressSize
+    }
 }
 
 /// A device asks for a page. The WIT says what each field means.

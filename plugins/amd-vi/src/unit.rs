@@ -456,7 +456,7 @@ impl Unit for AmdVi {
         if check_id(event.id).is_err() {
             return Ok(Some(event));
         }
-        if event.name.is_none() && event.format.is_none() && event.fault == FaultKind::AddressSize {
+        if event.passes() {
             return Ok(None);
         }
         let Ok(entry) = unit.device_entry(event.id, memory) else { return Ok(Some(event)) };

@@ -24,7 +24,7 @@ pub(crate) fn review(registers: &Registers, event: Event, memory: &mut dyn Guest
         Ok(features) => features,
         Err(_) => return Ok(Some(event)),
     };
-    let passes = event.name.is_none() && event.format.is_none() && event.fault == FaultKind::AddressSize;
+    let passes = event.passes();
     if passes && cr0::SMMUEN.of(registers.get("CR0").unwrap_or(1)) == 0 {
         // Section 3.4: the disabled unit aborts, and records nothing.
         return Ok(None);

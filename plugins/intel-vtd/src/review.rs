@@ -32,7 +32,7 @@ struct Found {
 pub(crate) fn review(registers: &Registers, event: Event, memory: &mut dyn GuestMemory) -> Result<Option<Event>, Error> {
     let Ok(Some(unit)) = Hardware::new(registers) else { return Ok(Some(event)) };
     let is_legacy = unit.mode == rtaddr::LEGACY;
-    let passes = event.name.is_none() && event.format.is_none() && event.fault == FaultKind::AddressSize;
+    let passes = event.passes();
     if passes && event.iova >> unit.host_bits() == 0 {
         return Ok(None);
     }

@@ -541,7 +541,7 @@ impl Unit for RiscvIommu {
 
     /// DTF, and privilege that a process does not have: sections 2.1.3.1 and 3.2.
     fn review_event(registers: &Registers, event: Event, memory: &mut dyn GuestMemory) -> Result<Option<Event>, Error> {
-        if event.name.is_none() && event.format.is_none() && event.fault == FaultKind::AddressSize {
+        if event.passes() {
             return Ok(None);
         }
         let Ok(Mode::Directory(unit)) = Mode::new(registers) else { return Ok(Some(event)) };
